@@ -1,0 +1,56 @@
+"""Argument checks of the public operators: one clear sentence that names operator, argument, expected and got."""
+
+from __future__ import annotations
+
+import torch
+
+from fastvar.schedule import ScaleSchedule
+
+
+def fail(op: str, argument: str, expected: str, got: object) -> None:
+    """Raise the ValueError every operator raises for a user's mistake."""
+    raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
+
+
+def shape(op: str, argument: str, tensor: torch.Tensor, *expected: int | str | None) -> None:
+    """Check a tensor's shape; a str or None stands for any size (a str names it in the message)."""
+    got = tensor.shape
+    if len(got) == len(expected):
+        for size, want in zip(got, expected, strict=True):
+            if not (want is None or isinstance(want, str)) and size != want:
+                break
+        else:
+            return
+    names = ", ".join("*" if e is None else str(e) for e in expected)
+    fail(op, argument, f"shape ({names})", tuple(got))
+
+
+def same_dtype_and_device(op: str, reference: str, tensor: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Check that the tensors named have the dtype and device of `tensor`, whose argument is called `reference`."""
+    for name, other in others.items():
+        if other is not None and (other.dtype != tensor.dtype or other.device != tensor.device):
+            fail(op, name, f"{tensor.dtype} on {tensor.device} as {reference}", f"{other.dtype} on {other.device}")
+
+
+def floating(op: str, argument: str, tensor: torch.Tensor) -> None:
+    """Check that a tensor holds floating-point numbers."""
+    if not tensor.is_floating_point():
+        fail(op, argument, "a floating-point tensor", tensor.dtype)
+
+
+def integer(op: str, argument: str, tensor: torch.Tensor) -> None:
+    """Check that a tensor holds int64 or int32 indices."""
+    if tensor.dtype not in (torch.int64, torch.int32):
+        fail(op, argument, "int64 or int32", tensor.dtype)
+
+
+def schedule(op: str, value: object) -> None:
+    """Check that a schedule is a `ScaleSchedule`."""
+    if not isinstance(value, ScaleSchedule):
+        fail(op, "schedule", "a ScaleSchedule", type(value).__name__)
+
+
+def groups(op: str, argument: str, batch: int, rows: int) -> None:
+    """Check that `batch` rows can share `rows` rows evenly: row b reads row b // (batch // rows)."""
+    if (rows == 0) != (batch == 0) or (rows and batch % rows):
+        fail(op, argument, f"a number of rows that divides the batch {batch}", rows)

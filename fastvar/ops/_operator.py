@@ -1,0 +1,179 @@
+"""One declaration per operator: schema, fake, autograd and the way to its implementations.
+
+An `Operator` registers `fastvar::<name>` and, if it is differentiable, `fastvar::<name>_backward` with torch.library,
+and wraps both in one autograd.Function. Implementations are modules with a function `forward` and, if they have one of
+their own, `backward`; without it the gradient is that of `forward` recomputed under autograd. That is what references
+do: their gradient is right by construction.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from fastvar.ops._dispatch import REGISTRY, Implementation, resolve
+from fastvar.schedule import ScaleSchedule
+
+_LIBRARY = torch.library.Library("fastvar", "DEF")
+
+
+class Operator:
+    """An operator of the library `fastvar`.
+
+    Args:
+        name: the public name; the op is `torch.ops.fastvar.<name>`.
+        arguments: the schema's arguments. An argument called `grids` (`int[]`, a flattened schedule) reaches the
+            implementation as a `ScaleSchedule`.
+        returns: the schema's results: "Tensor" or a tuple of them.
+        fake: from the same arguments to empty results of the right shape, dtype and contiguous layout.
+        implementations: the preferred one first.
+        differentiable: False for operators whose results carry no gradient.
+        function: the name of the implementations' forward function, where one module holds several operators.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: str,
+        returns: str,
+        *,
+        fake: Callable[..., Any],
+        implementations: Sequence[Implementation],
+        differentiable: bool = True,
+        function: str = "forward",
+    ) -> None:
+        self.name = name
+        self.function = function
+        REGISTRY[name] = tuple(implementations)
+        fields = [field.split("=")[0].split() for field in _split_arguments(arguments)]
+        self._schedule_at = next((i for i, field in enumerate(fields) if field[-1] == "grids"), None)
+        self._tensors_at = tuple(i for i, field in enumerate(fields) if field[0] in ("Tensor", "Tensor?"))
+
+        _LIBRARY.define(f"{name}({arguments}, str backend) -> {returns}")
+        _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastvar::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
+        self.op = getattr(torch.ops.fastvar, name).default
+        self._function: type[torch.autograd.Function] | None = None
+        if differentiable:
+            backward = f"{name}_backward"
+            _LIBRARY.define(f"{backward}(Tensor?[] grads, {arguments}, bool[] needs, str backend) -> Tensor[]")
+            _LIBRARY.impl(backward, self._run_backward, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"fastvar::{backward}", self._fake_backward, lib=_LIBRARY)
+            self.backward_op = getattr(torch.ops.fastvar, backward).default
+            self._function = _autograd_function(name, self.op, self.backward_op, self._tensors_at)
+
+    def __call__(self, backend: str, *args: Any) -> Any:
+        """Run the op: `args` are the schema's arguments, the first of them the lead tensor."""
+        chosen = resolve(self.name, backend, args[0])
+        if self._function is not None and torch.is_grad_enabled():
+            for i in self._tensors_at:
+                if args[i] is not None and args[i].requires_grad:
+                    return self._function.apply(*args, chosen)
+        return self.op(*args, chosen)
+
+    def _implementation(self, backend: str) -> Any:
+        for implementation in REGISTRY[self.name]:
+            if implementation.backend == backend:
+                return importlib.import_module(implementation.module)
+        raise RuntimeError(f"{self.name}: backend={backend!r} does not exist for this operator")
+
+    def _with_schedule(self, args: Sequence[Any]) -> list[Any]:
+        args = list(args)
+        if self._schedule_at is not None:
+            args[self._schedule_at] = ScaleSchedule.from_flat(args[self._schedule_at])
+        return args
+
+    def _run(self, *args: Any) -> Any:
+        forward = getattr(self._implementation(args[-1]), self.function)
+        with _plain(args[0].device.type), torch.no_grad():
+            return forward(*self._with_schedule(args[:-1]))
+
+    def _run_backward(self, grads: list[torch.Tensor | None], *rest: Any) -> list[torch.Tensor]:
+        *args, needs, backend = rest
+        module = self._implementation(backend)
+        args = self._with_schedule(args)
+        own = getattr(module, "backward" if self.function == "forward" else f"{self.function}_backward", None)
+        with _plain(args[0].device.type):
+            if own is not None:
+                return own(grads, *args, needs)
+            return _recomputed_gradients(getattr(module, self.function), grads, args, self._tensors_at, needs)
+
+    def _fake_backward(self, grads: list[torch.Tensor | None], *rest: Any) -> list[torch.Tensor]:
+        *args, needs, _ = rest
+        wanted = [args[i] for i, need in zip(self._tensors_at, needs, strict=True) if need]
+        return [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in wanted]
+
+
+def _split_arguments(arguments: str) -> list[str]:
+    return [field.strip() for field in arguments.split(",")]
+
+
+def _plain(device_type: str) -> AbstractContextManager[Any]:
+    # The dtypes of an operator are its own affair: autocast must not reach into an implementation.
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _recomputed_gradients(
+    forward: Callable[..., Any],
+    grads: Sequence[torch.Tensor | None],
+    args: list[Any],
+    tensors_at: Sequence[int],
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    leaves = []
+    with torch.enable_grad():
+        for i, need in zip(tensors_at, needs, strict=True):
+            if args[i] is not None:
+                args[i] = args[i].detach().requires_grad_(need)
+            if need:
+                leaves.append(args[i])
+        results = forward(*args)
+        results = (results,) if isinstance(results, torch.Tensor) else results
+        pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(leaf, memory_format=torch.contiguous_format) for leaf in leaves]
+        outputs, weights = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outputs, leaves, weights, allow_unused=True, materialize_grads=True)
+    # clone: the gradients of a sum are one tensor, which may be the incoming one; results of an op may not alias
+    seen = {grad.data_ptr() for grad in grads if grad is not None}
+    gradients = []
+    for gradient in found:
+        gradient = gradient.contiguous()
+        gradients.append(gradient.clone() if gradient.data_ptr() in seen else gradient)
+        seen.add(gradient.data_ptr())
+    return gradients
+
+
+def _autograd_function(name: str, forward_op: Any, backward_op: Any, tensors_at: tuple[int, ...]) -> Any:
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*[args[i] for i in tensors_at])
+            ctx.rest = tuple(None if i in tensors_at else arg for i, arg in enumerate(args))
+            results = forward_op(*args)
+            if not isinstance(results, torch.Tensor):
+                ctx.mark_non_differentiable(*[r for r in results if not r.is_floating_point()])
+            return results
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            args = list(ctx.rest)
+            for i, tensor in zip(tensors_at, ctx.saved_tensors, strict=True):
+                args[i] = tensor
+            needs = [ctx.needs_input_grad[i] for i in tensors_at]
+            found = iter(backward_op(list(grads), *args[:-1], needs, args[-1]))
+            result: list[Any] = [None] * len(args)
+            for i, need in zip(tensors_at, needs, strict=True):
+                if need:
+                    result[i] = next(found)
+            return tuple(result)
+
+    Function.__name__ = Function.__qualname__ = name
+    return Function

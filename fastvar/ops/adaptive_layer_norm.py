@@ -1,0 +1,84 @@
+"""Adaptive layer norm and the gated residual of AdaLN blocks."""
+
+from __future__ import annotations
+
+import torch
+
+from fastvar.ops import _checks
+from fastvar.ops._dispatch import Implementation
+from fastvar.ops._operator import Operator
+
+_MODULE = "fastvar.kernels.adaptive_layer_norm.reference"
+
+
+def _like_x(x: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+_NORM = Operator(
+    "adaptive_layer_norm",
+    "Tensor x, Tensor scale, Tensor shift, float eps",
+    "Tensor",
+    fake=_like_x,
+    implementations=[Implementation("reference", _MODULE, verified=("CPU",))],
+)
+_GATE = Operator(
+    "gated_residual",
+    "Tensor x, Tensor y, Tensor gate",
+    "Tensor",
+    fake=_like_x,
+    implementations=[Implementation("reference", _MODULE, verified=("CPU",))],
+    function="gated_residual",
+)
+
+
+def adaptive_layer_norm(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, *, eps: float = 1e-6, backend: str = "auto"
+) -> torch.Tensor:
+    """LayerNorm(x) * (1 + scale) + shift, the layer norm without weights of its own.
+
+    Args:
+        x: (B, L, C), any strides.
+        scale: (B, C), one modulation per sample; any floating dtype.
+        shift: (B, C).
+        eps: added to the variance.
+        backend: see `fastvar.support()`.
+
+    Returns:
+        (B, L, C) in x's dtype, contiguous. Statistics and arithmetic in float32 (float64 for float64 input), rounded
+        once at the end.
+
+    Raises:
+        ValueError: shapes that do not fit, a dtype that is not floating.
+
+    Source: DiT (arXiv 2212.09748) as used by VAR (arXiv 2404.02905).
+    """
+    op = "adaptive_layer_norm"
+    _checks.shape(op, "x", x, "B", "L", "C")
+    _checks.floating(op, "x", x)
+    _checks.shape(op, "scale", scale, x.shape[0], x.shape[2])
+    _checks.shape(op, "shift", shift, x.shape[0], x.shape[2])
+    return _NORM(backend, x, scale, shift, eps)
+
+
+def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+    """x + gate * y, the residual of an AdaLN block.
+
+    Args:
+        x: (B, L, C), the residual stream.
+        y: (B, L, C), what the attention or the MLP answered; any floating dtype.
+        gate: (B, C), one gate per sample; any floating dtype.
+        backend: see `fastvar.support()`.
+
+    Returns:
+        (B, L, C) in x's dtype, contiguous; computed in float32 (float64 for float64 input) and rounded once.
+
+    Raises:
+        ValueError: shapes that do not fit, a dtype that is not floating.
+    """
+    op = "gated_residual"
+    _checks.shape(op, "x", x, "B", "L", "C")
+    _checks.floating(op, "x", x)
+    _checks.shape(op, "y", y, *x.shape)
+    _checks.shape(op, "gate", gate, x.shape[0], x.shape[2])
+    return _GATE(backend, x, y, gate)

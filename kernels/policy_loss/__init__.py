@@ -1,0 +1,1 @@
+"""Implementations of the operator policy_loss; see fastvar/ops/policy_loss.py for the contract."""

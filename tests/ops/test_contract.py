@@ -1,0 +1,175 @@
+"""What every operator promises, checked for every registered operator through its public function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from samples import SAMPLES
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastvar.ops import explain, support
+from fastvar.ops._dispatch import REGISTRY
+
+CALLS = [(name, i) for name, make in SAMPLES.items() for i, _ in enumerate(make(torch.float64))]
+DIFFERENTIABLE = [(n, i) for n, i in CALLS if list(SAMPLES[n](torch.float64))[i][2]]
+
+
+def call(name: str, index: int, dtype: torch.dtype = torch.float64) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
+    function, arguments, differentiable = list(SAMPLES[name](dtype))[index]
+    return function, dict(arguments), differentiable
+
+
+def tensors(result: Any) -> list[torch.Tensor]:
+    """The tensors of a result: a tensor, or a (named) tuple that may hold None."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [r for r in result if isinstance(r, torch.Tensor)]
+
+
+def floating(result: Any) -> list[torch.Tensor]:
+    return [r for r in tensors(result) if r.is_floating_point() and r.requires_grad]
+
+
+class OpCalls(TorchDispatchMode):
+    """Records the ops of the library fastvar that run inside it, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastvar":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_operator_has_samples() -> None:
+    assert set(SAMPLES) == set(REGISTRY)
+
+
+@pytest.mark.parametrize(("name", "index"), CALLS)
+def test_shapes_and_finite(name: str, index: int) -> None:
+    function, arguments, _ = call(name, index)
+    for result in tensors(function(**arguments)):
+        assert result.is_contiguous()
+        if result.is_floating_point():
+            assert torch.isfinite(result).all()
+
+
+@pytest.mark.parametrize(("name", "index"), CALLS)
+def test_rerun_is_bit_equal(name: str, index: int) -> None:
+    function, arguments, _ = call(name, index, torch.float32)
+    for first, second in zip(tensors(function(**arguments)), tensors(function(**arguments)), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("name", "index"), DIFFERENTIABLE)
+def test_gradcheck(name: str, index: int) -> None:
+    function, arguments, names = call(name, index)
+    leaves = tuple(arguments[n].clone().requires_grad_() for n in names)
+
+    def run(*values: torch.Tensor) -> Any:
+        return tuple(floating(function(**{**arguments, **dict(zip(names, values, strict=True))})))
+
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize(("name", "index"), DIFFERENTIABLE)
+def test_gradient_layouts_and_subsets(name: str, index: int) -> None:
+    """Expanded, sliced and transposed incoming gradients, and only the gradients asked for."""
+    function, arguments, names = call(name, index)
+
+    def gradients(wanted: tuple[str, ...], relayout: Any) -> list[torch.Tensor | None]:
+        leaves = {n: arguments[n].clone().requires_grad_(n in wanted) for n in names}
+        results = floating(function(**{**arguments, **leaves}))
+        torch.autograd.backward(results, [relayout(r) for r in results])
+        return [leaves[n].grad for n in names]
+
+    def dense(r: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(r, 0.5)
+
+    layouts = {
+        "stride 0": lambda r: torch.tensor(0.5, dtype=r.dtype).expand(r.shape),
+        "slice": lambda r: torch.cat([torch.full_like(r, 0.5)] * 2, -1)[..., : r.shape[-1]] if r.ndim else dense(r),
+        "transposed": lambda r: torch.full_like(r, 0.5).mT.contiguous().mT if r.ndim >= 2 else dense(r),
+    }
+    expected = gradients(names, dense)
+    for layout in layouts.values():
+        for got, want in zip(gradients(names, layout), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    for wanted, want in zip(names, expected, strict=True):
+        found = dict(zip(names, gradients((wanted,), dense), strict=True))
+        torch.testing.assert_close(found.pop(wanted), want, rtol=1e-12, atol=1e-12)
+        assert all(g is None for g in found.values())
+
+
+@pytest.mark.parametrize(("name", "index"), CALLS)
+def test_opcheck(name: str, index: int) -> None:
+    """Schema, fake results and registration of the op and its backward, as called by the public function."""
+    function, arguments, names = call(name, index, torch.float32)
+    leaves = {n: arguments[n].clone().requires_grad_() for n in names}
+    with OpCalls() as recorded:
+        results = floating(function(**{**arguments, **leaves}))
+        if results:
+            torch.autograd.backward(results, [torch.ones_like(r) for r in results])
+    assert len(recorded.calls) >= (2 if results else 1), "the public function never reached its op"
+    for op, args in recorded.calls:
+        plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+        tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(op, tuple(plain), test_utils=tests)
+
+
+@pytest.mark.parametrize(("name", "index"), [(n, i) for n, i in CALLS if i == 0])
+def test_compiles_as_one_graph(name: str, index: int) -> None:
+    function, arguments, names = call(name, index, torch.float32)
+    leaves = {n: arguments[n].clone().requires_grad_() for n in names}
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    got, expected = compiled(**{**arguments, **leaves}), function(**{**arguments, **leaves})
+    for a, b in zip(tensors(got), tensors(expected), strict=True):
+        torch.testing.assert_close(a, b)
+    if floating(got):
+        sum(r.sum() for r in floating(got)).backward()
+        assert all(leaf.grad is not None for leaf in leaves.values())
+
+
+@pytest.mark.parametrize(("name", "index"), CALLS)
+def test_reads_no_uninitialised_memory(name: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is filled with NaN (or the largest integer); the results must not change."""
+    function, arguments, _ = call(name, index, torch.float32)
+    expected = [t.clone() for t in tensors(function(**arguments))]
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        got = tensors(function(**arguments))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("name", "index"), CALLS)
+def test_inputs_are_left_alone(name: str, index: int) -> None:
+    function, arguments, names = call(name, index, torch.float32)
+    before = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+    leaves = {n: arguments[n].requires_grad_() for n in names}
+    results = floating(function(**arguments))
+    if results:
+        torch.autograd.backward(results, [torch.ones_like(r) for r in results])
+    assert all(torch.equal(arguments[k], v) for k, v in before.items())
+    assert set(leaves) <= set(arguments)
+
+
+@pytest.mark.parametrize("name", list(SAMPLES))
+def test_wishes(name: str) -> None:
+    function, arguments, _ = call(name, 0, torch.float32)
+    function(**arguments, backend="reference")
+    with pytest.raises(RuntimeError, match=f"{name}: backend='cuda' does not exist"):
+        function(**arguments, backend="cuda")
+    with pytest.raises(ValueError, match=f"{name}: backend: expected one of"):
+        function(**arguments, backend="fastest")
+    lead = next(v for v in arguments.values() if isinstance(v, torch.Tensor))
+    assert explain(name, lead).backend == "reference"
+    assert name in support().markdown()
