@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
 
 Grid = tuple[int, int]
 
@@ -19,11 +20,23 @@ class ScaleSchedule:
     Args:
         grids: K pairs (height, width), or K ints for square grids. No side may shrink from one scale to the next.
 
+    Attributes:
+        grids: (K,) pairs (height, width).
+        lengths: (K,) tokens of each scale, n_k = h_k w_k.
+        starts: (K,) index of each scale's first token.
+        ends: (K,) tokens up to and including each scale, e_k = n_1 + ... + n_k.
+        flat: (2K,) the sides h_1, w_1, h_2, w_2, ...: how a schedule travels through an operator's schema.
+
     Raises:
         ValueError: empty schedule, a side below 1, or a coarser grid after a finer one.
     """
 
     grids: tuple[Grid, ...]
+    # Computed at once rather than cached on first use: a cached_property's lock breaks torch.compile on Python 3.11.
+    lengths: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    ends: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    flat: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __init__(self, grids: Iterable[int | Sequence[int]]) -> None:
         object.__setattr__(self, "grids", tuple(_as_grid(grid) for grid in grids))
@@ -35,6 +48,12 @@ class ScaleSchedule:
                     "ScaleSchedule: grids: expected sides that never shrink, "
                     f"got {fine[0]}x{fine[1]} (scale {k + 1}) after {coarse[0]}x{coarse[1]}"
                 )
+        lengths = tuple(h * w for h, w in self.grids)
+        ends = tuple(accumulate(lengths))
+        object.__setattr__(self, "lengths", lengths)
+        object.__setattr__(self, "starts", (0, *ends[:-1]))
+        object.__setattr__(self, "ends", ends)
+        object.__setattr__(self, "flat", tuple(side for grid in self.grids for side in grid))
 
     def __len__(self) -> int:
         """K, the number of scales."""
@@ -46,25 +65,6 @@ class ScaleSchedule:
     def __getitem__(self, scale: int) -> Grid:
         return self.grids[scale]
 
-    @cached_property
-    def lengths(self) -> tuple[int, ...]:
-        """(K,) tokens of each scale: n_k = h_k w_k."""
-        return tuple(h * w for h, w in self.grids)
-
-    @cached_property
-    def ends(self) -> tuple[int, ...]:
-        """(K,) tokens up to and including each scale: e_k = n_1 + ... + n_k."""
-        total, ends = 0, []
-        for length in self.lengths:
-            total += length
-            ends.append(total)
-        return tuple(ends)
-
-    @cached_property
-    def starts(self) -> tuple[int, ...]:
-        """(K,) index of each scale's first token."""
-        return (0, *self.ends[:-1])
-
     @property
     def num_tokens(self) -> int:
         """L, the tokens of all scales."""
@@ -75,20 +75,15 @@ class ScaleSchedule:
         """(height, width) of the last grid."""
         return self.grids[-1]
 
-    @cached_property
+    @property
     def scale_of_token(self) -> tuple[int, ...]:
         """(L,) the scale index of each token."""
         return tuple(k for k, length in enumerate(self.lengths) for _ in range(length))
 
-    @cached_property
+    @property
     def visible_ends(self) -> tuple[int, ...]:
         """(L,) for each query the number of keys it sees; key j is visible iff j < visible_ends[query]."""
         return tuple(self.ends[k] for k in self.scale_of_token)
-
-    @cached_property
-    def flat(self) -> tuple[int, ...]:
-        """(2K,) the sides h_1, w_1, h_2, w_2, ...: how a schedule travels through an operator's schema."""
-        return tuple(side for grid in self.grids for side in grid)
 
     @classmethod
     def from_flat(cls, flat: Sequence[int]) -> ScaleSchedule:

@@ -1,0 +1,98 @@
+"""Scale-wise block-causal attention over an optional prefix that a group of samples shares."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastvar.ops import _checks
+from fastvar.ops._dispatch import Implementation
+from fastvar.ops._operator import Operator
+from fastvar.schedule import ScaleSchedule
+
+
+class PrefixKV(NamedTuple):
+    """Keys and values that a group of batch rows shares: batch row b reads row b // G.
+
+    Attributes:
+        k: (B/G, P, H, D), any strides.
+        v: (B/G, P, H, D), any strides.
+        lengths: (B/G,) int32 or int64, how many of the P tokens are valid, counted from the left; None for all.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    lengths: torch.Tensor | None = None
+
+
+def check_shared(op: str, argument: str, shared: PrefixKV, q: torch.Tensor) -> None:
+    """Check keys and values that rows share against queries q (B, n, H, D)."""
+    _checks.shape(op, f"{argument}.k", shared.k, "rows", "P", q.shape[2], q.shape[3])
+    _checks.shape(op, f"{argument}.v", shared.v, *shared.k.shape)
+    _checks.same_dtype_and_device(op, "q", q, **{f"{argument}.k": shared.k, f"{argument}.v": shared.v})
+    _checks.groups(op, f"{argument}.k", q.shape[0], shared.k.shape[0])
+    if shared.lengths is not None:
+        _checks.shape(op, f"{argument}.lengths", shared.lengths, shared.k.shape[0])
+        _checks.integer(op, f"{argument}.lengths", shared.lengths)
+
+
+def _fake(q: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+_OPERATOR = Operator(
+    "block_causal_attention",
+    "Tensor q, Tensor k, Tensor v, int[] grids, Tensor? prefix_k, Tensor? prefix_v, Tensor? prefix_lengths, "
+    "float softmax_scale, bool block_diagonal",
+    "Tensor",
+    fake=_fake,
+    implementations=[
+        Implementation("reference", "fastvar.kernels.block_causal_attention.reference", verified=("CPU",))
+    ],
+)
+
+
+def block_causal_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    schedule: ScaleSchedule,
+    *,
+    prefix: PrefixKV | None = None,
+    softmax_scale: float | None = None,
+    block_diagonal: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention in which a token of scale k sees the prefix and every token of scales <= k.
+
+    Args:
+        q, k, v: (B, L, H, D) with L = schedule.num_tokens, one floating dtype, any strides.
+        schedule: the scales of the L tokens.
+        prefix: tokens before the image that every sample of a group shares; read once a group, never copied by
+            the fused implementations. Its gradients are summed over the group.
+        softmax_scale: multiplies the scores; 1 / sqrt(D) by default.
+        block_diagonal: a token sees the prefix and its own scale only (Switti, arXiv 2412.01819).
+        backend: see `fastvar.support()`.
+
+    Returns:
+        (B, L, H, D) in q's dtype, contiguous. Softmax statistics in float32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a batch that the prefix's rows do not divide.
+
+    Source: VAR (arXiv 2404.02905); the subject prefix is DreamVAR's (arXiv 2601.22507).
+    """
+    op = "block_causal_attention"
+    _checks.schedule(op, schedule)
+    _checks.floating(op, "q", q)
+    _checks.shape(op, "q", q, "B", schedule.num_tokens, "H", "D")
+    _checks.shape(op, "k", k, *q.shape)
+    _checks.shape(op, "v", v, *q.shape)
+    _checks.same_dtype_and_device(op, "q", q, k=k, v=v)
+    if prefix is not None:
+        check_shared(op, "prefix", prefix, q)
+    else:
+        prefix = PrefixKV(None, None)  # type: ignore[arg-type]
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return _OPERATOR(backend, q, k, v, schedule.flat, *prefix, scale, block_diagonal)

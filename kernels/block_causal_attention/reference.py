@@ -1,0 +1,57 @@
+"""Block-causal attention scale by scale in plain PyTorch: the specification.
+
+Each scale's queries see one rectangle of keys, so scaled_dot_product_attention needs no mask and nothing that is masked
+is ever computed. Only a ragged prefix needs a mask, over its own columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastvar.schedule import ScaleSchedule
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    schedule: ScaleSchedule,
+    prefix_k: torch.Tensor | None,
+    prefix_v: torch.Tensor | None,
+    prefix_lengths: torch.Tensor | None,
+    softmax_scale: float,
+    block_diagonal: bool,
+) -> torch.Tensor:
+    """q, k, v (B, L, H, D); prefix_k, prefix_v (B/G, P, H, D); prefix_lengths (B/G,). Returns (B, L, H, D)."""
+    prefix, visible = 0, None
+    if prefix_k is not None and prefix_v is not None:
+        prefix, group = prefix_k.shape[1], q.shape[0] // max(prefix_k.shape[0], 1)
+        k = torch.cat([prefix_k.repeat_interleave(group, 0), k], 1)
+        v = torch.cat([prefix_v.repeat_interleave(group, 0), v], 1)
+        if prefix_lengths is not None:
+            # [B, 1, 1, P + L]: the prefix up to its length, and all of the image
+            column = torch.arange(k.shape[1], device=k.device)
+            lengths = prefix_lengths.repeat_interleave(group)[:, None]
+            visible = ((column < lengths) | (column >= prefix))[:, None, None]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, ., D]
+    outputs = []
+    for start, end in zip(schedule.starts, schedule.ends, strict=True):
+        keys = [slice(0, prefix + end)]
+        if block_diagonal:
+            keys = [slice(0, prefix), slice(prefix + start, prefix + end)]
+
+        def rows(tensor: torch.Tensor, dim: int, keys: list[slice] = keys) -> torch.Tensor:
+            parts = [tensor.narrow(dim, s.start, s.stop - s.start) for s in keys]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q[:, :, start:end],
+                rows(k, 2),
+                rows(v, 2),
+                attn_mask=None if visible is None else rows(visible, 3),
+                scale=softmax_scale,
+            ).transpose(1, 2)
+        )
+    return torch.cat(outputs, 1)
