@@ -32,6 +32,13 @@ def same_dtype_and_device(op: str, reference: str, tensor: torch.Tensor, **other
             fail(op, name, f"{tensor.dtype} on {tensor.device} as {reference}", f"{other.dtype} on {other.device}")
 
 
+def same_device(op: str, reference: str, tensor: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Check that the tensors named are on the device of `tensor`, whose argument is called `reference`."""
+    for name, other in others.items():
+        if other is not None and other.device != tensor.device:
+            fail(op, name, f"{tensor.device} as {reference}", other.device)
+
+
 def floating(op: str, argument: str, tensor: torch.Tensor) -> None:
     """Check that a tensor holds floating-point numbers."""
     if not tensor.is_floating_point():

@@ -1,0 +1,169 @@
+"""propagate_mask and boxes_to_mask against their definition, written out token by token."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from samples import noise
+
+from fastvar.ops import ResidualConv, accumulate_scale, boxes_to_mask, propagate_mask
+from fastvar.schedule import PRESETS, VAR_256, ScaleSchedule
+
+RECTANGLES = ScaleSchedule((1, (2, 3), (2, 5), (5, 7), (5, 7)))
+
+
+def interval(i: int, coarse: int, fine: int, footprint: str) -> list[int]:
+    """The fine cells under token i along one axis."""
+    if footprint == "area":
+        return list(range(math.floor(i * fine / coarse), math.ceil((i + 1) * fine / coarse)))
+    cells = []
+    for y in range(fine):
+        source = (y + 0.5) * coarse / fine - 0.5
+        taps = range(math.floor(source) - 1, math.floor(source) + 3) if coarse != fine else [y]
+        if i in [min(max(tap, 0), coarse - 1) for tap in taps]:
+            cells.append(y)
+    return [y for y in range(fine) if {y - 1, y, y + 1} & set(cells)]
+
+
+@pytest.mark.parametrize("footprint", ["area", "support"])
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_definition(name: str, footprint: str) -> None:
+    """Forty tokens of every preset, in two masks: a thin one and a thick one."""
+    schedule = PRESETS[name]
+    height, width = schedule.finest
+    draw = random.Random(name)
+    numbers = noise(2, height, width, dtype=torch.float64)
+    mask = torch.stack([numbers[0] > 2.5, numbers[1] > 0])
+    hard = propagate_mask(mask, schedule, footprint=footprint)
+    soft = propagate_mask(mask, schedule, footprint=footprint, soft=True)
+    assert hard.dtype == torch.bool and soft.dtype == torch.float32
+    assert hard.shape == soft.shape == (2, schedule.num_tokens)
+    for token in {0, schedule.num_tokens - 1, *draw.choices(range(schedule.num_tokens), k=40)}:
+        k = schedule.scale_of_token[token]
+        i, j = divmod(token - schedule.starts[k], schedule[k][1])
+        rows = interval(i, schedule[k][0], height, footprint)
+        columns = interval(j, schedule[k][1], width, footprint)
+        covered = mask[:, rows][:, :, columns].double().mean((1, 2))
+        assert torch.equal(hard[:, token], covered > 0)
+        torch.testing.assert_close(soft[:, token].double(), covered, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("footprint", ["area", "support"])
+def test_every_token_of_rectangles(footprint: str) -> None:
+    mask = noise(3, 5, 7).clamp(0, 1)
+    soft = propagate_mask(mask, RECTANGLES, footprint=footprint, soft=True)
+    expected = []
+    for h, w in RECTANGLES:
+        for i in range(h):
+            for j in range(w):
+                part = mask[:, interval(i, h, 5, footprint)][:, :, interval(j, w, 7, footprint)]
+                expected.append(part.mean((1, 2)))
+    torch.testing.assert_close(soft, torch.stack(expected, 1))
+    assert torch.equal(propagate_mask(mask, RECTANGLES, footprint=footprint), soft > 0)
+
+
+def test_finest_scale_is_the_mask_itself() -> None:
+    mask = noise(2, 16, 16) > 1
+    tokens = propagate_mask(mask, VAR_256)
+    assert torch.equal(tokens[:, VAR_256.starts[-1] :], mask.flatten(1))
+    assert torch.equal(tokens[:, 0], mask.flatten(1).any(1))
+    assert not propagate_mask(torch.zeros(1, 16, 16), VAR_256, footprint="support").any()
+    assert propagate_mask(torch.ones(1, 16, 16), VAR_256, soft=True).eq(1).all()
+    assert propagate_mask(mask[:0], VAR_256).shape == (0, 680)
+
+
+@pytest.mark.parametrize("schedule", [RECTANGLES, ScaleSchedule((1, 2, 3, 6, 9))], ids=str)
+def test_support_holds_every_cell_that_a_token_changes(schedule: ScaleSchedule) -> None:
+    """A cell that a code changes through upsampling and phi turns its token on."""
+    height, width = schedule.finest
+    phi = ResidualConv(torch.ones(1, 1, 1, 3, 3), torch.zeros(1, 1), 0.5, (0,) * len(schedule))
+    every_cell = torch.eye(height * width).view(-1, height, width) > 0
+    tokens_on = propagate_mask(every_cell, schedule, footprint="support")  # [cell, token]
+    codebook = torch.tensor([[0.0], [1.0]])
+    empty = torch.zeros(1, 1, height, width)
+    for k, length in enumerate(schedule.lengths):
+        for i in range(length):
+            tokens = torch.zeros(1, length, dtype=torch.int64)
+            tokens[0, i] = 1
+            changed = accumulate_scale(tokens, empty, codebook, schedule, k, phi=phi).feature_map.flatten().abs() > 1e-6
+            assert tokens_on[changed, schedule.starts[k] + i].all()
+
+
+def test_strides_and_dtypes() -> None:
+    mask = noise(2, 7, 5).mT
+    expected = propagate_mask((mask > 0).contiguous(), RECTANGLES)
+    for other in (mask, mask.double(), mask.half(), mask > 0):
+        assert torch.equal(propagate_mask(other, RECTANGLES), expected)
+    assert not propagate_mask(mask.requires_grad_(), RECTANGLES, soft=True).requires_grad
+
+
+def overlap(box: list[float], size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
+    mask = torch.zeros(grid, dtype=torch.bool)
+    for y in range(grid[0]):
+        for x in range(grid[1]):
+            top, bottom = max(box[1], y * size[0] / grid[0]), min(box[3], (y + 1) * size[0] / grid[0])
+            left, right = max(box[0], x * size[1] / grid[1]), min(box[2], (x + 1) * size[1] / grid[1])
+            mask[y, x] = top < bottom and left < right
+    return mask
+
+
+def test_boxes_against_their_definition() -> None:
+    draw = random.Random(0)
+    size, grid = (80, 112), RECTANGLES.finest
+    boxes = [[draw.uniform(-40, 130) for _ in range(4)] for _ in range(60)]
+    boxes += [[0, 0, 16, 16], [16, 16, 32, 32], [112, 0, 200, 80], [-9, -9, 0, 0], [-9, -9, 500, 500], [5, 5, 5, 9]]
+    got = boxes_to_mask(torch.tensor(boxes)[:, None], size, RECTANGLES)
+    expected = torch.stack([overlap(box, size, grid) for box in torch.tensor(boxes).tolist()])
+    assert torch.equal(got, expected)
+    assert got[-6].sum() == 1 and got[-5].sum() == 1 and got[-2].all()
+    assert not got[-4].any() and not got[-3].any() and not got[-1].any()
+
+
+def test_boxes_of_one_image_are_joined() -> None:
+    nan = math.nan
+    boxes = [
+        torch.tensor([[0.0, 0.0, 10.0, 10.0], [100.0, 70.0, 101.0, 71.0], [nan, 0.0, 99.0, 99.0]]),
+        torch.zeros(0, 4),
+        torch.tensor([[0, 0, nan, 50], [30, 0, 20, 50]]),
+        torch.tensor([[-math.inf, 0, math.inf, 1]]),
+    ]
+    got = boxes_to_mask(boxes, (80, 112), RECTANGLES)
+    assert got.shape == (4, 5, 7)
+    assert got[0].nonzero().tolist() == [[0, 0], [4, 6]]
+    assert not got[1].any() and not got[2].any()
+    assert got[3].nonzero().tolist() == [[0, x] for x in range(7)]
+    assert boxes_to_mask([], (80, 112), RECTANGLES).shape == (0, 5, 7)
+    assert boxes_to_mask(torch.zeros(2, 0, 4), (80, 112), RECTANGLES).any() == torch.tensor(False)
+    assert boxes_to_mask(torch.tensor([[[0, 0, 16, 16]]]), (80, 112), RECTANGLES).sum() == 1
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"mask": torch.zeros(2, 7, 5)}, r"mask: expected shape \(B, 5, 7\), got \(2, 7, 5\)"),
+    ({"mask": torch.zeros(5, 7)}, r"mask: expected shape \(B, 5, 7\), got \(5, 7\)"),
+    ({"mask": torch.zeros(2, 5, 7, dtype=torch.uint8)}, r"mask: expected a bool or floating-point tensor, got torch"),
+    ({"schedule": "var-256"}, r"schedule: expected a ScaleSchedule, got str"),
+    ({"footprint": "bicubic"}, r"footprint: expected 'area' or 'support', got 'bicubic'"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), MISTAKES)
+def test_mistakes(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"propagate_mask: {message}"):
+        propagate_mask(**{"mask": torch.zeros(2, 5, 7), "schedule": RECTANGLES, **wrong})
+
+
+def test_box_mistakes() -> None:
+    with pytest.raises(ValueError, match=r"boxes_to_mask: boxes: expected shape \(B, N, 4\), got \(3, 4\)"):
+        boxes_to_mask(torch.zeros(3, 4), (80, 112), RECTANGLES)
+    with pytest.raises(ValueError, match=r"boxes_to_mask: boxes\[1\]: expected shape \(N, 4\), got \(2, 5\)"):
+        boxes_to_mask([torch.zeros(3, 4), torch.zeros(2, 5)], (80, 112), RECTANGLES)
+    with pytest.raises(
+        ValueError, match=r"boxes_to_mask: image_size: expected positive height and width, got \(0, 8\)"
+    ):
+        boxes_to_mask(torch.zeros(1, 3, 4), (0, 8), RECTANGLES)
+    with pytest.raises(ValueError, match="boxes_to_mask: schedule: expected a ScaleSchedule, got int"):
+        boxes_to_mask(torch.zeros(1, 3, 4), (8, 8), 16)  # type: ignore[arg-type]
