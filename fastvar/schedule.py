@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 Grid = tuple[int, int]
 
@@ -42,7 +42,7 @@ class ScaleSchedule:
         object.__setattr__(self, "grids", tuple(_as_grid(grid) for grid in grids))
         if not self.grids:
             raise ValueError("ScaleSchedule: grids: expected at least one grid, got none")
-        for k, (coarse, fine) in enumerate(zip(self.grids, self.grids[1:], strict=False)):
+        for k, (coarse, fine) in enumerate(pairwise(self.grids)):
             if fine[0] < coarse[0] or fine[1] < coarse[1]:
                 raise ValueError(
                     "ScaleSchedule: grids: expected sides that never shrink, "
@@ -87,7 +87,11 @@ class ScaleSchedule:
 
     @classmethod
     def from_flat(cls, flat: Sequence[int]) -> ScaleSchedule:
-        """The schedule whose `flat` this is."""
+        """The schedule whose `flat` this is.
+
+        Raises:
+            ValueError: an odd number of sides, or not a schedule.
+        """
         return _from_flat(tuple(flat))
 
     def truncated(self, num_scales: int) -> ScaleSchedule:
@@ -137,16 +141,19 @@ class ScaleSchedule:
 
 
 def _as_grid(grid: int | Sequence[int]) -> Grid:
-    sides = (grid, grid) if isinstance(grid, int) else tuple(grid)
+    sides = tuple(grid) if isinstance(grid, Sequence) else (grid,)
     if len(sides) == 1:
         sides = (sides[0], sides[0])
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+    # bool is an int, but nobody means a grid by it
+    if len(sides) != 2 or not all(isinstance(s, int) and not isinstance(s, bool) and s >= 1 for s in sides):
         raise ValueError(f"ScaleSchedule: grids: expected positive ints or pairs (height, width), got {grid!r}")
     return sides[0], sides[1]
 
 
 @lru_cache(maxsize=256)
 def _from_flat(flat: tuple[int, ...]) -> ScaleSchedule:
+    if len(flat) % 2:
+        raise ValueError(f"ScaleSchedule.from_flat: flat: expected pairs of sides, got {len(flat)} sides")
     return ScaleSchedule(tuple(zip(flat[::2], flat[1::2], strict=True)))
 
 

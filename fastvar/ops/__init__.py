@@ -2,10 +2,52 @@
 
 from fastvar.ops._dispatch import explain, support
 from fastvar.ops.adaptive_layer_norm import adaptive_layer_norm, gated_residual
+from fastvar.ops.bitwise_residual_quantize import QuantizedBits, accumulate_bits, bitwise_residual_quantize
+from fastvar.ops.block_causal_attention import PrefixKV, block_causal_attention
+from fastvar.ops.cached_attention import cached_attention
+from fastvar.ops.policy_loss import PolicyLoss, group_advantages, policy_loss
+from fastvar.ops.propagate_mask import boxes_to_mask, propagate_mask
+from fastvar.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_into_cache, rope_tables
+from fastvar.ops.residual_quantize import (
+    AccumulatedScale,
+    QuantizedResidual,
+    ResidualConv,
+    accumulate_scale,
+    residual_conv_index,
+    residual_quantize,
+)
+from fastvar.ops.sample_tokens import SampledBits, SampledTokens, sample_bits, sample_tokens
+from fastvar.ops.token_log_probs import TokenLogProbs, token_log_probs
 
 __all__ = [
+    "AccumulatedScale",
+    "PolicyLoss",
+    "PrefixKV",
+    "QuantizedBits",
+    "QuantizedResidual",
+    "ResidualConv",
+    "SampledBits",
+    "SampledTokens",
+    "TokenLogProbs",
+    "accumulate_bits",
+    "accumulate_scale",
     "adaptive_layer_norm",
+    "bitwise_residual_quantize",
+    "block_causal_attention",
+    "boxes_to_mask",
+    "cached_attention",
     "explain",
     "gated_residual",
+    "group_advantages",
+    "policy_loss",
+    "propagate_mask",
+    "qk_norm_rope",
+    "qk_norm_rope_into_cache",
+    "residual_conv_index",
+    "residual_quantize",
+    "rope_tables",
+    "sample_bits",
+    "sample_tokens",
     "support",
+    "token_log_probs",
 ]

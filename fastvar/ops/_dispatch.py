@@ -78,8 +78,8 @@ REGISTRY: dict[str, tuple[Implementation, ...]] = {}
 _warned: set[tuple[str, str]] = set()
 
 
-def resolve(op: str, backend: str, tensor: torch.Tensor) -> str:
-    """The backend that runs operator `op` for a lead tensor, given the caller's wish.
+def resolve(op: str, backend: str, tensor: torch.Tensor, log: bool = True) -> str:
+    """The backend that runs operator `op` for a lead tensor, given the caller's wish; a downgrade is logged once.
 
     Raises:
         ValueError: unknown backend.
@@ -95,7 +95,7 @@ def resolve(op: str, backend: str, tensor: torch.Tensor) -> str:
             obstacle = implementation.why_not(tensor)
             if obstacle is None:
                 return implementation.backend
-            if tensor.device.type in implementation.devices and not torch.compiler.is_compiling():
+            if log and tensor.device.type in implementation.devices and not torch.compiler.is_compiling():
                 _warn_once(op, implementation.backend, obstacle)
         elif implementation.backend == wish:
             obstacle = implementation.why_not(tensor)
@@ -126,7 +126,7 @@ def explain(op: str, tensor: torch.Tensor, backend: str = "auto") -> Explanation
     if op not in REGISTRY:
         raise ValueError(f"explain: op: expected one of {tuple(REGISTRY)}, got {op!r}")
     try:
-        chosen = resolve(op, backend, tensor)
+        chosen = resolve(op, backend, tensor, log=False)
     except RuntimeError as error:
         chosen = f"none: {error}"
     reasons = {}

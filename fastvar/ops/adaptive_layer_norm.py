@@ -49,7 +49,7 @@ def adaptive_layer_norm(
         once at the end.
 
     Raises:
-        ValueError: shapes that do not fit, a dtype that is not floating.
+        ValueError: shapes or devices that do not fit, a dtype that is not floating.
 
     Source: DiT (arXiv 2212.09748) as used by VAR (arXiv 2404.02905).
     """
@@ -58,6 +58,9 @@ def adaptive_layer_norm(
     _checks.floating(op, "x", x)
     _checks.shape(op, "scale", scale, x.shape[0], x.shape[2])
     _checks.shape(op, "shift", shift, x.shape[0], x.shape[2])
+    _checks.floating(op, "scale", scale)
+    _checks.floating(op, "shift", shift)
+    _checks.same_device(op, "x", x, scale=scale, shift=shift)
     return _NORM(backend, x, scale, shift, eps)
 
 
@@ -74,11 +77,14 @@ def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, *, back
         (B, L, C) in x's dtype, contiguous; computed in float32 (float64 for float64 input) and rounded once.
 
     Raises:
-        ValueError: shapes that do not fit, a dtype that is not floating.
+        ValueError: shapes or devices that do not fit, a dtype that is not floating.
     """
     op = "gated_residual"
     _checks.shape(op, "x", x, "B", "L", "C")
     _checks.floating(op, "x", x)
     _checks.shape(op, "y", y, *x.shape)
     _checks.shape(op, "gate", gate, x.shape[0], x.shape[2])
+    _checks.floating(op, "y", y)
+    _checks.floating(op, "gate", gate)
+    _checks.same_device(op, "x", x, y=y, gate=gate)
     return _GATE(backend, x, y, gate)

@@ -35,6 +35,7 @@ def check_shared(op: str, argument: str, shared: PrefixKV, q: torch.Tensor) -> N
     if shared.lengths is not None:
         _checks.shape(op, f"{argument}.lengths", shared.lengths, shared.k.shape[0])
         _checks.integer(op, f"{argument}.lengths", shared.lengths)
+        _checks.same_device(op, "q", q, **{f"{argument}.lengths": shared.lengths})
 
 
 def _fake(q: torch.Tensor, *_: object) -> torch.Tensor:

@@ -46,12 +46,16 @@ def _check(
     _checks.same_dtype_and_device(op, "q", q, k=k)
     if log_scale is not None:
         _checks.shape(op, "log_scale", log_scale, q.shape[2])
+        _checks.floating(op, "log_scale", log_scale)
+        _checks.same_device(op, "q", q, log_scale=log_scale)
     if rope is None:
         return None, None
     if q.shape[3] % 2:
         _checks.fail(op, "q", "an even head dimension for rotary positions", q.shape[3])
     for name, table in zip(("rope cos", "rope sin"), rope, strict=True):
         _checks.shape(op, name, table, q.shape[1], q.shape[3] // 2)
+        _checks.floating(op, name, table)
+        _checks.same_device(op, "q", q, **{name: table})
     return rope
 
 

@@ -1,1 +1,1 @@
-"""Implementations of the operator adaptive_layer_norm; see fastvar/ops/adaptive_layer_norm.py for the contract."""
+"""Implementations behind fastvar/ops/adaptive_layer_norm.py, where the contract stands."""

@@ -1,1 +1,1 @@
-"""Implementations of the operator block_causal_attention; see fastvar/ops/block_causal_attention.py for the contract."""
+"""Implementations behind fastvar/ops/block_causal_attention.py, where the contract stands."""

@@ -1,1 +1,1 @@
-"""Implementations of the operator cached_attention; see fastvar/ops/cached_attention.py for the contract."""
+"""Implementations behind fastvar/ops/cached_attention.py, where the contract stands."""

@@ -1,1 +1,1 @@
-"""Implementations of the operator policy_loss; see fastvar/ops/policy_loss.py for the contract."""
+"""Implementations behind fastvar/ops/policy_loss.py, where the contract stands."""

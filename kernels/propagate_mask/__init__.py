@@ -1,1 +1,1 @@
-"""Implementations of the operator propagate_mask; see fastvar/ops/propagate_mask.py for the contract."""
+"""Implementations behind fastvar/ops/propagate_mask.py, where the contract stands."""

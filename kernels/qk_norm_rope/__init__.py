@@ -1,1 +1,1 @@
-"""Implementations of the operator qk_norm_rope; see fastvar/ops/qk_norm_rope.py for the contract."""
+"""Implementations behind fastvar/ops/qk_norm_rope.py, where the contract stands."""

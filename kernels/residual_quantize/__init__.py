@@ -1,1 +1,1 @@
-"""Implementations of the operator residual_quantize; see fastvar/ops/residual_quantize.py for the contract."""
+"""Implementations behind fastvar/ops/residual_quantize.py, where the contract stands."""

@@ -1,1 +1,1 @@
-"""Implementations of the operator sample_tokens; see fastvar/ops/sample_tokens.py for the contract."""
+"""Implementations behind fastvar/ops/sample_tokens.py, where the contract stands."""

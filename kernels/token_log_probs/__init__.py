@@ -1,1 +1,1 @@
-"""Implementations of the operator token_log_probs; see fastvar/ops/token_log_probs.py for the contract."""
+"""Implementations behind fastvar/ops/token_log_probs.py, where the contract stands."""

@@ -118,7 +118,9 @@ def test_opcheck(name: str, index: int) -> None:
     for op, args in recorded.calls:
         # opcheck itself cannot describe a sliced tensor without elements
         plain = [a.detach() if isinstance(a, torch.Tensor) and a.numel() else a for a in args]
-        plain = [torch.zeros(a.shape, dtype=a.dtype) if isinstance(a, torch.Tensor) and not a.numel() else a for a in plain]
+        plain = [
+            torch.zeros(a.shape, dtype=a.dtype) if isinstance(a, torch.Tensor) and not a.numel() else a for a in plain
+        ]
         tests = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(op, tuple(plain), test_utils=tests)
 

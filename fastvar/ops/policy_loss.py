@@ -1,0 +1,287 @@
+"""The loss of group-relative policy optimisation over scales, and the advantages it uses."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from fastvar.ops import _checks
+from fastvar.ops._dispatch import Implementation, resolve
+from fastvar.ops._operator import Operator
+from fastvar.ops.token_log_probs import Head, score
+from fastvar.schedule import ScaleSchedule
+
+NORMALISATIONS = ("group", "batch", "none")
+PANW_NORMALISATIONS = ("per_segment", "per_scale", "none")
+RATIO_LEVELS = ("token", "scale", "sample")
+KL_ESTIMATORS = ("exact", "k2", "k3")
+
+
+class PolicyLoss(NamedTuple):
+    """The loss, a scalar that carries the gradient; all else is detached, for logs and later updates.
+
+    Attributes:
+        loss: ().
+        kl: (), mean KL estimate over the trained tokens, weighted with the mask; 0 without a reference.
+        clip_fraction: (), share of the trained tokens whose ratio the clip holds, so that they give no policy gradient.
+        entropy: (), mean entropy of the trained tokens in nats.
+        log_probs: (B, L), the policy's log-probabilities of all tokens.
+        ratio: (), mean ratio of the trained tokens; exactly 1 on-policy.
+        gradient_share: (K,), how the gradient divides over the scales: with g_i = d loss / d log_probs_i, the scale's
+            share of sum_k |g of scale k|_2. It leaves out |d log_probs_i / d logits| (near 1 unless a token is nearly
+            certain), the exact KL and the entropy bonus, which do not pass through log_probs.
+    """
+
+    loss: torch.Tensor
+    kl: torch.Tensor
+    clip_fraction: torch.Tensor
+    entropy: torch.Tensor
+    log_probs: torch.Tensor
+    ratio: torch.Tensor
+    gradient_share: torch.Tensor
+
+
+def _fake(log_probs: torch.Tensor, *rest: object) -> tuple[torch.Tensor, ...]:
+    grids = rest[6]
+    assert isinstance(grids, list | tuple)
+    return tuple(log_probs.new_empty(shape) for shape in ((), (), (), (), (), (len(grids) // 2,)))
+
+
+_LOSS = Operator(
+    "policy_loss",
+    "Tensor log_probs, Tensor entropy, Tensor? exact_kl, Tensor? old_log_probs, Tensor? reference_log_probs, "
+    "Tensor advantages, Tensor? token_mask, int[] grids, int first_scale, float panw_alpha, str panw_normalisation, "
+    "float clip_low, float clip_high, str ratio_level, float kl_weight, str kl_estimator, float entropy_weight",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    implementations=[Implementation("reference", "fastvar.kernels.policy_loss.reference", verified=("CPU",))],
+)
+
+
+def group_advantages(
+    rewards: torch.Tensor, group_size: int, *, normalise: str = "group", spread_floor: float = 1e-4
+) -> torch.Tensor:
+    """Advantages of samples within their groups: (R_b - mean of the group) / (spread + spread_floor).
+
+    Args:
+        rewards: (B,), the rows of a group adjacent. One that is NaN or infinite counts as missing: its advantage is 0
+            and its group's mean and spread are those of the others.
+        group_size: G, divides B.
+        normalise: what to divide by. "group": the standard deviation of the group's rewards; "batch": of all rewards of
+            the batch; "none": nothing, the advantage is the deviation from the group's mean.
+        spread_floor: added to the standard deviation, so that a group whose rewards hardly differ is not blown up.
+
+    Returns:
+        (B,) float32 (float64 for float64), without gradient. Exactly 0 where all rewards of the group are equal. The
+        standard deviation is that of the population (divided by G, not G - 1), for which a group's advantages have
+        mean square 1 whatever its size; a trainer with the sample's has advantages smaller by sqrt((G - 1) / G).
+
+    Raises:
+        ValueError: shapes or settings that do not fit.
+
+    Source: DeepSeekMath (arXiv 2402.03300), which leaves the kind of deviation open.
+    """
+    return _group_advantages("group_advantages", rewards, group_size, normalise, spread_floor)
+
+
+def _group_advantages(
+    op: str, rewards: torch.Tensor, group_size: int | None, normalise: str, spread_floor: float
+) -> torch.Tensor:
+    _checks.shape(op, "rewards", rewards, "B")
+    _checks.floating(op, "rewards", rewards)
+    if group_size is None or group_size < 1 or rewards.shape[0] % group_size:
+        _checks.fail(op, "group_size", f"a number that divides the batch {rewards.shape[0]}", group_size)
+    _choice(op, "normalise", normalise, NORMALISATIONS)
+    _at_least_zero(op, spread_floor=spread_floor)
+    groups = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size or 1)
+    valid = groups.isfinite()
+    count = valid.sum(1, keepdim=True).clamp_min(1)
+    mean = torch.where(valid, groups, 0).sum(1, keepdim=True) / count
+    deviation = torch.where(valid, groups - mean, 0)
+    highest = torch.where(valid, groups, -math.inf).amax(1, keepdim=True)
+    lowest = torch.where(valid, groups, math.inf).amin(1, keepdim=True)
+    # Rounding may leave a mean beside rewards that are all equal.
+    deviation = torch.where(highest > lowest, deviation, 0)
+    if normalise == "group":
+        deviation = deviation / ((deviation.square().sum(1, keepdim=True) / count).sqrt() + spread_floor)
+    elif normalise == "batch":
+        total = valid.sum().clamp_min(1)
+        centred = torch.where(valid, groups - torch.where(valid, groups, 0).sum() / total, 0)
+        deviation = deviation / ((centred.square().sum() / total).sqrt() + spread_floor)
+    # With a floor of 0 a group without spread would be 0 / 0.
+    return torch.where(highest > lowest, deviation, 0).view(-1)
+
+
+def policy_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    tokens: torch.Tensor,
+    rewards: torch.Tensor | None,
+    schedule: ScaleSchedule,
+    *,
+    group_size: int | None = None,
+    advantages: torch.Tensor | None = None,
+    normalise: str = "group",
+    spread_floor: float = 1e-4,
+    old_log_probs: torch.Tensor | None = None,
+    reference_log_probs: torch.Tensor | None = None,
+    reference_head: Head | None = None,
+    token_mask: torch.Tensor | None = None,
+    first_scale: int = 0,
+    panw_alpha: float = 0.0,
+    panw_normalisation: str = "per_segment",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    ratio_level: str = "token",
+    kl_weight: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_weight: float = 0.0,
+    temperature: float = 1.0,
+    backend: str = "auto",
+) -> PolicyLoss:
+    """The clipped, group-relative policy loss of drawn tokens, from hidden states and the head, without whole logits.
+
+    For token i of sample b and scale t, with l its log-probability, A the advantage and m the mask::
+
+        r_i  = exp(l_i - l_i^old)
+        s_i  = min(r_i A_b, clip(r_i, 1 - clip_low, 1 + clip_high) A_b)
+        w_i  = (h_t w_t)^-panw_alpha m_i
+        loss = -sum_i w_i (s_i - kl_weight kl_i + entropy_weight H_i) / sum_i w_i
+
+    Args:
+        hidden: (B, L, E), or the logits (B, L, V) or (B, L, d) where weight is None; see `token_log_probs`.
+        weight: (V, E), (d, E) for bits, or None.
+        bias: (V,), (d,) for bits, or None.
+        tokens: (B, L), or bits (B, L, d).
+        rewards: (B,), the rows of a group adjacent; or None, with `advantages`.
+        schedule: its scales hold the L tokens; a truncated one for the coarse segment of a rollout.
+        group_size: G, samples of a prompt; needed with rewards.
+        advantages: (B,) in place of rewards, for groups that span several processes.
+        normalise: "group", "batch" or "none", see `group_advantages`.
+        spread_floor: see `group_advantages`.
+        old_log_probs: (B, L) at the rollout; None is on-policy: the ratio is 1 and keeps its gradient.
+        reference_log_probs: (B, L) of the reference policy, for the estimators k2 and k3.
+        reference_head: (hidden, weight, bias) of the reference policy, for the exact KL.
+        token_mask: (B, L) bool or 0..1, the tokens to train and how much; None trains all. What stands at tokens whose
+            mask is 0 has no effect.
+        first_scale: scales before it are scored and not trained: the fine segment of a rollout.
+        panw_alpha: exponent of the per-action weight of a scale, by its number of tokens; 0 weighs all tokens alike.
+        panw_normalisation: "per_segment" divides by the sum of w_i, as above; "none" by the sum of m_i; "per_scale"
+            takes the mean over each scale's tokens first, then the mean of those, weighted with (h_t w_t)^-panw_alpha,
+            over the scales that have tokens to train. All sums run over the batch.
+        clip_low: how far a ratio may fall below 1 before a negative advantage stops pushing; math.inf never clips.
+        clip_high: how far it may rise above 1 before a positive advantage stops.
+        ratio_level: "token", or the geometric mean over the trained tokens of a "scale" or a "sample".
+        kl_weight: weight of the KL to the reference. With 0 the loss does not read the reference; one that is given is
+            still measured.
+        kl_estimator: with g = l^ref - l: "k3" exp(g) - g - 1, unbiased in value, not in gradient; "k2" g^2 / 2,
+            whose gradient on-policy is the KL's; "exact" the KL over the whole vocabulary, from reference_head.
+        entropy_weight: weight of an entropy bonus.
+        temperature: the one that the tokens were drawn with.
+        backend: see `fastvar.support()`.
+
+    Returns:
+        See `PolicyLoss`. Differentiable in hidden, weight and bias. In float32 (float64 for float64). Where nothing is
+        trained the loss is 0 with zero gradients.
+
+    Raises:
+        ValueError: shapes or settings that do not fit.
+
+    Source: VAR RL Done Right (arXiv 2601.02256), equations 4 to 15; DeepSeekMath (arXiv 2402.03300); estimators:
+        Schulman, Approximating KL divergence (2020); geometric-mean ratios: GSPO (arXiv 2507.18071).
+    """
+    op = "policy_loss"
+    resolve(op, backend, hidden)
+    _checks.schedule(op, schedule)
+    _checks.shape(op, "hidden", hidden, "B", schedule.num_tokens, "V" if weight is None else "E")
+    batch, length = hidden.shape[:2]
+    _choice(op, "panw_normalisation", panw_normalisation, PANW_NORMALISATIONS)
+    _choice(op, "ratio_level", ratio_level, RATIO_LEVELS)
+    _choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
+    _at_least_zero(
+        op,
+        panw_alpha=panw_alpha,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        kl_weight=kl_weight,
+        spread_floor=spread_floor,
+    )
+    if not 0 <= first_scale < len(schedule):
+        _checks.fail(op, "first_scale", f"a scale from 0 to {len(schedule) - 1}", first_scale)
+    per_token = {"old_log_probs": old_log_probs, "reference_log_probs": reference_log_probs, "token_mask": token_mask}
+    for name, tensor in per_token.items():
+        if tensor is not None:
+            _checks.shape(op, name, tensor, batch, length)
+            _on_device(op, name, tensor, hidden)
+            if name != "token_mask" or tensor.dtype != torch.bool:
+                _checks.floating(op, name, tensor)
+    if kl_estimator == "exact":
+        if reference_log_probs is not None:
+            _checks.fail(op, "reference_log_probs", "None: the exact KL takes reference_head", "a tensor")
+        if kl_weight != 0 and reference_head is None:
+            _checks.fail(op, "reference_head", "(hidden, weight, bias) for the exact KL", None)
+    else:
+        if reference_head is not None:
+            _checks.fail(
+                op, "reference_head", f"None: kl_estimator={kl_estimator!r} takes reference_log_probs", "a head"
+            )
+        if kl_weight != 0 and reference_log_probs is None:
+            _checks.fail(op, "reference_log_probs", f"a tensor, as kl_weight is {kl_weight}", None)
+    if (rewards is None) == (advantages is None):
+        _checks.fail(op, "rewards, advantages", "exactly one of them", "none" if rewards is None else "both")
+    if rewards is not None:
+        _checks.shape(op, "rewards", rewards, batch)
+        _on_device(op, "rewards", rewards, hidden)
+        advantages = _group_advantages(op, rewards, group_size, normalise, spread_floor)
+    elif advantages is not None:
+        _checks.shape(op, "advantages", advantages, batch)
+        _checks.floating(op, "advantages", advantages)
+        _on_device(op, "advantages", advantages, hidden)
+        advantages = advantages.detach()
+
+    scored = score(op, backend, hidden, weight, bias, tokens, temperature, reference_head)
+    # Without gradients that would be 0: their part of the head's backward pass is then left out.
+    entropies = scored.entropy if entropy_weight != 0 else scored.entropy.detach()
+    kls = scored.kl.detach() if scored.kl is not None and kl_weight == 0 else scored.kl
+    constants = [None if t is None else t.detach() for t in (old_log_probs, reference_log_probs)]
+    mask = None if token_mask is None else token_mask.detach()
+    loss, *measured = _LOSS(
+        backend,
+        scored.log_probs,
+        entropies,
+        kls,
+        *constants,
+        advantages,
+        mask,
+        schedule.flat,
+        first_scale,
+        panw_alpha,
+        panw_normalisation,
+        clip_low,
+        clip_high,
+        ratio_level,
+        kl_weight,
+        kl_estimator,
+        entropy_weight,
+    )
+    kl, clip_fraction, entropy, ratio, gradient_share = (value.detach() for value in measured)
+    return PolicyLoss(loss, kl, clip_fraction, entropy, scored.log_probs.detach(), ratio, gradient_share)
+
+
+def _choice(op: str, argument: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        _checks.fail(op, argument, f"one of {choices}", repr(value))
+
+
+def _at_least_zero(op: str, **numbers: float) -> None:
+    for name, number in numbers.items():
+        if not number >= 0:
+            _checks.fail(op, name, "at least 0", number)
+
+
+def _on_device(op: str, argument: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+    if tensor.device != like.device:
+        _checks.fail(op, argument, f"a tensor on {like.device} as hidden", tensor.device)

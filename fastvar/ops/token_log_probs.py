@@ -1,0 +1,155 @@
+"""Log-probability and entropy of tokens from hidden states and the head, without the logits in memory."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from fastvar.ops import _checks
+from fastvar.ops._dispatch import Implementation
+from fastvar.ops._operator import Operator
+
+Head = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+class TokenLogProbs(NamedTuple):
+    """(B, L) log-probabilities, entropies in nats and, with a reference head, KL(policy || reference), else None."""
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+    kl: torch.Tensor | None = None
+
+
+def _fake(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    tokens: torch.Tensor,
+    reference_hidden: torch.Tensor | None,
+    *_: object,
+) -> tuple[torch.Tensor, ...]:
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    shape = tokens.shape[:2]
+    shapes = (shape, shape, (0,) if reference_hidden is None else shape)
+    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+_LOG_PROBS = Operator(
+    "token_log_probs",
+    "Tensor hidden, Tensor? weight, Tensor? bias, Tensor tokens, Tensor? reference_hidden, Tensor? reference_weight, "
+    "Tensor? reference_bias, float temperature",
+    "(Tensor, Tensor, Tensor)",
+    fake=_fake,
+    implementations=[
+        Implementation("reference", "fastvar.kernels.token_log_probs.reference", verified=("CPU",)),
+    ],
+)
+
+
+def token_log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    tokens: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    reference_head: Head | None = None,
+    backend: str = "auto",
+) -> TokenLogProbs:
+    """Log-probability of each token and entropy of its distribution, softmax((hidden weight^T + bias) / temperature).
+
+    The logits exist for a few rows at a time only, in the forward and in the backward pass, which computes them anew.
+
+    Args:
+        hidden: (B, L, E), the states that the head reads. Without a weight they are the logits themselves: (B, L, V),
+            or (B, L, d) for bits.
+        weight: (V, E), the head; (d, E) for bits, where it gives difference logits (of 1 minus of 0). Or None.
+        bias: (V,), (d,) for bits, or None.
+        tokens: (B, L) int64 or int32 in 0..V-1; or (B, L, d) bits, bool or integers 0 and 1, whose log-probabilities
+            and entropies are summed over d.
+        temperature: above 0; the one that the tokens were drawn with.
+        reference_head: (hidden, weight, bias) of the reference policy for the exact KL over the vocabulary; its width
+            may differ, its vocabulary may not. It gets no gradient.
+        backend: see `fastvar.support()`.
+
+    Returns:
+        log_probs, entropy and kl, (B, L) each; kl is None without a reference. Differentiable in hidden, weight and
+        bias. Products of the inputs, sums and statistics in float32 (float64 for float64); under autocast the inputs of
+        the product are first rounded to its dtype, as a linear layer would. A row's result does not depend on the
+        other rows, nor on how many they are, wherever a matrix product of 16 rows or more has that property. The
+        weight's gradient is summed in a fixed order in float32 and rounded once.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, temperature not above 0; on a CPU also tokens out of range (on
+            other devices that would need a synchronisation, and the result is undefined).
+    """
+    return score("token_log_probs", backend, hidden, weight, bias, tokens, temperature, reference_head)
+
+
+def score(
+    op: str,
+    backend: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    tokens: torch.Tensor,
+    temperature: float,
+    reference_head: Head | None,
+) -> TokenLogProbs:
+    """`token_log_probs` on behalf of the operator `op`, which its errors name."""
+    _checks.shape(op, "hidden", hidden, "B", "L", "V" if weight is None else "E")
+    if not 0 < temperature < math.inf:
+        _checks.fail(op, "temperature", "a number above 0", temperature)
+    hidden, weight, bias = _checked_head(op, "", hidden, weight, bias)
+    size = hidden.shape[2] if weight is None else weight.shape[0]
+    if tokens.ndim == 3:
+        _checks.shape(op, "tokens", tokens, *hidden.shape[:2], size)
+        if tokens.dtype != torch.bool:
+            _checks.integer(op, "tokens", tokens)
+    else:
+        _checks.shape(op, "tokens", tokens, *hidden.shape[:2])
+        _checks.integer(op, "tokens", tokens)
+    if tokens.device != hidden.device:
+        _checks.fail(op, "tokens", f"a tensor on {hidden.device} as hidden", tokens.device)
+    other: Head | tuple[None, None, None] = (None, None, None)
+    if reference_head is not None:
+        if len(reference_head) != 3:
+            _checks.fail(op, "reference_head", "(hidden, weight, bias)", f"{len(reference_head)} items")
+        if reference_head[0] is None:
+            _checks.fail(op, "reference_head", "hidden states or logits first", None)
+        states = reference_head[0].detach()
+        matrix, offset = (None if t is None else t.detach() for t in reference_head[1:])
+        _checks.shape(op, "reference_head hidden", states, *hidden.shape[:2], size if matrix is None else "E")
+        other = _checked_head(op, "reference_head ", states, matrix, offset, size)
+        if (other[0].dtype == torch.float64) != (hidden.dtype == torch.float64):
+            _checks.fail(op, "reference_head hidden", f"a dtype that goes with {hidden.dtype}", other[0].dtype)
+    log_probs, entropy, kl = _LOG_PROBS(backend, hidden, weight, bias, tokens, *other, temperature)
+    return TokenLogProbs(log_probs, entropy, None if reference_head is None else kl)
+
+
+def _checked_head(
+    op: str,
+    prefix: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    size: int | None = None,
+) -> Head:
+    """The tensors of a head, checked and, under autocast, rounded to its dtype."""
+    _checks.floating(op, f"{prefix}hidden", hidden)
+    if weight is None:
+        if bias is not None:
+            _checks.fail(op, f"{prefix}bias", "None, as there is no weight", "a tensor")
+        return hidden, None, None
+    _checks.shape(op, f"{prefix}weight", weight, "V" if size is None else size, hidden.shape[2])
+    if bias is not None:
+        _checks.shape(op, f"{prefix}bias", bias, weight.shape[0])
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    named = {f"{prefix}weight": weight, f"{prefix}bias": bias}
+    _checks.same_dtype_and_device(op, f"{prefix}hidden", hidden, **named)
+    return hidden, weight, bias

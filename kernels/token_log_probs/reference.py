@@ -1,0 +1,199 @@
+"""Log-probability, entropy and KL of tokens from hidden states in plain PyTorch, a chunk of rows at a time."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+
+_ROWS = 256  # of a chunk: 4 MiB of float32 logits at V = 4096
+_STEP = 16  # chunks are padded to a multiple: matrix products of very few rows may sum in another order
+_IMPOSSIBLE = -1e30  # log-probability of a token whose logit is minus infinity
+
+
+def forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    tokens: torch.Tensor,
+    reference_hidden: torch.Tensor | None,
+    reference_weight: torch.Tensor | None,
+    reference_bias: torch.Tensor | None,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(B, L) log-probabilities, entropies and KL(policy || reference), the last one empty without a reference."""
+    head = _Head(hidden, weight, bias, temperature)
+    reference = None
+    if reference_hidden is not None:
+        reference = _Head(reference_hidden, reference_weight, reference_bias, temperature)
+    _check_range(tokens, head.size)
+    picked = tokens.flatten(0, 1)  # [M] tokens or [M, d] bits
+    score = _score_tokens if tokens.ndim == 2 else _score_bits
+    results = [head.rows.new_empty(len(picked), dtype=head.dtype) for _ in range(2 if reference is None else 3)]
+    for rows in _chunks(len(picked)):
+        logits = head.logits(rows)[1]
+        others = None if reference is None else reference.logits(rows)[1]
+        found = score(logits, _padded(picked[rows]), others)
+        for result, values in zip(results, found, strict=True):
+            result[rows] = values[: rows.stop - rows.start]
+    results = [result.view(tokens.shape[:2]) for result in results]
+    return results[0], results[1], results[2] if reference is not None else results[0].new_empty(0)
+
+
+def backward(
+    grads: Sequence[torch.Tensor | None],
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    tokens: torch.Tensor,
+    reference_hidden: torch.Tensor | None,
+    reference_weight: torch.Tensor | None,
+    reference_bias: torch.Tensor | None,
+    temperature: float,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Gradients of hidden, weight and bias, those that `needs` asks for; the logits of each chunk are computed anew."""
+    head = _Head(hidden, weight, bias, temperature)
+    reference = None
+    if reference_hidden is not None and grads[2] is not None:
+        reference = _Head(reference_hidden, reference_weight, reference_bias, temperature)
+    picked = tokens.flatten(0, 1)
+    slopes = _slopes_tokens if tokens.ndim == 2 else _slopes_bits
+    incoming = [None if g is None else g.reshape(-1, 1).to(head.dtype) for g in grads]
+    of_hidden = head.rows.new_empty(head.rows.shape) if needs[0] else None
+    of_weight = (
+        head.rows.new_zeros(head.weight.shape, dtype=head.dtype) if needs[1] and head.weight is not None else None
+    )
+    of_bias = head.rows.new_zeros(head.bias.shape, dtype=head.dtype) if needs[2] and head.bias is not None else None
+    for rows in _chunks(len(picked)):
+        states, logits = head.logits(rows)
+        others = None if reference is None else reference.logits(rows)[1]
+        parts = [None if g is None else _padded(g[rows]) for g in incoming]
+        slope = slopes(logits, _padded(picked[rows]), others, *parts)  # [m, V]; 0 in padded rows, as their gradients
+        if temperature != 1:
+            slope = slope / temperature
+        if of_hidden is not None:
+            own = slope if head.weight is None else slope @ head.weight
+            of_hidden[rows] = own[: rows.stop - rows.start].to(of_hidden.dtype)
+        if of_weight is not None:
+            of_weight.addmm_(slope.T, states)
+        if of_bias is not None:
+            of_bias += slope.sum(0)
+    found = []
+    if of_hidden is not None:
+        found.append(of_hidden.view(hidden.shape))
+    if of_weight is not None and weight is not None:
+        found.append(of_weight.to(weight.dtype))
+    if of_bias is not None and bias is not None:
+        found.append(of_bias.to(bias.dtype))
+    return found
+
+
+class _Head:
+    """Logits from hidden states, or the logits themselves where there is no weight."""
+
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, temperature: float
+    ) -> None:
+        self.dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.rows = hidden.flatten(0, 1)  # [M, E]
+        self.weight = None if weight is None else weight.to(self.dtype)
+        self.bias = None if bias is None else bias.to(self.dtype)
+        self.size = hidden.shape[-1] if weight is None else len(weight)
+        self.temperature = temperature
+
+    def logits(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a chunk: its padded rows (m, E) and the logits (m, V) divided by the temperature, both in `dtype`."""
+        states = _padded(self.rows[rows].to(self.dtype))
+        out = states if self.weight is None else F.linear(states, self.weight, self.bias)
+        return states, out / self.temperature if self.temperature != 1 else out
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    for start in range(0, count, _ROWS):
+        yield slice(start, min(start + _ROWS, count))
+
+
+def _padded(rows: torch.Tensor) -> torch.Tensor:
+    missing = -len(rows) % _STEP
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+
+
+def _check_range(tokens: torch.Tensor, size: int) -> None:
+    # On another device the check would wait for it; there a token out of range is the caller's to avoid.
+    if tokens.device.type != "cpu" or tokens.dtype == torch.bool or tokens.numel() == 0:
+        return
+    low, high = (int(value) for value in tokens.aminmax())
+    last = 1 if tokens.ndim == 3 else size - 1
+    if low < 0 or high > last:
+        raise ValueError(f"token_log_probs: tokens: expected values from 0 to {last}, got {low} to {high}")
+
+
+# Of tokens: z_j logits, l_j log-probabilities, p_j = exp(l_j), y the token, H entropy, q_j the reference's l_j.
+#   l_y: dl_y/dz_j = [j = y] - p_j      H: dH/dz_j = -p_j (l_j + H)      KL: dKL/dz_j = p_j (l_j - q_j - KL)
+
+
+def _log_probs(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities, with `_IMPOSSIBLE` for minus infinity so that 0 * log 0 is 0, and probabilities."""
+    log_probs = logits.log_softmax(-1).clamp_min_(_IMPOSSIBLE)
+    return log_probs, log_probs.exp()
+
+
+def _score_tokens(logits: torch.Tensor, tokens: torch.Tensor, others: torch.Tensor | None) -> list[torch.Tensor]:
+    log_probs, probs = _log_probs(logits)
+    own = log_probs.gather(-1, tokens.long()[:, None])[:, 0]
+    found = [own, -(probs * log_probs).sum(-1)]
+    if others is not None:
+        found.append((probs * (log_probs - _log_probs(others)[0])).sum(-1))
+    return found
+
+
+def _slopes_tokens(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    others: torch.Tensor | None,
+    of_own: torch.Tensor | None,
+    of_entropy: torch.Tensor | None,
+    of_kl: torch.Tensor | None,
+) -> torch.Tensor:
+    log_probs, probs = _log_probs(logits)
+    factor = torch.zeros_like(probs) if of_own is None else (-of_own).expand_as(probs)
+    if of_entropy is not None:
+        entropy = -(probs * log_probs).sum(-1, keepdim=True)
+        factor = factor - of_entropy * (log_probs + entropy)
+    if of_kl is not None and others is not None:
+        gap = log_probs - _log_probs(others)[0]
+        factor = factor + of_kl * (gap - (probs * gap).sum(-1, keepdim=True))
+    slope = probs * factor
+    return slope if of_own is None else slope.scatter_add_(-1, tokens.long()[:, None], of_own)
+
+
+# Of bits: z the difference logit, s = sigmoid(z), y the difference logit of the reference. Not torch.sigmoid, whose
+# last digit depends on an element's place in the tensor.
+#   l: dl/dz = bit - s      H: dH/dz = -z s (1 - s)      KL: dKL/dz = (z - y) s (1 - s)
+
+
+def _score_bits(logits: torch.Tensor, bits: torch.Tensor, others: torch.Tensor | None) -> list[torch.Tensor]:
+    sign = (bits != 0).to(logits.dtype) * 2 - 1
+    one, zero = F.logsigmoid(logits), F.logsigmoid(-logits)
+    found = [F.logsigmoid(sign * logits).sum(-1), -(one.exp() * one + zero.exp() * zero).sum(-1)]
+    if others is not None:
+        gap = one.exp() * (one - F.logsigmoid(others)) + zero.exp() * (zero - F.logsigmoid(-others))
+        found.append(gap.sum(-1))
+    return found
+
+
+def _slopes_bits(
+    logits: torch.Tensor,
+    bits: torch.Tensor,
+    others: torch.Tensor | None,
+    of_own: torch.Tensor | None,
+    of_entropy: torch.Tensor | None,
+    of_kl: torch.Tensor | None,
+) -> torch.Tensor:
+    one, zero = 1 / (1 + (-logits).exp()), 1 / (1 + logits.exp())
+    slope = torch.zeros_like(logits) if of_own is None else of_own * torch.where(bits != 0, zero, -one)
+    if of_entropy is not None:
+        slope = slope - of_entropy * (logits * (one * zero))
+    if of_kl is not None and others is not None:
+        slope = slope + of_kl * ((logits - others) * (one * zero))
+    return slope
