@@ -1,0 +1,18 @@
+"""Models: tokenizers and transformers over scales, their sampling and the public checkpoints."""
+
+from fastvar.models.checkpoints import load_var
+from fastvar.models.kv_cache import KVCache
+from fastvar.models.sampling import Generation, SamplingState
+from fastvar.models.var import VAR, VARConfig
+from fastvar.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
+
+__all__ = [
+    "VAR",
+    "Generation",
+    "KVCache",
+    "SamplingState",
+    "VARConfig",
+    "VQTokenizer",
+    "VQTokenizerConfig",
+    "load_var",
+]

@@ -1,0 +1,80 @@
+"""The key-value cache of sampling: preallocated, shared by groups and forks."""
+
+from __future__ import annotations
+
+import torch
+
+from fastvar.ops import PrefixKV
+
+
+class KVCache:
+    """Keys and values of every layer, written scale by scale into memory that is allocated once.
+
+    What all samples of a group share (the subject's prefix) and what all continuations of a sampled state share (the
+    trunk) is kept once and only referred to.
+
+    Args:
+        layers: number of layers.
+        rows: B, batch rows.
+        capacity: tokens to make room for.
+        heads, head_dim: H and D.
+        dtype, device: of keys and values; the model's compute dtype.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        capacity: int,
+        heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        # (layers, B, capacity, H, D) in shape; in memory a head's rows lie together, which is how attention reads them
+        self.keys = torch.empty(layers, rows, heads, capacity, head_dim, dtype=dtype, device=device).transpose(2, 3)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+        self.prefix: list[PrefixKV] | None = None
+        self.trunk: list[PrefixKV] | None = None
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor, PrefixKV | None, PrefixKV | None]:
+        """A layer's own keys and values (B, capacity, H, D), its prefix and its trunk."""
+        prefix = None if self.prefix is None else self.prefix[index]
+        trunk = None if self.trunk is None else self.trunk[index]
+        return self.keys[index], self.values[index], prefix, trunk
+
+    def fork(self, times: int, capacity: int) -> KVCache:
+        """A cache for `times` continuations of every row: row b of the new one continues row b // times of this one.
+
+        The tokens sampled so far are referred to, not copied; only forking a fork gathers both stretches into one.
+
+        Args:
+            times: continuations per row.
+            capacity: tokens that each continuation will add.
+        """
+        layers, rows, _, heads, head_dim = self.keys.shape
+        forked = KVCache(
+            layers, rows * times, capacity, heads, head_dim, dtype=self.keys.dtype, device=self.keys.device
+        )
+        forked.prefix = self.prefix
+        own = [PrefixKV(k[:, : self.length], v[:, : self.length]) for k, v in zip(self.keys, self.values, strict=True)]
+        if self.trunk is None:
+            forked.trunk = own
+        else:
+            forked.trunk = [_joined(trunk, tail) for trunk, tail in zip(self.trunk, own, strict=True)]
+        return forked
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated by this cache itself, without what it refers to."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+
+def _joined(trunk: PrefixKV, tail: PrefixKV) -> PrefixKV:
+    times = tail.k.shape[0] // max(trunk.k.shape[0], 1)
+    return PrefixKV(
+        torch.cat([trunk.k.repeat_interleave(times, 0), tail.k], 1),
+        torch.cat([trunk.v.repeat_interleave(times, 0), tail.v], 1),
+    )

@@ -1,0 +1,146 @@
+"""Saving and loading of models: a dataclass config as config.json beside model.safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+_HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+
+
+class PretrainedModel(nn.Module, ModelHubMixin):
+    """A module with `save_pretrained`, `from_pretrained` and `push_to_hub` for local folders and the Hugging Face hub.
+
+    A subclass names its config's dataclass in `config_class`, takes a config as its first argument and keeps it as
+    `self.config`.
+    """
+
+    config_class: ClassVar[type]
+    config: Any
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(self.config, folder / CONFIG_NAME)
+        state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        # written beside and renamed, so that an interrupted save leaves the former file whole
+        temporary = folder / f".{WEIGHTS_NAME}.tmp"
+        save_file(state, temporary, metadata={"format": "pt"})
+        os.replace(temporary, folder / WEIGHTS_NAME)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """A model in evaluation mode, on the CPU, from a folder that `save_pretrained` wrote or from the hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or "owner/name" on the Hugging Face hub.
+            options: those of the hub: revision, cache_dir, force_download, local_files_only, token.
+
+        Raises:
+            FileNotFoundError: no such folder, or a file that is not in it.
+            ValueError: a config with unknown fields, weights that do not fit it, a damaged file, an unknown option.
+        """
+        source = str(pretrained_model_name_or_path)
+        unknown = sorted(set(options) - set(_HUB_OPTIONS))
+        if unknown:
+            raise ValueError(f"from_pretrained: expected options out of {_HUB_OPTIONS}, got {unknown}")
+        if not os.path.isdir(source) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+            raise FileNotFoundError(f"from_pretrained: no such folder: {source}")
+        return cls._from_pretrained(model_id=source, **options)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, subfolder: str = "", **hub: Any) -> Self:
+        config = load_config(cls.config_class, Path(_file(model_id, subfolder, CONFIG_NAME, **hub)))
+        path = _file(model_id, subfolder, WEIGHTS_NAME, **hub)
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{cls.__name__}: {path}: damaged file: {error}") from error
+        model = cls(config)
+        load_strictly(model, state, path)
+        return model.eval()
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write a dataclass as JSON, atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def load_config(config_class: type, path: Path) -> Any:
+    """Read a dataclass written by `save_config`.
+
+    Raises:
+        ValueError: a damaged file, a field that the dataclass does not have.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{config_class.__name__}: {path}: damaged file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{config_class.__name__}: {path}: damaged file: expected an object")
+    known = {field.name for field in dataclasses.fields(config_class)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{config_class.__name__}: {path}: unknown fields {unknown}")
+    return config_class(**values)
+
+
+def load_strictly(
+    model: nn.Module, state: dict[str, torch.Tensor], source: str, describe: Callable[[str], str] = str
+) -> None:
+    """Load a state dict that must fit exactly.
+
+    Args:
+        model: what to load.
+        state: its state dict.
+        source: where it came from, for the message.
+        describe: from a key to the name that the user knows it by.
+
+    Raises:
+        ValueError: names every missing and unexpected key and every wrong shape.
+    """
+    own = model.state_dict()
+    problems = [f"missing key {describe(name)}" for name in sorted(set(own) - set(state))]
+    problems += [f"unexpected key {describe(name)}" for name in sorted(set(state) - set(own))]
+    problems += [
+        f"{describe(name)}: expected shape {tuple(own[name].shape)}, got {tuple(state[name].shape)}"
+        for name in sorted(set(own) & set(state))
+        if own[name].shape != state[name].shape
+    ]
+    if problems:
+        raise ValueError(f"{type(model).__name__}: cannot load {source}:\n  " + "\n  ".join(problems))
+    model.load_state_dict(state)
+
+
+def has_model(model_id: str, subfolder: str, **hub: Any) -> bool:
+    """Whether a folder or a repository of the hub keeps a model in a subfolder; arguments as `from_pretrained`."""
+    try:
+        _file(model_id, subfolder, CONFIG_NAME, **hub)
+    except (FileNotFoundError, EntryNotFoundError):
+        return False
+    return True
+
+
+def _file(model_id: str, subfolder: str, name: str, **hub: Any) -> str:
+    if os.path.isdir(model_id):
+        path = os.path.join(model_id, subfolder, name)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"from_pretrained: no such file: {path}")
+        return path
+    return hf_hub_download(model_id, name, subfolder=subfolder or None, **hub)
