@@ -1,0 +1,8 @@
+"""Supervised training of tokenizers and VAR models: one loop, two tasks."""
+
+from fastvar.training.loop import TrainConfig, TrainResult, train
+from fastvar.training.tokenizer_task import TokenizerTask
+from fastvar.training.tokens import TokenDataset
+from fastvar.training.var_task import VARTask
+
+__all__ = ["TokenDataset", "TokenizerTask", "TrainConfig", "TrainResult", "VARTask", "train"]

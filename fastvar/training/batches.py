@@ -1,0 +1,85 @@
+"""Batches that depend on the step alone, so that an interrupted run goes on exactly where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+class StepSampler:
+    """Yields, for each step from `first_step` on, the (position, index) pairs of this process's batch.
+
+    The position counts all samples ever drawn; the index goes through a new permutation of the data set every epoch.
+
+    Args:
+        length: items of the data set.
+        batch_size: items per process and step.
+        seed: of the permutations.
+        first_step, last_step: the range of steps.
+        rank, world_size: of this process.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int,
+        first_step: int,
+        last_step: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if length < 1 or batch_size < 1:
+            raise ValueError(f"StepSampler: length, batch_size: expected at least 1, got {length} and {batch_size}")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.first_step, self.last_step = first_step, last_step
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return max(self.last_step - self.first_step, 0)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, permutation = -1, torch.empty(0, dtype=torch.int64)
+        for step in range(self.first_step, self.last_step):
+            first = (step * self.world_size + self.rank) * self.batch_size
+            pairs = []
+            for position in range(first, first + self.batch_size):
+                if position // self.length != epoch:
+                    epoch = position // self.length
+                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    permutation = torch.randperm(self.length, generator=generator)
+                pairs.append((position, int(permutation[position % self.length])))
+            yield pairs
+
+
+class _SeededByPosition(Dataset):
+    """Draws item `index` under a random state that depends on the position alone (random crops and the like)."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, pair: tuple[int, int]) -> Any:
+        position, index = pair
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 1_000_003 + position)
+            return self.dataset[index]
+
+
+def step_loader(dataset: Any, sampler: StepSampler, *, workers: int = 0) -> Iterator[Any]:
+    """The batches of a sampler's steps: by the data set's own `batch(indices)` if it has one, else by a DataLoader."""
+    if hasattr(dataset, "batch"):
+        return (dataset.batch([index for _, index in pairs]) for pairs in sampler)
+    seeded = _SeededByPosition(dataset, sampler.seed)
+    collate = getattr(dataset, "collate", None)
+    return iter(
+        DataLoader(
+            seeded, batch_sampler=sampler, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available()
+        )
+    )

@@ -1,0 +1,87 @@
+"""What a run reports: a JSON line per logged step, TensorBoard, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class RunLog:
+    """Writes metrics of the main process to `metrics.jsonl` and TensorBoard and shows them on a progress bar.
+
+    On resuming, lines of steps after `first_step` are dropped: they will be written again.
+
+    Args:
+        output: the run's folder.
+        first_step, last_step: the steps that the progress bar counts.
+        title: of the progress bar.
+        active: False for all processes but the main one: nothing is written or shown.
+    """
+
+    def __init__(self, output: Path, first_step: int, last_step: int, *, title: str, active: bool = True) -> None:
+        self.path = output / "metrics.jsonl"
+        self.active = active
+        self._board: Any = None
+        self._bar = tqdm(total=last_step, initial=first_step, desc=title, disable=not active, dynamic_ncols=True)
+        if not active:
+            return
+        output.mkdir(parents=True, exist_ok=True)
+        self._drop_after(first_step)
+        self._file = self.path.open("a")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
+
+    def _drop_after(self, step: int) -> None:
+        lines = read_metrics(self.path)
+        kept = [line for line in lines if line["step"] <= step]
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, self.path)
+
+    def advance(self) -> None:
+        """Count one step."""
+        self._bar.update()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of a step."""
+        if not self.active:
+            return
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        self._bar.set_postfix({name: f"{value:.3g}" for name, value in metrics.items()}, refresh=False)
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image: Any) -> None:
+        """Show a PIL image on TensorBoard."""
+        if self.active and self._board is not None:
+            import numpy as np
+
+            self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._bar.close()
+        if self.active:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`; a line cut off by a crash is left out."""
+    lines = []
+    if path.is_file():
+        for text in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                continue
+    return lines

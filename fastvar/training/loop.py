@@ -1,0 +1,258 @@
+"""The training loop: AdamW with warm-up and cosine, mixed precision, averaged weights, exact resume."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from fastvar.training.batches import StepSampler, step_loader
+from fastvar.training.checkpoints import checkpoint_folder, save_checkpoint, saved_steps
+from fastvar.training.ema import EMA
+from fastvar.training.log import RunLog
+from fastvar.training.pictures import save_picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Samples per process and optimizer step."""
+    learning_rate: float = 1e-3
+    """Peak of the cosine schedule."""
+    final_learning_rate: float = 0.05
+    """End of the cosine schedule as a share of the peak."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises linearly."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    """Of matrices; biases, embeddings, scales and codebooks have none."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient; larger ones are scaled down."""
+    ema_decay: float = 0.999
+    """Of the averaged weights, which are the ones sampled from and saved as the model."""
+    precision: str = "no"
+    """"no" (float32) or "bf16" (autocast)."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step; must divide the batch size."""
+    seed: int = 0
+    workers: int = 0
+    """Processes that load data."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    picture_every: int = 0
+    """Steps between two pictures; 0 for the last step only."""
+    save_every: int = 500
+    """Steps between two checkpoints."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    resume: bool = True
+    """Go on from the newest checkpoint in the output folder, if there is one."""
+
+    def check(self) -> None:
+        """Raise a ValueError that names a setting which makes no sense; `train` does so before anything else."""
+        checks = {
+            "steps": (self.steps >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "accumulate": (
+                self.accumulate >= 1 and self.batch_size % max(self.accumulate, 1) == 0,
+                f"a divisor of the batch size {self.batch_size}",
+            ),
+            "precision": (self.precision in ("no", "bf16"), '"no" or "bf16"'),
+            "learning_rate": (self.learning_rate > 0, "above 0"),
+            "save_every": (self.save_every >= 1, "at least 1"),
+            "log_every": (self.log_every >= 1, "at least 1"),
+            "keep": (self.keep >= 1, "at least 1"),
+        }
+        for name, (good, expected) in checks.items():
+            if not good:
+                raise ValueError(f"TrainConfig: {name}: expected {expected}, got {getattr(self, name)}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, 0 to steps - 1."""
+        warmup = max(round(self.warmup * self.steps), 1)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        progress = (step - warmup) / max(self.steps - warmup, 1)
+        low = self.final_learning_rate
+        return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Task(Protocol):
+    """What is trained: a model, its loss on a batch, and what to show of it."""
+
+    name: str
+    model: Any
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The scalar to minimise and scalars to log, called with the (possibly wrapped) model in training mode."""
+
+    def picture(self, model: Any) -> Image | None:
+        """A picture of what the averaged model can do, or None."""
+
+
+@dataclass
+class TrainResult:
+    """What a run left.
+
+    Attributes:
+        model: the averaged model in evaluation mode.
+        output: the run's folder: `model/` (save_pretrained), `metrics.jsonl`, `pictures/`, `tensorboard/`,
+            `checkpoints/`.
+        seconds: of this call.
+        steps_run: steps of this call; fewer than the config's if it resumed.
+    """
+
+    model: Any
+    output: Path
+    seconds: float
+    steps_run: int
+    pictures: list[Path] = field(default_factory=list)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay; everything else, embeddings and codebooks without.
+
+    Raises:
+        ValueError: nothing to train.
+    """
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            leaf = name.removesuffix(".weight")
+            bare = parameter.ndim < 2 or leaf.endswith(("_embed", "codebook", "modulation_table"))
+            (plain if bare and not leaf.endswith("code_embed") else decayed).append(parameter)
+    if not decayed and not plain:
+        raise ValueError("train: model: expected parameters that require a gradient, got none")
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainResult:
+    """Train a task's model; goes on from the newest checkpoint in `output` if there is one.
+
+    Everything that a step does follows from (config, data, step): an interrupted run that resumes gives the same
+    weights as one that was never interrupted, bit by bit on a CPU.
+
+    Args:
+        task: the model and its loss.
+        dataset: a map-style data set whose items (or `batch(indices)`) are dictionaries with what the task reads.
+        config: how.
+        output: the run's folder.
+
+    Raises:
+        ValueError: settings that make no sense.
+        RuntimeError: the loss is not finite.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    config.check()
+    start = time.perf_counter()
+    # Autocast is ours: accelerate fixes its precision once per process, but two runs may differ.
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+    set_seed(config.seed, device_specific=True)
+    task.model.to(accelerator.device)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(task.model, config.weight_decay), lr=config.learning_rate, betas=config.betas
+    )
+    ema = EMA(task.model, config.ema_decay)
+    model, optimizer = accelerator.prepare(task.model, optimizer)
+    accelerator.register_for_checkpointing(ema)
+
+    first_step = 0
+    steps = saved_steps(output) if config.resume else []
+    if steps:
+        first_step = steps[-1]
+        accelerator.load_state(str(checkpoint_folder(output, first_step)))
+    elif accelerator.is_main_process:
+        (output / "metrics.jsonl").unlink(missing_ok=True)
+    sampler = StepSampler(
+        len(dataset),
+        config.batch_size,
+        seed=config.seed,
+        first_step=first_step,
+        last_step=config.steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    log = RunLog(output, first_step, config.steps, title=task.name, active=accelerator.is_main_process)
+    result = TrainResult(ema.model, output, 0.0, max(config.steps - first_step, 0))
+    try:
+        for step, batch in enumerate(step_loader(dataset, sampler, workers=config.workers), first_step):
+            metrics = _step(accelerator, task, model, optimizer, batch, config, step)
+            ema.update(accelerator.unwrap_model(model))
+            done, last = step + 1, step + 1 == config.steps
+            log.advance()
+            if done % config.log_every == 0 or last:
+                log.write(done, {name: float(value) for name, value in metrics.items()})
+            if accelerator.is_main_process and (last or (config.picture_every and done % config.picture_every == 0)):
+                _show(task, ema, log, done, output, result)
+            if done % config.save_every == 0 or last:
+                save_checkpoint(accelerator, output, done, config.keep)
+    finally:
+        log.close()
+    if accelerator.is_main_process:
+        ema.model.save_pretrained(output / "model")
+    accelerator.wait_for_everyone()
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def _step(
+    accelerator: Any, task: Task, model: nn.Module, optimizer: Any, batch: Any, config: TrainConfig, step: int
+) -> dict[str, Any]:
+    model.train()
+    rate = config.learning_rate_at(step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    metrics: dict[str, Any] = {}
+    for i, part in enumerate(_parts(batch, config.accumulate)):
+        last = i + 1 == config.accumulate
+        with nullcontext() if last else accelerator.no_sync(model):
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss, logged = task.loss(model, part)
+            accelerator.backward(loss / config.accumulate)
+        for name, value in {"loss": loss, **logged}.items():
+            metrics[name] = metrics.get(name, 0.0) + value.detach() / config.accumulate
+    norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+    if not math.isfinite(float(metrics["loss"])):
+        raise RuntimeError(f"{task.name}: the loss is {float(metrics['loss'])} at step {step + 1}")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {**metrics, "gradient_norm": norm, "learning_rate": rate}
+
+
+def _parts(batch: Any, count: int) -> list[Any]:
+    if count == 1:
+        return [batch]
+
+    def slices(value: Any) -> list[Any]:
+        size = len(value) // count
+        return [value[i * size : (i + 1) * size] for i in range(count)]
+
+    columns = {name: slices(value) for name, value in batch.items()}
+    return [{name: column[i] for name, column in columns.items()} for i in range(count)]
+
+
+def _show(task: Task, ema: EMA, log: RunLog, step: int, output: Path, result: TrainResult) -> None:
+    # Drawing samples must not disturb the training's random numbers.
+    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))), torch.no_grad():
+        image = task.picture(ema.model)
+    if image is not None:
+        path = output / "pictures" / f"step-{step:08d}.png"
+        save_picture(image, path)
+        log.picture(step, task.name, image)
+        result.pictures.append(path)

@@ -1,0 +1,56 @@
+"""Training of a VQ tokenizer: reconstruction, commitment and codebook loss, revival of unused codes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastvar.models import VQTokenizer
+from fastvar.training.pictures import image_grid
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class TokenizerTask:
+    """Reconstruct images through the codebook.
+
+    The loss is mean |x - y| + mean (x - y)^2 plus the tokenizer's quantisation loss. It has neither a perceptual nor an
+    adversarial term; subclass `reconstruction_loss` to add one.
+
+    Args:
+        model: the tokenizer.
+        examples: (N, 3, H, W) in [-1, 1], shown beside their reconstructions.
+    """
+
+    name = "tokenizer"
+
+    def __init__(self, model: VQTokenizer, examples: torch.Tensor | None = None) -> None:
+        self.model = model
+        self.examples = examples
+
+    def reconstruction_loss(self, images: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+        """The scalar that says how far (B, 3, H, W) is from (B, 3, H, W)."""
+        return F.l1_loss(reconstruction, images) + F.mse_loss(reconstruction, images)
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        images = batch["image"].to(next(model.parameters()).device, non_blocking=True)
+        out = model(images)
+        reconstruction = self.reconstruction_loss(images, out.reconstruction.float())
+        used = out.tokens.flatten().bincount(minlength=self.model.config.vocab_size) > 0
+        return reconstruction + out.quantization_loss, {
+            "reconstruction": reconstruction,
+            "quantization": out.quantization_loss,
+            "codes_used": used.float().mean(),
+        }
+
+    def picture(self, model: VQTokenizer) -> Image | None:
+        """Examples in the upper row, their reconstructions in the lower one."""
+        if self.examples is None:
+            return None
+        shown = self.examples.to(next(model.parameters()).device)
+        pairs = torch.cat([shown, model.decode(model.encode(shown))])
+        return image_grid(pairs * 0.5 + 0.5, len(shown), zoom=2)

@@ -1,0 +1,59 @@
+"""A data set turned into tokens once, for training without the tokenizer's encoder in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fastvar.models import VQTokenizer
+
+
+class TokenDataset:
+    """Tokens, conditions and reference tokens of every item, in memory.
+
+    Args:
+        dataset: items with `image` and optionally `label`, `text`, `reference`.
+        tokenizer: encodes them.
+        batch_size: images encoded at a time.
+        reference: whether to encode the reference images too.
+    """
+
+    def __init__(self, dataset: Any, tokenizer: VQTokenizer, *, batch_size: int = 64, reference: bool = False) -> None:
+        device = next(tokenizer.parameters()).device
+        wanted = ("label", "text")
+        columns: dict[str, list[Any]] = {}
+        # one pass in order; the last batch may be short
+        for start in tqdm(range(0, len(dataset), batch_size), desc="tokens", dynamic_ncols=True):
+            indices = list(range(start, min(start + batch_size, len(dataset))))
+            batch = _batch(dataset, indices)
+            row = {name: batch[name] for name in wanted if name in batch}
+            row["tokens"] = tokenizer.encode(batch["image"].to(device)).cpu()
+            if reference:
+                row["reference_tokens"] = tokenizer.encode(batch["reference"].to(device)).cpu()
+            for name, values in row.items():
+                columns.setdefault(name, []).append(values)
+        self.columns: dict[str, Any] = {
+            name: torch.cat(parts) if isinstance(parts[0], torch.Tensor) else [v for part in parts for v in part]
+            for name, parts in columns.items()
+        }
+
+    def __len__(self) -> int:
+        return len(self.columns["tokens"])
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        """The rows of these indices, stacked."""
+        rows = torch.as_tensor(indices)
+        return {
+            name: column[rows] if isinstance(column, torch.Tensor) else [column[i] for i in indices]
+            for name, column in self.columns.items()
+        }
+
+
+def _batch(dataset: Any, indices: list[int]) -> Any:
+    if hasattr(dataset, "batch"):
+        return dataset.batch(indices)
+    collate = getattr(dataset, "collate", torch.utils.data.default_collate)
+    return collate([dataset[i] for i in indices])

@@ -1,0 +1,234 @@
+"""The training loop: exact resume, averaged weights, accumulation, clear errors."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvar.data import HandwritingScenes
+from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.training import TokenDataset, TokenizerTask, TrainConfig, VARTask, train
+from fastvar.training.checkpoints import saved_steps
+from fastvar.training.ema import EMA
+from fastvar.training.log import read_metrics
+from fastvar.training.loop import parameter_groups
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENIZER = VQTokenizerConfig(
+    grids=((1, 1), (2, 2), (4, 4)),
+    vocab_size=16,
+    code_channels=8,
+    channels=8,
+    channel_multipliers=(1, 1, 1),
+    blocks_per_level=1,
+    norm_groups=4,
+    attention=False,
+)
+TRANSFORMER = VARConfig(
+    grids=TOKENIZER.grids,
+    depth=2,
+    embed_dim=16,
+    num_heads=2,
+    vocab_size=16,
+    code_channels=8,
+    num_classes=0,
+    text_length=1,
+    subject="block_causal",
+    drop_path=0.2,
+)
+
+
+def scenes() -> HandwritingScenes:
+    return HandwritingScenes(length=24, size=(16, 16), digits=1)
+
+
+def options(**changes: object) -> TrainConfig:
+    settings: dict[str, object] = {"steps": 6, "batch_size": 4, "log_every": 1, "save_every": 1, "ema_decay": 0.9}
+    return TrainConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def tokenizer_task() -> TokenizerTask:
+    torch.manual_seed(0)
+    return TokenizerTask(VQTokenizer(TOKENIZER), scenes().batch([0, 1])["image"])
+
+
+def var_task() -> VARTask:
+    torch.manual_seed(0)
+    return VARTask(VAR(TRANSFORMER, VQTokenizer(TOKENIZER)))
+
+
+TASKS = {"tokenizer": tokenizer_task, "var": var_task}
+
+
+def losses(output: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(output / "metrics.jsonl")]
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("stop_after", [0, 1, 4])
+def test_resume_is_bit_equal(name: str, stop_after: int, tmp_path: Path) -> None:
+    """Stopped within any step and resumed: the same losses and the same weights, optimizer and averages included."""
+    straight = train(TASKS[name](), scenes(), options(), tmp_path / "straight")
+
+    task = TASKS[name]()
+    steps_begun, loss = 0, task.loss
+
+    def interrupted(*args: object) -> object:
+        nonlocal steps_begun
+        steps_begun += 1
+        if steps_begun > stop_after:
+            raise Interrupted
+        return loss(*args)  # type: ignore[arg-type]
+
+    task.loss = interrupted  # type: ignore[method-assign,assignment]
+    with pytest.raises(Interrupted):
+        train(task, scenes(), options(), tmp_path / "resumed")
+    resumed = train(TASKS[name](), scenes(), options(), tmp_path / "resumed")
+    assert resumed.steps_run == 6 - stop_after
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
+    for key, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+
+
+_KILLED = """
+import sys; sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from test_loop import *
+torch.set_num_threads(1)
+train(tokenizer_task(), scenes(), options(steps=400, save_every=3), Path({output!r}))
+"""
+
+
+def test_killed_process_resumes(tmp_path: Path) -> None:
+    """SIGKILL at an arbitrary moment leaves whole checkpoints; the lines written again are the same."""
+    output = tmp_path / "killed"
+    code = _KILLED.format(root=str(ROOT), tests=str(Path(__file__).parent), output=str(output))
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(saved_steps(output)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    steps = saved_steps(output)
+    assert steps, "no checkpoint within two minutes"
+    before = losses(output)
+    torch.set_num_threads(1)
+    goal = steps[-1] + 4
+    # the learning rate follows the full schedule, so only the number of steps run is cut
+    config = options(steps=400, save_every=3)
+    task = tokenizer_task()
+    done, loss = 0, task.loss
+
+    def stop(*args: object) -> object:
+        nonlocal done
+        done += 1
+        if steps[-1] + done > goal:
+            raise Interrupted
+        return loss(*args)  # type: ignore[arg-type]
+
+    task.loss = stop  # type: ignore[method-assign,assignment]
+    with pytest.raises(Interrupted):
+        train(task, scenes(), config, output)
+    after = losses(output)
+    assert len(after) == goal
+    shared = min(len(before), len(after))
+    assert shared >= steps[-1] and after[:shared] == before[:shared]
+
+
+def test_output_folder(tmp_path: Path) -> None:
+    result = train(tokenizer_task(), scenes(), options(keep=2), tmp_path)
+    assert saved_steps(tmp_path) == [5, 6]
+    assert [p.name for p in result.pictures] == ["step-00000006.png"] and result.pictures[0].is_file()
+    assert (tmp_path / "tensorboard").is_dir()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "reconstruction", "quantization", "codes_used", "gradient_norm", "learning_rate"} <= set(lines[0])
+    saved = VQTokenizer.from_pretrained(str(tmp_path / "model"))
+    for key, value in saved.state_dict().items():
+        assert torch.equal(value, result.model.state_dict()[key])
+
+
+def test_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    first = train(tokenizer_task(), scenes(), options(), tmp_path)
+    second = train(tokenizer_task(), scenes(), options(), tmp_path)
+    assert second.steps_run == 0
+    for key, value in first.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[key])
+    third = train(tokenizer_task(), scenes(), options(resume=False), tmp_path)
+    assert third.steps_run == 6 and losses(tmp_path)[0] == pytest.approx(losses(tmp_path)[0])
+
+
+def test_accumulation_gives_the_same_gradients(tmp_path: Path) -> None:
+    whole = train(tokenizer_task(), scenes(), options(steps=2), tmp_path / "whole")
+    parts = train(tokenizer_task(), scenes(), options(steps=2, accumulate=4), tmp_path / "parts")
+    for key, value in whole.model.state_dict().items():
+        torch.testing.assert_close(value, parts.model.state_dict()[key], rtol=1e-3, atol=1e-4)
+
+
+def test_tokens_ahead_are_the_tokens_of_the_images(tmp_path: Path) -> None:
+    ahead = TokenDataset(scenes(), var_task().model.tokenizer, reference=True, batch_size=7)
+    by_image = train(var_task(), scenes(), options(steps=2), tmp_path / "images")
+    by_token = train(var_task(), ahead, options(steps=2), tmp_path / "tokens")
+    assert losses(by_image.output) == losses(by_token.output)
+
+
+def test_average_is_apart_from_the_weights() -> None:
+    model = VQTokenizer(TOKENIZER)
+    ema = EMA(model, 0.9)
+    before = {k: v.clone() for k, v in ema.model.state_dict().items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    assert all(torch.equal(v, before[k]) for k, v in ema.model.state_dict().items())
+    ema.update(model)  # the first update has decay 0.1
+    torch.testing.assert_close(ema.model.codebook, before["codebook"] + 0.9)
+    with pytest.raises(ValueError, match="EMA: decay"):
+        EMA(model, 1.0)
+
+
+def test_weight_decay_spares_embeddings_and_vectors() -> None:
+    model = VAR(TRANSFORMER)
+    decayed, plain = parameter_groups(model, 0.1)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)] for p in decayed["params"]} == {
+        n for n, p in model.named_parameters() if n.endswith("weight") and "scale_embed" not in n
+    }
+    assert len(decayed["params"]) + len(plain["params"]) == len(names) and plain["weight_decay"] == 0
+    with pytest.raises(ValueError, match="require a gradient, got none"):
+        parameter_groups(model.requires_grad_(False), 0.1)
+
+
+def test_learning_rate() -> None:
+    config = options(steps=100, learning_rate=2.0, warmup=0.1, final_learning_rate=0.1)
+    assert config.learning_rate_at(0) == pytest.approx(0.2)
+    assert config.learning_rate_at(9) == config.learning_rate_at(10) == pytest.approx(2.0)
+    assert config.learning_rate_at(55) == pytest.approx(1.1)
+    assert config.learning_rate_at(99) == pytest.approx(0.2, abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("steps", 0), ("accumulate", 3), ("precision", "fp8"), ("learning_rate", 0.0), ("keep", 0)]
+)
+def test_bad_settings(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"TrainConfig: {name}: expected .*, got {value}"):
+        options(**{name: value}).check()
+
+
+def test_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
+    task = tokenizer_task()
+    with torch.no_grad():
+        task.model.decoder.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="tokenizer: the loss is nan at step 1"):
+        train(task, scenes(), options(), tmp_path)
