@@ -1,0 +1,5 @@
+"""`python -m fastvar` is the command `fastvar`."""
+
+from fastvar.cli import main
+
+main()

@@ -1,0 +1,175 @@
+"""How good samples of handwriting are: what a reader makes of them, and whether they follow their reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fastvar.data import (
+    HandwritingScenes,
+    Reader,
+    match_reference,
+    mean_interval,
+    normalised_edit_distance,
+    wilson_interval,
+    word_accuracy,
+)
+from fastvar.data.metrics import edit_similarity
+from fastvar.models import VAR
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How samples are drawn; see `fastvar.models.sampling.generate`."""
+
+    guidance: float = 3.0
+    """Classifier-free guidance of the last scale; it grows linearly from 0 at the first one."""
+    temperature: float = 1.0
+    top_k: int = 0
+    """Keep this many codes; 0 for all."""
+    top_p: float = 0.95
+    """Keep the likeliest codes of this mass; 1 for all."""
+    seed: int = 0
+    batch_size: int = 64
+    """Images drawn at a time; it changes nothing but memory and speed."""
+
+
+@dataclass(frozen=True)
+class ReadingScore:
+    """What the reader made of images that should show a text each.
+
+    Attributes:
+        images: (N, 3, H, W) in [0, 1].
+        texts, readings: the truth and what was read, (N,).
+        accuracy: share read exactly, with its 95 % interval.
+        similarity: NED, mean of 1 - edit distance / longer length, with its 95 % interval.
+    """
+
+    images: torch.Tensor
+    texts: list[str]
+    readings: list[str]
+    accuracy: float
+    accuracy_interval: Interval
+    similarity: float
+    similarity_interval: Interval
+
+    def summary(self) -> dict[str, Any]:
+        """The figures, ready for JSON."""
+        return {
+            "images": len(self.texts),
+            "word_accuracy": self.accuracy,
+            "word_accuracy_95": self.accuracy_interval,
+            "ned": self.similarity,
+            "ned_95": self.similarity_interval,
+        }
+
+
+@dataclass(frozen=True)
+class MatchScore:
+    """How often the nearest of N candidate references is the one that a sample was drawn with.
+
+    Attributes:
+        rates: by "shape", by "ink", "joint", and "chance" = 1 / N.
+        intervals: 95 % interval of each rate.
+        images: number of samples.
+    """
+
+    rates: dict[str, float]
+    intervals: dict[str, Interval]
+    images: int
+
+    def summary(self) -> dict[str, Any]:
+        """The figures, ready for JSON."""
+        found: dict[str, Any] = {"images": self.images, "chance": self.rates["chance"]}
+        for name, interval in self.intervals.items():
+            found[name], found[f"{name}_95"] = self.rates[name], interval
+        return found
+
+
+def draw(
+    var: VAR, labels: Any, options: SamplingOptions, *, subject: torch.Tensor | None = None, title: str = "sampling"
+) -> torch.Tensor:
+    """Images (N, 3, H, W) in [0, 1] for N labels, drawn in batches.
+
+    Args:
+        var: the model, in evaluation mode.
+        labels: N class indices or texts.
+        options: how.
+        subject: (N, L, C) pyramids of reference subjects, or None.
+        title: of the progress bar.
+    """
+    images = []
+    for start in tqdm(range(0, len(labels), options.batch_size), desc=title, leave=False, dynamic_ncols=True):
+        rows = slice(start, start + options.batch_size)
+        out = var.generate(
+            labels[rows],
+            subject=None if subject is None else subject[rows],
+            guidance=options.guidance,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            first_sample=start,
+        )
+        images.append(out.images.cpu())
+    return torch.cat(images)
+
+
+def score_reading(images: torch.Tensor, texts: Sequence[str], reader: Reader) -> ReadingScore:
+    """Read images (N, 3, H, W) in [0, 1] and compare with the texts they should show."""
+    readings = [reading.text for reading in reader(images)]
+    texts = list(texts)
+    right = sum(read == text for read, text in zip(readings, texts, strict=True))
+    return ReadingScore(
+        images,
+        texts,
+        readings,
+        word_accuracy(readings, texts),
+        wilson_interval(right, len(texts)),
+        normalised_edit_distance(readings, texts),
+        mean_interval([edit_similarity(read, text) for read, text in zip(readings, texts, strict=True)]),
+    )
+
+
+def evaluate_texts(
+    var: VAR, texts: Sequence[str], options: SamplingOptions, reader: Reader, *, subject: torch.Tensor | None = None
+) -> ReadingScore:
+    """Draw one sample per text and let the reader read it."""
+    return score_reading(draw(var, list(texts), options, subject=subject, title="reading"), texts, reader)
+
+
+def evaluate_subject(
+    var: VAR, scenes: HandwritingScenes, options: SamplingOptions, reader: Reader, *, candidates: int = 8
+) -> tuple[ReadingScore, MatchScore]:
+    """Draw each scene's text with its reference as the subject; read it, and look for the reference among others.
+
+    Args:
+        var: a model with a subject prefix.
+        scenes: where texts and references come from; references that the model has not been trained on.
+        options: how to draw.
+        reader: reads the samples.
+        candidates: N, references of the same digit in other scans and inks, the true one among them.
+    """
+    rows = list(range(len(scenes)))
+    items = scenes.batch(rows)
+    tokens = var.tokenizer.encode(items["reference"].to(var.device))
+    read = evaluate_texts(var, items["text"], options, reader, subject=var.tokenizer.pyramid(tokens))
+    others = scenes.candidates(rows, candidates)
+    match = match_reference(read.images, others["images"] * 0.5 + 0.5, others["positions"])
+    rates = match.rates(others["answers"])
+    kinds = [name for name in rates if name != "chance"]
+    intervals = {name: wilson_interval(round(rates[name] * len(rows)), len(rows)) for name in kinds}
+    return read, MatchScore(rates, intervals, len(rows))
+
+
+def every_number(digits: int, count: int) -> list[str]:
+    """`count` numbers of so many digits, spread evenly over all of them: the texts of an evaluation."""
+    total = 10**digits
+    numbers = [i * total // count for i in range(count)] if count < total else [i % total for i in range(count)]
+    return [f"{number:0{digits}d}" for number in numbers]

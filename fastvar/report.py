@@ -1,0 +1,90 @@
+"""The demo's report: one HTML file with its pictures inside, so that it opens offline and can be mailed."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
+table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .8rem; text-align: left; }
+th { border-bottom: 2px solid #888; } td { border-bottom: 1px solid #ddd; }
+img { max-width: 100%; image-rendering: pixelated; border: 1px solid #ddd; } img.plot { image-rendering: auto; }
+figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; } code { background: #f3f3f3; padding: 0 .2rem; }
+"""
+
+
+class Report:
+    """Collects headings, text, tables and pictures, and writes them as one HTML page.
+
+    Args:
+        title: of the page.
+    """
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._parts = [f"<h1>{html.escape(title)}</h1>"]
+
+    def heading(self, text: str) -> None:
+        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def text(self, text: str) -> None:
+        self._parts.append(f"<p>{html.escape(text)}</p>")
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        cells = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in head)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
+        self._parts.append(f"<table><tr>{cells}</tr>{body}</table>")
+
+    def picture(self, image: Image, caption: str, *, plot: bool = False) -> None:
+        """Add a PIL image; pixels stay sharp unless it is a plot."""
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        kind = ' class="plot"' if plot else ""
+        alt = html.escape(caption, quote=True)
+        self._parts.append(
+            f'<figure><img{kind} alt="{alt}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        )
+
+    def write(self, path: Path) -> None:
+        """Write the page; an interrupted write leaves the former one whole."""
+        page = (
+            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(self._title)}</title>'
+            f"<style>{_STYLE}</style></head><body>{''.join(self._parts)}</body></html>"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(page)
+        os.replace(temporary, path)
+
+
+def curves(runs: dict[str, list[dict[str, float]]], metric: str, *, ylabel: str) -> Image:
+    """A plot of one metric over steps, a line per run; `runs` holds the lines of their metrics.jsonl."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image as pil
+
+    figure = Figure(figsize=(7, 3), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, lines in runs.items():
+        points = [(line["step"], line[metric]) for line in lines if metric in line]
+        axes.plot(*zip(*points, strict=True), label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.3)
+    if len(runs) > 1:
+        axes.legend()
+    canvas.draw()
+    return pil.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")

@@ -1,0 +1,126 @@
+"""The package as it is installed: contents, weight of the import, versions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from inspect_wheel import problems
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, **options)  # type: ignore[call-overload]
+
+
+def test_package_list_matches_the_disk() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    on_disk = {
+        ".".join(p.parent.relative_to(ROOT).parts)
+        for p in (ROOT / "fastvar").rglob("__init__.py")
+        if "__pycache__" not in p.parts
+    }
+    on_disk |= {
+        "fastvar." + ".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "kernels").rglob("__init__.py")
+    }
+    assert listed == on_disk
+
+
+def test_kernels_has_no_init_of_its_own() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_import_is_light_and_silent() -> None:
+    """Only torch: no triton, no driver, nothing printed, nothing else of weight."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+sys.modules["triton"] = None  # importing it would raise
+import fastvar
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+heavy = new & {"numpy", "scipy", "sklearn", "torchvision", "PIL", "accelerate", "huggingface_hub", "tyro",
+               "safetensors", "transformers", "matplotlib", "tqdm"}
+assert not heavy, heavy
+assert not torch.cuda.is_initialized()
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and done.stderr == ""
+
+
+def test_submodules_are_reached_from_the_package() -> None:
+    done = python("import fastvar; fastvar.models.VAR; fastvar.data.HandwritingScenes; fastvar.ops.sample_tokens")
+    assert done.returncode == 0, done.stderr
+
+
+def test_versions_agree() -> None:
+    done = python("import fastvar, importlib.metadata as m; print(fastvar.__version__, m.version('fastvar'))")
+    if done.returncode:
+        pytest.skip("fastvar is not installed, only importable")
+    first, second = done.stdout.split()
+    assert first == second
+
+
+def test_wheel(tmp_path: Path) -> None:
+    """A wheel built without isolation holds fastvar with all its kernels, works, and nothing else."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+    ]
+    built = subprocess.run([*command, str(_copy(tmp_path / "source"))], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    wheel = next(tmp_path.glob("*.whl"))
+    assert problems(wheel) == []
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    assert subprocess.run(install, capture_output=True).returncode == 0
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); import fastvar, torch;"
+        f"assert fastvar.__file__.startswith({str(site)!r});"
+        "from fastvar.ops import gated_residual; x = torch.ones(1, 1, 1); print(gated_residual(x, x, x[0]).item())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.stdout.strip() == "2.0", ran.stderr
+
+
+def _copy(target: Path) -> Path:
+    """The parts of the checkout that a build reads, so that building leaves no traces in it."""
+    import shutil
+
+    target.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target)
+    for name in ("fastvar", "kernels"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
+
+
+def test_layers_point_down() -> None:
+    """ops import no models, models no data or training, implementations neither each other nor the operators."""
+    forbidden = {
+        "kernels": ("fastvar.ops", "fastvar.kernels", "fastvar.models", "fastvar.data", "fastvar.training"),
+        "fastvar/ops": ("fastvar.models", "fastvar.data", "fastvar.training", "fastvar.rl"),
+        "fastvar/models": ("fastvar.data", "fastvar.training", "fastvar.rl", "fastvar.cli"),
+        "fastvar/data": ("fastvar.training", "fastvar.rl", "fastvar.cli", "fastvar.models"),
+    }
+    found = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for folder, modules in forbidden.items()
+        for path in (ROOT / folder).rglob("*.py")
+        for module in modules
+        for line in path.read_text().splitlines()
+        if line.strip().startswith((f"from {module}", f"import {module}"))
+        and not (folder == "kernels" and path.parent.name in line)
+    ]
+    assert found == []
