@@ -8,6 +8,10 @@ PIP_FLAGS ?=
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
 
+# Threads that wait must not spin: where another process holds a core, spinning makes a step on two cores many times
+# slower. It has to be set before Python starts.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test lint wheel clean
 
 $(VENV)/installed: pyproject.toml setup.py

@@ -39,8 +39,8 @@ class DemoConfig:
 
     output: Path = Path("outputs/demo")
     tokenizer_steps: int = 600
-    var_steps: int = 1200
-    subject_steps: int = 500
+    var_steps: int = 2200
+    subject_steps: int = 600
     """Steps of fine-tuning with the subject prefix."""
     scenes: int = 16000
     """Training scenes."""
@@ -85,6 +85,7 @@ def var_config(config: DemoConfig, tokenizer: VQTokenizer) -> VARConfig:
         code_channels=tokenizer.config.code_channels,
         num_classes=0,
         text_length=DIGITS,
+        gate_init=1.0,
     )
 
 
@@ -117,6 +118,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         the figures of `results.json`.
     """
     output = config.output
+    output.mkdir(parents=True, exist_ok=True)
     clock = _Clock(output / "seconds.json")
     size = tuple(4 * side for side in ScaleSchedule.parse(config.grids).finest)
     scenes = HandwritingScenes(length=config.scenes, size=size, digits=DIGITS, split="train", seed=config.seed)
@@ -200,7 +202,7 @@ def _train_var(
     with_subject = model.config.subject != "none"
     options = TrainConfig(
         steps=config.subject_steps if with_subject else config.var_steps,
-        batch_size=64,
+        batch_size=32,
         learning_rate=1.5e-3 if with_subject else 3e-3,
         ema_decay=0.99,
         precision=config.precision,

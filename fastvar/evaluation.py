@@ -28,12 +28,12 @@ Interval = tuple[float, float]
 class SamplingOptions:
     """How samples are drawn; see `fastvar.models.sampling.generate`."""
 
-    guidance: float = 3.0
+    guidance: float = 2.0
     """Classifier-free guidance of the last scale; it grows linearly from 0 at the first one."""
     temperature: float = 1.0
     top_k: int = 0
     """Keep this many codes; 0 for all."""
-    top_p: float = 0.95
+    top_p: float = 0.9
     """Keep the likeliest codes of this mass; 1 for all."""
     seed: int = 0
     batch_size: int = 64

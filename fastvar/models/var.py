@@ -60,6 +60,9 @@ class VARConfig:
     """One modulation of all blocks plus a table per block, instead of a linear layer per block."""
     qk_l2_norm: bool = True
     """Unit-length queries and keys with a learned scale per head; otherwise scores are scaled by 0.25 / sqrt(D)."""
+    gate_init: float = 0.0
+    """Where the residual gates start: near 0 a block begins as the identity, which deep models need; small ones that are
+    trained for a few minutes learn faster from 1."""
     norm_eps: float = 1e-6
     condition_dropout: float = 0.1
     """Share of training samples whose condition is dropped, for guidance."""
@@ -282,6 +285,8 @@ class VAR(PretrainedModel):
             rows = block.modulation_table if self.config.shared_adaln else block.modulation.weight.unflatten(0, (6, -1))
             rows[:2].mul_(1e-3)
             rows[2:].mul_(0.5)
+            start = block.modulation_table if self.config.shared_adaln else block.modulation.bias.unflatten(0, (6, -1))
+            start[:2].add_(self.config.gate_init)
 
     # -- tokenizer, saving -------------------------------------------------------------------------------------------
 
