@@ -123,18 +123,15 @@ class TrainResult:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay; everything else, embeddings and codebooks without.
+    """Weights of linear layers and convolutions with weight decay; all else, embeddings and codebooks too, without.
 
     Raises:
         ValueError: nothing to train.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            leaf = name.removesuffix(".weight")
-            bare = parameter.ndim < 2 or leaf.endswith(("_embed", "codebook", "modulation_table"))
-            (plain if bare and not leaf.endswith("code_embed") else decayed).append(parameter)
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if id(p) in matrices]
+    plain = [p for p in trained if id(p) not in matrices]
     if not decayed and not plain:
         raise ValueError("train: model: expected parameters that require a gradient, got none")
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -197,7 +194,7 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
             done, last = step + 1, step + 1 == config.steps
             log.advance()
             if done % config.log_every == 0 or last:
-                log.write(done, {name: float(value) for name, value in metrics.items()})
+                log.write(done, _over_processes(accelerator, metrics))
             if accelerator.is_main_process and (last or (config.picture_every and done % config.picture_every == 0)):
                 _show(task, ema, log, done, output, result)
             if done % config.save_every == 0 or last:
@@ -233,6 +230,12 @@ def _step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {**metrics, "gradient_norm": norm, "learning_rate": rate}
+
+
+def _over_processes(accelerator: Any, metrics: dict[str, Any]) -> dict[str, float]:
+    """The mean of each metric over all processes."""
+    values = torch.stack([torch.as_tensor(value, device=accelerator.device).float() for value in metrics.values()])
+    return dict(zip(metrics, accelerator.reduce(values, "mean").tolist(), strict=True))
 
 
 def _parts(batch: Any, count: int) -> list[Any]:
