@@ -61,8 +61,8 @@ class VARConfig:
     qk_l2_norm: bool = True
     """Unit-length queries and keys with a learned scale per head; otherwise scores are scaled by 0.25 / sqrt(D)."""
     gate_init: float = 0.0
-    """Where the residual gates start: near 0 a block begins as the identity, which deep models need; small ones that are
-    trained for a few minutes learn faster from 1."""
+    """Where the residual gates start. From 0 a block begins as the identity, which deep models need; small ones that
+    are trained for a few minutes learn faster from 1."""
     norm_eps: float = 1e-6
     condition_dropout: float = 0.1
     """Share of training samples whose condition is dropped, for guidance."""
