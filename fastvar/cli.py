@@ -146,6 +146,10 @@ class Train:
                 ),
                 tokenizer,
             )
+        if bool(model.config.text_length) != (self.data.data == "handwriting"):
+            raise ValueError(
+                "train: start: expected a model with a text condition for handwriting, classes for a folder"
+            )
         if model.config.subject != "none" and self.data.data != "handwriting":
             raise ValueError('train: subject: expected "none" for a folder of images, which has no references')
         if self.cache_tokens:
@@ -190,6 +194,8 @@ class Sample:
         from fastvar.evaluation import draw
         from fastvar.training.pictures import image_grid, save_picture
 
+        _at_least("count", self.count, 1)
+        _at_least("zoom", self.zoom, 1)
         var = load_model(self.model)
         texts = [label for label in self.labels for _ in range(self.count)]
         labels: Any = texts
@@ -222,9 +228,10 @@ class Evaluate:
 
     def run(self) -> None:
         from fastvar.data import HandwritingScenes, Reader
-        from fastvar.demo import write_json
         from fastvar.evaluation import evaluate_subject, evaluate_texts, every_number
+        from fastvar.files import write_json
 
+        _at_least("samples", self.samples, 2)
         var = load_model(self.model)
         digits = var.config.text_length
         if not digits:
@@ -287,17 +294,24 @@ def _demo_command() -> Any:
 
 
 def load_model(folder: Path) -> VAR:
-    """A saved VAR with its tokenizer.
+    """A saved VAR with its tokenizer, on the GPU if there is one.
 
     Raises:
         FileNotFoundError: no model in that folder.
         RuntimeError: a model that was saved without its tokenizer.
     """
+    import torch
+
     from fastvar.models import VAR
 
     var = VAR.from_pretrained(_saved("model", folder))
     var.tokenizer  # noqa: B018  # raises if there is none
-    return var
+    return var.to("cuda") if torch.cuda.is_available() else var
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{option}: expected at least {least}, got {value}")
 
 
 def _saved(option: str, folder: Path) -> str:
@@ -349,10 +363,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         command.run()
     except KeyboardInterrupt:
-        print("fastvar: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("fastvar: interrupted; training goes on from its last checkpoint with the same command", file=sys.stderr)
         raise SystemExit(130) from None
-    except ModuleNotFoundError as error:
-        print(f'fastvar: {error}; install it with pip install "fastvar[train]"', file=sys.stderr)
+    except ImportError as error:
+        remedy = "" if "pip install" in str(error) else '; install it with pip install "fastvar[train]"'
+        print(f"fastvar: {error}{remedy}", file=sys.stderr)
         raise SystemExit(2) from None
     except (ValueError, RuntimeError, OSError) as error:
         print(f"fastvar: {error}", file=sys.stderr)

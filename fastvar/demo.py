@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +20,7 @@ from fastvar.evaluation import (
     every_number,
     score_reading,
 )
+from fastvar.files import write_json
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.report import Report, curves
 from fastvar.schedule import ScaleSchedule
@@ -38,8 +37,11 @@ class DemoConfig:
     """Sizes of the demo; the defaults take under ten minutes on two cores."""
 
     output: Path = Path("outputs/demo")
+    """Folder of the report, the figures and the runs."""
     tokenizer_steps: int = 600
+    """Steps of the tokenizer."""
     var_steps: int = 2200
+    """Steps of the VAR without a subject."""
     subject_steps: int = 600
     """Steps of fine-tuning with the subject prefix."""
     scenes: int = 16000
@@ -49,10 +51,15 @@ class DemoConfig:
     grids: str = "1,2,3x4,6x8"
     """Token grids; the images are four times the finest one."""
     vocab_size: int = 256
+    """Entries of the codebook."""
     width: int = 128
+    """Width of the VAR's residual stream."""
     depth: int = 4
+    """Blocks of the VAR."""
     precision: str = "bf16"
+    """"bf16" (autocast) or "no" (float32)."""
     seed: int = 0
+    """Of scenes, weights and training."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
 
@@ -89,55 +96,40 @@ def var_config(config: DemoConfig, tokenizer: VQTokenizer) -> VARConfig:
     )
 
 
-class _Clock:
-    """Seconds of each part, kept over interruptions in a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
-
-    def add(self, part: str, seconds: float) -> None:
-        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
-        write_json(self.path, self.seconds)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that an interrupted write leaves the former file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
 def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Train, sample, read, and write `report.html`, `results.json` and the checkpoints below `config.output`.
 
-    Whatever was finished before, in the same output folder, is not done again.
+    Interrupted and called again with the same settings, training goes on where it stopped.
 
     Returns:
         the figures of `results.json`.
     """
+    for name in ("tokenizer_steps", "var_steps", "subject_steps", "scenes", "width", "depth"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"demo: {name}: expected at least 1, got {getattr(config, name)}")
+    if config.samples < 8:
+        raise ValueError(f"demo: samples: expected at least 8, got {config.samples}")
+    config.sampling.check()
     output = config.output
     output.mkdir(parents=True, exist_ok=True)
-    clock = _Clock(output / "seconds.json")
+    seconds: dict[str, float] = {}
     size = tuple(4 * side for side in ScaleSchedule.parse(config.grids).finest)
     scenes = HandwritingScenes(length=config.scenes, size=size, digits=DIGITS, split="train", seed=config.seed)
     held_out = HandwritingScenes(length=config.samples, size=size, digits=DIGITS, split="test", seed=config.seed)
     start = time.perf_counter()
     reader = Reader(cache=output / "reader.safetensors")
-    clock.add("reader", time.perf_counter() - start)
+    seconds["reader"] = time.perf_counter() - start
 
-    tokenizer_run = _train_tokenizer(config, scenes, held_out, clock)
-    tokenizer: VQTokenizer = tokenizer_run.model
+    tokenizer: VQTokenizer = _train_tokenizer(config, scenes, held_out).model
+    seconds["tokenizer"] = _training_seconds(output / "tokenizer")
     start = time.perf_counter()
     tokens = TokenDataset(scenes, tokenizer, reference=True)
-    clock.add("tokens", time.perf_counter() - start)
-    plain = _train_var(config, VAR(var_config(config, tokenizer), tokenizer), tokens, held_out, "var", clock)
-    var: VAR = plain.model
-    var.tokenizer = tokenizer
-    guided = _train_var(config, var.add_subject("block_causal"), tokens, held_out, "var-subject", clock)
-    subject_var: VAR = guided.model
-    subject_var.tokenizer = tokenizer
+    seconds["tokens"] = time.perf_counter() - start
+    var: VAR = _train_var(config, VAR(var_config(config, tokenizer), tokenizer), tokens, held_out, "var").model
+    seconds["var"] = _training_seconds(output / "var")
+    with_subject = var.add_subject("block_causal")
+    subject_var: VAR = _train_var(config, with_subject, tokens, held_out, "var-subject").model
+    seconds["var-subject"] = _training_seconds(output / "var-subject")
 
     start = time.perf_counter()
     shown = held_out.batch(list(range(len(held_out))))
@@ -154,13 +146,13 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     scores["samples with a subject"], match = evaluate_subject(
         subject_var, held_out, config.sampling, reader, candidates=CANDIDATES
     )
-    clock.add("evaluation", time.perf_counter() - start)
+    seconds["evaluation"] = time.perf_counter() - start
     results = {
         "scores": {name: score.summary() for name, score in scores.items()},
         "subject_match": match.summary(),
         "chance_word_accuracy": 10.0**-DIGITS,
-        "seconds": clock.seconds,
-        "seconds_in_all": sum(clock.seconds.values()),
+        "seconds": seconds,
+        "seconds_in_all": sum(seconds.values()),
         "threads": torch.get_num_threads(),
         "parameters": {
             "tokenizer": sum(p.numel() for p in tokenizer.parameters()),
@@ -172,9 +164,11 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     return results
 
 
-def _train_tokenizer(
-    config: DemoConfig, scenes: HandwritingScenes, held_out: HandwritingScenes, clock: _Clock
-) -> TrainResult:
+def _training_seconds(folder: Path) -> float:
+    return read_metrics(folder / "metrics.jsonl")[-1]["seconds"]
+
+
+def _train_tokenizer(config: DemoConfig, scenes: HandwritingScenes, held_out: HandwritingScenes) -> TrainResult:
     torch.manual_seed(config.seed)
     task = TokenizerTask(
         VQTokenizer(tokenizer_config(config)), held_out.batch(list(range(min(8, len(held_out)))))["image"]
@@ -190,13 +184,11 @@ def _train_tokenizer(
         picture_every=200,
         seed=config.seed,
     )
-    result = train(task, scenes, options, config.output / "tokenizer")
-    clock.add("tokenizer", result.seconds)
-    return result
+    return train(task, scenes, options, config.output / "tokenizer")
 
 
 def _train_var(
-    config: DemoConfig, model: VAR, tokens: TokenDataset, held_out: HandwritingScenes, name: str, clock: _Clock
+    config: DemoConfig, model: VAR, tokens: TokenDataset, held_out: HandwritingScenes, name: str
 ) -> TrainResult:
     torch.manual_seed(config.seed)
     with_subject = model.config.subject != "none"
@@ -219,9 +211,7 @@ def _train_var(
         images = draw(averaged, shown["text"], config.sampling, subject=subject)
         return _pairs(shown["reference"] * 0.5 + 0.5, images)
 
-    result = train(VARTask(model, picture), tokens, options, config.output / name)
-    clock.add(name, result.seconds)
-    return result
+    return train(VARTask(model, picture), tokens, options, config.output / name)
 
 
 def _pairs(left: torch.Tensor, right: torch.Tensor) -> Image:

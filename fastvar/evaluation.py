@@ -31,13 +31,20 @@ class SamplingOptions:
     guidance: float = 2.0
     """Classifier-free guidance of the last scale; it grows linearly from 0 at the first one."""
     temperature: float = 1.0
+    """Divides the logits; below 1 the likeliest codes gain."""
     top_k: int = 0
     """Keep this many codes; 0 for all."""
     top_p: float = 0.9
     """Keep the likeliest codes of this mass; 1 for all."""
     seed: int = 0
+    """Of the samples."""
     batch_size: int = 64
     """Images drawn at a time; it changes nothing but memory and speed."""
+
+    def check(self) -> None:
+        """Raise a ValueError that names a setting which makes no sense."""
+        if self.batch_size < 1:
+            raise ValueError(f"SamplingOptions: batch_size: expected at least 1, got {self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,9 @@ def draw(
         subject: (N, L, C) pyramids of reference subjects, or None.
         title: of the progress bar.
     """
+    options.check()
+    if not len(labels):
+        raise ValueError("draw: labels: expected at least one, got none")
     images = []
     for start in tqdm(range(0, len(labels), options.batch_size), desc=title, leave=False, dynamic_ncols=True):
         rows = slice(start, start + options.batch_size)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastvar.files import write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,10 +64,7 @@ class Report:
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(self._title)}</title>'
             f"<style>{_STYLE}</style></head><body>{''.join(self._parts)}</body></html>"
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(page)
-        os.replace(temporary, path)
+        write_text(path, page)
 
 
 def curves(runs: dict[str, list[dict[str, float]]], metric: str, *, ylabel: str) -> Image:

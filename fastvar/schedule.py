@@ -39,6 +39,8 @@ class ScaleSchedule:
     flat: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __init__(self, grids: Iterable[int | Sequence[int]]) -> None:
+        if not isinstance(grids, Iterable):
+            raise ValueError(f"ScaleSchedule: grids: expected a sequence of grids, got {grids!r}")
         object.__setattr__(self, "grids", tuple(_as_grid(grid) for grid in grids))
         if not self.grids:
             raise ValueError("ScaleSchedule: grids: expected at least one grid, got none")

@@ -1,10 +1,13 @@
-"""The demo in very small: everything it promises is written, and a second call repeats nothing."""
+"""The demo in very small: everything it promises is written, and a second call trains nothing again."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from fastvar.demo import DemoConfig, run_demo
 from fastvar.training.checkpoints import saved_steps
@@ -34,5 +37,12 @@ def test_demo(tmp_path: Path) -> None:
         json.dumps(results["scores"])
     )
     assert {"tokenizer", "var", "var-subject", "evaluation"} <= set(results["seconds"])
+    before = {
+        name: (config.output / name / "metrics.jsonl").read_text() for name in ("tokenizer", "var", "var-subject")
+    }
     again = run_demo(config)
     assert again["scores"] == results["scores"]
+    for name, lines in before.items():  # with their seconds: nothing was trained again
+        assert (config.output / name / "metrics.jsonl").read_text() == lines
+    with pytest.raises(ValueError, match=r"other settings \(train.seed was 0, is 1"):
+        run_demo(replace(config, seed=1))

@@ -121,6 +121,8 @@ def _transformer_config(state: State, num_heads: int | None) -> VARConfig:
         raise ValueError(f"load_var: lvl_1L: expected square grids, got scales of {levels} tokens")
     log_scale = state.get("blocks.0.attn.scale_mul_1H11")
     if log_scale is not None:
+        if num_heads not in (None, log_scale.numel()):
+            raise ValueError(f"load_var: num_heads: the state dict has {log_scale.numel()}, got {num_heads}")
         num_heads = log_scale.numel()
     return VARConfig(
         grids=ScaleSchedule([isqrt(n) for n in levels]).grids,

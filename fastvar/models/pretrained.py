@@ -12,10 +12,12 @@ from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from fastvar.files import replacing, write_json
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -32,15 +34,31 @@ class PretrainedModel(nn.Module, ModelHubMixin):
     config_class: ClassVar[type]
     config: Any
 
+    def fresh(self) -> Self:
+        """A new model of the same shape, with its own random weights."""
+        return type(self)(self.config)
+
+    def save_pretrained(  # the mixin's would delete the former config first
+        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **options: Any
+    ) -> str | None:
+        """Write config.json and model.safetensors into a folder; each file is replaced at once.
+
+        Args:
+            save_directory: the folder; other files in it are left alone.
+            push_to_hub: also upload it.
+            repo_id: "owner/name" on the hub; the folder's name by default.
+            options: of the upload, see `huggingface_hub.ModelHubMixin.push_to_hub`.
+        """
+        self._save_pretrained(Path(save_directory))
+        if push_to_hub:
+            return self.push_to_hub(repo_id or Path(save_directory).name, **options)
+        return None
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(self.config, folder / CONFIG_NAME)
         state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        # written beside and renamed, so that an interrupted save leaves the former file whole
-        temporary = folder / f".{WEIGHTS_NAME}.tmp"
-        save_file(state, temporary, metadata={"format": "pt"})
-        os.replace(temporary, folder / WEIGHTS_NAME)
+        with replacing(save_directory / WEIGHTS_NAME) as temporary:
+            save_file(state, temporary, metadata={"format": "pt"})
+        write_json(save_directory / CONFIG_NAME, dataclasses.asdict(self.config))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
@@ -75,18 +93,11 @@ class PretrainedModel(nn.Module, ModelHubMixin):
         return model.eval()
 
 
-def save_config(config: Any, path: Path) -> None:
-    """Write a dataclass as JSON, atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    os.replace(temporary, path)
-
-
 def load_config(config_class: type, path: Path) -> Any:
-    """Read a dataclass written by `save_config`.
+    """Read a dataclass from a JSON file.
 
     Raises:
-        ValueError: a damaged file, a field that the dataclass does not have.
+        ValueError: a damaged file, a field that the dataclass does not have, values that make no sense.
     """
     try:
         values = json.loads(path.read_text())
@@ -98,7 +109,10 @@ def load_config(config_class: type, path: Path) -> Any:
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"{config_class.__name__}: {path}: unknown fields {unknown}")
-    return config_class(**values)
+    try:
+        return config_class(**values)
+    except TypeError as error:
+        raise ValueError(f"{config_class.__name__}: {path}: damaged file: {error}") from error
 
 
 def load_strictly(
@@ -132,6 +146,8 @@ def has_model(model_id: str, subfolder: str, **hub: Any) -> bool:
     """Whether a folder or a repository of the hub keeps a model in a subfolder; arguments as `from_pretrained`."""
     try:
         _file(model_id, subfolder, CONFIG_NAME, **hub)
+    except LocalEntryNotFoundError:  # offline: nobody knows what the repository has
+        raise
     except (FileNotFoundError, EntryNotFoundError):
         return False
     return True

@@ -117,10 +117,11 @@ def sample_seeds(seed: int, count: int, first_sample: int = 0, device: torch.dev
 def guidance_per_scale(guidance: float | Sequence[float], num_scales: int) -> list[float]:
     """The weight t_k of each scale in (1 + t_k) conditional - t_k unconditional.
 
-    A number g grows linearly, t_k = g k / (K - 1), as VAR samples; a sequence of K numbers is taken as it is.
+    A number g grows linearly, t_k = g k / (K - 1), as VAR samples (g itself if K = 1); a sequence of K numbers is taken
+    as it is.
     """
-    if isinstance(guidance, int | float):
-        return [float(guidance) * k / max(num_scales - 1, 1) for k in range(num_scales)]
+    if not isinstance(guidance, Sequence):
+        return [float(guidance) * (k / (num_scales - 1) if num_scales > 1 else 1.0) for k in range(num_scales)]
     weights = [float(weight) for weight in guidance]
     if len(weights) != num_scales:
         raise ValueError(f"generate: guidance: expected a number or {num_scales} of them, got {len(weights)}")
@@ -173,6 +174,10 @@ def generate(
         state = _start(var, labels, subject, any(weights), log_probs)
     elif subject is not None:
         raise ValueError("generate: subject: expected None with a state, which has its own")
+    if state.scale == len(schedule):
+        raise ValueError(
+            "generate: state: expected one that is not finished; it was continued before (fork it to keep it)"
+        )
     stop = len(schedule) if stop is None else stop
     if not state.scale < stop <= len(schedule):
         raise ValueError(f"generate: stop: expected {state.scale + 1} to {len(schedule)}, got {stop}")
@@ -242,7 +247,7 @@ def _start(var: VAR, labels: Labels, subject: torch.Tensor | None, guided: bool,
         device=weight.device,
     )
     if subject is not None:
-        if subject.shape[0] == 0 or batch % subject.shape[0]:
+        if (subject.shape[0] == 0) != (batch == 0) or (batch and batch % subject.shape[0]):
             raise ValueError(
                 f"generate: subject: expected a number of rows that divides {batch}, got {subject.shape[0]}"
             )
@@ -275,7 +280,7 @@ def _autocast(weight: torch.Tensor) -> bool:
 
 
 def _without_subject(prefix: list[PrefixKV]) -> list[PrefixKV]:
-    """The prefix of guided rows: the unconditional half has the same memory's rows with no valid token."""
+    """The prefix of guided rows: the unconditional half gets copies of the rows, of which no token is valid."""
     rows, tokens = prefix[0].k.shape[:2]
     lengths = torch.tensor([tokens] * rows + [0] * rows, dtype=torch.int32, device=prefix[0].k.device)
     return [PrefixKV(torch.cat([k, k]), torch.cat([v, v]), lengths) for k, v, _ in prefix]

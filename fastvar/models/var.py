@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,12 +68,16 @@ class VARConfig:
     condition_dropout: float = 0.1
     """Share of training samples whose condition is dropped, for guidance."""
     subject_dropout: float = 0.1
-    """Share of training groups whose subject is dropped."""
+    """Share of training groups whose subject is dropped; half of their samples lose the condition too, as the
+    unconditional side of guidance has neither."""
     drop_path: float = 0.0
     """Stochastic depth of the last block, growing linearly over the blocks."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grids", ScaleSchedule(self.grids).grids)
+        for name in ("depth", "embed_dim", "num_heads", "vocab_size", "code_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"VARConfig: {name}: expected at least 1, got {getattr(self, name)}")
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"VARConfig: num_heads: expected a divisor of embed_dim {self.embed_dim}, got {self.num_heads}"
@@ -328,10 +333,16 @@ class VAR(PretrainedModel):
             self._tokenizer[0].to(self.device)
         return self
 
+    def fresh(self) -> Self:
+        """A new model of the same shape, with its own random weights and this one's tokenizer."""
+        return type(self)(self.config, *self._tokenizer)
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        super()._save_pretrained(save_directory)
         if self._tokenizer:
-            self.tokenizer._save_pretrained(Path(save_directory) / TOKENIZER_FOLDER)
+            self.tokenizer._save_pretrained(save_directory / TOKENIZER_FOLDER)
+        else:
+            shutil.rmtree(save_directory / TOKENIZER_FOLDER, ignore_errors=True)
+        super()._save_pretrained(save_directory)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> Self:
@@ -490,18 +501,22 @@ class VAR(PretrainedModel):
         if condition.shape[0] != batch:
             raise ValueError(f"VAR: labels: expected one per row of inputs ({batch}), got {condition.shape[0]}")
         prefix: list[PrefixKV] | None = None
-        keep = None
-        if self.training:
-            dropped = torch.rand(batch, 1, 1, device=self.device) < self.config.condition_dropout
-            condition = torch.where(dropped, self.no_condition(batch), condition)
+        rate: torch.Tensor | float = self.config.condition_dropout
         if subject is not None:
             if (subject.shape[0] == 0) != (batch == 0) or (batch and batch % subject.shape[0]):
                 raise ValueError(
                     f"VAR: subject: expected a number of rows that divides {batch}, got {subject.shape[0]}"
                 )
+            keep = None
             if self.training:
                 keep = torch.rand(subject.shape[0], device=self.device) >= self.config.subject_dropout
+                # Guidance contrasts with neither subject nor condition: half of the groups without a subject train that
+                group = batch // max(subject.shape[0], 1)
+                rate = torch.where(keep, rate, max(rate, 0.5)).repeat_interleave(group)[:, None, None]
             prefix = self.prefill(subject, keep)
+        if self.training:
+            dropped = torch.rand(batch, 1, 1, device=self.device) < rate
+            condition = torch.where(dropped, self.no_condition(batch), condition)
         modulations = self.modulations(condition)
         x = self.embed(condition, inputs)
         for i, (block, modulation) in enumerate(zip(self.blocks, modulations.blocks, strict=True)):

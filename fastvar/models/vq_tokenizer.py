@@ -46,6 +46,14 @@ class VQTokenizerConfig:
         # lists, as they come from JSON
         object.__setattr__(self, "grids", ScaleSchedule(self.grids).grids)
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
+        for name in ("vocab_size", "code_channels", "channels", "blocks_per_level", "norm_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"VQTokenizerConfig: {name}: expected at least 1, got {getattr(self, name)}")
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise ValueError(
+                f"VQTokenizerConfig: channel_multipliers: expected at least one, none below 1, "
+                f"got {self.channel_multipliers}"
+            )
         widths = [self.channels * m for m in (1, *self.channel_multipliers)]
         if any(width % self.norm_groups for width in widths):
             raise ValueError(
@@ -139,8 +147,12 @@ class VQTokenizer(PretrainedModel):
 
     @torch.no_grad()
     def quantize(self, images: torch.Tensor) -> QuantizedResidual:
-        """Images (B, 3, H, W) to tokens, feature map and the inputs of teacher forcing in one go."""
-        return self._quantize(self.encode_features(images))
+        """Images (B, 3, H, W) to tokens, feature map and the inputs of teacher forcing in one go.
+
+        Autocast is off inside: which code is nearest must not depend on whether a model is in training.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            return self._quantize(self.encode_features(images))
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] to tokens (B, L) int64."""

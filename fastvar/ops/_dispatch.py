@@ -18,15 +18,8 @@ logger = logging.getLogger("fastvar")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 
-def _default_backend() -> str:
-    wish = os.environ.get("FASTVAR_BACKEND", "auto")
-    if wish not in BACKENDS:
-        raise ValueError(f"fastvar: FASTVAR_BACKEND: expected one of {BACKENDS}, got {wish!r}")
-    return wish
-
-
 # Read once, when fastvar.ops is first imported, so that a call costs no look-up and stays traceable.
-DEFAULT_BACKEND = _default_backend()
+DEFAULT_BACKEND = os.environ.get("FASTVAR_BACKEND", "auto")
 
 
 def _always(tensor: torch.Tensor) -> str | None:
@@ -87,7 +80,8 @@ def resolve(op: str, backend: str, tensor: torch.Tensor, log: bool = True) -> st
     """
     wish = DEFAULT_BACKEND if backend == "auto" else backend
     if wish not in BACKENDS:
-        raise ValueError(f"{op}: backend: expected one of {BACKENDS}, got {wish!r}")
+        origin = "FASTVAR_BACKEND" if backend == "auto" else "backend"
+        raise ValueError(f"{op}: {origin}: expected one of {BACKENDS}, got {wish!r}")
     for implementation in REGISTRY[op]:
         if wish == "auto":
             if not implementation.auto:

@@ -76,10 +76,11 @@ def step_loader(dataset: Any, sampler: StepSampler, *, workers: int = 0) -> Iter
     """The batches of a sampler's steps: by the data set's own `batch(indices)` if it has one, else by a DataLoader."""
     if hasattr(dataset, "batch"):
         return (dataset.batch([index for _, index in pairs]) for pairs in sampler)
-    seeded = _SeededByPosition(dataset, sampler.seed)
-    collate = getattr(dataset, "collate", None)
-    return iter(
-        DataLoader(
-            seeded, batch_sampler=sampler, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available()
-        )
+    loader: DataLoader[Any] = DataLoader(
+        _SeededByPosition(dataset, sampler.seed),
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else it draws a seed for its workers from the training's random state
     )
+    return iter(loader)

@@ -23,6 +23,11 @@ def saved_steps(output: Path) -> list[int]:
     return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d{8})", name)))
 
 
+def remove_checkpoints(output: Path) -> None:
+    """Forget an old run, so that its checkpoints are not mixed with those of a new one."""
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+
+
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int) -> Path:
     """Write model, optimizer, averaged weights and random states of all processes, then drop all but the newest.
 

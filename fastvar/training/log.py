@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
+import time
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from fastvar.files import write_text
+
 
 class RunLog:
     """Writes metrics of the main process to `metrics.jsonl` and TensorBoard and shows them on a progress bar.
 
-    On resuming, lines of steps after `first_step` are dropped: they will be written again.
+    Each line also has the run's seconds so far. On resuming, lines of steps after `first_step` are dropped, as they
+    will be written again, and the seconds go on from the last line that is kept.
 
     Args:
         output: the run's folder.
@@ -29,21 +32,15 @@ class RunLog:
         self._bar = tqdm(total=last_step, initial=first_step, desc=title, disable=not active, dynamic_ncols=True)
         if not active:
             return
-        output.mkdir(parents=True, exist_ok=True)
-        self._drop_after(first_step)
+        kept = [line for line in read_metrics(self.path) if line["step"] <= first_step]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._start = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
         self._file = self.path.open("a")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
         self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
-
-    def _drop_after(self, step: int) -> None:
-        lines = read_metrics(self.path)
-        kept = [line for line in lines if line["step"] <= step]
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self.path)
 
     def advance(self) -> None:
         """Count one step."""
@@ -53,7 +50,8 @@ class RunLog:
         """Record the metrics of a step."""
         if not self.active:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        line = {"step": step, **metrics, "seconds": round(time.perf_counter() - self._start, 3)}
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self._bar.set_postfix({name: f"{value:.3g}" for name, value in metrics.items()}, refresh=False)
         if self._board is not None:

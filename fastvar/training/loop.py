@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
+from fastvar.files import write_json
 from fastvar.training.batches import StepSampler, step_loader
-from fastvar.training.checkpoints import checkpoint_folder, save_checkpoint, saved_steps
+from fastvar.training.checkpoints import checkpoint_folder, remove_checkpoints, save_checkpoint, saved_steps
 from fastvar.training.ema import EMA
 from fastvar.training.log import RunLog
 from fastvar.training.pictures import save_picture
@@ -37,6 +39,7 @@ class TrainConfig:
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises linearly."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
     weight_decay: float = 0.05
     """Of matrices; biases, embeddings, scales and codebooks have none."""
     clip_norm: float = 1.0
@@ -48,6 +51,7 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-batches per optimizer step; must divide the batch size."""
     seed: int = 0
+    """Of the order of the data, dropout and augmentation."""
     workers: int = 0
     """Processes that load data."""
     log_every: int = 10
@@ -72,6 +76,13 @@ class TrainConfig:
             ),
             "precision": (self.precision in ("no", "bf16"), '"no" or "bf16"'),
             "learning_rate": (self.learning_rate > 0, "above 0"),
+            "final_learning_rate": (0 <= self.final_learning_rate <= 1, "0 to 1"),
+            "warmup": (0 <= self.warmup <= 1, "0 to 1"),
+            "clip_norm": (self.clip_norm > 0, "above 0"),
+            "ema_decay": (0 <= self.ema_decay < 1, "at least 0 and below 1"),
+            "picture_every": (self.picture_every >= 0, "at least 0"),
+            "workers": (self.workers >= 0, "at least 0"),
+            "seed": (self.seed >= 0, "at least 0"),
             "save_every": (self.save_every >= 1, "at least 1"),
             "log_every": (self.log_every >= 1, "at least 1"),
             "keep": (self.keep >= 1, "at least 1"),
@@ -95,6 +106,8 @@ class Task(Protocol):
 
     name: str
     model: Any
+    identity: dict[str, Any]
+    """What besides the model's config decides what is learned; a run is only resumed with the same."""
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The scalar to minimise and scalars to log, called with the (possibly wrapped) model in training mode."""
@@ -150,8 +163,8 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
         output: the run's folder.
 
     Raises:
-        ValueError: settings that make no sense.
-        RuntimeError: the loss is not finite.
+        ValueError: settings that make no sense, or others than those of the run that would be resumed.
+        RuntimeError: the gradient is not finite.
     """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -171,11 +184,15 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
 
     first_step = 0
     steps = saved_steps(output) if config.resume else []
+    settings = _settings(task, dataset, config, accelerator.num_processes)
     if steps:
         first_step = steps[-1]
+        _check_same(output / "settings.json", settings)
         accelerator.load_state(str(checkpoint_folder(output, first_step)))
     elif accelerator.is_main_process:
+        remove_checkpoints(output)
         (output / "metrics.jsonl").unlink(missing_ok=True)
+        write_json(output / "settings.json", settings)
     sampler = StepSampler(
         len(dataset),
         config.batch_size,
@@ -225,11 +242,47 @@ def _step(
         for name, value in {"loss": loss, **logged}.items():
             metrics[name] = metrics.get(name, 0.0) + value.detach() / config.accumulate
     norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
-    if not math.isfinite(float(metrics["loss"])):
-        raise RuntimeError(f"{task.name}: the loss is {float(metrics['loss'])} at step {step + 1}")
+    if not math.isfinite(float(norm)):  # the same in all processes, so that all of them stop
+        found = f"the loss is {float(metrics['loss'])}, its gradient's norm {float(norm)}"
+        raise RuntimeError(f"{task.name}: at step {step + 1} {found}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {**metrics, "gradient_norm": norm, "learning_rate": rate}
+
+
+# Settings that change what a run shows and keeps, but not what it learns.
+_FREE = ("log_every", "picture_every", "save_every", "keep", "resume", "workers")
+
+
+def _settings(task: Task, dataset: Any, config: TrainConfig, processes: int) -> dict[str, Any]:
+    """What decides the run's result, as JSON has it."""
+    plain = (bool, int, float, str, tuple)
+    described = {n: v for n, v in vars(dataset).items() if not n.startswith("_") and isinstance(v, plain)}
+    found = {
+        "train": {name: value for name, value in asdict(config).items() if name not in _FREE},
+        "model": asdict(task.model.config),
+        "data": {"kind": type(dataset).__name__, "items": len(dataset), **described},
+        "processes": processes,
+        **task.identity,
+    }
+    return json.loads(json.dumps(found))
+
+
+def _check_same(path: Path, settings: dict[str, Any]) -> None:
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    different = []
+    for part, now in settings.items():
+        old = before.get(part)
+        if isinstance(now, dict) and isinstance(old, dict):
+            names = [name for name in {**old, **now} if old.get(name) != now.get(name)]
+            different += [f"{part}.{name} was {old.get(name)}, is {now.get(name)}" for name in names]
+        elif old != now:
+            different.append(f"{part} was {old}, is {now}")
+    if different:
+        raise ValueError(
+            f"train: output: {path.parent} has a run with other settings ({'; '.join(different)}); "
+            "choose another folder, or resume=False to start anew"
+        )
 
 
 def _over_processes(accelerator: Any, metrics: dict[str, Any]) -> dict[str, float]:

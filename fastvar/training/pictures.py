@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from fastvar.files import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,7 +26,5 @@ def image_grid(images: torch.Tensor, columns: int, *, zoom: int = 1) -> Image:
 
 def save_picture(image: Image, path: Path) -> None:
     """Write a PNG; an interrupted write leaves no broken file behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")

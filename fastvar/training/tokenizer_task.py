@@ -1,4 +1,4 @@
-"""Training of a VQ tokenizer: reconstruction, commitment and codebook loss, revival of unused codes."""
+"""Training of a VQ tokenizer: reconstruction, commitment and codebook loss."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class TokenizerTask:
 
     def __init__(self, model: VQTokenizer, examples: torch.Tensor | None = None) -> None:
         self.model = model
+        self.identity: dict[str, Any] = {}
         self.examples = examples
 
     def reconstruction_loss(self, images: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:

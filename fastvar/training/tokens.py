@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from zlib import crc32
 
 import torch
 from tqdm import tqdm
@@ -39,6 +40,7 @@ class TokenDataset:
             name: torch.cat(parts) if isinstance(parts[0], torch.Tensor) else [v for part in parts for v in part]
             for name, parts in columns.items()
         }
+        self.checksum = crc32(self.columns["tokens"].numpy().tobytes())
 
     def __len__(self) -> int:
         return len(self.columns["tokens"])
@@ -55,5 +57,4 @@ class TokenDataset:
 def _batch(dataset: Any, indices: list[int]) -> Any:
     if hasattr(dataset, "batch"):
         return dataset.batch(indices)
-    collate = getattr(dataset, "collate", torch.utils.data.default_collate)
-    return collate([dataset[i] for i in indices])
+    return torch.utils.data.default_collate([dataset[i] for i in indices])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ class VARTask:
 
     def __init__(self, model: VAR, draw: Callable[[VAR], Image] | None = None) -> None:
         self.model = model
+        self.identity = {"tokenizer": crc32(model.tokenizer.codebook.detach().cpu().numpy().tobytes())}
         self.draw = draw
         model.tokenizer.requires_grad_(False).eval()
 
@@ -56,8 +58,4 @@ class VARTask:
         return self.model.tokenizer.encode(batch[image].to(device, non_blocking=True))
 
     def picture(self, model: VAR) -> Image | None:
-        if self.draw is None:
-            return None
-        if not model._tokenizer:
-            model.tokenizer = self.model.tokenizer
-        return self.draw(model)
+        return None if self.draw is None else self.draw(model)

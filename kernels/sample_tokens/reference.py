@@ -67,6 +67,8 @@ def _draw(
     weights = guided.softmax(-1)
     sums = weights.cumsum(-1)
     total = sums[:, -1:]
+    if logits.device.type == "cpu" and not total.isfinite().all():  # elsewhere the check would wait for the device
+        raise ValueError("sample_tokens: logits: expected a finite largest logit in every row, got NaN or infinities")
     # The sum grows only at tokens of positive weight, so that the first index above the target is one of them. The
     # target stays below the total, to which draw * total may round up.
     target = torch.minimum(draws.to(sums.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))

@@ -47,18 +47,24 @@ def test_condition_dropout(rate: float) -> None:
 
 @pytest.mark.parametrize("kind", ["block_causal", "bidirectional"])
 def test_subject_dropout(kind: str) -> None:
-    """A group loses its subject as a whole, and then is what it would be without one."""
+    """A group loses its subject as a whole, and then is what it would be without one; half of its samples lose the
+    condition too, independently, as guidance contrasts with that."""
     var = tiny_var(subject=kind, **{**QUIET, "subject_dropout": 0.3})
     labels, inputs = same_input(var, ROWS)
     subject = some_subjects(var, 1)
     kept = var(labels[:1], inputs[:1], subject=subject)
     dropped = var(labels[:1], inputs[:1])
+    null = torch.full_like(labels[:1], var.config.num_classes)
+    both = var(null, inputs[:1])
     torch.manual_seed(0)
     logits = var.train()(labels, inputs, subject=subject.expand(ROWS // 2, -1, -1))
-    lost = rows_like(logits, dropped)
-    assert (lost ^ rows_like(logits, kept)).all()
+    subject_alone, all_lost = rows_like(logits, dropped), rows_like(logits, both)
+    lost = subject_alone | all_lost
+    assert (lost ^ rows_like(logits, kept)).all() and not (subject_alone & all_lost).any()
     assert torch.equal(lost[::2], lost[1::2])
+    assert not torch.equal(all_lost[::2], all_lost[1::2])
     assert lost.float().mean() == pytest.approx(0.3, abs=0.1)
+    assert all_lost.float().mean() == pytest.approx(0.15, abs=0.07)
 
 
 def test_drop_path() -> None:

@@ -166,8 +166,65 @@ def test_finished_run_is_not_run_again(tmp_path: Path) -> None:
     assert second.steps_run == 0
     for key, value in first.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[key])
-    third = train(tokenizer_task(), scenes(), options(resume=False), tmp_path)
-    assert third.steps_run == 6 and losses(tmp_path)[0] == pytest.approx(losses(tmp_path)[0])
+
+
+def test_starting_anew_forgets_the_old_run(tmp_path: Path) -> None:
+    train(tokenizer_task(), scenes(), options(steps=8), tmp_path)
+    shorter = train(tokenizer_task(), scenes(), options(steps=3, resume=False), tmp_path)
+    assert shorter.steps_run == 3 and saved_steps(tmp_path) == [2, 3]
+    assert len(losses(tmp_path)) == 3
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
+    train(tokenizer_task(), scenes(), options(), tmp_path)
+    train(tokenizer_task(), scenes(), options(log_every=2, keep=1), tmp_path)  # these change no result
+    with pytest.raises(ValueError, match=r"other settings \(train.learning_rate was 0.001, is 0.1; data.items was 24"):
+        train(
+            tokenizer_task(), HandwritingScenes(length=9, size=(16, 16), digits=1), options(learning_rate=0.1), tmp_path
+        )
+
+
+def test_trained_var_has_its_tokenizer(tmp_path: Path) -> None:
+    """Also when the run was finished before and is only loaded again."""
+    for _ in range(2):
+        model = train(var_task(), scenes(), options(steps=1), tmp_path).model
+        assert model.generate(["3"], decode=True).images.shape == (1, 3, 16, 16)
+        assert VAR.from_pretrained(str(tmp_path / "model")).tokenizer.config == TOKENIZER
+
+
+def test_resume_with_a_data_loader(tmp_path: Path) -> None:
+    """A data set without `batch`: the loader must not draw from the random state that dropout uses."""
+
+    class Items:
+        def __len__(self) -> int:
+            return 24
+
+        def __getitem__(self, index: int) -> dict[str, object]:
+            return scenes()[index]
+
+    straight = train(var_task(), Items(), options(steps=4), tmp_path / "straight")
+    task = var_task()
+    begun, loss = 0, task.loss
+
+    def interrupted(*args: object) -> object:
+        nonlocal begun
+        begun += 1
+        if begun > 2:
+            raise Interrupted
+        return loss(*args)  # type: ignore[arg-type]
+
+    task.loss = interrupted  # type: ignore[method-assign,assignment]
+    with pytest.raises(Interrupted):
+        train(task, Items(), options(steps=4), tmp_path / "resumed")
+    train(var_task(), Items(), options(steps=4), tmp_path / "resumed")
+    assert losses(tmp_path / "resumed") == losses(straight.output)
+
+
+def test_bf16_does_not_change_the_tokens(tmp_path: Path) -> None:
+    ahead = TokenDataset(scenes(), var_task().model.tokenizer, reference=True)
+    by_image = train(var_task(), scenes(), options(steps=2, precision="bf16"), tmp_path / "images")
+    by_token = train(var_task(), ahead, options(steps=2, precision="bf16"), tmp_path / "tokens")
+    assert losses(by_image.output) == losses(by_token.output)
 
 
 def test_accumulation_gives_the_same_gradients(tmp_path: Path) -> None:
@@ -230,5 +287,6 @@ def test_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
     task = tokenizer_task()
     with torch.no_grad():
         task.model.decoder.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="tokenizer: the loss is nan at step 1"):
+    assert not saved_steps(tmp_path)
+    with pytest.raises(RuntimeError, match="tokenizer: at step 1 the loss is nan"):
         train(task, scenes(), options(), tmp_path)

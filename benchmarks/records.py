@@ -1,0 +1,98 @@
+"""Benchmark results as JSON lines: each with what it was measured on and by which command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import quantiles
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Device, cores, threads and load, versions, commit and whether the tree was dirty, command, date (UTC)."""
+    return {
+        "device": device_name(device),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if torch.device(device).type == "cuda" else None,
+        "python": platform.python_version(),
+        "commit": commit(ROOT),
+        "dirty": dirty(ROOT),
+        "command": command(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def device_name(device: torch.device | str = "cpu") -> str:
+    """The GPU's or the CPU's model."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit(repository: Path) -> str | None:
+    """The commit that is checked out, None outside a git checkout."""
+    return _git(repository, "rev-parse", "HEAD")
+
+
+def dirty(repository: Path) -> bool | None:
+    """Whether a checkout has changes or files that are not in its commit; None outside a git checkout."""
+    # benchmarks/data is left out: the results themselves do not change what is measured
+    status = _git(repository, "status", "--porcelain", "--", ".", ":(exclude)benchmarks/data")
+    return None if status is None else bool(status)
+
+
+def _git(repository: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def command() -> str:
+    """The command line of this process; of absolute paths only the last part."""
+    return " ".join(Path(word).name if Path(word).is_absolute() else word for word in sys.orig_argv)
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one record as one line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All records of a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Spread(NamedTuple):
+    """The median and the 20 % and 80 % quantiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(values: Iterable[float]) -> Spread:
+    values = list(values)
+    if len(values) == 1:
+        return Spread(*values * 3)
+    tenths = quantiles(values, n=10, method="inclusive")
+    return Spread(tenths[4], tenths[1], tenths[7])
