@@ -1,7 +1,6 @@
 """Sampling with `VAR.generate` against FoundationVision/VAR's own `autoregressive_infer_cfg`, on the same weights.
 
-    git clone https://github.com/FoundationVision/VAR
-    python -m benchmarks.against_upstream --checkout VAR --output benchmarks/data/against_upstream.jsonl
+    python -m benchmarks.against_upstream --checkout PATH/TO/VAR --output benchmarks/data/against_upstream.jsonl
 
 Both run in this process, one after the other in every round, with guidance, on random weights. With greedy sampling
 (top_k=1) they must give the same tokens in float32, or nothing is timed. "truncated" is top_k=900, top_p=0.96, as in

@@ -10,10 +10,10 @@ from torch import nn
 
 
 class Linear(nn.Linear):
-    """An nn.Linear that multiplies by `linear`."""
+    """An nn.Linear that multiplies by `linear`; a bias given in the call takes the place of its own."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return linear(input, self.weight, self.bias)
+    def forward(self, input: torch.Tensor, *, bias: torch.Tensor | None = None, gelu: bool = False) -> torch.Tensor:
+        return linear(input, self.weight, self.bias if bias is None else bias, gelu=gelu)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, gelu: bool = False) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvar.models.kv_cache import KVCache
-from fastvar.models.linear import Linear, linear
+from fastvar.models.linear import Linear
 from fastvar.models.pretrained import PretrainedModel, has_model
 from fastvar.models.vq_tokenizer import VQTokenizer
 from fastvar.ops import (
@@ -169,7 +169,7 @@ class _Block(nn.Module):
     def project(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values (B, L, H, D), not yet normalised."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = linear(h, self.qkv.weight, bias).unflatten(2, (3, self.heads, -1))
+        qkv = self.qkv(h, bias=bias).unflatten(2, (3, self.heads, -1))
         return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
     def normalise(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,7 +187,11 @@ class _Block(nn.Module):
         h = self.proj(attend(self, *self.project(h)).flatten(2))
         x = gated_residual(x, self._dropped(h), gate1)
         h = adaptive_layer_norm(x, scale2, shift2, eps=self.eps)
-        h = self.mlp_out(linear(h, self.mlp_in.weight, self.mlp_in.bias, gelu=True))
+        if type(self.mlp_in) is Linear:
+            h = self.mlp_in(h, gelu=True)
+        else:  # wrapped, as by LoRA: what is added to the projection must pass the GELU too
+            h = F.gelu(self.mlp_in(h), approximate="tanh")
+        h = self.mlp_out(h)
         return gated_residual(x, self._dropped(h), gate2)
 
     def _dropped(self, h: torch.Tensor) -> torch.Tensor:

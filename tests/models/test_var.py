@@ -237,3 +237,31 @@ def test_a_tokenizer_that_does_not_fit() -> None:
             VAR(VARConfig(**{**vars(var.config), name: size}), var.tokenizer)
     with pytest.raises(RuntimeError, match="VAR: tokenizer: none attached"):
         VAR(var.config).generate(torch.tensor([0]))
+
+
+def test_layers_can_be_wrapped() -> None:
+    """As LoRA wraps them: every linear layer of a block is called as a module, and what a wrapper adds counts."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, base: torch.nn.Module, delta: float) -> None:
+            super().__init__()
+            self.base, self.delta, self.calls = base, delta, 0
+
+        def forward(self, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+            self.calls += 1
+            return self.base(x, *args, **options) + self.delta
+
+    plain = tiny_var()
+    inputs = torch.randn(2, plain.schedule.num_tokens - plain.schedule.lengths[0], plain.config.code_channels)
+    with torch.no_grad():
+        expected = plain(torch.tensor([0, 1]), inputs)
+    for name in ("qkv", "proj", "mlp_in", "mlp_out"):
+        for delta in (0.0, 0.1):
+            var = tiny_var()
+            wrapped = Wrapped(getattr(var.blocks[0], name), delta)
+            setattr(var.blocks[0], name, wrapped)
+            with torch.no_grad():
+                found = var(torch.tensor([0, 1]), inputs)
+                var.generate(torch.tensor([0, 1]))
+            assert wrapped.calls == 1 + len(var.schedule)
+            assert torch.allclose(found, expected, atol=1e-5) == (delta == 0), name
