@@ -17,7 +17,7 @@ from fastvar.schedule import ScaleSchedule
 __version__ = "0.1.0"
 __all__ = ["ScaleSchedule", "__version__", "explain", "support"]
 
-_SUBPACKAGES = ("data", "models", "training")
+_SUBPACKAGES = ("data", "models", "rl", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -187,7 +187,7 @@ class _Block(nn.Module):
         h = self.proj(attend(self, *self.project(h)).flatten(2))
         x = gated_residual(x, self._dropped(h), gate1)
         h = adaptive_layer_norm(x, scale2, shift2, eps=self.eps)
-        if type(self.mlp_in) is Linear:
+        if type(self.mlp_in) is Linear:  # noqa: SIM108
             h = self.mlp_in(h, gelu=True)
         else:  # wrapped, as by LoRA: what is added to the projection must pass the GELU too
             h = F.gelu(self.mlp_in(h), approximate="tanh")

@@ -1,0 +1,158 @@
+"""What a reward is, how it is found by name, and how several are summed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+
+class Reward(NamedTuple):
+    """What a reward says of B images.
+
+    Attributes:
+        scores: (B,) floating; NaN where it has nothing to say.
+        mask: (B, H, W) bool in image pixels, where in the image the score was decided; None for everywhere.
+    """
+
+    scores: torch.Tensor
+    mask: torch.Tensor | None = None
+
+
+class RewardFunction(Protocol):
+    """A callable that scores images."""
+
+    def __call__(
+        self, images: torch.Tensor, prompts: Sequence[str], references: torch.Tensor | None
+    ) -> Reward | torch.Tensor:
+        """Score images.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            prompts: (B,) what each image should show.
+            references: (B, 3, H, W) in [0, 1], the reference subjects, or None.
+
+        Returns:
+            a `Reward`, or its scores (B,) alone.
+        """
+
+
+_REGISTRY: dict[str, Callable[..., RewardFunction]] = {}
+
+
+def register(name: str) -> Callable[[Any], Any]:
+    """Decorator: make a reward known under a name; what it decorates is called with the reward's options."""
+
+    def keep(factory: Any) -> Any:
+        if name in _REGISTRY:
+            raise ValueError(f"register: name: expected a new one, got {name!r}")
+        _REGISTRY[name] = factory
+        return factory
+
+    return keep
+
+
+def available() -> tuple[str, ...]:
+    """The names that `create` knows."""
+    return tuple(sorted(_REGISTRY))
+
+
+def create(name: str, **options: Any) -> RewardFunction:
+    """A reward by its name.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"create: name: expected one of {available()}, got {name!r}")
+    return _REGISTRY[name](**options)
+
+
+class RewardSum:
+    """The weighted sum of rewards.
+
+    Args:
+        rewards: by name; any callables of the protocol.
+        weights: by name, 1 by default.
+        standardise: divide each reward's deviation from the batch's mean by the batch's standard deviation first, so
+            that weights compare like with like.
+
+    Raises:
+        ValueError: no reward, or a weight for an unknown one.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, RewardFunction],
+        weights: Mapping[str, float] | None = None,
+        *,
+        standardise: bool = False,
+    ) -> None:
+        if not rewards:
+            raise ValueError("RewardSum: rewards: expected at least one, got none")
+        unknown = sorted(set(weights or {}) - set(rewards))
+        if unknown:
+            raise ValueError(f"RewardSum: weights: expected names out of {tuple(rewards)}, got {unknown}")
+        self.rewards = dict(rewards)
+        self.weights = {name: 1.0 for name in rewards} | dict(weights or {})
+        self.standardise = standardise
+
+    @torch.no_grad()
+    def __call__(
+        self, images: torch.Tensor, prompts: Sequence[str], references: torch.Tensor | None = None
+    ) -> tuple[Reward, dict[str, torch.Tensor]]:
+        """The sum and each reward's own scores (B,) float32, unweighted; arguments as `RewardFunction`.
+
+        The mask is the union of the rewards' masks, None if any reward with a weight has none: it was then decided
+        everywhere.
+
+        Raises:
+            RuntimeError: names a reward that raised, answered in another shape, or has no finite score at all.
+        """
+        count = len(images)
+        total = torch.zeros(count, device=images.device)
+        mask: torch.Tensor | None = None
+        everywhere = False
+        each: dict[str, torch.Tensor] = {}
+        for name, function in self.rewards.items():
+            found = self._ask(name, function, images, prompts, references)
+            scores = found.scores.detach().to(images.device, torch.float32)
+            each[name] = scores
+            if self.weights[name] == 0:
+                continue
+            if self.standardise:
+                finite = scores[scores.isfinite()]
+                spread = finite.std(correction=0) if len(finite) else torch.zeros(())
+                scores = (scores - finite.mean()) / (spread + 1e-6)
+            total = total + self.weights[name] * scores
+            if found.mask is None:
+                everywhere = True
+            else:
+                own = found.mask.to(images.device)
+                mask = own if mask is None else mask | own
+        return Reward(total, None if everywhere else mask), each
+
+    def _ask(
+        self,
+        name: str,
+        function: RewardFunction,
+        images: torch.Tensor,
+        prompts: Sequence[str],
+        references: torch.Tensor | None,
+    ) -> Reward:
+        try:
+            found = function(images, prompts, references)
+        except Exception as error:
+            raise RuntimeError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
+        reward = found if isinstance(found, Reward) else Reward(found)
+        count = len(images)
+        if not isinstance(reward.scores, torch.Tensor) or tuple(reward.scores.shape) != (count,):
+            shape = tuple(getattr(reward.scores, "shape", ())) or type(reward.scores).__name__
+            raise RuntimeError(f"reward {name!r}: scores: expected shape ({count},), got {shape}")
+        size = (count, *images.shape[-2:])
+        if reward.mask is not None and tuple(reward.mask.shape) != size:
+            raise RuntimeError(f"reward {name!r}: mask: expected shape {size}, got {tuple(reward.mask.shape)}")
+        if count and not reward.scores.isfinite().any():
+            raise RuntimeError(f"reward {name!r}: scores: expected at least one finite, got none")
+        return reward

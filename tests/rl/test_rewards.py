@@ -1,0 +1,140 @@
+"""Rewards against hand computation; a reward that misbehaves is named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from fastvar.data import HandwritingScenes, Reader
+from fastvar.data.reader import Reading
+from fastvar.rl.rewards import JPEGSizeReward, OCRReward, Reward, RewardSum, available, create, register
+from fastvar.rl.rewards.ocr import ocr_score
+
+IMAGES = torch.rand(3, 3, 24, 32, generator=torch.Generator().manual_seed(0))
+PROMPTS = ["10", "20", "30"]
+
+
+@pytest.mark.parametrize(
+    ("truth", "read", "expected"),
+    [
+        (["42"], [("42", 0.9)], 0.9 + 0.9),
+        (["42"], [], -0.6),  # the bags differ by all characters
+        (["42"], [("43", 0.8)], 0 + 0.5 * 0.8 - 0.6 * 2 / 4),
+        (["Cat"], [("cAT", 1.0)], 2.0),  # lower case
+        (["42"], [("42", 0.9), ("42", 0.5)], 0.5 + 0.9 - 0.6 * 2 / 6),  # repetition does not pay
+        (["ab", "cd"], [("ab", 1.0)], 0.5 + 0.5 - 0.6 * 2 / 6),
+        (["ab"], [("abcd", 1.0)], 0.5 - 0.6 * 2 / 6),
+        (["12"], [("21", 1.0)], 0.0),  # same characters, other order: distance 2 of 2
+    ],
+)
+def test_ocr_by_hand(truth: list[str], read: list[tuple[str, float]], expected: float) -> None:
+    assert ocr_score(truth, read) == pytest.approx(expected)
+
+
+def test_ocr_needs_words() -> None:
+    with pytest.raises(ValueError, match="ocr_score: truth: expected at least one word"):
+        ocr_score([], [])
+
+
+def test_ocr_with_any_reader() -> None:
+    def reader(images: torch.Tensor) -> Sequence[Reading]:
+        box = torch.tensor([[2.2, 3.0, 5.5, 7.0]])
+        read = Reading("1", box, torch.ones(1), 1.0)
+        return [read, Reading("", torch.zeros(0, 4), torch.zeros(0), 0.0)]
+
+    scores, mask = OCRReward(reader)(torch.rand(2, 3, 10, 10), ["1", "1"])
+    assert scores.tolist() == pytest.approx([2.0, -0.6])
+    assert mask is not None and mask[0].nonzero().amin(0).tolist() == [3, 2]
+    assert mask[0].nonzero().amax(0).tolist() == [6, 5] and mask[0].sum() == 4 * 4
+    assert mask[1].all()
+
+
+def test_ocr_on_real_scenes() -> None:
+    """Scenes score near 2 under their own number, far less under another; the mask lies on the ink."""
+    items = HandwritingScenes(length=64, split="test").batch(list(range(64)))
+    images, texts = items["image"] * 0.5 + 0.5, items["text"]
+    reward = OCRReward(Reader())
+    right, mask = reward(images, texts)
+    wrong, _ = reward(images, [f"{99 - int(text):02d}" for text in texts])
+    assert right.median() > 1.8 and wrong.mean() < right.mean() - 1
+    assert mask is not None
+    centres = ((items["boxes"][..., :2] + items["boxes"][..., 2:]) / 2).long()
+    read = right > 1.5
+    on_ink = torch.stack([mask[b, y, x] for b in read.nonzero()[:, 0] for x, y in centres[b]])
+    assert on_ink.float().mean() > 0.98
+
+
+def test_jpeg_size() -> None:
+    flat, busy = torch.full((1, 3, 32, 32), 0.5), torch.rand(1, 3, 32, 32)
+    small = JPEGSizeReward()(torch.cat([flat, busy])).scores
+    large = JPEGSizeReward(larger=True)(torch.cat([flat, busy])).scores
+    assert small[0] > small[1] and torch.equal(large, -small) and 0.2 < large[0] < large[1] < 10
+    with pytest.raises(ValueError, match="quality: expected 1 to 95, got 0"):
+        JPEGSizeReward(quality=0)
+
+
+def redness(images: torch.Tensor, prompts: Sequence[str], references: torch.Tensor | None) -> torch.Tensor:
+    return images[:, 0].mean((1, 2))
+
+
+def test_weighted_sum_and_each_reward() -> None:
+    def prompt(images: torch.Tensor, prompts: Sequence[str], references: Any) -> Reward:
+        mask = torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool)
+        mask[:, 2, 3] = True
+        return Reward(torch.tensor([float(p) for p in prompts]), mask)
+
+    total, each = RewardSum({"red": redness, "prompt": prompt}, {"prompt": 0.1})(IMAGES, PROMPTS)
+    torch.testing.assert_close(each["prompt"], torch.tensor([10.0, 20.0, 30.0]))
+    torch.testing.assert_close(total.scores, each["red"] + 0.1 * each["prompt"])
+    assert total.mask is None  # redness is decided everywhere
+    masked, _ = RewardSum({"red": redness, "prompt": prompt}, {"red": 0.0})(IMAGES, PROMPTS)
+    assert masked.mask is not None and masked.mask.sum() == 3
+    torch.testing.assert_close(masked.scores, each["prompt"])
+
+
+def test_standardised() -> None:
+    total, _ = RewardSum({"a": redness, "b": lambda i, p, r: 1000 * redness(i, p, r)}, standardise=True)(
+        IMAGES, PROMPTS
+    )
+    assert total.scores.mean().item() == pytest.approx(0, abs=1e-4)
+    assert total.scores.std(correction=0).item() == pytest.approx(2, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda i, p, r: torch.zeros(2), r"reward 'bad': scores: expected shape \(3,\), got \(2,\)"),
+        (lambda i, p, r: [1.0, 2.0, 3.0], r"reward 'bad': scores: expected shape \(3,\), got list"),
+        (lambda i, p, r: torch.full((3,), math.nan), "reward 'bad': scores: expected at least one finite, got none"),
+        (
+            lambda i, p, r: Reward(torch.zeros(3), torch.ones(3, 2, 2)),
+            r"reward 'bad': mask: expected shape \(3, 24, 32\)",
+        ),
+        (lambda i, p, r: 1 / 0, "reward 'bad' raised ZeroDivisionError: division by zero"),
+    ],
+)
+def test_misbehaving_reward_is_named(answer: Any, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        RewardSum({"red": redness, "bad": answer})(IMAGES, PROMPTS)
+
+
+def test_one_missing_score_is_passed_on() -> None:
+    total, _ = RewardSum({"some": lambda i, p, r: torch.tensor([1.0, math.nan, 3.0])})(IMAGES, PROMPTS)
+    assert total.scores[1].isnan() and total.scores[[0, 2]].tolist() == [1.0, 3.0]
+
+
+def test_registry() -> None:
+    assert {"ocr", "jpeg"} <= set(available())
+    assert isinstance(create("jpeg", larger=True), JPEGSizeReward)
+    with pytest.raises(ValueError, match=r"create: name: expected one of .*'ocr'.*, got 'beauty'"):
+        create("beauty")
+    with pytest.raises(ValueError, match="register: name: expected a new one, got 'jpeg'"):
+        register("jpeg")(JPEGSizeReward)
+    with pytest.raises(ValueError, match="RewardSum: weights: expected names out of"):
+        RewardSum({"red": redness}, {"blue": 1.0})
+    with pytest.raises(ValueError, match="RewardSum: rewards: expected at least one"):
+        RewardSum({})
