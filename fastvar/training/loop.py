@@ -187,7 +187,7 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
     settings = _settings(task, dataset, config, accelerator.num_processes)
     if steps:
         first_step = steps[-1]
-        _check_same(output / "settings.json", settings)
+        check_same_settings(output / "settings.json", settings)
         accelerator.load_state(str(checkpoint_folder(output, first_step)))
     elif accelerator.is_main_process:
         remove_checkpoints(output)
@@ -268,7 +268,8 @@ def _settings(task: Task, dataset: Any, config: TrainConfig, processes: int) -> 
     return json.loads(json.dumps(found))
 
 
-def _check_same(path: Path, settings: dict[str, Any]) -> None:
+def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Raise a ValueError that names what differs from the settings that a run's folder was begun with."""
     before = json.loads(path.read_text()) if path.is_file() else {}
     different = []
     for part, now in settings.items():

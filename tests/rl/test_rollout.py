@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from policies import policy, redness
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from tiny import tiny_tokenizer
-
-from fastvar.models import VAR, VARConfig
+from fastvar.models import VAR
 from fastvar.ops import policy_loss
 from fastvar.rl.rewards import Reward, RewardSum
 from fastvar.rl.rollout import Rollout, RolloutOptions, coarse_rollout, fine_rollout, whole_rollout
 from fastvar.rl.update import LossOptions, segment_loss
 
-GRIDS = ((1, 1), (2, 2), (3, 3))
 PROMPTS = ["1", "2"]
 G, PLAIN = 4, RolloutOptions()
-
-
-def policy(seed: int = 0) -> VAR:
-    torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer(grids=GRIDS)
-    config = VARConfig(
-        grids=GRIDS,
-        depth=2,
-        embed_dim=32,
-        num_heads=2,
-        vocab_size=tokenizer.config.vocab_size,
-        code_channels=tokenizer.config.code_channels,
-        num_classes=0,
-        text_length=1,
-        gate_init=1.0,
-    )
-    var = VAR(config, tokenizer).eval()
-    with torch.no_grad():  # a head that has opinions
-        var.head.weight.normal_(std=0.3)
-    return var
-
-
-def redness(images: torch.Tensor, prompts: Sequence[str], references: Any) -> torch.Tensor:
-    return images[:, 0].mean((1, 2))
 
 
 def rollout(var: VAR, kind: str, reward: Any = redness, **changes: Any) -> Rollout:

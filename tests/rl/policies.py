@@ -1,0 +1,42 @@
+"""Small policies and rewards for the tests of reinforcement learning."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from tiny import tiny_tokenizer
+
+from fastvar.models import VAR, VARConfig
+
+GRIDS = ((1, 1), (2, 2), (3, 3))
+
+
+def policy(seed: int = 0) -> VAR:
+    """Two blocks over three scales of 14 tokens in all, texts of one digit, a head that has opinions."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer(grids=GRIDS)
+    config = VARConfig(
+        grids=GRIDS,
+        depth=2,
+        embed_dim=32,
+        num_heads=2,
+        vocab_size=tokenizer.config.vocab_size,
+        code_channels=tokenizer.config.code_channels,
+        num_classes=0,
+        text_length=1,
+        gate_init=1.0,
+    )
+    var = VAR(config, tokenizer).eval()
+    with torch.no_grad():
+        var.head.weight.normal_(std=0.3)
+    return var
+
+
+def redness(images: torch.Tensor, prompts: Sequence[str], references: Any) -> torch.Tensor:
+    return 10 * (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2))
