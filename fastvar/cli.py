@@ -65,6 +65,8 @@ class TrainTokenizer:
     """Groups of the group norms; must divide every width."""
     attention: bool = False
     """Attention on the coarsest resolution."""
+    chroma_gain: float = 3.5
+    """Enlarge colour against grey for the networks and the loss; 1 leaves images as they are."""
     data: Annotated[DataOptions, Flat] = field(default_factory=DataOptions)
     train: Annotated[TrainConfig, Flat] = field(default_factory=lambda: TrainConfig(weight_decay=0.0))
 
@@ -84,6 +86,7 @@ class TrainTokenizer:
             blocks_per_level=self.blocks_per_level,
             norm_groups=self.norm_groups,
             attention=self.attention,
+            chroma_gain=self.chroma_gain,
         )
         dataset = self.data.load(config.image_size, train=True, seed=self.train.seed)
         held_out = self.data.load(config.image_size, train=False, seed=self.train.seed)

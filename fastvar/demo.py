@@ -38,11 +38,11 @@ class DemoConfig:
 
     output: Path = Path("outputs/demo")
     """Folder of the report, the figures and the runs."""
-    tokenizer_steps: int = 600
+    tokenizer_steps: int = 900
     """Steps of the tokenizer."""
-    var_steps: int = 2200
+    var_steps: int = 2000
     """Steps of the VAR without a subject."""
-    subject_steps: int = 600
+    subject_steps: int = 700
     """Steps of fine-tuning with the subject prefix."""
     scenes: int = 16000
     """Training scenes."""
@@ -78,6 +78,7 @@ def tokenizer_config(config: DemoConfig) -> VQTokenizerConfig:
         blocks_per_level=1,
         norm_groups=8,
         attention=False,
+        chroma_gain=3.5,
     )
 
 
@@ -195,7 +196,7 @@ def _train_var(
     options = TrainConfig(
         steps=config.subject_steps if with_subject else config.var_steps,
         batch_size=32,
-        learning_rate=1.5e-3 if with_subject else 3e-3,
+        learning_rate=3e-3,
         ema_decay=0.99,
         precision=config.precision,
         save_every=100,

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class TokenizerTask:
     """Reconstruct images through the codebook.
 
-    The loss is mean |x - y| + mean (x - y)^2 plus the tokenizer's quantisation loss. It has neither a perceptual nor an
-    adversarial term; subclass `reconstruction_loss` to add one.
+    The loss is mean |x - y| + mean (x - y)^2, with the tokenizer's gain on colour, plus its quantisation loss. It has
+    neither a perceptual nor an adversarial term; subclass `reconstruction_loss` to add one.
 
     Args:
         model: the tokenizer.
@@ -40,7 +40,8 @@ class TokenizerTask:
     def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         images = batch["image"].to(next(model.parameters()).device, non_blocking=True)
         out = model(images)
-        reconstruction = self.reconstruction_loss(images, out.reconstruction.float())
+        shown, made = (self.model.enlarge_chroma(x) for x in (images, out.reconstruction.float()))
+        reconstruction = self.reconstruction_loss(shown, made)
         used = out.tokens.flatten().bincount(minlength=self.model.config.vocab_size) > 0
         return reconstruction + out.quantization_loss, {
             "reconstruction": reconstruction,

@@ -221,3 +221,19 @@ def test_wrong_config(message: str, fields: dict[str, Any]) -> None:
     shape: dict[str, Any] = {"channels": 8, "channel_multipliers": (1, 2), "norm_groups": 4, "residual_convs": 2}
     with pytest.raises(ValueError, match=f"VQTokenizerConfig: {message}"):
         VQTokenizerConfig(grids=SQUARES, **{**shape, **fields})
+
+
+def test_chroma_gain_changes_what_the_networks_see_and_is_undone() -> None:
+    """Grey images are untouched by it; colour reaches the encoder enlarged and leaves the decoder reduced."""
+    plain, gained = (tiny_tokenizer(chroma_gain=gain) for gain in (1.0, 4.0))
+    gained.load_state_dict(plain.state_dict())
+    images = torch.rand(2, 3, *plain.config.image_size) * 2 - 1
+    grey = images.mean(1, keepdim=True).expand_as(images)
+    assert torch.allclose(plain.encode_features(grey), gained.encode_features(grey), atol=1e-5)
+    seen = grey + 4 * (images - grey)
+    torch.testing.assert_close(gained.encode_features(images), plain.encode_features(seen), rtol=1e-4, atol=1e-4)
+    features = plain.encode_features(images)
+    made, reduced = plain.decode_features(features), gained.decode_features(features)
+    torch.testing.assert_close(reduced, made.mean(1, keepdim=True) + (made - made.mean(1, keepdim=True)) / 4)
+    with pytest.raises(ValueError, match="chroma_gain: expected above 0"):
+        tiny_tokenizer(chroma_gain=0.0)
