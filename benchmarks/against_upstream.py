@@ -158,7 +158,7 @@ def main(
     """Compare sampling with FoundationVision/VAR.
 
     Args:
-        checkout: a clone of https://github.com/FoundationVision/VAR.
+        checkout: a checkout of FoundationVision/VAR.
         depth: of the model; its width is 64 times that, as in all public ones.
         batch: images at a time.
         dtype: which contenders run; bfloat16 means bfloat16 weights here and autocast there.
