@@ -251,7 +251,7 @@ class VMRGRPOTrainer:
             "return": float(rollout.returns.nanmean()),
             "spread": float(groups.std(1, correction=0).nanmean()),
             "groups_without_spread": float((groups.amax(1) == groups.amin(1)).float().mean()),
-            "loss": float(loss.loss),
+            "loss": float(loss.loss.detach()),
             "kl": float(loss.kl),
             "entropy": float(loss.entropy),
             "clip_fraction": float(loss.clip_fraction),
