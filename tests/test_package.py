@@ -112,6 +112,8 @@ def test_layers_point_down() -> None:
         "kernels": ("fastvar.ops", "fastvar.kernels", "fastvar.models", "fastvar.data", "fastvar.training"),
         "fastvar/ops": ("fastvar.models", "fastvar.data", "fastvar.training", "fastvar.rl"),
         "fastvar/models": ("fastvar.data", "fastvar.training", "fastvar.rl", "fastvar.cli"),
+        "fastvar/training": ("fastvar.rl", "fastvar.cli", "fastvar.demo"),
+        "fastvar/rl": ("fastvar.cli", "fastvar.demo"),
         "fastvar/data": ("fastvar.training", "fastvar.rl", "fastvar.cli", "fastvar.models"),
     }
     found = [

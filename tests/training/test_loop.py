@@ -287,6 +287,16 @@ def test_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
     task = tokenizer_task()
     with torch.no_grad():
         task.model.decoder.conv_out.bias.fill_(float("nan"))
-    assert not saved_steps(tmp_path)
     with pytest.raises(RuntimeError, match="tokenizer: at step 1 the loss is nan"):
         train(task, scenes(), options(), tmp_path)
+    assert not saved_steps(tmp_path)
+
+
+def test_gradient_that_is_not_finite_stops(tmp_path: Path) -> None:
+    """Also where the loss itself is finite: neither weights nor checkpoint may take it."""
+    task = tokenizer_task()
+    task.model.codebook.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(RuntimeError, match="its gradient's norm nan"):
+        train(task, scenes(), options(), tmp_path)
+    assert not saved_steps(tmp_path)
+    assert all(p.isfinite().all() for p in task.model.parameters())
