@@ -116,8 +116,11 @@ class VMRGRPOTrainer:
         for name in ("iterations", "prompts", "group_size", "continuations", "log_every", "save_every", "keep"):
             if getattr(config, name) < 1:
                 raise ValueError(f"RLConfig: {name}: expected at least 1, got {getattr(config, name)}")
-        if config.middle and (min(config.coarse_updates, config.fine_updates) < 0 or not config.phase(0)):
-            raise ValueError("RLConfig: coarse_updates, fine_updates: expected at least 0")
+        updates = (config.coarse_updates, config.fine_updates)
+        if config.middle and (min(updates) < 0 or not any(updates)):
+            raise ValueError(
+                f"RLConfig: coarse_updates, fine_updates: expected none below 0, not both 0, got {updates}"
+            )
         self.policy = policy.eval()
         self.policy.tokenizer.requires_grad_(False).eval()
         self.reward, self.prompts, self.config, self.output = reward, list(prompts), config, output
