@@ -6,7 +6,7 @@ Importing this package imports neither scikit-learn nor scipy nor torchvision: t
 from fastvar.data.folder import ImageFolder
 from fastvar.data.handwriting import HandwritingScenes
 from fastvar.data.matching import ReferenceMatch, match_reference
-from fastvar.data.metrics import mean_interval, normalised_edit_distance, wilson_interval, word_accuracy
+from fastvar.data.metrics import diversity, mean_interval, normalised_edit_distance, wilson_interval, word_accuracy
 from fastvar.data.reader import Reader, Reading
 from fastvar.data.scans import scan_partition
 
@@ -16,6 +16,7 @@ __all__ = [
     "Reader",
     "Reading",
     "ReferenceMatch",
+    "diversity",
     "match_reference",
     "mean_interval",
     "normalised_edit_distance",

@@ -1,10 +1,12 @@
-"""How well texts were read: word accuracy and normalised edit distance, each with its 95 % confidence interval."""
+"""How well texts were read, and how much images differ; intervals of proportions and means."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
+
+import torch
 
 from fastvar.data.reader import Reading
 
@@ -43,6 +45,21 @@ def normalised_edit_distance(readings: Sequence[Reading | str], texts: Sequence[
     In spite of its name it is a similarity: 1 is perfect, 0 is all wrong. Arguments and errors as `word_accuracy`.
     """
     return fmean(edit_similarity(read, text) for read, text in _pairs("normalised_edit_distance", readings, texts))
+
+
+def diversity(images: torch.Tensor, group_size: int) -> list[float]:
+    """For each group of images, the mean over its pairs of the root mean square difference of their pixels.
+
+    0 where a prompt always gives the same image. Images of a group should show the same prompt.
+
+    images: (N, 3, H, W) in [0, 1], the G of a group adjacent; group_size: G, at least 2, divides N.
+    Raises ValueError for another number of images.
+    """
+    if group_size < 2 or not len(images) or len(images) % group_size:
+        raise ValueError(f"diversity: images: expected groups of {group_size} (at least 2), got {len(images)} images")
+    groups = images.float().flatten(1).view(-1, group_size, images[0].numel())
+    pairs = torch.cdist(groups, groups, compute_mode="donot_use_mm_for_euclid_dist") / groups.shape[2] ** 0.5
+    return (pairs.sum((1, 2)) / (group_size * (group_size - 1))).tolist()
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -34,9 +35,9 @@ class PretrainedModel(nn.Module, ModelHubMixin):
     config_class: ClassVar[type]
     config: Any
 
-    def fresh(self) -> Self:
-        """A new model of the same shape, with its own random weights."""
-        return type(self)(self.config)
+    def clone(self) -> Self:
+        """A copy with weights of its own, adapters included."""
+        return copy.deepcopy(self)
 
     def save_pretrained(  # the mixin's would delete the former config first
         self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **options: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -337,9 +338,9 @@ class VAR(PretrainedModel):
             self._tokenizer[0].to(self.device)
         return self
 
-    def fresh(self) -> Self:
-        """A new model of the same shape, with its own random weights and this one's tokenizer."""
-        return type(self)(self.config, *self._tokenizer)
+    def clone(self) -> Self:
+        """A copy with weights of its own, adapters included, and this one's tokenizer."""
+        return copy.deepcopy(self, {id(tokenizer): tokenizer for tokenizer in self._tokenizer})
 
     def _save_pretrained(self, save_directory: Path) -> None:
         if self._tokenizer:
@@ -490,7 +491,7 @@ class VAR(PretrainedModel):
     # -- teacher forcing ---------------------------------------------------------------------------------------------
 
     def _run(self, block: _Block, x: torch.Tensor, modulation: torch.Tensor, attend: Attend) -> torch.Tensor:
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, modulation, attend, use_reentrant=False)
         return block(x, modulation, attend)
 

@@ -44,7 +44,7 @@ class PolicyLoss(NamedTuple):
 
 
 def _fake(log_probs: torch.Tensor, *rest: object) -> tuple[torch.Tensor, ...]:
-    grids = rest[6]
+    grids = rest[7]
     assert isinstance(grids, list | tuple)
     return tuple(log_probs.new_empty(shape) for shape in ((), (), (), (), (), (len(grids) // 2,)))
 
@@ -52,7 +52,7 @@ def _fake(log_probs: torch.Tensor, *rest: object) -> tuple[torch.Tensor, ...]:
 _LOSS = Operator(
     "policy_loss",
     "Tensor log_probs, Tensor entropy, Tensor? exact_kl, Tensor? old_log_probs, Tensor? reference_log_probs, "
-    "Tensor advantages, Tensor? token_mask, int[] grids, int first_scale, float panw_alpha, str panw_normalisation, "
+    "Tensor advantages, Tensor? token_mask, Tensor? mask_totals, int[] grids, int first_scale, float panw_alpha, str panw_normalisation, "
     "float clip_low, float clip_high, str ratio_level, float kl_weight, str kl_estimator, float entropy_weight",
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
@@ -130,6 +130,7 @@ def policy_loss(
     reference_log_probs: torch.Tensor | None = None,
     reference_head: Head | None = None,
     token_mask: torch.Tensor | None = None,
+    mask_totals: torch.Tensor | None = None,
     first_scale: int = 0,
     panw_alpha: float = 0.0,
     panw_normalisation: str = "per_segment",
@@ -167,6 +168,9 @@ def policy_loss(
         reference_head: (hidden, weight, bias) of the reference policy, for the exact KL.
         token_mask: (B, L) bool or 0..1, the tokens to train and how much; None trains all. What stands at tokens whose
             mask is 0 has no effect.
+        mask_totals: (K,) sums of the mask over each scale's tokens in the whole batch, where this call has only some of
+            its rows (a micro-batch, a process's share) and advantages of the whole: the losses and gradients of the
+            parts then add up to the whole's. None: the call has all rows.
         first_scale: scales before it are scored and not trained: the fine segment of a rollout.
         panw_alpha: exponent of the per-action weight of a scale, by its number of tokens; 0 weighs all tokens alike.
         panw_normalisation: "per_segment" divides by the sum of w_i, as above; "none" by the sum of m_i; "per_scale"
@@ -218,6 +222,10 @@ def policy_loss(
             _on_device(op, name, tensor, hidden)
             if name != "token_mask" or tensor.dtype != torch.bool:
                 _checks.floating(op, name, tensor)
+    if mask_totals is not None:
+        _checks.shape(op, "mask_totals", mask_totals, len(schedule))
+        _checks.floating(op, "mask_totals", mask_totals)
+        _on_device(op, "mask_totals", mask_totals, hidden)
     if kl_estimator == "exact":
         if reference_log_probs is not None:
             _checks.fail(op, "reference_log_probs", "None: the exact KL takes reference_head", "a tensor")
@@ -256,6 +264,7 @@ def policy_loss(
         *constants,
         advantages,
         mask,
+        None if mask_totals is None else mask_totals.detach(),
         schedule.flat,
         first_scale,
         panw_alpha,

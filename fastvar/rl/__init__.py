@@ -1,19 +1,31 @@
 """Reinforcement learning: what a policy is rewarded for, and what it learns from it."""
 
+from fastvar.rl.adapters import add_adapters, merged, without_adapters
+from fastvar.rl.config import RLConfig
+from fastvar.rl.evaluate import Evaluation, evaluate_policy
+from fastvar.rl.prompts import Prompts
 from fastvar.rl.returns import middle_returns
-from fastvar.rl.rollout import Rollout, RolloutOptions, coarse_rollout, fine_rollout, whole_rollout
-from fastvar.rl.trainer import RLConfig, VMRGRPOTrainer
-from fastvar.rl.update import LossOptions, segment_loss
+from fastvar.rl.rollout import Rollout, RolloutOptions, roll_out
+from fastvar.rl.scores import Scores, score
+from fastvar.rl.trainer import VMRGRPOTrainer
+from fastvar.rl.update import LossOptions, segment_loss, token_totals
 
 __all__ = [
+    "Evaluation",
     "LossOptions",
+    "Prompts",
     "RLConfig",
     "Rollout",
     "RolloutOptions",
+    "Scores",
     "VMRGRPOTrainer",
-    "coarse_rollout",
-    "fine_rollout",
+    "add_adapters",
+    "evaluate_policy",
+    "merged",
     "middle_returns",
+    "roll_out",
+    "score",
     "segment_loss",
-    "whole_rollout",
+    "token_totals",
+    "without_adapters",
 ]

@@ -1,18 +1,17 @@
-"""Rollouts: images drawn from a policy, what they are worth, and which of their tokens are to be trained."""
+"""Rollouts: images drawn from a policy, and which of their tokens are to be trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from fastvar.models import VAR, SamplingState
-from fastvar.ops import propagate_mask
-from fastvar.rl.returns import middle_returns
-from fastvar.rl.rewards import RewardSum
+from fastvar.rl.prompts import Prompts, subject_of
+
+Segment = Literal["whole", "coarse", "fine"]
 
 
 @dataclass(frozen=True)
@@ -34,125 +33,93 @@ class RolloutOptions:
 
 
 class Rollout(NamedTuple):
-    """B drawn segments, the G of a group adjacent.
+    """n drawn segments, those of a group adjacent; the rows `rows` of a whole batch of P groups of G.
 
     Attributes:
-        prompts: (B,) texts, as the rewards got them.
-        tokens: (B, L') int64, from the first scale on to the end of the segment.
-        log_probs: (B, L') float32, of the tokens when they were drawn, under the model itself.
-        returns: (B,) what each segment is worth: R, or V for a coarse one.
-        rewards: by name, each reward's own scores of all images that were drawn (B,) or (B K,).
-        images: (B, 3, H, W) or (B K, 3, H, W) in [0, 1].
+        prompts: n, one for each row.
+        tokens: (n, L') int64, from the first scale on to the end of the segment.
+        log_probs: (n, L') float32, of the tokens when they were drawn, under the model itself.
+        images: (n K, 3, H, W) in [0, 1], the K continuations of a segment adjacent; K = 1 but for coarse segments.
+        continuations: K.
         first_scale: scales before it are not trained.
-        mask: (B, L') which tokens lie where the reward was decided, or None for all.
+        rows: which rows of the whole batch these are.
+        group_size: G.
+        passed_tokens: how many tokens passed the network.
     """
 
-    prompts: list[str]
+    prompts: Prompts
     tokens: torch.Tensor
     log_probs: torch.Tensor
-    returns: torch.Tensor
-    rewards: dict[str, torch.Tensor]
     images: torch.Tensor
+    continuations: int
     first_scale: int
-    mask: torch.Tensor | None
+    rows: range
+    group_size: int
+    passed_tokens: int
 
 
-def whole_rollout(
+@torch.no_grad()
+def roll_out(
     var: VAR,
-    prompts: Sequence[str],
-    reward: RewardSum,
+    prompts: Prompts,
     *,
+    segment: Segment = "whole",
     group_size: int,
+    middle: int = 0,
+    continuations: int = 1,
     seed: int,
     options: RolloutOptions,
-    use_mask: bool = False,
+    rows: range | None = None,
 ) -> Rollout:
-    """G whole images for each prompt: the rollout of plain GRPO.
+    """Draw G segments for each prompt.
+
+    "whole": images, trained from the first scale on: the rollout of plain GRPO. "coarse": the scales before `middle`,
+    each continued `continuations` times to an image from its cached state. "fine": the scales from `middle` on, the G
+    of a prompt continuing one drawn coarse segment.
 
     Args:
-        var: the policy, in evaluation mode, with a text condition.
-        prompts: one text per group.
-        reward: what scores the images.
+        var: the policy, in evaluation mode.
+        prompts: P, one per group.
+        segment: what to draw.
         group_size: G.
+        middle: m, 1 to K - 1; not read by "whole".
+        continuations: K of a coarse segment.
         seed: of this rollout.
         options: how to draw.
-        use_mask: keep the reward's mask, propagated over the scales.
+        rows: the rows of the batch of P G that are wanted, all by default. A row does not depend on which others are
+            drawn with it, so several processes may share a rollout.
+
+    Raises:
+        ValueError: a middle scale that the schedule does not have.
     """
-    rows = [prompt for prompt in prompts for _ in range(group_size)]
-    drawn = _in_chunks(len(rows), options.chunk, lambda r: _draw(var, rows[r], None, None, seed, r.start, options))
-    return _scored(var, rows, drawn, reward, 0, use_mask)
-
-
-def fine_rollout(
-    var: VAR,
-    prompts: Sequence[str],
-    reward: RewardSum,
-    *,
-    group_size: int,
-    middle: int,
-    seed: int,
-    options: RolloutOptions,
-    use_mask: bool = False,
-) -> Rollout:
-    """G fine segments that continue one drawn coarse segment of each prompt; scales before `middle` are not trained.
-
-    Args:
-        middle: m, 1 to K - 1; the coarse segment is the scales before it. Others as `whole_rollout`.
-    """
-    _check_middle(var, middle)
-    rows = [prompt for prompt in prompts for _ in range(group_size)]
-    trunks = max(options.chunk // group_size, 1)
-
-    def continued(r: slice) -> _Drawn:
-        coarse = _draw(var, list(prompts[r]), None, middle, seed, r.start, options)
-        assert coarse.state is not None
-        return _draw(var, None, coarse.state.fork(group_size), None, seed + 1, r.start * group_size, options)
-
-    drawn = _in_chunks(len(prompts), trunks, continued)
-    return _scored(var, rows, drawn, reward, middle, use_mask)
-
-
-def coarse_rollout(
-    var: VAR,
-    prompts: Sequence[str],
-    reward: RewardSum,
-    *,
-    group_size: int,
-    middle: int,
-    continuations: int,
-    eta: float,
-    seed: int,
-    options: RolloutOptions,
-    use_mask: bool = False,
-) -> Rollout:
-    """G coarse segments for each prompt, each worth the soft value of K continuations that fork its cached state.
-
-    Args:
-        middle: m, 1 to K - 1; the coarse segment is the scales before it.
-        continuations: K.
-        eta: temperature of `middle_returns`. Others as `whole_rollout`.
-    """
-    _check_middle(var, middle)
-    rows = [prompt for prompt in prompts for _ in range(group_size)]
-    ends: list[_Drawn] = []
-
-    def started(r: slice) -> _Drawn:
-        coarse = _draw(var, rows[r], None, middle, seed, r.start, options)
-        assert coarse.state is not None
-        forked = coarse.state.fork(continuations)
-        ends.append(_draw(var, None, forked, None, seed + 1, r.start * continuations, options))
-        return coarse._replace(state=None)  # the cache is not needed any more
-
-    coarse = _in_chunks(len(rows), max(options.chunk // continuations, 1), started)
-    whole = _joined(ends)
-    assert whole.images is not None
-    found, each = reward(whole.images, [row for row in rows for _ in range(continuations)])
-    returns = middle_returns(found.scores, continuations, eta=eta)
-    mask = None
-    if use_mask and found.mask is not None:  # a token matters if it does for any of its continuations
-        tokens = _token_mask(var, found.mask)[:, : coarse.tokens.shape[1]]
-        mask = tokens.view(len(rows), continuations, -1).any(1)
-    return Rollout(rows, coarse.tokens, coarse.log_probs, returns, each, whole.images, 0, mask)
+    if segment != "whole" and not 1 <= middle < len(var.schedule):
+        raise ValueError(f"roll_out: middle: expected 1 to {len(var.schedule) - 1}, got {middle}")
+    rows = range(len(prompts) * group_size) if rows is None else rows
+    artist = _Artist(var, prompts, group_size, seed, options)
+    drawn: list[_Drawn] = []
+    if segment == "whole":
+        drawn = [artist.start(part) for part in _chunks(rows, options.chunk)]
+    elif segment == "coarse":
+        for part in _chunks(rows, options.chunk // continuations):
+            coarse = artist.start(part, stop=middle)
+            fine = artist.go_on(coarse, continuations, part.start * continuations)
+            drawn.append(coarse._replace(images=fine.images, state=None))
+    else:
+        for part in _whole_groups(rows, group_size, options.chunk):
+            groups = range(part.start // group_size, (part.stop - 1) // group_size + 1)
+            coarse = artist.start(groups, stop=middle, rows_per_prompt=1)
+            drawn.append(artist.go_on(coarse, len(part) // len(groups), part.start))
+    return Rollout(
+        artist.prompts_of(rows, group_size),
+        torch.cat([d.tokens for d in drawn]),
+        torch.cat([d.log_probs for d in drawn]),
+        torch.cat([d.images for d in drawn if d.images is not None]),
+        continuations if segment == "coarse" else 1,
+        middle if segment == "fine" else 0,
+        rows,
+        group_size,
+        artist.passed_tokens,
+    )
 
 
 class _Drawn(NamedTuple):
@@ -162,55 +129,74 @@ class _Drawn(NamedTuple):
     state: SamplingState | None
 
 
-def _draw(
-    var: VAR,
-    labels: list[str] | None,
-    state: SamplingState | None,
-    stop: int | None,
-    seed: int,
-    first_sample: int,
-    options: RolloutOptions,
-) -> _Drawn:
-    out = var.generate(
-        labels,
-        state=state,
-        stop=stop,
-        seed=seed,
-        first_sample=first_sample,
-        guidance=options.guidance,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        log_probs=True,
-        decode=stop is None,
-    )
-    assert out.log_probs is not None
-    return _Drawn(out.tokens, out.log_probs, out.images, out.state)
+class _Artist:
+    """Draws parts of one rollout."""
+
+    def __init__(self, var: VAR, prompts: Prompts, group_size: int, seed: int, options: RolloutOptions) -> None:
+        self.var, self.prompts, self.group_size, self.seed, self.options = var, prompts, group_size, seed, options
+        self.subject = subject_of(var, prompts)
+        self.passed_tokens = 0
+
+    def prompts_of(self, rows: range, rows_per_prompt: int) -> Prompts:
+        return self.prompts.take([row // rows_per_prompt for row in rows])
+
+    def start(self, rows: range, *, stop: int | None = None, rows_per_prompt: int | None = None) -> _Drawn:
+        """Rows from the first scale on; `rows_per_prompt` of them, G by default, belong to a prompt."""
+        times = self.group_size if rows_per_prompt is None else rows_per_prompt
+        labels = self.prompts_of(rows, times).conditions
+        subject = None
+        if self.subject is not None:
+            aligned = rows.start % times == 0 and rows.stop % times == 0
+            owners = [row // times for row in (rows[::times] if aligned else rows)]
+            subject = self.subject[owners]
+        return self._draw(labels, None, stop, self.seed, rows.start, subject)
+
+    def go_on(self, drawn: _Drawn, times: int, first_row: int) -> _Drawn:
+        """`times` continuations of every row, to the end; nothing of what they share is computed or kept twice."""
+        assert drawn.state is not None
+        return self._draw(None, drawn.state.fork(times), None, self.seed + 1, first_row, None)
+
+    def _draw(
+        self,
+        labels: object,
+        state: SamplingState | None,
+        stop: int | None,
+        seed: int,
+        first_sample: int,
+        subject: torch.Tensor | None,
+    ) -> _Drawn:
+        options = self.options
+        before = 0 if state is None else state.tokens.shape[1]
+        out = self.var.generate(
+            labels,  # type: ignore[arg-type]
+            state=state,
+            stop=stop,
+            subject=subject,
+            seed=seed,
+            first_sample=first_sample,
+            guidance=options.guidance,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            log_probs=True,
+            decode=stop is None,
+        )
+        self.passed_tokens += len(out.tokens) * (out.tokens.shape[1] - before) * (2 if options.guidance else 1)
+        return _Drawn(out.tokens, out.log_probs, out.images, out.state)
 
 
-def _in_chunks(count: int, chunk: int, draw: Callable[[slice], _Drawn]) -> _Drawn:
-    return _joined([draw(slice(i, min(i + chunk, count))) for i in range(0, count, chunk)])
+def _chunks(rows: range, size: int) -> Iterator[range]:
+    size = max(size, 1)
+    for start in range(rows.start, rows.stop, size):
+        yield range(start, min(start + size, rows.stop))
 
 
-def _joined(parts: list[_Drawn]) -> _Drawn:
-    images = [part.images for part in parts if part.images is not None]
-    tokens, log_probs = torch.cat([p.tokens for p in parts]), torch.cat([p.log_probs for p in parts])
-    return _Drawn(tokens, log_probs, torch.cat(images) if images else None, None)
-
-
-def _scored(var: VAR, rows: list[str], drawn: _Drawn, reward: RewardSum, first_scale: int, use_mask: bool) -> Rollout:
-    assert drawn.images is not None
-    found, each = reward(drawn.images, rows)
-    mask = _token_mask(var, found.mask) if use_mask and found.mask is not None else None
-    return Rollout(rows, drawn.tokens, drawn.log_probs, found.scores, each, drawn.images, first_scale, mask)
-
-
-def _token_mask(var: VAR, mask: torch.Tensor) -> torch.Tensor:
-    """From image pixels (B, H, W) to the tokens of all scales (B, L): a token is on if a pixel below it is."""
-    finest = F.adaptive_max_pool2d(mask.float()[:, None], var.schedule.finest)[:, 0] > 0
-    return propagate_mask(finest, var.schedule)
-
-
-def _check_middle(var: VAR, middle: int) -> None:
-    if not 1 <= middle < len(var.schedule):
-        raise ValueError(f"rollout: middle: expected 1 to {len(var.schedule) - 1}, got {middle}")
+def _whole_groups(rows: range, group_size: int, size: int) -> Iterator[range]:
+    """Parts of whole groups, about `size` rows each, and a part of its own for a group that is cut at either end."""
+    first = min(-(-rows.start // group_size) * group_size, rows.stop)
+    last = max(rows.stop // group_size * group_size, first)
+    if rows.start < first:
+        yield range(rows.start, first)
+    yield from _chunks(range(first, last), max(size // group_size, 1) * group_size)
+    if last < rows.stop:
+        yield range(last, rows.stop)

@@ -5,98 +5,51 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from fastvar.files import write_json
 from fastvar.models import VAR
-from fastvar.ops import PolicyLoss
+from fastvar.ops import PolicyLoss, group_advantages
+from fastvar.rl.adapters import has_adapters, merged
+from fastvar.rl.config import TOLERANCES, RLConfig
+from fastvar.rl.evaluate import evaluate_policy
+from fastvar.rl.prompts import Prompts
+from fastvar.rl.returns import middle_returns
 from fastvar.rl.rewards import RewardSum
-from fastvar.rl.rollout import Rollout, RolloutOptions, coarse_rollout, fine_rollout, whole_rollout
-from fastvar.rl.update import LossOptions, segment_loss
+from fastvar.rl.rollout import Rollout, roll_out
+from fastvar.rl.scores import Scores, score
+from fastvar.rl.update import segment_loss, token_totals
 from fastvar.training.checkpoints import checkpoint_folder, remove_checkpoints, save_checkpoint, saved_steps
 from fastvar.training.ema import EMA
 from fastvar.training.log import RunLog
 from fastvar.training.loop import check_same_settings, parameter_groups
-
-
-@dataclass(frozen=True)
-class RLConfig:
-    """How to train with rewards. `middle=0` with `LossOptions(panw_alpha=0)` is plain GRPO."""
-
-    iterations: int = 100
-    """Rollouts, each with one update."""
-    prompts: int = 4
-    """Groups per rollout."""
-    group_size: int = 8
-    """G, samples of a prompt."""
-    middle: int = 2
-    """m: scales before it are the coarse segment; 0 trains all scales at once."""
-    continuations: int = 2
-    """K, continuations of a coarse segment that make its return."""
-    eta: float = 1.0
-    """Temperature of the soft value over the continuations."""
-    coarse_updates: int = 3
-    """Updates of the coarse segment before each of the fine one."""
-    fine_updates: int = 1
-    """Updates of the fine segment in a row."""
-    use_mask: bool = False
-    """Train only the tokens where the reward was decided; helps local rewards, harms global ones."""
-    learning_rate: float = 1e-5
-    """Constant."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW."""
-    weight_decay: float = 0.05
-    """Of linear layers and convolutions."""
-    clip_norm: float = 1.0
-    """Largest norm of the gradient."""
-    ema_decay: float = 0.95
-    """Of the averaged weights, which are saved as the model."""
-    bad_steps: int = 5
-    """Updates in a row that may be skipped, as their gradient is not finite, before the run stops."""
-    seed: int = 0
-    """Of prompts and rollouts."""
-    log_every: int = 1
-    """Iterations between two lines of metrics."""
-    save_every: int = 20
-    """Iterations between two checkpoints."""
-    keep: int = 2
-    """Checkpoints that are kept."""
-    resume: bool = True
-    """Go on from the newest checkpoint in the output folder, if there is one."""
-    loss: LossOptions = field(default_factory=LossOptions)
-    rollout: RolloutOptions = field(default_factory=RolloutOptions)
-
-    def phase(self, iteration: int) -> str:
-        """What an iteration trains: "whole", "coarse" or "fine"."""
-        if self.middle == 0:
-            return "whole"
-        place = iteration % (self.coarse_updates + self.fine_updates)
-        return "coarse" if place < self.coarse_updates else "fine"
-
-
-# Settings that change what a run shows and keeps, but not what it learns.
-_FREE = ("iterations", "log_every", "save_every", "keep", "resume")
+from fastvar.training.pictures import image_grid, save_picture
 
 
 class VMRGRPOTrainer:
-    """Trains a VAR with a text condition on a reward; one process.
+    """Trains a VAR on a reward, on one process or, under `accelerate launch` or `torchrun`, on several.
 
-    Each iteration draws a rollout (`fastvar.rl.rollout`), scores it, and makes one update (`fastvar.rl.update`). The
-    policy stays in evaluation mode: what is trained is what is drawn from. An interrupted run goes on where it stopped,
-    with the same numbers.
+    Each iteration draws a rollout (`roll_out`), scores it (`score`), makes returns (`middle_returns`) and advantages
+    (`group_advantages`) of the scores, and one or more optimizer steps (`segment_loss`). The policy stays in evaluation
+    mode: what is trained is what is drawn from. An interrupted run goes on where it stopped, with the same numbers.
 
     Args:
-        policy: the model, with its tokenizer; trained in place.
+        policy: the model, with its tokenizer; trained in place. With adapters (`add_adapters`) only they are.
         reward: what scores images.
-        prompts: texts to draw from.
+        prompts: what to draw; a list of texts, or `Prompts` for class labels and reference subjects.
         config: how.
-        output: the run's folder.
-        reference: the model that the KL holds the policy to; a copy of the policy as it is now if the weight is not 0.
+        output: the run's folder: `model/` (averaged weights), `best/` (those of the best evaluation), `metrics.jsonl`,
+            `pictures/`, `tensorboard/`, `checkpoints/`.
+        reference: the model that the KL holds the policy to. By default the policy as it is now, if the weight is not
+            0: without its adapters, or else a copy.
+        evaluation: prompts of the evaluations; `prompts` by default.
 
     Raises:
         ValueError: settings that do not fit, nothing to train.
@@ -106,182 +59,363 @@ class VMRGRPOTrainer:
         self,
         policy: VAR,
         reward: RewardSum,
-        prompts: Sequence[str],
+        prompts: Prompts | Sequence[str],
         config: RLConfig,
         output: Path,
         reference: VAR | None = None,
+        evaluation: Prompts | Sequence[str] | None = None,
     ) -> None:
-        if not prompts:
-            raise ValueError("VMRGRPOTrainer: prompts: expected at least one, got none")
-        for name in ("iterations", "prompts", "group_size", "continuations", "log_every", "save_every", "keep"):
-            if getattr(config, name) < 1:
-                raise ValueError(f"RLConfig: {name}: expected at least 1, got {getattr(config, name)}")
-        updates = (config.coarse_updates, config.fine_updates)
-        if config.middle and (min(updates) < 0 or not any(updates)):
-            raise ValueError(
-                f"RLConfig: coarse_updates, fine_updates: expected none below 0, not both 0, got {updates}"
-            )
-        self.policy = policy.eval()
-        self.policy.tokenizer.requires_grad_(False).eval()
-        self.reward, self.prompts, self.config, self.output = reward, list(prompts), config, output
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(policy, config.weight_decay), lr=config.learning_rate, betas=config.betas
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        config.check()
+        self.prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts)
+        evaluation = self.prompts if evaluation is None else evaluation
+        self.evaluation = evaluation if isinstance(evaluation, Prompts) else Prompts(evaluation)
+        self.reward, self.config, self.output = reward, config, output
+        # Which parameters take part depends on the segment and on whether there are references.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(
+            mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[unused]
         )
-        self.ema = EMA(policy, config.ema_decay)
+        self.policy = policy.to(self.accelerator.device).eval()
+        self.policy.gradient_checkpointing = config.gradient_checkpointing
+        self.policy.tokenizer.requires_grad_(False).eval()
         self.reference = reference
         if reference is None and config.loss.kl_weight != 0:
-            self.reference = policy.fresh().to(policy.device)
-            self.reference.load_state_dict(policy.state_dict())
-        if self.reference is not None:
-            self.reference.requires_grad_(False).eval()
-        self.skipped = 0
+            self.reference = policy if has_adapters(policy) else policy.clone()
+        if self.reference is not None and self.reference is not policy:
+            self.reference.to(self.accelerator.device).requires_grad_(False).eval()
+        self.ema = EMA(policy, config.ema_decay)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(policy, config.weight_decay), lr=config.learning_rate, betas=config.betas
+        )
+        self.model, self.optimizer = self.accelerator.prepare(_Called(policy), optimizer)
+        self.progress = _Progress()
+        self.accelerator.register_for_checkpointing(self.ema, self.progress)
 
     def train(self) -> VAR:
         """Run all iterations, or those that are left, and return the averaged policy; it is saved in `output/model`.
 
         Raises:
             ValueError: `output` holds a run with other settings.
-            RuntimeError: a reward misbehaved, or too many updates in a row had a gradient that is not finite.
+            RuntimeError: a reward misbehaved, rollout and training do not agree, or too many updates in a row had a
+                gradient that is not finite. The run goes on from its last checkpoint when called again.
         """
-        from accelerate import Accelerator
-
-        config, output = self.config, self.output
-        accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
-        if accelerator.num_processes > 1:
-            raise ValueError(f"VMRGRPOTrainer: expected one process, got {accelerator.num_processes}")
-        self.policy, self.optimizer = accelerator.prepare(self.policy.to(accelerator.device), self.optimizer)
-        accelerator.register_for_checkpointing(self.ema, _Counter(self))
+        config, output, accelerator = self.config, self.output, self.accelerator
+        main = accelerator.is_main_process
         settings = self._settings()
         steps = saved_steps(output) if config.resume else []
         first = steps[-1] if steps else 0
         if steps:
             check_same_settings(output / "settings.json", settings)
             accelerator.load_state(str(checkpoint_folder(output, first)))
-        else:
+        elif main:
             remove_checkpoints(output)
             (output / "metrics.jsonl").unlink(missing_ok=True)
             write_json(output / "settings.json", settings)
-        log = RunLog(output, first, config.iterations, title="vmr-grpo")
+        accelerator.wait_for_everyone()
+        log = RunLog(output, first, config.iterations, title="vmr-grpo", active=main)
         try:
+            if first == 0 and config.evaluate_every:
+                self._evaluate(0, log, {})
             for iteration in range(first, config.iterations):
+                if self.progress.stopped:
+                    break
                 metrics = self.iteration(iteration)
                 done, last = iteration + 1, iteration + 1 == config.iterations
+                self.progress.stopped = bool(config.stop_kl) and metrics["kl"] > config.stop_kl
+                last = last or self.progress.stopped
                 log.advance()
-                if done % config.log_every == 0 or last:
+                if config.evaluate_every and (done % config.evaluate_every == 0 or last):
+                    self._evaluate(done, log, metrics)
+                elif done % config.log_every == 0 or last:
                     log.write(done, metrics)
                 if done % config.save_every == 0 or last:
                     save_checkpoint(accelerator, output, done, config.keep)
         finally:
             log.close()
-        self.ema.model.save_pretrained(output / "model")
-        return self.ema.model
+        averaged = merged(self.ema.model) if has_adapters(self.ema.model) else self.ema.model
+        if main:
+            averaged.save_pretrained(output / "model")
+        accelerator.wait_for_everyone()
+        return averaged
 
     def iteration(self, iteration: int) -> dict[str, float]:
-        """One rollout and one update; what it measured."""
-        start = time.perf_counter()
+        """One rollout and its updates; what was measured."""
+        clock = _Clock()
         rollout = self.roll_out(iteration)
-        drawn = time.perf_counter()
-        loss = segment_loss(
-            self.policy,
-            rollout,
-            self.config.loss,
-            group_size=self.config.group_size,
-            temperature=self.config.rollout.temperature,
-            reference=self.reference,
-        )
-        norm = self.update(loss)
-        self.ema.update(self.policy)
+        clock.lap("rollout")
+        scores = score(rollout, self.reward, self.policy.schedule, use_mask=self.config.use_mask)
+        clock.lap("reward")
+        graded = self.grade(rollout, scores)
+        measured = {"skipped": 0.0, "gradient_norm": 0.0}
+        old_log_probs = None
+        for number in range(self.config.updates):
+            found, log_probs = self.update(rollout, graded, old_log_probs)
+            if number == 0:
+                found |= self.check_log_probs(rollout, graded, log_probs)
+                old_log_probs = log_probs if self.config.rescore else rollout.log_probs
+            measured |= found
+        clock.lap("update")
+        segments = ("whole", "coarse", "fine")
         return {
-            **self.measure(rollout, loss),
-            "gradient_norm": norm,
-            "skipped": float(self.skipped),
-            "phase": float(("whole", "coarse", "fine").index(self.config.phase(iteration))),
-            "seconds_rollout": drawn - start,
-            "seconds_update": time.perf_counter() - drawn,
+            **graded.metrics,
+            **measured,
+            "segment": float(segments.index(self.config.segment(iteration))),
+            "tokens": self._total(float(rollout.passed_tokens)),
+            **clock.seconds,
         }
 
     def roll_out(self, iteration: int) -> Rollout:
-        """The rollout of an iteration; it follows from the seed, the iteration and the weights."""
-        config = self.config
+        """This process's rows of an iteration's rollout; it follows from the seed, the iteration and the weights."""
+        config, accelerator = self.config, self.accelerator
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration)
         chosen = torch.randint(len(self.prompts), (config.prompts,), generator=generator).tolist()
-        prompts = [self.prompts[i] for i in chosen]
-        common: dict[str, Any] = {
-            "group_size": config.group_size,
-            "seed": int(torch.randint(2**31 - 2, (1,), generator=generator)),
-            "options": config.rollout,
-            "use_mask": config.use_mask,
-        }
-        phase = config.phase(iteration)
-        if phase == "whole":
-            return whole_rollout(self.policy, prompts, self.reward, **common)
-        if phase == "fine":
-            return fine_rollout(self.policy, prompts, self.reward, middle=config.middle, **common)
-        return coarse_rollout(
-            self.policy,
-            prompts,
-            self.reward,
-            middle=config.middle,
-            continuations=config.continuations,
-            eta=config.eta,
-            **common,
-        )
+        seed = int(torch.randint(2**31 - 2, (1,), generator=generator))
+        count, processes = config.prompts * config.group_size, accelerator.num_processes
+        if count % processes:
+            raise ValueError(f"VMRGRPOTrainer: expected a number of processes that divides {count}, got {processes}")
+        share = count // processes
+        rows = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        with self._autocast(), torch.no_grad():
+            return self.model(
+                roll_out,
+                self.prompts.take(chosen),
+                segment=config.segment(iteration),
+                group_size=config.group_size,
+                middle=config.middle,
+                continuations=config.continuations,
+                seed=seed,
+                options=config.rollout,
+                rows=rows,
+            )
 
-    def update(self, loss: PolicyLoss) -> float:
-        """One optimizer step; returns the gradient's norm. A gradient that is not finite is dropped and counted."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.loss.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.clip_norm))
+    def grade(self, rollout: Rollout, scores: Scores) -> Graded:
+        """Returns and advantages of this process's rows within the groups of all processes."""
+        config, device = self.config, rollout.tokens.device
+        each = {name: self.accelerator.gather(values.to(device)) for name, values in scores.each.items()}
+        returns = middle_returns(self.reward.combine(each), rollout.continuations, eta=config.eta)
+        advantages = group_advantages(
+            returns,
+            config.group_size,
+            normalise=config.loss.normalise,
+            spread_floor=config.loss.spread_floor,
+        )
+        groups = returns.view(-1, config.group_size)
+        spread = (groups.nan_to_num(-math.inf).amax(1) > groups.nan_to_num(math.inf).amin(1)).repeat_interleave(
+            config.group_size
+        )
+        rows = slice(rollout.rows.start, rollout.rows.stop)
+        mask = torch.ones_like(rollout.log_probs)
+        if scores.mask is not None:
+            mask = mask * scores.mask
+        if config.filter_groups:
+            mask = mask * spread[rows, None]
+        schedule = self.policy.schedule.with_num_tokens(rollout.tokens.shape[1])
+        mask[:, : schedule.starts[rollout.first_scale]] = 0
+        metrics = {f"reward/{name}": float(values.nanmean()) for name, values in each.items()}
+        metrics |= {f"reward_std/{name}": _spread(values) for name, values in each.items() if len(each) > 1}
+        metrics |= {
+            "return": float(returns.nanmean()),
+            "spread": float(groups.std(1, correction=0).nanmean()),
+            "groups_without_spread": 1 - float(spread.float().mean()),
+            "mask_share": 1.0 if scores.mask is None else self._mean(float(scores.mask.float().mean())),
+        }
+        totals = self.accelerator.reduce(token_totals(mask, schedule), "sum")
+        return Graded(returns, advantages[rows], mask, totals, metrics)
+
+    def update(
+        self, rollout: Rollout, graded: Graded, old_log_probs: torch.Tensor | None
+    ) -> tuple[dict[str, float], torch.Tensor]:
+        """One optimizer step; what it measured, and the log-probabilities (n, L') before it (0 where a row was left
+        out). A gradient that is not finite is dropped and counted; where there is nothing to learn, none is made."""
+        config, accelerator = self.config, self.accelerator
+        log_probs = torch.zeros_like(rollout.log_probs)
+        if not graded.totals.any():
+            return {"gradient_norm": 0.0, "skipped": float(self.progress.skipped)}, log_probs
+        sums: dict[str, torch.Tensor] = {}
+        parts = self._parts(graded.mask)
+        for number, (rows, real) in enumerate(parts):
+            mask = graded.mask if real else torch.zeros_like(graded.mask)
+            with accelerator.no_sync(self.model) if number + 1 < len(parts) else nullcontext(), self._autocast():
+                found: PolicyLoss = self.model(
+                    segment_loss,
+                    rollout,
+                    graded.advantages,
+                    config.loss,
+                    rows=rows,
+                    mask=mask,
+                    mask_totals=graded.totals,
+                    temperature=config.rollout.temperature,
+                    reference=self.reference,
+                    old_log_probs=old_log_probs,
+                )
+                # The parts add up to the whole batch's loss; processes average their gradients.
+                accelerator.backward(found.loss * accelerator.num_processes)
+            if real:
+                log_probs[rows] = found.log_probs
+            weight = mask[rows].sum() / graded.totals.sum()
+            for name, value in _measured(found).items():
+                part = value if name == "loss" else value * weight
+                sums[name] = sums.get(name, torch.zeros_like(part)) + part.detach()
+        metrics = self._sum_over_processes(sums)
+        norm = float(accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm))
         if math.isfinite(norm):
             self.optimizer.step()
-            self.skipped = 0
+            self.progress.skipped = 0
+            self.ema.update(self.policy)
         else:
-            self.skipped += 1
-            if self.skipped > self.config.bad_steps:
-                raise RuntimeError(f"VMRGRPOTrainer: {self.skipped} updates in a row had a gradient that is not finite")
+            self.progress.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        if self.progress.skipped > config.bad_steps:
+            raise RuntimeError(
+                f"VMRGRPOTrainer: {self.progress.skipped} updates in a row had a gradient that is not finite"
+            )
+        return {**metrics, "gradient_norm": norm, "skipped": float(self.progress.skipped)}, log_probs
 
-    def measure(self, rollout: Rollout, loss: PolicyLoss) -> dict[str, float]:
-        """The figures of an iteration that say whether it learns, and whether it is sound."""
-        groups = rollout.returns.view(-1, self.config.group_size)
-        start = self.policy.schedule.starts[rollout.first_scale]
-        difference = (loss.log_probs - rollout.log_probs)[:, start:].abs().max()
-        rewards = {f"reward/{name}": float(scores.nanmean()) for name, scores in rollout.rewards.items()}
-        shares = {f"gradient_share/{k}": float(share) for k, share in enumerate(loss.gradient_share)}
-        return {
-            **rewards,
-            "return": float(rollout.returns.nanmean()),
-            "spread": float(groups.std(1, correction=0).nanmean()),
-            "groups_without_spread": float((groups.amax(1) == groups.amin(1)).float().mean()),
-            "loss": float(loss.loss.detach()),
-            "kl": float(loss.kl),
-            "entropy": float(loss.entropy),
-            "clip_fraction": float(loss.clip_fraction),
-            "ratio": float(loss.ratio),
-            "rollout_difference": float(difference),
-            "mask_share": 1.0 if rollout.mask is None else float(rollout.mask.float().mean()),
-            **shares,
-        }
+    def check_log_probs(self, rollout: Rollout, graded: Graded, log_probs: torch.Tensor) -> dict[str, float]:
+        """How much the log-probabilities of rollout and training differ, over the trained tokens.
+
+        Raises:
+            RuntimeError: more than rounding: another policy would be trained than was drawn from.
+        """
+        schedule = self.policy.schedule.with_num_tokens(log_probs.shape[1])
+        gaps = torch.where(graded.mask > 0, (log_probs - rollout.log_probs).abs(), 0)
+        worst = self.accelerator.gather(torch.stack([part.amax() for part in gaps.split(schedule.lengths, 1)])[None])
+        worst = worst.amax(0)
+        count = self._total(float((graded.mask > 0).sum()))
+        mean = self._total(float(gaps.sum())) / max(count, 1.0)
+        limit = self.config.largest_difference
+        if self.config.updates > 1 and not self.config.rescore:
+            limit = min(limit, TOLERANCES[self.config.precision])
+        if mean > limit:
+            scale = int(worst.argmax())
+            found = f"{mean:.2g} on average (tolerance {limit:g}), {float(worst[scale]):.2g} at scale {scale}"
+            raise RuntimeError(
+                f"VMRGRPOTrainer: log-probabilities of rollout and training differ by {found}: cached sampling and "
+                "teacher forcing are not the same model (precision? dropout? a patched forward?)"
+            )
+        return {"rollout_difference": float(worst.amax()), "rollout_difference_mean": mean}
+
+    def _evaluate(self, done: int, log: RunLog, metrics: dict[str, float]) -> None:
+        """Fixed prompts and seeds on the averaged weights; keeps the best."""
+        if self.accelerator.is_main_process:
+            found = evaluate_policy(
+                self.ema.model,
+                self.reward,
+                self.evaluation,
+                samples=self.config.evaluation_samples,
+                options=self.config.rollout,
+            )
+            metrics = {**metrics, **{f"evaluation/{name}": value for name, value in found.metrics.items()}}
+            picture = image_grid(found.images[:64], 8)
+            save_picture(picture, self.output / "pictures" / f"step-{done:08d}.png")
+            log.picture(done, "samples", picture)
+            log.write(done, metrics)
+            if found.metrics["return"] > self.progress.best:
+                self.progress.best = found.metrics["return"]
+                best = merged(self.ema.model) if has_adapters(self.ema.model) else self.ema.model
+                best.save_pretrained(self.output / "best")
+        self.accelerator.wait_for_everyone()
+
+    def _parts(self, mask: torch.Tensor) -> list[tuple[list[int], bool]]:
+        """This process's rows in micro-batches. Rows without a token to train are left out; as all processes must run
+        as many passes, one with fewer repeats a row, which then counts for nothing."""
+        wanted = (mask > 0).any(1).nonzero()[:, 0].tolist()
+        size = self.config.micro_batch or len(mask)
+        parts = [(wanted[i : i + size], True) for i in range(0, len(wanted), size)]
+        most = int(self.accelerator.gather(torch.tensor([len(parts)], device=mask.device)).max())
+        return [([0], False)] * (most - len(parts)) + parts
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _total(self, value: float) -> float:
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        return float(self.accelerator.reduce(tensor, "sum"))
+
+    def _mean(self, value: float) -> float:
+        return self._total(value) / self.accelerator.num_processes
+
+    def _sum_over_processes(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        values = torch.stack([value.float().to(self.accelerator.device) for value in sums.values()])
+        return dict(zip(sums, self.accelerator.reduce(values, "sum").tolist(), strict=True))
 
     def _settings(self) -> dict[str, Any]:
+        texts = self.prompts.texts
         settings = {
-            "rl": {name: value for name, value in asdict(self.config).items() if name not in _FREE},
+            "rl": self.config.settings(),
             "model": asdict(self.policy.config),
-            "rewards": self.reward.weights,
-            "prompts": {"count": len(self.prompts), "first": self.prompts[0], "last": self.prompts[-1]},
+            "trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "rewards": {**self.reward.weights, "standardise": self.reward.standardise},
+            "prompts": {"count": len(texts), "first": texts[0], "last": texts[-1]},
         }
         return json.loads(json.dumps(settings))
 
 
-class _Counter:
-    """The trainer's count of skipped updates, as a thing that checkpoints can hold."""
+class Graded(NamedTuple):
+    """What a rollout's rows are worth.
 
-    def __init__(self, trainer: VMRGRPOTrainer) -> None:
-        self.trainer = trainer
+    Attributes:
+        returns: of all processes' rows.
+        advantages: (n,) of this process's rows.
+        mask: (n, L') which tokens are to be trained.
+        totals: (K',) sums of all processes' masks over each scale's tokens.
+        metrics: for the log.
+    """
 
-    def state_dict(self) -> dict[str, int]:
-        return {"skipped": self.trainer.skipped}
+    returns: torch.Tensor
+    advantages: torch.Tensor
+    mask: torch.Tensor
+    totals: torch.Tensor
+    metrics: dict[str, float]
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.trainer.skipped = state["skipped"]
+
+class _Called(nn.Module):
+    """The policy behind a forward pass that runs any function of it: wrappers for several processes act on forward."""
+
+    def __init__(self, policy: VAR) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return function(self.policy, *arguments, **options)
+
+
+class _Progress:
+    """What a run has to remember besides its weights."""
+
+    def __init__(self) -> None:
+        self.skipped, self.best, self.stopped = 0, -math.inf, False
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class _Clock:
+    """Seconds by part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[f"seconds_{name}"] = now - self._last
+        self._last = now
+
+
+def _measured(loss: PolicyLoss) -> dict[str, torch.Tensor]:
+    names = ("loss", "kl", "entropy", "clip_fraction", "ratio")
+    shares = {f"gradient_share/{k}": share for k, share in enumerate(loss.gradient_share)}
+    return {**{name: getattr(loss, name) for name in names}, **shares}
+
+
+def _spread(values: torch.Tensor) -> float:
+    finite = values[values.isfinite()]
+    return float(finite.std(correction=0))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
 from fastvar.models import VAR
 from fastvar.ops import PolicyLoss, policy_loss
+from fastvar.rl.adapters import without_adapters
+from fastvar.rl.prompts import subject_of
 from fastvar.rl.rollout import Rollout
+from fastvar.schedule import ScaleSchedule
 
 
 @dataclass(frozen=True)
@@ -33,60 +39,72 @@ class LossOptions:
     """Weight of the KL to the reference; 0 needs no reference."""
     kl_estimator: str = "exact"
     """"exact" over the whole vocabulary, "k2" or "k3"."""
+    entropy_weight: float = 0.0
+    """Weight of an entropy bonus."""
 
 
 def segment_loss(
     var: VAR,
     rollout: Rollout,
+    advantages: torch.Tensor,
     options: LossOptions,
     *,
-    group_size: int,
+    rows: Sequence[int] | None = None,
+    mask: torch.Tensor | None = None,
+    mask_totals: torch.Tensor | None = None,
     temperature: float = 1.0,
     reference: VAR | None = None,
-    on_policy: bool = True,
+    old_log_probs: torch.Tensor | None = None,
 ) -> PolicyLoss:
-    """The policy loss of a rollout's segment; only its tokens and the coarser ones pass the network.
+    """The policy loss of a rollout's segments; only their tokens and the coarser ones pass the network.
 
     Args:
         var: the policy, in evaluation mode: dropout would make it another one than was drawn from.
-        rollout: what was drawn.
-        options: the loss.
-        group_size: G of the rollout.
+        rollout: what was drawn, n rows.
+        advantages: (n,).
+        options: the loss; `normalise` and `spread_floor` are those of the advantages and not read here.
+        rows: the rows of the rollout that this call is for, in order; all by default.
+        mask: (n, L') which tokens to train, or None for all of the segment's.
+        mask_totals: (K',) as `token_totals` of all rows, if this call is for some of them.
         temperature: of the rollout.
-        reference: the reference policy, needed where options.kl_weight is not 0.
-        on_policy: the first update on a rollout: the ratio is 1 by construction. Later updates take the rollout's
-            log-probabilities, which must be those of this forward pass.
+        reference: the policy that the KL is measured to; `var` itself stands for it without its adapters. Not read
+            where options.kl_weight is 0.
+        old_log_probs: (n, L') of the policy that drew the rollout, for all but the first update on it; None is
+            on-policy, where the ratio is 1 by construction. They must be those of this forward pass, not of sampling,
+            if the two differ.
 
     Raises:
         ValueError: a KL weight without a reference.
     """
     if options.kl_weight != 0 and reference is None:
         raise ValueError(f"segment_loss: reference: expected a model, as kl_weight is {options.kl_weight}, got None")
-    tokens = rollout.tokens
+    rows = list(range(len(rollout.tokens)) if rows is None else rows)
+    tokens, prompts = rollout.tokens[rows], rollout.prompts.take(rows)
     inputs = var.tokenizer.teacher_forcing(tokens)[:, : tokens.shape[1] - var.schedule.lengths[0]]
-    hidden = var.hidden(rollout.prompts, inputs)
+    subject = subject_of(var, prompts.take(range(0, len(rows), _rows_per_subject(rollout, rows))))
+    hidden = var.hidden(prompts.conditions, inputs, subject=subject)
     head, log_probs = None, None
     if reference is not None and options.kl_weight != 0:
-        with torch.no_grad():
-            other = reference.hidden(rollout.prompts, inputs)
+        with torch.no_grad(), without_adapters(var) if reference is var else nullcontext():
             if options.kl_estimator == "exact":
+                other = reference.hidden(prompts.conditions, inputs, subject=subject)
                 head = (other, reference.head.weight, reference.head.bias)
             else:
-                log_probs = reference(rollout.prompts, inputs, tokens=tokens, temperature=temperature).log_probs
+                found = reference(prompts.conditions, inputs, subject=subject, tokens=tokens, temperature=temperature)
+                log_probs = found.log_probs
     return policy_loss(
         hidden,
         var.head.weight,
         var.head.bias,
         tokens,
-        rollout.returns.to(hidden.device),
+        None,
         var.schedule.with_num_tokens(tokens.shape[1]),
-        group_size=group_size,
-        normalise=options.normalise,
-        spread_floor=options.spread_floor,
-        old_log_probs=None if on_policy else rollout.log_probs,
+        advantages=advantages[rows],
+        old_log_probs=None if old_log_probs is None else old_log_probs[rows],
         reference_log_probs=log_probs,
         reference_head=head,
-        token_mask=rollout.mask,
+        token_mask=None if mask is None else mask[rows],
+        mask_totals=mask_totals,
         first_scale=rollout.first_scale,
         panw_alpha=options.panw_alpha,
         panw_normalisation=options.panw_normalisation,
@@ -95,5 +113,17 @@ def segment_loss(
         ratio_level=options.ratio_level,
         kl_weight=options.kl_weight,
         kl_estimator=options.kl_estimator,
+        entropy_weight=options.entropy_weight,
         temperature=temperature,
     )
+
+
+def _rows_per_subject(rollout: Rollout, rows: Sequence[int]) -> int:
+    """How many adjacent rows can share one subject's prefix: those of a group, if all groups have as many."""
+    counts = {len(list(members)) for _, members in groupby(rollout.rows[row] // rollout.group_size for row in rows)}
+    return counts.pop() if len(counts) == 1 else 1
+
+
+def token_totals(mask: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
+    """(K',) float32: how much of each scale a mask (n, L') trains, as `policy_loss` takes it for a part of a batch."""
+    return torch.stack([part.sum(dtype=torch.float32) for part in mask.split(schedule.lengths, 1)])

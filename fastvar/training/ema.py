@@ -15,16 +15,14 @@ class EMA:
     The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates: a short run is not dominated by its start.
 
     Args:
-        model: the model in training, with a method `fresh()` that builds another of its shape.
+        model: the model in training, with a method `clone()`.
         decay: of the average, 0 to 1.
     """
 
     def __init__(self, model: Any, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA: decay: expected 0 <= decay < 1, got {decay}")
-        self.model: Any = model.fresh().to(next(model.parameters()).device)
-        self.model.load_state_dict(model.state_dict())
-        self.model.requires_grad_(False).eval()
+        self.model: Any = model.clone().requires_grad_(False).eval()
         self.decay, self.updates = decay, 0
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ class _Terms(NamedTuple):
 
 def forward(*args: Any) -> tuple[torch.Tensor, ...]:
     """loss, kl, clip fraction, entropy and ratio, scalars, and the gradient share of each scale (K,); see `_terms`."""
-    entropy, grids = args[1], args[7]
+    entropy, grids = args[1], args[8]
     terms = _terms(*args)
 
     def mean(values: torch.Tensor) -> torch.Tensor:
@@ -63,6 +63,7 @@ def _terms(
     reference_log_probs: torch.Tensor | None,
     advantages: torch.Tensor,
     token_mask: torch.Tensor | None,
+    mask_totals: torch.Tensor | None,
     grids: ScaleSchedule,
     first_scale: int,
     panw_alpha: float,
@@ -80,7 +81,11 @@ def _terms(
         mask.copy_(token_mask)
     mask[:, : grids.starts[first_scale]] = 0
     trained = mask > 0
-    weight, normalisation = _weights(mask, grids, panw_alpha, panw_normalisation)
+    totals = None
+    if mask_totals is not None:
+        totals = mask_totals.to(mask.dtype, copy=True)
+        totals[:first_scale] = 0
+    weight, normalisation = _weights(mask, grids, panw_alpha, panw_normalisation, totals)
 
     def only_trained(values: torch.Tensor) -> torch.Tensor:
         return torch.where(trained, values, 0)  # whatever stands at other tokens, NaN included, has no effect
@@ -126,18 +131,21 @@ def _terms(
 
 
 def _weights(
-    mask: torch.Tensor, grids: ScaleSchedule, alpha: float, normalisation: str
+    mask: torch.Tensor, grids: ScaleSchedule, alpha: float, normalisation: str, totals: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """w (B, L) and D ()."""
-    factors = [float(h * w) ** -alpha for h, w in grids]
-    per_token = torch.cat([mask.new_full((n,), f) for n, f in zip(grids.lengths, factors, strict=True)])
-    if normalisation == "per_scale":
-        totals = [part.sum() for part in mask.split(grids.lengths, 1)]
-        means = torch.cat([_divide(part, t) for part, t in zip(mask.split(grids.lengths, 1), totals, strict=True)], 1)
-        present = torch.stack([f * (t > 0).to(mask.dtype) for f, t in zip(factors, totals, strict=True)]).sum()
-        return means * per_token, present
+    """w (B, L) and D (); totals: (K,) of the whole batch's mask, or None if the mask is the whole batch's."""
+    factors = mask.new_tensor([float(h * w) ** -alpha for h, w in grids])  # [K]
+    per_token = torch.cat([f.expand(n) for n, f in zip(grids.lengths, factors, strict=True)])
     weight = mask * per_token
-    return weight, mask.sum() if normalisation == "none" else weight.sum()
+    if normalisation == "per_scale":
+        if totals is None:
+            totals = torch.stack([part.sum() for part in mask.split(grids.lengths, 1)])
+        parts = zip(mask.split(grids.lengths, 1), totals, strict=True)
+        means = torch.cat([_divide(part, total) for part, total in parts], 1)
+        return means * per_token, (factors * (totals > 0)).sum()
+    if normalisation == "none":
+        return weight, mask.sum() if totals is None else totals.sum()
+    return weight, weight.sum() if totals is None else (factors * totals).sum()
 
 
 def _sums(values: torch.Tensor, spans: Sequence[int]) -> torch.Tensor:

@@ -401,6 +401,31 @@ def test_coarse_segment_is_a_truncated_schedule() -> None:
     torch.testing.assert_close(fine.loss, policy_loss(**arguments, token_mask=~mask).loss)
 
 
+@pytest.mark.parametrize("normalisation", ["per_segment", "per_scale", "none"])
+def test_parts_of_a_batch_add_up(normalisation: str) -> None:
+    """Masks that differ between the parts, one of which trains nothing."""
+    arguments = problem()
+    rewards, size = arguments["rewards"], arguments["group_size"]
+    arguments |= {"rewards": None, "group_size": None, "panw_alpha": 0.6, "panw_normalisation": normalisation}
+    mask = (noise(BATCH, LENGTH, seed=7) > 0).double()
+    mask[4:] = 0
+    rows = {
+        "advantages": group_advantages(rewards, size),
+        "token_mask": mask,
+        "old_log_probs": old_log_probs(arguments),
+    }
+    totals = torch.stack([part.sum() for part in mask.split(SCHEDULE.lengths, 1)])
+    whole, gradients = with_gradients({**arguments, **rows, "first_scale": 1})
+    parts = []
+    for part in (slice(0, 3), slice(3, 4), slice(4, 6)):
+        own = {name: value[part] for name, value in {**rows, **{n: arguments[n] for n in ("hidden", "tokens")}}.items()}
+        parts.append(with_gradients({**arguments, **own, "first_scale": 1, "mask_totals": totals}))
+    torch.testing.assert_close(sum(part.loss for part, _ in parts), whole.loss)
+    torch.testing.assert_close(torch.cat([g[0] for _, g in parts]), gradients[0])
+    for i in (1, 2):
+        torch.testing.assert_close(sum(g[i] for _, g in parts), gradients[i])
+
+
 def test_results_are_detached_but_for_the_loss() -> None:
     arguments = problem()
     arguments["hidden"].requires_grad_()

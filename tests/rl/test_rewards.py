@@ -87,19 +87,18 @@ def test_weighted_sum_and_each_reward() -> None:
         mask[:, 2, 3] = True
         return Reward(torch.tensor([float(p) for p in prompts]), mask)
 
-    total, each = RewardSum({"red": redness, "prompt": prompt}, {"prompt": 0.1})(IMAGES, PROMPTS)
+    both = RewardSum({"red": redness, "prompt": prompt}, {"prompt": 0.1})
+    total, (each, _) = both(IMAGES, PROMPTS), both.ask(IMAGES, PROMPTS)
     torch.testing.assert_close(each["prompt"], torch.tensor([10.0, 20.0, 30.0]))
     torch.testing.assert_close(total.scores, each["red"] + 0.1 * each["prompt"])
     assert total.mask is None  # redness is decided everywhere
-    masked, _ = RewardSum({"red": redness, "prompt": prompt}, {"red": 0.0})(IMAGES, PROMPTS)
+    masked = RewardSum({"red": redness, "prompt": prompt}, {"red": 0.0})(IMAGES, PROMPTS)
     assert masked.mask is not None and masked.mask.sum() == 3
     torch.testing.assert_close(masked.scores, each["prompt"])
 
 
 def test_standardised() -> None:
-    total, _ = RewardSum({"a": redness, "b": lambda i, p, r: 1000 * redness(i, p, r)}, standardise=True)(
-        IMAGES, PROMPTS
-    )
+    total = RewardSum({"a": redness, "b": lambda i, p, r: 1000 * redness(i, p, r)}, standardise=True)(IMAGES, PROMPTS)
     assert total.scores.mean().item() == pytest.approx(0, abs=1e-4)
     assert total.scores.std(correction=0).item() == pytest.approx(2, rel=1e-2)
 
@@ -123,7 +122,7 @@ def test_misbehaving_reward_is_named(answer: Any, message: str) -> None:
 
 
 def test_one_missing_score_is_passed_on() -> None:
-    total, _ = RewardSum({"some": lambda i, p, r: torch.tensor([1.0, math.nan, 3.0])})(IMAGES, PROMPTS)
+    total = RewardSum({"some": lambda i, p, r: torch.tensor([1.0, math.nan, 3.0])})(IMAGES, PROMPTS)
     assert total.scores[1].isnan() and total.scores[[0, 2]].tolist() == [1.0, 3.0]
 
 

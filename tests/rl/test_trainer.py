@@ -14,7 +14,16 @@ import pytest
 import torch
 from policies import policy, redness
 
-from fastvar.rl import LossOptions, RLConfig, VMRGRPOTrainer
+from fastvar.models import VAR
+from fastvar.rl import (
+    LossOptions,
+    Prompts,
+    RLConfig,
+    VMRGRPOTrainer,
+    add_adapters,
+    evaluate_policy,
+    without_adapters,
+)
 from fastvar.rl.rewards import RewardSum
 from fastvar.training.log import read_metrics
 
@@ -83,16 +92,16 @@ def test_resume_is_exact(stop_after: int, kl_weight: float, tmp_path: Path) -> N
 
 
 def test_alternation() -> None:
-    phases = [RLConfig(coarse_updates=3, fine_updates=1).phase(i) for i in range(8)]
-    assert phases == ["coarse", "coarse", "coarse", "fine"] * 2
-    assert {RLConfig(middle=0).phase(i) for i in range(8)} == {"whole"}
+    segments = [RLConfig(coarse_updates=3, fine_updates=1).segment(i) for i in range(8)]
+    assert segments == ["coarse", "coarse", "coarse", "fine"] * 2
+    assert {RLConfig(middle=0).segment(i) for i in range(8)} == {"whole"}
 
 
 def test_what_is_logged(tmp_path: Path) -> None:
     config = replace(QUICK, iterations=3, loss=LossOptions(kl_weight=0.05))
     trainer(tmp_path, config).train()
     found = lines(tmp_path)
-    assert [line["phase"] for line in found] == [1.0, 1.0, 2.0]
+    assert [line["segment"] for line in found] == [1.0, 1.0, 2.0]
     assert all(line["ratio"] == 1 and line["rollout_difference"] < 1e-4 for line in found)
     assert found[0]["kl"] == pytest.approx(0, abs=1e-6) and found[2]["kl"] > 0
     shares = [found[2][f"gradient_share/{k}"] for k in range(3)]
@@ -124,15 +133,12 @@ def test_gradient_that_is_not_finite_skips_and_in_the_end_stops(tmp_path: Path) 
     """The weights stay as they were before the first bad step."""
     broken = trainer(tmp_path, replace(QUICK, iterations=9, bad_steps=2))
     before = {k: v.clone() for k, v in broken.policy.state_dict().items()}
-    update = broken.update
-
-    def spoiled(loss: Any) -> float:
-        return update(loss._replace(loss=loss.loss * math.nan))
-
-    broken.update = spoiled  # type: ignore[method-assign]
+    backward = broken.accelerator.backward
+    broken.accelerator.backward = lambda loss: backward(loss * math.nan)
     with pytest.raises(RuntimeError, match="3 updates in a row had a gradient that is not finite"):
         broken.train()
     assert all(torch.equal(v, before[k]) for k, v in broken.policy.state_dict().items())
+    assert [line["skipped"] for line in lines(tmp_path)] == [1, 2]
 
 
 def test_reward_that_raises_loses_nothing(tmp_path: Path) -> None:
@@ -152,10 +158,141 @@ def test_reward_that_raises_loses_nothing(tmp_path: Path) -> None:
     assert lines(tmp_path / "broken") == lines(tmp_path / "straight")
 
 
+def constant(images: torch.Tensor, prompts: Sequence[str], references: Any) -> torch.Tensor:
+    return torch.zeros(len(images))
+
+
+def test_groups_without_spread_are_left_out(tmp_path: Path) -> None:
+    """Only one prompt is rewarded for what the image shows: the other groups take part in nothing, KL included."""
+
+    def only_zero(images: torch.Tensor, prompts: Sequence[str], references: Any) -> torch.Tensor:
+        return redness(images, prompts, references) * torch.tensor([float(text == "0") for text in prompts])
+
+    config = replace(QUICK, iterations=4, middle=0, loss=LossOptions(kl_weight=0.1))
+    filtering = trainer(tmp_path / "filtering", config, only_zero)
+    filtering.train()
+    found = lines(tmp_path / "filtering")
+    assert {line["groups_without_spread"] for line in found} <= {0.0, 0.5, 1.0}
+    assert 0 < fmean(line["groups_without_spread"] for line in found) < 1
+    assert all(line["gradient_norm"] == 0 for line in found if line["groups_without_spread"] == 1)
+    still = trainer(tmp_path / "constant", config, constant)
+    before = {k: v.clone() for k, v in still.policy.state_dict().items()}
+    still.train()
+    assert all(torch.equal(v, before[k]) for k, v in still.policy.state_dict().items())
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch": 3}, {"micro_batch": 1}, {"gradient_checkpointing": True}])
+def test_what_saves_memory_does_not_change_gradients(changes: dict[str, Any], tmp_path: Path) -> None:
+    config = replace(QUICK, iterations=3, loss=LossOptions(kl_weight=0.1), use_mask=True)
+    plain = trainer(tmp_path / "plain", config).train()
+    other = trainer(tmp_path / "other", replace(config, **changes)).train()
+    for a, b in zip(lines(tmp_path / "plain"), lines(tmp_path / "other"), strict=True):
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-5)
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_several_updates_on_a_rollout(tmp_path: Path) -> None:
+    """The first is on-policy; after large ones the ratio is clipped."""
+    config = replace(QUICK, iterations=2, updates=4, learning_rate=3e-2)
+    trainer(tmp_path, config).train()
+    assert all(line["ratio"] != 1 and line["clip_fraction"] > 0 for line in lines(tmp_path))
+    assert all(line["rollout_difference"] < 1e-4 for line in lines(tmp_path))
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_rollouts_of_another_policy_are_refused(updates: int, tmp_path: Path) -> None:
+    """As when sampling and training do not run the same model; the message says by how much and where."""
+    config = replace(QUICK, updates=updates, rescore=False, tolerance=math.inf if updates == 2 else 0.0)
+    wrong = trainer(tmp_path, config)
+    original = wrong.roll_out
+
+    def drifted(iteration: int) -> Any:
+        rollout = original(iteration)
+        log_probs = rollout.log_probs.clone()
+        log_probs[:, 1:] += 0.3
+        return rollout._replace(log_probs=log_probs)
+
+    wrong.roll_out = drifted  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match=r"differ by 0.2\d? on average \(tolerance 0.001\), 0.3 at scale 1"):
+        wrong.train()
+
+
+def test_bf16(tmp_path: Path) -> None:
+    trainer(tmp_path, replace(QUICK, iterations=4, precision="bf16")).train()
+    assert all(line["rollout_difference_mean"] < 3e-2 and line["ratio"] == 1 for line in lines(tmp_path))
+
+
+def test_stops_at_a_large_kl(tmp_path: Path) -> None:
+    config = replace(QUICK, iterations=40, learning_rate=3e-2, stop_kl=0.05, loss=LossOptions(kl_weight=1e-4))
+    trainer(tmp_path, config).train()
+    found = lines(tmp_path)
+    assert len(found) < 40 and found[-1]["kl"] > 0.05 and all(line["kl"] <= 0.05 for line in found[:-1])
+    trainer(tmp_path, config).train()  # called again it stays where it stopped
+    assert lines(tmp_path) == found
+
+
+def test_evaluation_keeps_the_best_and_disturbs_nothing(tmp_path: Path) -> None:
+    trainer(tmp_path / "without").train()
+    config = replace(QUICK, evaluate_every=2, evaluation_samples=8)
+    trainer(tmp_path / "with", config).train()
+    found = lines(tmp_path / "with")
+    assert [line["step"] for line in found if "evaluation/it" in line] == [0, 2, 4, 6]
+    assert all(line["evaluation/diversity"] > 0 for line in found if "evaluation/it" in line)
+    trained = [{k: v for k, v in line.items() if "evaluation" not in k} for line in found if line["step"]]
+    assert trained == lines(tmp_path / "without")
+    assert len(list((tmp_path / "with" / "pictures").iterdir())) == 4
+    best = VAR.from_pretrained(tmp_path / "with" / "best")
+    rewards = RewardSum({"it": redness})
+    again = evaluate_policy(best, rewards, Prompts(PROMPTS), samples=8, options=config.rollout)
+    assert again.metrics["return"] == pytest.approx(max(line.get("evaluation/return", -9) for line in found), abs=1e-5)
+
+
+def test_adapters(tmp_path: Path) -> None:
+    """Only they are trained; the reference is the model without them; what is saved is a plain model."""
+    pytest.importorskip("peft")
+    adapted = add_adapters(policy(), 4)
+    frozen = {k: v.clone() for k, v in adapted.state_dict().items() if "lora" not in k}
+    config = replace(QUICK, iterations=8, middle=0, learning_rate=1e-2, loss=LossOptions(kl_weight=0.01))
+    training = VMRGRPOTrainer(adapted, RewardSum({"it": redness}), PROMPTS, config, tmp_path)
+    assert training.reference is adapted
+    averaged = training.train()
+    assert all(torch.equal(v, adapted.state_dict()[k]) for k, v in frozen.items())
+    found = lines(tmp_path)
+    assert found[0]["kl"] == 0 and found[-1]["kl"] > 1e-4
+    saved = VAR.from_pretrained(tmp_path / "model")
+    tokens = torch.randint(saved.config.vocab_size, (2, 14), generator=torch.Generator().manual_seed(0))
+    inputs = saved.tokenizer.teacher_forcing(tokens)
+    torch.testing.assert_close(saved(["1", "2"], inputs), averaged(["1", "2"], inputs))
+    torch.testing.assert_close(saved(["1", "2"], inputs), training.ema.model(["1", "2"], inputs), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(saved(["1", "2"], inputs), policy()(["1", "2"], inputs), atol=1e-3)
+    with without_adapters(adapted):
+        assert torch.equal(adapted(["1", "2"], inputs), policy()(["1", "2"], inputs))
+    assert any(p.requires_grad for p in adapted.parameters())
+    with pytest.raises(ValueError, match="expected a model without adapters"):
+        add_adapters(adapted, 4)
+
+
+def test_subject_driven(tmp_path: Path) -> None:
+    """Rewards see the references of their prompts; the policy sees them as prefixes."""
+    var = policy().add_subject()
+    references = torch.rand(4, 3, *var.tokenizer.config.image_size, generator=torch.Generator().manual_seed(0))
+
+    def likeness(images: torch.Tensor, prompts: Sequence[str], given: Any) -> torch.Tensor:
+        owners = torch.tensor([PROMPTS.index(text) for text in prompts])
+        assert torch.equal(given, references[owners])
+        return -(images - given).square().mean((1, 2, 3))
+
+    rewards = RewardSum({"likeness": likeness, "red": redness}, {"likeness": 2.0}, standardise=True)
+    VMRGRPOTrainer(var, rewards, Prompts(PROMPTS, references=references), QUICK, tmp_path).train()
+    assert all(line["rollout_difference"] < 1e-4 for line in lines(tmp_path))
+    assert {"reward/likeness", "reward/red", "reward_std/red"} <= set(lines(tmp_path)[0])
+
+
 def test_clear_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected parameters that require a gradient, got none"):
         VMRGRPOTrainer(policy().requires_grad_(False), RewardSum({"it": redness}), PROMPTS, QUICK, tmp_path)
-    with pytest.raises(ValueError, match="prompts: expected at least one"):
+    with pytest.raises(ValueError, match="Prompts: texts: expected at least one"):
         VMRGRPOTrainer(policy(), RewardSum({"it": redness}), [], QUICK, tmp_path)
     with pytest.raises(ValueError, match="RLConfig: group_size: expected at least 1, got 0"):
         trainer(tmp_path, replace(QUICK, group_size=0))

@@ -98,11 +98,16 @@ class RewardSum:
         self.weights = {name: 1.0 for name in rewards} | dict(weights or {})
         self.standardise = standardise
 
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str], references: torch.Tensor | None = None) -> Reward:
+        """The sum and its mask; arguments and errors as `ask`."""
+        each, mask = self.ask(images, prompts, references)
+        return Reward(self.combine(each), mask)
+
     @torch.no_grad()
-    def __call__(
+    def ask(
         self, images: torch.Tensor, prompts: Sequence[str], references: torch.Tensor | None = None
-    ) -> tuple[Reward, dict[str, torch.Tensor]]:
-        """The sum and each reward's own scores (B,) float32, unweighted; arguments as `RewardFunction`.
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Each reward's own scores (B,) float32, unweighted, and their mask; arguments as `RewardFunction`.
 
         The mask is the union of the rewards' masks, None if any reward with a weight has none: it was then decided
         everywhere.
@@ -110,28 +115,34 @@ class RewardSum:
         Raises:
             RuntimeError: names a reward that raised, answered in another shape, or has no finite score at all.
         """
-        count = len(images)
-        total = torch.zeros(count, device=images.device)
         mask: torch.Tensor | None = None
         everywhere = False
         each: dict[str, torch.Tensor] = {}
         for name, function in self.rewards.items():
             found = self._ask(name, function, images, prompts, references)
-            scores = found.scores.detach().to(images.device, torch.float32)
-            each[name] = scores
+            each[name] = found.scores.detach().to(images.device, torch.float32)
             if self.weights[name] == 0:
                 continue
-            if self.standardise:
-                finite = scores[scores.isfinite()]
-                spread = finite.std(correction=0) if len(finite) else torch.zeros(())
-                scores = (scores - finite.mean()) / (spread + 1e-6)
-            total = total + self.weights[name] * scores
             if found.mask is None:
                 everywhere = True
             else:
                 own = found.mask.to(images.device)
                 mask = own if mask is None else mask | own
-        return Reward(total, None if everywhere else mask), each
+        return each, None if everywhere else mask
+
+    def combine(self, each: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted sum (B,) of scores by name (B,). Those of several processes are to be put together before: the
+        batch that `standardise` speaks of is the one given here."""
+        total = torch.zeros_like(next(iter(each.values())))
+        for name, scores in each.items():
+            if self.weights[name] == 0:
+                continue
+            if self.standardise:
+                finite = scores[scores.isfinite()]
+                if len(finite):
+                    scores = (scores - finite.mean()) / (finite.std(correction=0) + 1e-6)
+            total = total + self.weights[name] * scores
+        return total
 
     def _ask(
         self,

@@ -1,0 +1,86 @@
+"""Low-rank adapters (LoRA) on a policy: few trained weights, and the reference is the same model without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from fastvar.models import VAR
+
+TARGETS = ("qkv", "proj", "mlp_in", "mlp_out")
+
+
+def add_adapters(var: VAR, rank: int, *, alpha: int | None = None, targets: Sequence[str] = TARGETS) -> VAR:
+    """Put low-rank adapters beside linear layers of a VAR, in place, and freeze all else.
+
+    The adapters start as zero: the model answers as before. Save `merged(var)`, which is a plain VAR.
+
+    Args:
+        var: without adapters.
+        rank: of the adapters, at least 1.
+        alpha: their outputs are scaled by alpha / rank; 2 rank by default.
+        targets: names of the linear layers of a block.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: a rank below 1, a model that has adapters already.
+
+    Source: LoRA (arXiv 2106.09685), by way of peft.
+    """
+    if rank < 1:
+        raise ValueError(f"add_adapters: rank: expected at least 1, got {rank}")
+    if has_adapters(var):
+        raise ValueError("add_adapters: var: expected a model without adapters")
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError(f'{error}; adapters need pip install "fastvar[lora]"') from error
+    var.requires_grad_(False)
+    options = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=list(targets))
+    inject_adapter_in_model(options, var)
+    return var
+
+
+def has_adapters(var: nn.Module) -> bool:
+    """Whether a model has adapters."""
+    return bool(_adapted(var))
+
+
+@contextmanager
+def without_adapters(var: nn.Module) -> Iterator[None]:
+    """The model as it was before its adapters, inside the `with`.
+
+    Raises:
+        ValueError: a model that has none.
+    """
+    layers = [layer for _, layer in _adapted(var)]
+    if not layers:
+        raise ValueError("without_adapters: var: expected a model with adapters")
+    trained = [p for p in var.parameters() if p.requires_grad]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter in trained:
+            parameter.requires_grad_()
+
+
+def merged(var: VAR) -> VAR:
+    """A copy whose linear layers contain what the adapters add: a plain VAR."""
+    copy = var.clone()
+    for name, layer in _adapted(copy):
+        layer.merge()
+        parent, _, attribute = name.rpartition(".")
+        setattr(copy.get_submodule(parent), attribute, layer.get_base_layer())
+    return copy
+
+
+def _adapted(var: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in var.named_modules() if hasattr(module, "enable_adapters")]

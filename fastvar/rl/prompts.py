@@ -1,0 +1,72 @@
+"""What a policy is asked for: texts for the rewards, conditions for the model, reference subjects for both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastvar.models.var import VAR, Labels
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """N prompts.
+
+    Attributes:
+        texts: (N,) what each image should show; rewards read them.
+        labels: (N,) class indices or texts, the model's condition; None for the texts themselves.
+        references: (N, 3, H, W) in [0, 1], the reference subjects of a model with a subject prefix, or None.
+
+    Raises:
+        ValueError: no prompt, or columns of different lengths.
+    """
+
+    texts: Sequence[str]
+    labels: Labels | None = None
+    references: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.texts, str) or not len(self.texts):
+            raise ValueError(f"Prompts: texts: expected at least one, in a list, got {self.texts!r}")
+        for name in ("labels", "references"):
+            column = getattr(self, name)
+            if column is not None and len(column) != len(self.texts):
+                raise ValueError(f"Prompts: {name}: expected one for each of {len(self.texts)}, got {len(column)}")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def conditions(self) -> Labels:
+        """(N,) what the model is conditioned on."""
+        return self.texts if self.labels is None else self.labels
+
+    def take(self, rows: Sequence[int]) -> Prompts:
+        """The prompts of these rows, in this order; a row may come several times."""
+
+        def taken(column: Labels) -> Labels:
+            return column[list(rows)] if isinstance(column, torch.Tensor) else [column[i] for i in rows]
+
+        texts = [self.texts[i] for i in rows]
+        labels = None if self.labels is None else taken(self.labels)
+        references = None if self.references is None else self.references[list(rows)]
+        return Prompts(texts, labels, references)
+
+    def repeated(self, times: int) -> Prompts:
+        """Each prompt `times` times, the copies adjacent."""
+        return self.take([i for i in range(len(self)) for _ in range(times)])
+
+
+def subject_of(var: VAR, prompts: Prompts) -> torch.Tensor | None:
+    """(N, L, C) pyramids of the references, as `VAR.generate` takes them; None without references.
+
+    Raises:
+        ValueError: references for a model without a subject prefix.
+    """
+    if prompts.references is None:
+        return None
+    if var.config.subject == "none":
+        raise ValueError("Prompts: references: expected None, as the model has no subject prefix")
+    return var.tokenizer.pyramid(var.tokenizer.encode(prompts.references.to(var.device) * 2 - 1))

@@ -1,0 +1,84 @@
+"""Several processes train as one, and a killed run goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvar.models import VAR
+from fastvar.training.checkpoints import saved_steps
+from fastvar.training.log import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+_RUN = """
+import sys; sys.path[:0] = [{root!r}, {tests!r}]
+from dataclasses import replace
+from pathlib import Path
+from test_trainer import *
+torch.set_num_threads(1)
+config = replace(QUICK, prompts=3, use_mask=True, loss=LossOptions(kl_weight=0.1, normalise="batch"), **{changes!r})
+trainer(Path({output!r}), config).train()
+"""
+FSDP = [
+    *("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
+    *("--fsdp_transformer_layer_cls_to_wrap", "_Block", "--fsdp_state_dict_type", "FULL_STATE_DICT"),
+]
+
+
+def script(folder: Path, name: str, **changes: object) -> str:
+    path = folder / f"{name}.py"
+    tests = str(Path(__file__).parent)
+    path.write_text(_RUN.format(root=str(ROOT), tests=tests, changes=changes, output=str(folder / name)))
+    return str(path)
+
+
+def launch(processes: int, path: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_two_processes_are_one(micro_batch: int, tmp_path: Path) -> None:
+    """Twelve rows in three groups of four: the second group straddles the processes."""
+    launch(1, script(tmp_path, "one", iterations=4))
+    launch(2, script(tmp_path, "two", iterations=4, micro_batch=micro_batch))
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        for name, value in a.items():
+            # a share of norms is not a sum over parts; tokens of a trunk that two processes share are drawn by both
+            if not name.startswith("gradient_share") and name != "tokens":
+                assert b[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
+    weights = [VAR.from_pretrained(str(tmp_path / n / "model")).state_dict() for n in ("one", "two")]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_killed_run_goes_on_exactly(tmp_path: Path) -> None:
+    """Killed at whatever it was doing, then called again: the same metrics and weights, phases included."""
+    subprocess.run([sys.executable, script(tmp_path, "straight", iterations=12)], check=True, capture_output=True)
+    path = script(tmp_path, "killed", iterations=12)
+    process = subprocess.Popen([sys.executable, path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not [step for step in saved_steps(tmp_path / "killed") if step >= 3] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 3 <= saved_steps(tmp_path / "killed")[-1] < 12
+    subprocess.run([sys.executable, path], check=True, capture_output=True)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "straight")
+    straight, killed = (VAR.from_pretrained(str(tmp_path / n / "model")).state_dict() for n in ("straight", "killed"))
+    assert all(torch.equal(value, killed[key]) for key, value in straight.items())
