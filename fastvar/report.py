@@ -69,20 +69,31 @@ class Report:
 
 def curves(runs: dict[str, list[dict[str, float]]], metric: str, *, ylabel: str) -> Image:
     """A plot of one metric over steps, a line per run; `runs` holds the lines of their metrics.jsonl."""
+    found = {name: [(line["step"], line[metric]) for line in lines if metric in line] for name, lines in runs.items()}
+    return points(found, xlabel="step", ylabel=ylabel)
+
+
+def points(
+    lines: dict[str, list[tuple[float, float]]], *, xlabel: str, ylabel: str, level: float | None = None
+) -> Image:
+    """A plot of named lines through (x, y) points, with a dashed line at a level."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
     from PIL import Image as pil
 
     figure = Figure(figsize=(7, 3), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, lines in runs.items():
-        points = [(line["step"], line[metric]) for line in lines if metric in line]
-        axes.plot(*zip(*points, strict=True), label=name)
-    axes.set_xlabel("step")
+    for name, places in lines.items():
+        axes.plot(*zip(*places, strict=True), label=name, marker="o" if len(places) < 12 else None)
+    if level is not None:
+        axes.axhline(level, color="grey", linestyle="--")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
-    if len(runs) > 1:
+    if len(lines) > 1:
         axes.legend()
     canvas.draw()
     return pil.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")

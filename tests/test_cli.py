@@ -11,12 +11,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastvar.cli import DataOptions, Evaluate, Info, Sample, Train, TrainTokenizer, main
+from fastvar.cli import main
+from fastvar.cli.common import DataOptions
+from fastvar.cli.info import Info
+from fastvar.cli.models import Sample, Train, TrainTokenizer
+from fastvar.cli.reinforcement import RL, Ablate, ChooseMiddle, Evaluate, RewardOptions
 from fastvar.demo import DemoConfig
 from fastvar.evaluation import SamplingOptions
+from fastvar.rl import LossOptions, RLConfig, RolloutOptions
 from fastvar.training import TrainConfig
 
-COMMANDS = ("train-tokenizer", "train", "sample", "evaluate", "demo", "info")
+COMMANDS = ("train-tokenizer", "train", "sample", "evaluate", "demo", "info", "rl", "choose-middle", "ablate")
 SMALL = ["--grids", "1,3x4,6x8", "--vocab-size", "16", "--code-channels", "8", "--channels", "8", "--norm-groups", "4"]
 FEW = ["--steps", "3", "--batch-size", "4", "--scenes", "16", "--log-every", "1"]
 
@@ -35,7 +40,11 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    "config", [TrainTokenizer, Train, Sample, Evaluate, Info, DemoConfig, TrainConfig, SamplingOptions, DataOptions]
+    "config",
+    [
+        *(TrainTokenizer, Train, Sample, Evaluate, Info, DemoConfig, TrainConfig, SamplingOptions, DataOptions),
+        *(RL, ChooseMiddle, Ablate, RewardOptions, RLConfig, LossOptions, RolloutOptions),
+    ],
 )
 def test_every_option_is_documented(config: type) -> None:
     """tyro's help is the string below each field."""
@@ -43,7 +52,7 @@ def test_every_option_is_documented(config: type) -> None:
     for statement, following in zip(body, [*body[1:], None], strict=True):
         if isinstance(statement, ast.AnnAssign) and "Flat" not in ast.unparse(statement.annotation):
             documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            nested = ast.unparse(statement.annotation) == "SamplingOptions"
+            nested = ast.unparse(statement.annotation) in ("SamplingOptions", "LossOptions", "RolloutOptions")
             assert documented or nested, f"{config.__name__}.{ast.unparse(statement.target)}"
 
 
@@ -66,7 +75,10 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         (["train-tokenizer", "--output", "x", "--steps", "0"], "steps: expected at least 1, got 0"),
         (["train-tokenizer", "--output", "x", "--norm-groups", "0"], "norm_groups: expected at least 1, got 0"),
         (["sample", "--model", "x", "--labels", "1", "--count", "0"], "count: expected at least 1, got 0"),
-        (["evaluate", "--model", "x", "--samples", "0"], "samples: expected at least 2, got 0"),
+        (["evaluate", "--model", "x", "--samples", "0"], "samples: expected at least 8, got 0"),
+        (["rl", "--model", "nowhere", "--output", "x"], "model: expected a folder with config.json, got nowhere"),
+        (["rl", "--model", "x", "--output", "x", "--eta", "0"], "RLConfig: eta: expected above 0, got 0"),
+        (["ablate", "--config", "nowhere.toml", "--output", "x"], "nowhere.toml"),
         (["demo", "--output", "x", "--samples", "1"], "samples: expected at least 8, got 1"),
     ],
 )
@@ -105,14 +117,15 @@ def test_train_sample_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (2 + 3 * (32 + 2), 2 + 2 * (24 + 2))
     capsys.readouterr()
-    run("evaluate", "--model", tmp_path / "var/model", "--samples", "6", "--output", tmp_path / "figures.json")
+    run("evaluate", "--model", tmp_path / "var/model", "--samples", "8", "--output", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert json.loads(capsys.readouterr().out) == figures and figures["reading"]["images"] == 6
+    assert json.loads(capsys.readouterr().out) == figures and figures["reading"]["images"] == 8
+    assert {"ocr", "ocr_95", "diversity", "diversity_95"} <= set(figures["rewards"])
     run(
         *["train", "--output", tmp_path / "subject", "--tokenizer", tmp_path / "vq/model", *FEW],
         *["--start", tmp_path / "var/model", "--subject", "bidirectional"],
     )
-    run("evaluate", "--model", tmp_path / "subject/model", "--samples", "6")
+    run("evaluate", "--model", tmp_path / "subject/model", "--samples", "8")
     assert "subject_match" in capsys.readouterr().out
     run(
         *["sample", "--model", tmp_path / "subject/model", "--labels", "07", "--subject", tmp_path / "a.png"],
@@ -122,6 +135,56 @@ def test_train_sample_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         run("sample", "--model", tmp_path / "var/model", "--labels", "cat", "--output", tmp_path / "c.png")
     assert "expected texts of at most 2 characters out of '0123456789', got 'cat'" in capsys.readouterr().err
+
+
+def test_reinforcement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Texts, subjects and classes; adapters; rewards with weights and options; the choice of m."""
+    run("train-tokenizer", "--output", tmp_path / "vq", *SMALL, *FEW)
+    shape = ["--depth", "1", "--width", "16", "--heads", "2", "--tokenizer", tmp_path / "vq/model", *FEW]
+    run("train", "--output", tmp_path / "var", *shape, "--subject", "block_causal")
+    few = ["--iterations", "4", "--prompts", "2", "--group-size", "2", "--middle", "1", "--prompt-count", "8"]
+    start = ["--model", tmp_path / "var/model"]
+    run(
+        *["rl", *start, "--output", tmp_path / "rl", *few, "--adapter-rank", "2", "--kl-weight", "0.01"],
+        *["--rewards", "jpeg=0.5", "colour", "--reward-options", "colour.channel=blue", "jpeg.larger=true"],
+        *["--evaluate-every", "2", "--evaluation-samples", "8"],
+    )
+    lines = [json.loads(line) for line in (tmp_path / "rl/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 and {"reward/jpeg", "reward/colour", "evaluation/return"} <= set(lines[-1])
+    run("evaluate", "--model", tmp_path / "rl/best", "--samples", "8")
+    run("choose-middle", *start, "--prefixes", "2", "--continuations", "2", "--output", tmp_path / "m.png")
+    assert "<- recommended" in capsys.readouterr().out and (tmp_path / "m.png").is_file()
+    for options, message in (
+        (["--rewards", "beauty"], "create: name: expected one of"),
+        (["--rewards", "jpeg=much"], "rewards: expected NAME or NAME=WEIGHT, got 'jpeg=much'"),
+        (["--reward-options", "jpeg.quality"], "reward_options: expected NAME.OPTION=VALUE"),
+        (["--rewards", "jpeg", "--reward-options", "jpeg.size=3"], "reward_options: reward 'jpeg'"),
+        (["--prompt-file", str(tmp_path / "nowhere.txt")], "nowhere.txt"),
+    ):
+        with pytest.raises(SystemExit):
+            run("rl", *start, "--output", tmp_path / "bad", *few, *options)
+        error = capsys.readouterr().err
+        assert message in error.splitlines()[-1] and "Traceback" not in error
+
+
+def test_prompts_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model with a class condition draws classes, and rewards read what the file says of them."""
+    for label in ("a", "b"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (32, 24), (i * 40, 90, 20)).save(tmp_path / "photos" / label / f"{i}.png")
+    few = [*FEW[:-4], "--data", tmp_path / "photos"]
+    run("train-tokenizer", "--output", tmp_path / "vq", *SMALL, *few)
+    shape = ["--depth", "1", "--width", "16", "--heads", "2"]
+    run("train", "--output", tmp_path / "var", "--tokenizer", tmp_path / "vq/model", *shape, *few)
+    (tmp_path / "prompts.txt").write_text("0\ta first thing\n1\ta second one\n")
+    few = ["--iterations", "2", "--prompts", "2", "--group-size", "2", "--middle", "0", "--rewards", "jpeg"]
+    rl = ["rl", "--model", tmp_path / "var/model", "--output", tmp_path / "rl", *few]
+    run(*rl, "--prompt-file", tmp_path / "prompts.txt")
+    (tmp_path / "prompts.txt").write_text("7\ta first thing\n")
+    with pytest.raises(SystemExit):
+        run(*rl, "--prompt-file", tmp_path / "prompts.txt")
+    assert "prompt_file: expected lines CLASS TAB PROMPT, CLASS below 2" in capsys.readouterr().err
 
 
 def test_folder_of_images(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from fastvar.data import HandwritingScenes, Reader
 from fastvar.data.reader import Reading
-from fastvar.rl.rewards import JPEGSizeReward, OCRReward, Reward, RewardSum, available, create, register
+from fastvar.rl.rewards import ColourReward, JPEGSizeReward, OCRReward, Reward, RewardSum, available, create, register
 from fastvar.rl.rewards.ocr import ocr_score
 
 IMAGES = torch.rand(3, 3, 24, 32, generator=torch.Generator().manual_seed(0))
@@ -137,3 +137,19 @@ def test_registry() -> None:
         RewardSum({"red": redness}, {"blue": 1.0})
     with pytest.raises(ValueError, match="RewardSum: rewards: expected at least one"):
         RewardSum({})
+
+
+def test_colour() -> None:
+    """Ten times red minus the mean of the others, over all or a corner, whose pixels are the mask."""
+    red = torch.zeros(2, 3, 8, 10)
+    red[0, 0] = 1
+    red[1, 0, :2, :3] = 1
+    assert ColourReward()(red).scores.tolist() == pytest.approx([10, 10 * 6 / 80])
+    assert ColourReward()(red).mask is None
+    corner = ColourReward(region=(0, 0, 0.25, 0.2))(red)
+    assert corner.scores.tolist() == [10, 10] and corner.mask is not None
+    assert corner.mask.sum((1, 2)).tolist() == [6, 6] and corner.mask[:, :2, :3].all()
+    assert ColourReward(channel="blue")(red).scores[0] == pytest.approx(-5)
+    for options in ({"channel": "pink"}, {"region": (0.5, 0, 0.5, 1)}):
+        with pytest.raises(ValueError, match="ColourReward"):
+            ColourReward(**options)

@@ -1,16 +1,34 @@
-"""Rewards: one protocol, a registry by name, and their weighted sum."""
+"""Rewards: one protocol, a registry by name, and their weighted sum.
 
+Importing them is cheap: packages that a reward needs are imported, and weights loaded, when it is created.
+"""
+
+from fastvar.rl.rewards.aesthetic import AestheticReward
 from fastvar.rl.rewards.base import Reward, RewardFunction, RewardSum, available, create, register
+from fastvar.rl.rewards.clip import CLIPImageReward, CLIPTextReward
+from fastvar.rl.rewards.dino import DINOReward
+from fastvar.rl.rewards.hps import HPSv2Reward
 from fastvar.rl.rewards.ocr import OCRReward
-from fastvar.rl.rewards.pixels import JPEGSizeReward
+from fastvar.rl.rewards.pixels import ColourReward, JPEGSizeReward
+from fastvar.rl.rewards.readers import EasyOCRReader
+from fastvar.rl.rewards.remote import RemoteReward, reward_server
 
 __all__ = [
+    "AestheticReward",
+    "CLIPImageReward",
+    "CLIPTextReward",
+    "ColourReward",
+    "DINOReward",
+    "EasyOCRReader",
+    "HPSv2Reward",
     "JPEGSizeReward",
     "OCRReward",
+    "RemoteReward",
     "Reward",
     "RewardFunction",
     "RewardSum",
     "available",
     "create",
     "register",
+    "reward_server",
 ]

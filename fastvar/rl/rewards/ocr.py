@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from fastvar.data.metrics import edit_similarity
-from fastvar.data.reader import Reader, Reading
+from fastvar.data.reader import Reading
 from fastvar.rl.rewards.base import Reward, register
+from fastvar.rl.rewards.readers import READERS
 
 PENALTY = 0.6
 ReadImages = Callable[[torch.Tensor], Sequence[Reading]]
@@ -52,11 +54,23 @@ class OCRReward:
     """Reads images and compares with the prompt's words; the mask is the boxes of what was read.
 
     Args:
-        reader: from images (B, 3, H, W) in [0, 1] to a `Reading` each; the one of the handwriting scenes by default.
+        reader: from images (B, 3, H, W) in [0, 1] to a `Reading` each, or the name of one: "handwriting" (the one of
+            the handwriting scenes, the default) or "easyocr" (a package of its own, see `EasyOCRReader`).
+        options: for a reader by its name.
+
+    Raises:
+        ImportError: the reader's package is not installed.
+        ValueError: an unknown name, or options for a reader that is there already.
     """
 
-    def __init__(self, reader: ReadImages | None = None) -> None:
-        self.reader = Reader() if reader is None else reader
+    def __init__(self, reader: ReadImages | str = "handwriting", **options: Any) -> None:
+        if isinstance(reader, str):
+            if reader not in READERS:
+                raise ValueError(f"OCRReward: reader: expected one of {tuple(READERS)}, got {reader!r}")
+            reader = READERS[reader](**options)
+        elif options:
+            raise ValueError(f"OCRReward: options: expected none beside a reader, got {sorted(options)}")
+        self.reader = reader
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str], references: torch.Tensor | None = None) -> Reward:
         """Score images (B, 3, H, W) in [0, 1] by the words of their prompts. An image in which nothing was read has a

@@ -1,0 +1,44 @@
+"""The command line `fastvar`: thin commands over the library, every option documented in --help."""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+from fastvar.cli.info import Info, demo_command
+from fastvar.cli.models import Sample, Train, TrainTokenizer
+from fastvar.cli.reinforcement import RL, Ablate, ChooseMiddle, Evaluate
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: a user's mistake ends in one line on standard error and exit status 2."""
+    commands = {
+        "train-tokenizer": TrainTokenizer,
+        "train": Train,
+        "sample": Sample,
+        "evaluate": Evaluate,
+        "rl": RL,
+        "choose-middle": ChooseMiddle,
+        "ablate": Ablate,
+        "demo": demo_command(),
+        "info": Info,
+    }
+    command = tyro.extras.subcommand_cli_from_dict(
+        commands,
+        prog="fastvar",
+        description="Visual autoregressive models: train, sample, evaluate, learn from rewards.",
+        args=arguments,
+    )
+    try:
+        command.run()
+    except KeyboardInterrupt:
+        print("fastvar: interrupted; training goes on from its last checkpoint with the same command", file=sys.stderr)
+        raise SystemExit(130) from None
+    except ImportError as error:
+        remedy = "" if "pip install" in str(error) else '; install it with pip install "fastvar[train]"'
+        print(f"fastvar: {error}{remedy}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"fastvar: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

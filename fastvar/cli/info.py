@@ -1,0 +1,58 @@
+"""Commands about the installation: what is there, and a demo of all of it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show versions, devices and the support matrix."""
+
+    markdown: bool = False
+    """Print only the support matrix, as the README has it."""
+
+    def run(self) -> None:
+        import torch
+
+        import fastvar
+
+        if self.markdown:
+            print(fastvar.support().markdown(), end="")
+            return
+        print(f"fastvar {fastvar.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+        for name in ("triton", "accelerate", "flash_attn", "xformers", "open_clip", "timm", "transformers"):
+            print(f"{name}: {_version(name)}")
+        print(f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+        for i in range(torch.cuda.device_count()):
+            print(f"GPU {i}: {torch.cuda.get_device_name(i)}, compute {torch.cuda.get_device_capability(i)}")
+        if not torch.cuda.device_count():
+            print("GPU: none")
+        print(fastvar.support())
+
+
+def demo_command() -> Any:
+    from fastvar.demo import DemoConfig, run_demo
+
+    @dataclass(frozen=True)
+    class Demo(DemoConfig):
+        """Train a tokenizer and a VAR on real handwriting, with and without a reference subject; write a report."""
+
+        def run(self) -> None:
+            results = run_demo(self)
+            print(json.dumps(results, indent=2))
+            print(f"report: {self.output / 'report.html'}")
+
+    return Demo
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version({"open_clip": "open_clip_torch", "flash_attn": "flash-attn"}.get(package, package))
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,258 @@
+"""Commands that score images and learn from the scores."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastvar.cli.common import Flat, at_least, load_model
+from fastvar.evaluation import SamplingOptions
+from fastvar.rl.config import RLConfig
+from fastvar.rl.rollout import RolloutOptions
+
+if TYPE_CHECKING:
+    from fastvar.models import VAR
+    from fastvar.rl import Prompts
+    from fastvar.rl.rewards import RewardSum
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """What images are scored by, and what they should show."""
+
+    rewards: tuple[str, ...] = ("ocr",)
+    """Names of rewards, each with its weight if that is not 1: "ocr", "clip-t=0.5"."""
+    reward_options: tuple[str, ...] = ()
+    """Options of rewards as NAME.OPTION=VALUE, the value as JSON has it or plain text: "clip-t.pretrained=openai"."""
+    standardise: bool = False
+    """Subtract each reward's mean over the batch and divide by its standard deviation before weighing."""
+    prompt_file: Path | None = None
+    """A text file, a prompt on each line; for a model with a class condition CLASS TAB PROMPT. By default every number
+    that a handwriting model can write, or texts and references of handwriting scenes for one with a subject prefix."""
+
+    def reward(self) -> RewardSum:
+        """The weighted sum."""
+        from fastvar.rl.rewards import RewardSum, create
+
+        weights = {}
+        for item in self.rewards:
+            name, _, weight = item.partition("=")
+            weights[name] = _number("rewards", item, weight) if weight else 1.0
+        options: dict[str, dict[str, Any]] = {name: {} for name in weights}
+        for item in self.reward_options:
+            path, equals, value = item.partition("=")
+            name, dot, option = path.partition(".")
+            if not (equals and dot) or name not in options:
+                raise ValueError(f"reward_options: expected NAME.OPTION=VALUE with NAME out of {weights}, got {item!r}")
+            options[name][option] = _json_or_text(value)
+        found = {}
+        for name in weights:
+            try:
+                found[name] = create(name, **options[name])
+            except TypeError as error:
+                raise ValueError(f"reward_options: reward {name!r}: {error}") from None
+        return RewardSum(found, weights, standardise=self.standardise)
+
+    def load_prompts(self, var: VAR, *, count: int, train: bool) -> Prompts:
+        """What to draw with a model: the file's prompts, or those of handwriting (`count` scenes of a split)."""
+        import torch
+
+        from fastvar.data import HandwritingScenes
+        from fastvar.evaluation import every_number
+        from fastvar.rl import Prompts
+
+        config = var.config
+        if self.prompt_file is not None:
+            lines = [line for line in self.prompt_file.read_text().splitlines() if line.strip()]
+            if config.text_length:
+                config.encode_text(lines)  # raises for a text that the model cannot write
+                return Prompts(lines)
+            columns = [line.partition("\t") for line in lines]
+            if any(not c.isdigit() or int(c) >= config.num_classes or not text for c, _, text in columns):
+                raise ValueError(f"prompt_file: expected lines CLASS TAB PROMPT, CLASS below {config.num_classes}")
+            return Prompts([text for *_, text in columns], torch.tensor([int(c) for c, *_ in columns]))
+        if not config.text_length:
+            raise ValueError("prompt_file: expected a file, as the model has a class condition")
+        if config.subject == "none":
+            return Prompts(every_number(config.text_length, min(count, 10**config.text_length)))
+        scenes = HandwritingScenes(
+            length=count,
+            size=var.tokenizer.config.image_size,
+            digits=config.text_length,
+            split="train" if train else "test",
+        ).batch(list(range(count)))
+        return Prompts(scenes["text"], references=scenes["reference"] * 0.5 + 0.5)
+
+
+@dataclass(frozen=True)
+class RL:
+    """Train a VAR with rewards (VMR-GRPO). An interrupted run goes on with the same command."""
+
+    model: Path
+    """Folder of the model to start from (save_pretrained), with its tokenizer inside."""
+    output: Path
+    """Folder of the run: model (averaged weights), best, metrics, pictures, checkpoints."""
+    scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
+    prompt_count: int = 1000
+    """The most prompts, where they are made and not read from a file."""
+    adapter_rank: int = 0
+    """Train low-rank adapters (LoRA) of this rank instead of all weights; the KL is then to the model without them."""
+    rl: Annotated[RLConfig, Flat] = field(default_factory=RLConfig)
+
+    def run(self) -> None:
+        from fastvar.rl import VMRGRPOTrainer, add_adapters
+
+        at_least("prompt_count", self.prompt_count, 1)
+        at_least("adapter_rank", self.adapter_rank, 0)
+        self.rl.check()
+        var = load_model(self.model)
+        prompts = self.scoring.load_prompts(var, count=self.prompt_count, train=True)
+        held_out = None
+        if var.config.subject != "none" and self.scoring.prompt_file is None:
+            held_out = self.scoring.load_prompts(var, count=self.rl.evaluation_samples, train=False)
+        if self.adapter_rank:
+            add_adapters(var, self.adapter_rank)
+        VMRGRPOTrainer(var, self.scoring.reward(), prompts, self.rl, self.output, evaluation=held_out).train()
+        print(f"policy: {self.output / 'model'}")
+
+
+@dataclass(frozen=True)
+class ChooseMiddle:
+    """Measure for every middle scale m how much of a reward's variance the coarse scales explain, and recommend one."""
+
+    model: Path
+    """Folder of the model (save_pretrained), with its tokenizer inside."""
+    output: Path = Path("middle.png")
+    """The plot."""
+    scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
+    prompt_count: int = 8
+    """Prompts, spread over all."""
+    prefixes: int = 6
+    """Coarse states of each prompt."""
+    continuations: int = 8
+    """Images that continue each coarse state."""
+    averaged_over: int = 2
+    """K, the continuations whose mean is the return in training."""
+    rollout: Annotated[RolloutOptions, Flat] = field(default_factory=RolloutOptions)
+
+    def run(self) -> None:
+        from fastvar.report import points
+        from fastvar.rl.choose_middle import ENOUGH, explained_shares, recommended_middle
+        from fastvar.training.pictures import save_picture
+
+        at_least("prompt_count", self.prompt_count, 1)
+        at_least("averaged_over", self.averaged_over, 1)
+        var = load_model(self.model)
+        prompts = self.scoring.load_prompts(var, count=max(self.prompt_count, 100), train=False)
+        prompts = prompts.take([i * len(prompts) // self.prompt_count for i in range(self.prompt_count)])
+        shares = explained_shares(
+            var,
+            self.scoring.reward(),
+            prompts,
+            prefixes=self.prefixes,
+            continuations=self.continuations,
+            averaged_over=self.averaged_over,
+            options=self.rollout,
+        )
+        best = recommended_middle(shares)
+        for share in shares:
+            mark = "  <- recommended" if share.middle == best else ""
+            print(f"m = {share.middle}: one image {share.share:.2f}, mean of K {share.averaged:.2f}{mark}")
+        lines = {
+            "one image": [(share.middle, share.share) for share in shares],
+            f"mean of {self.averaged_over}": [(share.middle, share.averaged) for share in shares],
+        }
+        picture = points(lines, xlabel="middle scale m", ylabel="share of variance explained", level=ENOUGH)
+        save_picture(picture, self.output)
+        print(self.output)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score samples of a model: rewards and diversity with 95 % intervals; for handwriting also word accuracy and NED,
+    and with a subject prefix how often a sample's digit matches its reference."""
+
+    model: Path
+    """Folder of the model (save_pretrained), with its tokenizer inside."""
+    samples: int = 400
+    """Images to draw for each part."""
+    output: Path | None = None
+    """Also write the figures to this JSON file."""
+    scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
+    options: Annotated[SamplingOptions, Flat] = field(default_factory=SamplingOptions)
+
+    def run(self) -> None:
+        from fastvar.data import HandwritingScenes, Reader
+        from fastvar.evaluation import evaluate_subject, evaluate_texts, every_number
+        from fastvar.files import write_json
+        from fastvar.rl import evaluate_policy
+
+        at_least("samples", self.samples, 8)
+        self.options.check()
+        var = load_model(self.model)
+        figures: dict[str, Any] = {}
+        digits = var.config.text_length
+        if self.scoring.prompt_file is None and digits:
+            reader = Reader()
+            if var.config.subject == "none":
+                read = evaluate_texts(var, every_number(digits, self.samples), self.options, reader)
+            else:
+                scenes = HandwritingScenes(
+                    length=self.samples, size=var.tokenizer.config.image_size, digits=digits, split="test"
+                )
+                read, match = evaluate_subject(var, scenes, self.options, reader)
+                figures["subject_match"] = match.summary()
+            figures["reading"] = read.summary()
+        prompts = self.scoring.load_prompts(var, count=self.samples, train=False)
+        scored = evaluate_policy(
+            var,
+            self.scoring.reward(),
+            prompts,
+            samples=self.samples,
+            options=RolloutOptions(
+                guidance=self.options.guidance,
+                temperature=self.options.temperature,
+                top_k=self.options.top_k,
+                top_p=self.options.top_p,
+                chunk=self.options.batch_size,
+            ),
+        )
+        figures["rewards"] = {"images": len(scored.images), **scored.metrics}
+        figures["rewards"] |= {f"{name}_95": interval for name, interval in scored.intervals.items()}
+        print(json.dumps(figures, indent=2))
+        if self.output is not None:
+            write_json(self.output, figures)
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Run a table of variants on equal budgets, several seeds each, and write results as JSON lines. What is there
+    already is not run again."""
+
+    config: Path
+    """A TOML file such as benchmarks/ablations.toml."""
+    output: Path
+    """Folder of the results, runs and figures."""
+    only: tuple[str, ...] = ()
+    """Names of the rewards to run; all by default."""
+
+    def run(self) -> None:
+        from fastvar.rl.ablation import run_ablations
+
+        print(run_ablations(self.config, self.output, only=self.only))
+
+
+def _number(option: str, item: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{option}: expected NAME or NAME=WEIGHT, got {item!r}") from None
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,211 @@
+"""Ablations: variants of the trainer on equal budgets of network tokens, several seeds each, resumable."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+import fastvar
+from fastvar.evaluation import every_number
+from fastvar.files import write_text
+from fastvar.models import VAR
+from fastvar.rl.config import RLConfig
+from fastvar.rl.rewards import RewardSum, create
+from fastvar.rl.trainer import VMRGRPOTrainer
+from fastvar.schedule import ScaleSchedule
+from fastvar.training.log import read_metrics
+
+_BACKWARD = 3  # a training pass in units of a forward pass: one forward, two of the same size backward
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A table of runs.
+
+    Attributes:
+        model: folder of the policy to start from, a handwriting model; relative to the TOML file unless absolute.
+        tokens: each run's budget: tokens that pass the network, those of a training pass counted three times.
+        seeds: of the runs.
+        base: settings of all variants, fields of `RLConfig`; nested ones as tables.
+        rewards: by name, {"reward": registered name, options of it}; "base" in it changes settings for this reward.
+        variants: by name, what they change.
+    """
+
+    model: Path
+    tokens: int
+    seeds: tuple[int, ...]
+    base: dict[str, Any]
+    rewards: dict[str, dict[str, Any]]
+    variants: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> Ablation:
+        """From a TOML file.
+
+        Raises:
+            ValueError: a missing or unknown entry.
+        """
+        with path.open("rb") as file:
+            content = tomllib.load(file)
+        names = {f.name for f in fields(cls)}
+        if set(content) != names:
+            raise ValueError(f"ablate: config: expected the entries {sorted(names)}, got {sorted(content)}")
+        content["model"] = path.parent / content["model"]
+        content["seeds"] = tuple(content["seeds"])
+        found = cls(**content)
+        for reward, variant in itertools.product(found.rewards, found.variants):
+            found.settings(reward, variant, 0).check()
+        return found
+
+    def settings(self, reward: str, variant: str, seed: int) -> RLConfig:
+        """The settings of a run, without its number of iterations."""
+        config = RLConfig(seed=seed)
+        for changes in (self.base, self.rewards[reward].get("base", {}), self.variants[variant]):
+            config = changed(config, changes)
+        return config
+
+
+def changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    """A copy of nested dataclasses with some fields changed.
+
+    Raises:
+        ValueError: a field that is not there.
+    """
+    for name, value in changes.items():
+        if name not in {f.name for f in fields(config)}:
+            raise ValueError(f"ablate: config: expected fields of {type(config).__name__}, got {name!r}")
+        old = getattr(config, name)
+        config = replace(config, **{name: changed(old, value) if is_dataclass(old) else value})
+    return config
+
+
+def iteration_tokens(config: RLConfig, schedule: ScaleSchedule, iteration: int) -> int:
+    """Tokens that pass the network in an iteration, in forward passes."""
+    rows = config.prompts * config.group_size
+    whole = schedule.num_tokens
+    segment = config.segment(iteration)
+    if segment == "whole":
+        drawn, trained = rows * whole, rows * whole
+    else:
+        coarse = schedule.ends[config.middle - 1]
+        if segment == "coarse":
+            drawn, trained = rows * coarse + rows * config.continuations * (whole - coarse), rows * coarse
+        else:
+            drawn, trained = config.prompts * coarse + rows * (whole - coarse), rows * whole
+    return drawn * (2 if config.rollout.guidance else 1) + _BACKWARD * config.updates * trained
+
+
+def affordable_iterations(config: RLConfig, schedule: ScaleSchedule, tokens: int) -> int:
+    """How many iterations a budget pays for, at least 1."""
+    spent = itertools.accumulate(iteration_tokens(config, schedule, i) for i in itertools.count())
+    return max(sum(1 for _ in itertools.takewhile(lambda total: total <= tokens, spent)), 1)
+
+
+def run_ablations(path: Path, output: Path, *, only: Sequence[str] = ()) -> str:
+    """Run what is missing and write `results.jsonl` (a line for each run) and `table.md` into `output`.
+
+    Args:
+        path: the TOML file.
+        output: folder; runs that it has are not run again, an interrupted one goes on.
+        only: names of rewards; all by default.
+
+    Returns:
+        the table as Markdown.
+
+    Raises:
+        ValueError: a file or names that make no sense.
+    """
+    table = Ablation.read(path)
+    unknown = sorted(set(only) - set(table.rewards))
+    if unknown:
+        raise ValueError(f"ablate: only: expected names out of {tuple(table.rewards)}, got {unknown}")
+    output.mkdir(parents=True, exist_ok=True)
+    results = output / "results.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    done = {(row["reward"], row["variant"], row["seed"]) for row in rows}
+    # Seed by seed, so that a run that is stopped has whole tables of fewer seeds.
+    for seed, reward, variant in itertools.product(table.seeds, only or table.rewards, table.variants):
+        if (reward, variant, seed) in done:
+            continue
+        rows.append(_run(table, reward, variant, seed, output / "runs" / f"{reward}-{variant}-{seed}"))
+        write_text(results, "".join(json.dumps(row) + "\n" for row in rows))
+    text = markdown(rows)
+    write_text(output / "table.md", text)
+    return text
+
+
+def _run(table: Ablation, reward: str, variant: str, seed: int, output: Path) -> dict[str, Any]:
+    var = VAR.from_pretrained(table.model)
+    config = table.settings(reward, variant, seed)
+    iterations = affordable_iterations(config, var.schedule, table.tokens)
+    config = replace(config, iterations=iterations, evaluate_every=iterations, save_every=iterations, keep=1)
+    options = {name: value for name, value in table.rewards[reward].items() if name not in ("reward", "base")}
+    rewards = RewardSum({reward: create(table.rewards[reward]["reward"], **options)})
+    start = time.perf_counter()
+    VMRGRPOTrainer(var, rewards, every_number(var.config.text_length, 100), config, output).train()
+    lines = read_metrics(output / "metrics.jsonl")
+    first, last = lines[0], lines[-1]
+    spent = sum(iteration_tokens(config, var.schedule, i) for i in range(iterations))
+    return {
+        "reward": reward,
+        "variant": variant,
+        "seed": seed,
+        "before": first["evaluation/return"],
+        "after": last["evaluation/return"],
+        "diversity_before": first["evaluation/diversity"],
+        "diversity_after": last["evaluation/diversity"],
+        "iterations": iterations,
+        "tokens": spent,
+        "seconds": round(time.perf_counter() - start, 1),
+        "settings": json.loads(json.dumps(config.settings())),
+        "versions": {"fastvar": fastvar.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "threads": torch.get_num_threads(),
+        "device": str(var.device),
+    }
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table for each reward: rise of the mean reward and share of the diversity kept, mean and 95 % interval over
+    seeds (Student's t)."""
+    parts = []
+    for reward in dict.fromkeys(row["reward"] for row in rows):
+        own = [row for row in rows if row["reward"] == reward]
+        before = fmean(row["before"] for row in own)
+        parts += [
+            f"### {reward}",
+            "",
+            f"Before: {before:.3f}.",
+            "",
+            "| variant | iterations | rise | 95 % interval | diversity kept | seeds |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        for variant in dict.fromkeys(row["variant"] for row in own):
+            runs = [row for row in own if row["variant"] == variant]
+            rises = [row["after"] - row["before"] for row in runs]
+            kept = fmean(row["diversity_after"] / row["diversity_before"] for row in runs)
+            low, high = _interval(rises)
+            parts.append(
+                f"| {variant} | {runs[0]['iterations']} | {fmean(rises):+.3f} | {low:+.3f} to {high:+.3f} "
+                f"| {100 * kept:.0f} % | {len(runs)} |"
+            )
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return fmean(values) - half, fmean(values) + half

@@ -1,0 +1,97 @@
+"""Readers for the OCR reward that other packages bring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvar.data.reader import Reader, Reading
+from fastvar.data.segmentation import check_images
+from fastvar.rl.rewards.preprocessing import to_uint8
+
+
+class WordReading(Reading):
+    """A reading of any number of words: text joins them by spaces; boxes, confidences: (words, ...), of whole words;
+    word_confidence: the least of them, 0 without any."""
+
+    @property
+    def words(self) -> list[str]:
+        return self.text.split()
+
+    @property
+    def word_boxes(self) -> Tensor:
+        return self.boxes
+
+    @property
+    def word_confidences(self) -> list[float]:
+        return self.confidences.tolist()
+
+
+class EasyOCRReader:
+    """Reads images with EasyOCR, in its order. Words of one line share the line's box and confidence.
+
+    Args:
+        languages: EasyOCR's codes.
+        gpu: whether or on which device to read; by default on a GPU if there is one.
+        download: let EasyOCR fetch the weights that it has not got.
+        options: more for `easyocr.Reader`, such as `model_storage_directory`.
+
+    Raises:
+        ImportError: easyocr is not installed; says how.
+        FileNotFoundError: weights are missing and `download` is not set (by EasyOCR).
+    """
+
+    def __init__(
+        self,
+        languages: Sequence[str] = ("en",),
+        *,
+        gpu: bool | str | None = None,
+        download: bool = False,
+        **options: Any,
+    ) -> None:
+        try:
+            import easyocr
+        except ImportError as error:
+            raise ImportError(f"easyocr is needed: pip install easyocr ({error})") from error
+        gpu = torch.cuda.is_available() if gpu is None else gpu
+        self._reader = easyocr.Reader(
+            list(languages), gpu=gpu, download_enabled=download, **({"verbose": False} | options)
+        )
+
+    def __call__(self, images: Tensor) -> list[WordReading]:
+        """Read images (B, 3, H, W) in [0, 1]. Boxes are x0, y0, x1, y1 in pixels, inside the image.
+
+        Raises:
+            ValueError: images of another shape or range.
+        """
+        check_images(images, "EasyOCRReader: images")
+        # EasyOCR takes arrays as OpenCV has them: blue first, one piece of memory.
+        return [self._read(image[..., ::-1].copy()) for image in to_uint8(images)]
+
+    def _read(self, image: Any) -> WordReading:
+        words: list[str] = []
+        boxes: list[list[float]] = []
+        confidences: list[float] = []
+        height, width = image.shape[:2]
+        for polygon, text, confidence in self._reader.readtext(image):
+            across = [min(max(float(x), 0.0), float(width)) for x, _ in polygon]
+            down = [min(max(float(y), 0.0), float(height)) for _, y in polygon]
+            for word in text.split():
+                words.append(word)
+                boxes.append([min(across), min(down), max(across), max(down)])
+                confidences.append(float(confidence))
+        return WordReading(
+            " ".join(words),
+            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+            torch.tensor(confidences, dtype=torch.float32),
+            min(confidences, default=0.0),
+        )
+
+
+READERS: dict[str, Callable[..., Callable[[Tensor], Sequence[Reading]]]] = {
+    "easyocr": EasyOCRReader,
+    "handwriting": Reader,
+}

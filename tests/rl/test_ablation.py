@@ -1,0 +1,77 @@
+"""Ablations: budgets, resuming, the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from policies import GRIDS, policy
+
+from fastvar.rl import RLConfig
+from fastvar.rl.ablation import Ablation, affordable_iterations, iteration_tokens, markdown, run_ablations
+from fastvar.rl.rollout import RolloutOptions
+from fastvar.schedule import ScaleSchedule
+
+SCHEDULE = ScaleSchedule(GRIDS)  # 1 + 4 + 9 tokens
+CONFIG = """
+model = "policy"
+tokens = 3000
+seeds = [0, 1]
+[base]
+prompts = 2
+group_size = 4
+learning_rate = 1e-3
+evaluation_samples = 8
+loss = { panw_alpha = 0.6 }
+[rewards.red]
+reward = "colour"
+[rewards.corner]
+reward = "colour"
+region = [0.0, 0.0, 0.3, 0.3]
+base = { use_mask = true }
+[variants]
+vanilla = { middle = 0, loss = { panw_alpha = 0.0 } }
+vmr = { middle = 2 }
+"""
+
+
+def test_tokens_of_an_iteration() -> None:
+    config = RLConfig(prompts=2, group_size=4, middle=2, continuations=3, coarse_updates=1, fine_updates=1)
+    assert iteration_tokens(config, SCHEDULE, 0) == 8 * 5 + 24 * 9 + 3 * 8 * 5
+    assert iteration_tokens(config, SCHEDULE, 1) == 2 * 5 + 8 * 9 + 3 * 8 * 14
+    plain = RLConfig(prompts=2, group_size=4, middle=0, updates=2, rollout=RolloutOptions(guidance=1.0))
+    assert iteration_tokens(plain, SCHEDULE, 0) == 2 * 8 * 14 + 3 * 2 * 8 * 14
+    assert affordable_iterations(plain, SCHEDULE, 2 * iteration_tokens(plain, SCHEDULE, 0)) == 2
+    assert affordable_iterations(plain, SCHEDULE, 1) == 1
+
+
+def test_run_and_resume(tmp_path: Path) -> None:
+    policy().save_pretrained(tmp_path / "policy")
+    (tmp_path / "table.toml").write_text(CONFIG)
+    table = Ablation.read(tmp_path / "table.toml")
+    assert table.settings("red", "vanilla", 3).loss.panw_alpha == 0.0
+    assert table.settings("corner", "vmr", 3).use_mask and table.settings("corner", "vmr", 3).loss.panw_alpha == 0.6
+    text = run_ablations(tmp_path / "table.toml", tmp_path / "out", only=["red"])
+    rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert [(row["variant"], row["seed"]) for row in rows] == [
+        (variant, seed) for seed in (0, 1) for variant in ("vanilla", "vmr")
+    ]
+    assert all(0.6 * 3000 < row["tokens"] <= 3000 for row in rows)
+    assert text == markdown(rows) and "| vmr |" in text
+    again = run_ablations(tmp_path / "table.toml", tmp_path / "out")
+    later = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert later[: len(rows)] == rows and len(later) == 8 and "### corner" in again
+
+
+def test_clear_errors(tmp_path: Path) -> None:
+    path = tmp_path / "table.toml"
+    path.write_text(CONFIG.replace("group_size = 4", "group_sise = 4"))
+    with pytest.raises(ValueError, match="expected fields of RLConfig, got 'group_sise'"):
+        Ablation.read(path)
+    path.write_text(CONFIG.replace("tokens = 3000", ""))
+    with pytest.raises(ValueError, match="ablate: config: expected the entries"):
+        Ablation.read(path)
+    path.write_text(CONFIG)
+    with pytest.raises(ValueError, match=r"only: expected names out of \('red', 'corner'\), got \['blue'\]"):
+        run_ablations(path, tmp_path / "out", only=["blue"])

@@ -1,0 +1,90 @@
+"""Readers that other packages bring, with a stand-in for the package."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastvar.data import Reader
+from fastvar.rl.rewards import EasyOCRReader, OCRReward, create
+from fastvar.rl.rewards.readers import READERS
+
+IMAGES = torch.zeros(3, 3, 20, 40)
+IMAGES[:, 0] = 1.0  # red
+IMAGES[1, 2] = 0.5
+IMAGES[2] = 1.0
+
+
+class FakeReader:
+    """Answers as `easyocr.Reader.readtext` does, by the blue of the first pixel; numbers are numpy's there too."""
+
+    made: tuple[list[str], dict[str, Any]]
+
+    def __init__(self, languages: list[str], **options: Any) -> None:
+        type(self).made = (languages, options)
+
+    def readtext(self, image: np.ndarray) -> list[tuple[Any, str, Any]]:
+        assert image.dtype == np.uint8 and image.shape == (20, 40, 3) and image.flags["C_CONTIGUOUS"]
+        blue, _, red = image[0, 0].tolist()
+        assert red == 255
+        slanted = [[2.5, -1.0], [12.0, 3], [11.0, 9.0], [1.5, 7]]
+        level = [[np.int32(20), np.int32(5)], [np.int32(50), np.int32(5)], [np.int32(50), np.int32(15)], [20, 15]]
+        return {
+            0: [(slanted, "Hello", np.float64(0.75)), (level, "big world", 0.5)],
+            128: [],
+            255: [(level, " ", 0.9)],
+        }[blue]
+
+
+@pytest.fixture(autouse=True)
+def easyocr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "easyocr", SimpleNamespace(Reader=FakeReader))
+
+
+def test_readings() -> None:
+    lines, nothing, blank = EasyOCRReader(gpu=False)(IMAGES)
+    assert lines.text == "Hello big world" and lines.words == ["Hello", "big", "world"]
+    assert lines.boxes.tolist() == [[1.5, 0, 12, 9], [20, 5, 40, 15], [20, 5, 40, 15]]  # inside 40 x 20
+    assert torch.equal(lines.word_boxes, lines.boxes)
+    assert lines.word_confidences == lines.confidences.tolist() == [0.75, 0.5, 0.5] and lines.word_confidence == 0.5
+    for empty in (nothing, blank):
+        assert empty.words == [] and empty.word_confidences == [] and empty.word_confidence == 0
+        assert empty.boxes.shape == (0, 4)
+    with pytest.raises(ValueError, match=r"EasyOCRReader: images: expected values in \[0, 1\]"):
+        EasyOCRReader(gpu=False)(IMAGES * 255)
+
+
+def test_options_and_no_download() -> None:
+    EasyOCRReader()
+    assert FakeReader.made == (["en"], {"gpu": torch.cuda.is_available(), "download_enabled": False, "verbose": False})
+    create("ocr", reader="easyocr", languages=("de", "en"), gpu="cuda:1", download=True, model_storage_directory="m")
+    options = {"gpu": "cuda:1", "download_enabled": True, "verbose": False, "model_storage_directory": "m"}
+    assert FakeReader.made == (["de", "en"], options)
+
+
+def test_reward() -> None:
+    reward: Any = create("ocr", reader="easyocr")
+    scores, mask = reward(IMAGES, ["hello big world", "hello", "hello"])
+    mean = (0.75 + 0.5 + 0.5) / 3
+    assert scores.tolist() == pytest.approx([2 * mean, -0.6, -0.6])
+    assert mask[0, 0, 1] and mask[0, 10, 39] and not mask[0, 0, 13] and mask[1:].all()
+
+
+def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert READERS["handwriting"] is Reader
+    monkeypatch.setitem(READERS, "handwriting", lambda: list)  # the real one takes seconds
+    assert OCRReward().reader(IMAGES[:0]) == []
+    with pytest.raises(
+        ValueError, match=r"OCRReward: reader: expected one of \('easyocr', 'handwriting'\), got 'eyes'"
+    ):
+        create("ocr", reader="eyes")
+    with pytest.raises(ValueError, match=r"OCRReward: options: expected none beside a reader, got \['gpu'\]"):
+        OCRReward(EasyOCRReader(), gpu=True)
+    monkeypatch.setitem(sys.modules, "easyocr", None)
+    with pytest.raises(ImportError, match="easyocr is needed: pip install easyocr"):
+        create("ocr", reader="easyocr")
