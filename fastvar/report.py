@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,7 @@ def curves(runs: dict[str, list[dict[str, float]]], metric: str, *, ylabel: str)
 
 
 def points(
-    lines: dict[str, list[tuple[float, float]]], *, xlabel: str, ylabel: str, level: float | None = None
+    lines: Mapping[str, Sequence[tuple[float, float]]], *, xlabel: str, ylabel: str, level: float | None = None
 ) -> Image:
     """A plot of named lines through (x, y) points, with a dashed line at a level."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -52,8 +52,9 @@ def _fake(log_probs: torch.Tensor, *rest: object) -> tuple[torch.Tensor, ...]:
 _LOSS = Operator(
     "policy_loss",
     "Tensor log_probs, Tensor entropy, Tensor? exact_kl, Tensor? old_log_probs, Tensor? reference_log_probs, "
-    "Tensor advantages, Tensor? token_mask, Tensor? mask_totals, int[] grids, int first_scale, float panw_alpha, str panw_normalisation, "
-    "float clip_low, float clip_high, str ratio_level, float kl_weight, str kl_estimator, float entropy_weight",
+    "Tensor advantages, Tensor? token_mask, Tensor? mask_totals, int[] grids, int first_scale, float panw_alpha, "
+    "str panw_normalisation, float clip_low, float clip_high, str ratio_level, float kl_weight, str kl_estimator, "
+    "float entropy_weight",
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     implementations=[Implementation("reference", "fastvar.kernels.policy_loss.reference", verified=("CPU",))],

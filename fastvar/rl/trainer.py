@@ -18,6 +18,7 @@ from fastvar.files import write_json
 from fastvar.models import VAR
 from fastvar.ops import PolicyLoss, group_advantages
 from fastvar.rl.adapters import has_adapters, merged
+from fastvar.rl.choose_middle import intraclass_correlation
 from fastvar.rl.config import TOLERANCES, RLConfig
 from fastvar.rl.evaluate import evaluate_policy
 from fastvar.rl.prompts import Prompts
@@ -194,7 +195,8 @@ class VMRGRPOTrainer:
         """Returns and advantages of this process's rows within the groups of all processes."""
         config, device = self.config, rollout.tokens.device
         each = {name: self.accelerator.gather(values.to(device)) for name, values in scores.each.items()}
-        returns = middle_returns(self.reward.combine(each), rollout.continuations, eta=config.eta)
+        combined = self.reward.combine(each)
+        returns = middle_returns(combined, rollout.continuations, eta=config.eta)
         advantages = group_advantages(
             returns,
             config.group_size,
@@ -214,13 +216,15 @@ class VMRGRPOTrainer:
         schedule = self.policy.schedule.with_num_tokens(rollout.tokens.shape[1])
         mask[:, : schedule.starts[rollout.first_scale]] = 0
         metrics = {f"reward/{name}": float(values.nanmean()) for name, values in each.items()}
-        metrics |= {f"reward_std/{name}": _spread(values) for name, values in each.items() if len(each) > 1}
+        metrics |= {f"reward_std/{name}": _spread(values) for name, values in each.items()}
         metrics |= {
             "return": float(returns.nanmean()),
             "spread": float(groups.std(1, correction=0).nanmean()),
             "groups_without_spread": 1 - float(spread.float().mean()),
             "mask_share": 1.0 if scores.mask is None else self._mean(float(scores.mask.float().mean())),
         }
+        if rollout.continuations > 1:
+            metrics["explained_by_coarse"] = _explained(combined.view(-1, config.group_size, rollout.continuations))
         totals = self.accelerator.reduce(token_totals(mask, schedule), "sum")
         return Graded(returns, advantages[rows], mask, totals, metrics)
 
@@ -414,6 +418,13 @@ def _measured(loss: PolicyLoss) -> dict[str, torch.Tensor]:
     names = ("loss", "kl", "entropy", "clip_fraction", "ratio")
     shares = {f"gradient_share/{k}": share for k, share in enumerate(loss.gradient_share)}
     return {**{name: getattr(loss, name) for name in names}, **shares}
+
+
+def _explained(rewards: torch.Tensor) -> float:
+    """How much of the variance the coarse segments explain; NaN where nothing varies or a score is missing."""
+    if rewards.shape[1] < 2 or not rewards.isfinite().all() or (rewards == rewards[:, :1, :1]).all():
+        return math.nan
+    return intraclass_correlation(rewards)
 
 
 def _spread(values: torch.Tensor) -> float:

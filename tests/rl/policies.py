@@ -17,12 +17,12 @@ from fastvar.models import VAR, VARConfig
 GRIDS = ((1, 1), (2, 2), (3, 3))
 
 
-def policy(seed: int = 0) -> VAR:
+def policy(seed: int = 0, grids: tuple[tuple[int, int], ...] = GRIDS) -> VAR:
     """Two blocks over three scales of 14 tokens in all, texts of one digit, a head that has opinions."""
     torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer(grids=GRIDS)
+    tokenizer = tiny_tokenizer(grids=grids)
     config = VARConfig(
-        grids=GRIDS,
+        grids=grids,
         depth=2,
         embed_dim=32,
         num_heads=2,
