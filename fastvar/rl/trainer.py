@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from fastvar.files import write_json
 from fastvar.models import VAR
@@ -27,6 +26,7 @@ from fastvar.rl.rewards import RewardSum
 from fastvar.rl.rollout import Rollout, roll_out
 from fastvar.rl.scores import Scores, score
 from fastvar.rl.update import segment_loss, token_totals
+from fastvar.rl.wrapping import CalledPolicy, gather_for_methods
 from fastvar.training.checkpoints import checkpoint_folder, remove_checkpoints, save_checkpoint, saved_steps
 from fastvar.training.ema import EMA
 from fastvar.training.log import RunLog
@@ -90,7 +90,9 @@ class VMRGRPOTrainer:
         optimizer = torch.optim.AdamW(
             parameter_groups(policy, config.weight_decay), lr=config.learning_rate, betas=config.betas
         )
-        self.model, self.optimizer = self.accelerator.prepare(_Called(policy), optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(CalledPolicy(policy), optimizer)
+        self.policy = self.accelerator.unwrap_model(self.model).policy
+        gather_for_methods(self.model)
         self.progress = _Progress()
         self.accelerator.register_for_checkpointing(self.ema, self.progress)
 
@@ -373,17 +375,6 @@ class Graded(NamedTuple):
     mask: torch.Tensor
     totals: torch.Tensor
     metrics: dict[str, float]
-
-
-class _Called(nn.Module):
-    """The policy behind a forward pass that runs any function of it: wrappers for several processes act on forward."""
-
-    def __init__(self, policy: VAR) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        return function(self.policy, *arguments, **options)
 
 
 class _Progress:

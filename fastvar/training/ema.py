@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -29,7 +30,9 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         """Move the average towards the model's present weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        get_ema_multi_avg_fn(decay)(list(self.model.parameters()), list(model.parameters()), self.updates)
+        # Weights that are sharded over processes are gathered: the average is whole everywhere.
+        weights = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+        get_ema_multi_avg_fn(decay)(list(self.model.parameters()), weights, self.updates)
         for own, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             own.copy_(theirs)
         self.updates += 1

@@ -25,10 +25,46 @@ torch.set_num_threads(1)
 config = replace(QUICK, prompts=3, use_mask=True, loss=LossOptions(kl_weight=0.1, normalise="batch"), **{changes!r})
 trainer(Path({output!r}), config).train()
 """
-FSDP = [
-    *("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
-    *("--fsdp_transformer_layer_cls_to_wrap", "_Block", "--fsdp_state_dict_type", "FULL_STATE_DICT"),
-]
+
+
+_SHARDED = """
+import sys; sys.path[:0] = [{root!r}, {tests!r}]
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from fastvar.rl import *
+from fastvar.rl.wrapping import CalledPolicy, gather_for_methods
+from fastvar.training.ema import EMA
+from policies import policy
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+advantages = torch.arange(8.0) - 3.5
+
+
+def step(sharded):
+    var = policy().add_subject()
+    references = torch.rand(2, 3, *var.tokenizer.config.image_size, generator=torch.Generator().manual_seed(0))
+    ema, model = EMA(var, 0.5), CalledPolicy(var)
+    if sharded:
+        for part in (*var.blocks, model):
+            fully_shard(part, mesh=mesh)
+        gather_for_methods(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prompts = Prompts(["1", "2"], references=references)
+    with torch.no_grad():
+        rollout = model(roll_out, prompts, group_size=4, seed=1, options=RolloutOptions())
+    model(segment_loss, rollout, advantages, LossOptions()).loss.backward()
+    assert not sharded or type(var.head.weight).__name__ == "DTensor"
+    optimizer.step()
+    ema.update(var)
+    return [rollout.tokens, *ema.model.state_dict().values()]
+
+
+for one, two in zip(step(False), step(True), strict=True):
+    torch.testing.assert_close(two, one)
+"""
 
 
 def script(folder: Path, name: str, **changes: object) -> str:
@@ -64,6 +100,14 @@ def test_two_processes_are_one(micro_batch: int, tmp_path: Path) -> None:
     weights = [VAR.from_pretrained(str(tmp_path / n / "model")).state_dict() for n in ("one", "two")]
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_sharded_weights(tmp_path: Path) -> None:
+    """FSDP2 over two processes: the tokens, the step and the averaged weights of one process with all weights."""
+    path = tmp_path / "sharded.py"
+    path.write_text(_SHARDED.format(root=str(ROOT), tests=str(Path(__file__).parent)))
+    launch(2, str(path))
 
 
 @pytest.mark.slow
