@@ -98,6 +98,38 @@ def match_reference(images: Tensor, candidates: Tensor, positions: Tensor) -> Re
     return ReferenceMatch(nearest(shape), nearest(ink), nearest(joint), shape, ink)
 
 
+@torch.no_grad()
+def subject_distances(images: Tensor, references: Tensor) -> Tensor:
+    """How far the most similar character of each image is from the reference's, by shape and ink together.
+
+    In the units of `ReferenceMatch.joint`: about 2 between characters of the same class in another scan and ink, near 0
+    for the same one. A model that may write the subject anywhere in its text is not asked where.
+
+    Args:
+        images: (B, 3, H, W) float in [0, 1].
+        references: (B, 3, h, w) float in [0, 1], one character each.
+
+    Returns:
+        (B,) float32, infinite where an image or its reference has no character.
+
+    Raises:
+        ValueError: another shape, dtype or range.
+    """
+    check_images(images, "subject_distances: images")
+    check_images(references, "subject_distances: references")
+    if len(references) != len(images):
+        raise ValueError(f"subject_distances: references: expected {len(images)}, got {len(references)}")
+    pages, models = segment(images), segment(references)
+    shapes, inks = _describe(pages)
+    model_shapes, model_inks = _describe(models)
+    owners = _largest(models, len(references))[pages.page]
+    joint = (shapes[:-1] - model_shapes[owners]).norm(dim=1) / SHAPE_SCALE
+    joint = joint + (inks[:-1] - model_inks[owners]).norm(dim=1) / INK_SCALE
+    joint = joint.masked_fill(torch.from_numpy(owners < 0), torch.inf)
+    nearest = torch.full((len(images),), torch.inf)
+    return nearest.scatter_reduce(0, torch.from_numpy(pages.page).long(), joint.float(), "amin")
+
+
 def _largest(pages: Pages, count: int) -> np.ndarray:
     """(count,) the character with most ink on each page, -1 on a page without any."""
     largest = np.full(count, -1, dtype=np.int64)

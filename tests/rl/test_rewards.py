@@ -153,3 +153,17 @@ def test_colour() -> None:
     for options in ({"channel": "pink"}, {"region": (0.5, 0, 0.5, 1)}):
         with pytest.raises(ValueError, match="ColourReward"):
             ColourReward(**options)
+
+
+def test_subject() -> None:
+    """The true reference is nearer than one of another item; without a character there is nothing nearer."""
+    items = HandwritingScenes(length=24, size=(24, 32), split="test").batch(list(range(24)))
+    images, references = items["image"] * 0.5 + 0.5, items["reference"] * 0.5 + 0.5
+    reward = create("subject")
+    own, other = reward(images, items["text"], references).scores, reward(images, [], references.roll(1, 0)).scores
+    assert (own > other).float().mean() > 0.9 and own.median() > -1 and other.median() < -1.2
+    copied = reward(references, [], references).scores
+    assert (copied == 0).all()
+    assert reward(torch.full_like(images, 0.5), [], references).scores.tolist() == [-4.0] * 24
+    with pytest.raises(ValueError, match="SubjectReward: references: expected"):
+        reward(images, [])

@@ -12,6 +12,7 @@ from fastvar.rl.rewards.ocr import OCRReward
 from fastvar.rl.rewards.pixels import ColourReward, JPEGSizeReward
 from fastvar.rl.rewards.readers import EasyOCRReader
 from fastvar.rl.rewards.remote import RemoteReward, reward_server
+from fastvar.rl.rewards.subject import SubjectReward
 
 __all__ = [
     "AestheticReward",
@@ -27,6 +28,7 @@ __all__ = [
     "Reward",
     "RewardFunction",
     "RewardSum",
+    "SubjectReward",
     "available",
     "create",
     "register",
