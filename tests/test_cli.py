@@ -152,7 +152,8 @@ def test_reinforcement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     lines = [json.loads(line) for line in (tmp_path / "rl/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 5 and {"reward/jpeg", "reward/colour", "evaluation/return"} <= set(lines[-1])
     run("evaluate", "--model", tmp_path / "rl/best", "--samples", "8")
-    run("choose-middle", *start, "--prefixes", "2", "--continuations", "2", "--output", tmp_path / "m.png")
+    draws = ["--prefixes", "2", "--continuations", "2", "--rewards", "colour"]
+    run("choose-middle", *start, *draws, "--output", tmp_path / "m.png")
     assert "<- recommended" in capsys.readouterr().out and (tmp_path / "m.png").is_file()
     for options, message in (
         (["--rewards", "beauty"], "create: name: expected one of"),

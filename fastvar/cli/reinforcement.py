@@ -31,6 +31,8 @@ class RewardOptions:
     prompt_file: Path | None = None
     """A text file, a prompt on each line; for a model with a class condition CLASS TAB PROMPT. By default every number
     that a handwriting model can write, or texts and references of handwriting scenes for one with a subject prefix."""
+    reference_place: str = "own"
+    """Where handwriting's references show their digit: at a place of its "own" or as in the "scene"; as in training."""
 
     def reward(self) -> RewardSum:
         """The weighted sum."""
@@ -59,9 +61,8 @@ class RewardOptions:
         """What to draw with a model: the file's prompts, or those of handwriting (`count` scenes of a split)."""
         import torch
 
-        from fastvar.data import HandwritingScenes
-        from fastvar.evaluation import every_number
         from fastvar.rl import Prompts
+        from fastvar.rl.prompts import handwriting_prompts
 
         config = var.config
         if self.prompt_file is not None:
@@ -75,15 +76,8 @@ class RewardOptions:
             return Prompts([text for *_, text in columns], torch.tensor([int(c) for c, *_ in columns]))
         if not config.text_length:
             raise ValueError("prompt_file: expected a file, as the model has a class condition")
-        if config.subject == "none":
-            return Prompts(every_number(config.text_length, min(count, 10**config.text_length)))
-        scenes = HandwritingScenes(
-            length=count,
-            size=var.tokenizer.config.image_size,
-            digits=config.text_length,
-            split="train" if train else "test",
-        ).batch(list(range(count)))
-        return Prompts(scenes["text"], references=scenes["reference"] * 0.5 + 0.5)
+        split = "train" if train else "test"
+        return handwriting_prompts(var, count, split=split, reference_place=self.reference_place)
 
 
 @dataclass(frozen=True)
@@ -200,7 +194,11 @@ class Evaluate:
                 read = evaluate_texts(var, every_number(digits, self.samples), self.options, reader)
             else:
                 scenes = HandwritingScenes(
-                    length=self.samples, size=var.tokenizer.config.image_size, digits=digits, split="test"
+                    length=self.samples,
+                    size=var.tokenizer.config.image_size,
+                    digits=digits,
+                    split="test",
+                    reference_place=self.scoring.reference_place,
                 )
                 read, match = evaluate_subject(var, scenes, self.options, reader)
                 figures["subject_match"] = match.summary()

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 import fastvar
-from fastvar.evaluation import every_number
 from fastvar.files import write_text
 from fastvar.models import VAR
 from fastvar.rl.config import RLConfig
+from fastvar.rl.prompts import handwriting_prompts
 from fastvar.rl.rewards import RewardSum, create
 from fastvar.rl.trainer import VMRGRPOTrainer
 from fastvar.schedule import ScaleSchedule
@@ -37,7 +37,9 @@ class Ablation:
         tokens: each run's budget: tokens that pass the network, those of a training pass counted three times.
         seeds: of the runs.
         base: settings of all variants, fields of `RLConfig`; nested ones as tables.
-        rewards: by name, {"reward": registered name, options of it}; "base" in it changes settings for this reward.
+        rewards: by name, the weighted rewards that are summed: {registered name: {"weight": 1, options of it}}; one of
+            weight 0 is measured only. "base" among them changes settings for this sum.
+        prompts: options of `handwriting_prompts`, `count` among them.
         variants: by name, what they change.
     """
 
@@ -45,6 +47,7 @@ class Ablation:
     tokens: int
     seeds: tuple[int, ...]
     base: dict[str, Any]
+    prompts: dict[str, Any]
     rewards: dict[str, dict[str, Any]]
     variants: dict[str, dict[str, Any]]
 
@@ -149,10 +152,13 @@ def _run(table: Ablation, reward: str, variant: str, seed: int, output: Path) ->
     config = table.settings(reward, variant, seed)
     iterations = affordable_iterations(config, var.schedule, table.tokens)
     config = replace(config, iterations=iterations, evaluate_every=iterations, save_every=iterations, keep=1)
-    options = {name: value for name, value in table.rewards[reward].items() if name not in ("reward", "base")}
-    rewards = RewardSum({reward: create(table.rewards[reward]["reward"], **options)})
+    terms = {name: dict(options) for name, options in table.rewards[reward].items() if name != "base"}
+    weights = {name: options.pop("weight", 1.0) for name, options in terms.items()}
+    rewards = RewardSum({name: create(name, **options) for name, options in terms.items()}, weights)
+    prompts = handwriting_prompts(var, split="train", **table.prompts)
+    held_out = handwriting_prompts(var, split="test", **table.prompts)
     start = time.perf_counter()
-    VMRGRPOTrainer(var, rewards, every_number(var.config.text_length, 100), config, output).train()
+    VMRGRPOTrainer(var, rewards, prompts, config, output, evaluation=held_out).train()
     lines = read_metrics(output / "metrics.jsonl")
     first, last = lines[0], lines[-1]
     spent = sum(iteration_tokens(config, var.schedule, i) for i in range(iterations))
@@ -162,6 +168,8 @@ def _run(table: Ablation, reward: str, variant: str, seed: int, output: Path) ->
         "seed": seed,
         "before": first["evaluation/return"],
         "after": last["evaluation/return"],
+        "scores_before": {name: first[f"evaluation/{name}"] for name in terms},
+        "scores_after": {name: last[f"evaluation/{name}"] for name in terms},
         "diversity_before": first["evaluation/diversity"],
         "diversity_after": last["evaluation/diversity"],
         "iterations": iterations,
@@ -175,31 +183,31 @@ def _run(table: Ablation, reward: str, variant: str, seed: int, output: Path) ->
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table for each reward: rise of the mean reward and share of the diversity kept, mean and 95 % interval over
-    seeds (Student's t)."""
+    """A table for each sum of rewards: how much it rose, what became of each reward in it, and the share of the
+    diversity kept; means over seeds and 95 % intervals (Student's t)."""
     parts = []
     for reward in dict.fromkeys(row["reward"] for row in rows):
         own = [row for row in rows if row["reward"] == reward]
-        before = fmean(row["before"] for row in own)
-        parts += [
-            f"### {reward}",
-            "",
-            f"Before: {before:.3f}.",
-            "",
-            "| variant | iterations | rise | 95 % interval | diversity kept | seeds |",
-            "| --- | --- | --- | --- | --- | --- |",
-        ]
+        terms = list(own[0]["scores_before"])
+        terms = terms if len(terms) > 1 else []
+        starts = [f"{term} {fmean(row['scores_before'][term] for row in own):.3f}" for term in terms]
+        before = ", ".join([f"{fmean(row['before'] for row in own):.3f}", *starts])
+        head = ["variant", "iterations", "rise", "95 % interval", *terms, "diversity kept", "seeds"]
+        parts += [f"### {reward}", "", f"Before: {before}.", "", *_line(head), "|" + " --- |" * len(head)]
         for variant in dict.fromkeys(row["variant"] for row in own):
             runs = [row for row in own if row["variant"] == variant]
             rises = [row["after"] - row["before"] for row in runs]
-            kept = fmean(row["diversity_after"] / row["diversity_before"] for row in runs)
             low, high = _interval(rises)
-            parts.append(
-                f"| {variant} | {runs[0]['iterations']} | {fmean(rises):+.3f} | {low:+.3f} to {high:+.3f} "
-                f"| {100 * kept:.0f} % | {len(runs)} |"
-            )
+            changes = [fmean(row["scores_after"][t] - row["scores_before"][t] for row in runs) for t in terms]
+            kept = fmean(row["diversity_after"] / row["diversity_before"] for row in runs)
+            cells = [variant, str(runs[0]["iterations"]), f"{fmean(rises):+.3f}", f"{low:+.3f} to {high:+.3f}"]
+            parts += _line([*cells, *(f"{c:+.3f}" for c in changes), f"{100 * kept:.0f} %", str(len(runs))])
         parts.append("")
     return "\n".join(parts)
+
+
+def _line(cells: Sequence[str]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |"]
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:

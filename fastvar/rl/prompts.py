@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastvar.data import HandwritingScenes
+from fastvar.evaluation import every_number
 from fastvar.models.var import VAR, Labels
 
 
@@ -57,6 +59,29 @@ class Prompts:
     def repeated(self, times: int) -> Prompts:
         """Each prompt `times` times, the copies adjacent."""
         return self.take([i for i in range(len(self)) for _ in range(times)])
+
+
+def handwriting_prompts(var: VAR, count: int, *, split: str = "train", reference_place: str = "own") -> Prompts:
+    """Prompts for a model of handwriting: numbers spread evenly over all it can write, or, with a subject prefix, texts
+    and references of `HandwritingScenes`.
+
+    Args:
+        var: a model with a text condition.
+        count: the most prompts.
+        split, reference_place: of the scenes, see `HandwritingScenes`.
+
+    Raises:
+        ValueError: a model with a class condition.
+    """
+    digits = var.config.text_length
+    if not digits:
+        raise ValueError("handwriting_prompts: var: expected a model with a text condition")
+    if var.config.subject == "none":
+        return Prompts(every_number(digits, min(count, 10**digits)))
+    size = var.tokenizer.config.image_size
+    scenes = HandwritingScenes(length=count, size=size, digits=digits, split=split, reference_place=reference_place)
+    items = scenes.batch(list(range(count)))
+    return Prompts(items["text"], references=items["reference"] * 0.5 + 0.5)
 
 
 def subject_of(var: VAR, prompts: Prompts) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -32,6 +33,11 @@ from fastvar.training.ema import EMA
 from fastvar.training.log import RunLog
 from fastvar.training.loop import check_same_settings, parameter_groups
 from fastvar.training.pictures import image_grid, save_picture
+
+_SHOWN = (
+    *("return", "kl", "clip_fraction", "entropy", "evaluation/return"),
+    *("seconds_rollout", "seconds_reward", "seconds_update"),
+)
 
 
 class VMRGRPOTrainer:
@@ -117,7 +123,7 @@ class VMRGRPOTrainer:
             (output / "metrics.jsonl").unlink(missing_ok=True)
             write_json(output / "settings.json", settings)
         accelerator.wait_for_everyone()
-        log = RunLog(output, first, config.iterations, title="vmr-grpo", active=main)
+        log = RunLog(output, first, config.iterations, title="vmr-grpo", shown=_SHOWN, active=main)
         try:
             if first == 0 and config.evaluate_every:
                 self._evaluate(0, log, {})
@@ -167,6 +173,7 @@ class VMRGRPOTrainer:
             "segment": float(segments.index(self.config.segment(iteration))),
             "tokens": self._total(float(rollout.passed_tokens)),
             **clock.seconds,
+            "memory_mib": _peak_memory(),
         }
 
     def roll_out(self, iteration: int) -> Rollout:
@@ -409,6 +416,13 @@ def _measured(loss: PolicyLoss) -> dict[str, torch.Tensor]:
     names = ("loss", "kl", "entropy", "clip_fraction", "ratio")
     shares = {f"gradient_share/{k}": share for k, share in enumerate(loss.gradient_share)}
     return {**{name: getattr(loss, name) for name in names}, **shares}
+
+
+def _peak_memory() -> float:
+    """MiB that this process has held at most: on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kilobytes on Linux
 
 
 def _explained(rewards: torch.Tensor) -> float:

@@ -1,11 +1,15 @@
-"""What a run reports: a JSON line per logged step, TensorBoard, a progress bar."""
+"""What a run reports: a JSON line per logged step, TensorBoard, Weights & Biases, a progress bar."""
 
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from tqdm import tqdm
 
@@ -13,7 +17,8 @@ from fastvar.files import write_text
 
 
 class RunLog:
-    """Writes metrics of the main process to `metrics.jsonl` and TensorBoard and shows them on a progress bar.
+    """Writes metrics of the main process to `metrics.jsonl` and TensorBoard and shows them on a progress bar; also to
+    Weights & Biases, if it is installed and the environment variable WANDB_PROJECT names a project.
 
     Each line also has the run's seconds so far. On resuming, lines of steps after `first_step` are dropped, as they
     will be written again, and the seconds go on from the last line that is kept.
@@ -22,13 +27,24 @@ class RunLog:
         output: the run's folder.
         first_step, last_step: the steps that the progress bar counts.
         title: of the progress bar.
+        shown: names of the metrics on the progress bar; None for all.
         active: False for all processes but the main one: nothing is written or shown.
     """
 
-    def __init__(self, output: Path, first_step: int, last_step: int, *, title: str, active: bool = True) -> None:
+    def __init__(
+        self,
+        output: Path,
+        first_step: int,
+        last_step: int,
+        *,
+        title: str,
+        shown: Sequence[str] | None = None,
+        active: bool = True,
+    ) -> None:
         self.path = output / "metrics.jsonl"
-        self.active = active
+        self.active, self.shown = active, shown
         self._board: Any = None
+        self._wandb: Any = None
         self._bar = tqdm(total=last_step, initial=first_step, desc=title, disable=not active, dynamic_ncols=True)
         if not active:
             return
@@ -36,11 +52,17 @@ class RunLog:
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._start = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
         self._file = self.path.open("a")
-        try:
+        with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
+
+            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
+        if os.environ.get("WANDB_PROJECT"):
+            with suppress(ImportError):
+                import wandb
+
+                # the folder is the run: an interrupted one goes on in the same record
+                name = str(output.resolve())
+                self._wandb = wandb.init(id=f"{crc32(name.encode()):08x}", name=output.name, resume="allow")
 
     def advance(self) -> None:
         """Count one step."""
@@ -53,10 +75,13 @@ class RunLog:
         line = {"step": step, **metrics, "seconds": round(time.perf_counter() - self._start, 3)}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        self._bar.set_postfix({name: f"{value:.3g}" for name, value in metrics.items()}, refresh=False)
+        shown = {n: v for n, v in metrics.items() if self.shown is None or n in self.shown}
+        self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
 
     def picture(self, step: int, name: str, image: Any) -> None:
         """Show a PIL image on TensorBoard."""
@@ -71,6 +96,8 @@ class RunLog:
             self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -24,11 +24,13 @@ group_size = 4
 learning_rate = 1e-3
 evaluation_samples = 8
 loss = { panw_alpha = 0.6 }
+[prompts]
+count = 4
 [rewards.red]
-reward = "colour"
+colour = {}
 [rewards.corner]
-reward = "colour"
-region = [0.0, 0.0, 0.3, 0.3]
+colour = { region = [0.0, 0.0, 0.3, 0.3], weight = 2.0 }
+jpeg = { weight = 0.0 }
 base = { use_mask = true }
 [variants]
 vanilla = { middle = 0, loss = { panw_alpha = 0.0 } }
@@ -62,6 +64,10 @@ def test_run_and_resume(tmp_path: Path) -> None:
     again = run_ablations(tmp_path / "table.toml", tmp_path / "out")
     later = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
     assert later[: len(rows)] == rows and len(later) == 8 and "### corner" in again
+    for row in later[4:]:
+        assert set(row["scores_after"]) == {"colour", "jpeg"}
+        assert row["after"] == pytest.approx(2 * row["scores_after"]["colour"], abs=1e-4)
+    assert "| colour | jpeg | diversity kept |" in again
 
 
 def test_clear_errors(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def launch(processes: int, path: str) -> None:
 
 def metrics(folder: Path) -> list[dict[str, float]]:
     lines = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("seconds", "memory"))} for line in lines]
 
 
 @pytest.mark.slow

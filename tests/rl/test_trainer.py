@@ -37,7 +37,7 @@ def trainer(output: Path, config: RLConfig = QUICK, reward: Any = redness, seed:
 
 def lines(output: Path) -> list[dict[str, float]]:
     found = read_metrics(output / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in found]
+    return [{k: v for k, v in line.items() if not k.startswith(("seconds", "memory"))} for line in found]
 
 
 def learned(output: Path, reward: Any, seed: int, **changes: Any) -> float:

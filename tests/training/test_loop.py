@@ -9,6 +9,8 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.training import TokenDataset, TokenizerTask, TrainConfig, VARTask, train
 from fastvar.training.checkpoints import saved_steps
 from fastvar.training.ema import EMA
-from fastvar.training.log import read_metrics
+from fastvar.training.log import RunLog, read_metrics
 from fastvar.training.loop import parameter_groups
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,6 +107,8 @@ def test_resume_is_bit_equal(name: str, stop_after: int, tmp_path: Path) -> None
 _KILLED = """
 import sys; sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from test_loop import *
 torch.set_num_threads(1)
 train(tokenizer_task(), scenes(), options(steps=400, save_every=3), Path({output!r}))
@@ -300,3 +304,30 @@ def test_gradient_that_is_not_finite_stops(tmp_path: Path) -> None:
         train(task, scenes(), options(), tmp_path)
     assert not saved_steps(tmp_path)
     assert all(p.isfinite().all() for p in task.model.parameters())
+
+
+def test_log_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only if a project is named; an interrupted run goes on under the same identity."""
+    calls: list[Any] = []
+
+    class Run:
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            calls.append((step, metrics))
+
+        def finish(self) -> None:
+            calls.append("finished")
+
+    def init(**options: Any) -> Run:
+        calls.append(options)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    for _ in range(3):
+        log = RunLog(tmp_path, 0, 2, title="run", shown=("loss",))
+        log.write(1, {"loss": 2.0, "other": 3.0})
+        log.close()
+        monkeypatch.setenv("WANDB_PROJECT", "digits")
+    first, *rest = calls
+    assert first["resume"] == "allow" and rest[:2] == [(1, {"loss": 2.0, "other": 3.0}), "finished"]
+    assert rest[2] == first
