@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import platform
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +25,10 @@ from fastvar.rl.rewards import RewardSum, create
 from fastvar.rl.trainer import VMRGRPOTrainer
 from fastvar.schedule import ScaleSchedule
 from fastvar.training.log import read_metrics
+from fastvar.training.pictures import save_picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _BACKWARD = 3  # a training pass in units of a forward pass: one forward, two of the same size backward
 
@@ -40,7 +45,7 @@ class Ablation:
         rewards: by name, the weighted rewards that are summed: {registered name: {"weight": 1, options of it}}; one of
             weight 0 is measured only. "base" among them changes settings for this sum.
         prompts: options of `handwriting_prompts`, `count` among them.
-        variants: by name, what they change.
+        variants: by name, what they change; "only" among it names the sums of rewards that a variant is run for.
     """
 
     model: Path
@@ -70,11 +75,18 @@ class Ablation:
             found.settings(reward, variant, 0).check()
         return found
 
+    def runs(self, only: Sequence[str] = ()) -> Iterator[tuple[int, str, str]]:
+        """Seed, sum of rewards and variant of every run; seed by seed, so that a table which is stopped early is whole
+        for fewer seeds."""
+        for seed, reward, variant in itertools.product(self.seeds, only or self.rewards, self.variants):
+            if reward in self.variants[variant].get("only", [reward]):
+                yield seed, reward, variant
+
     def settings(self, reward: str, variant: str, seed: int) -> RLConfig:
         """The settings of a run, without its number of iterations."""
         config = RLConfig(seed=seed)
         for changes in (self.base, self.rewards[reward].get("base", {}), self.variants[variant]):
-            config = changed(config, changes)
+            config = changed(config, {name: value for name, value in changes.items() if name != "only"})
         return config
 
 
@@ -115,7 +127,7 @@ def affordable_iterations(config: RLConfig, schedule: ScaleSchedule, tokens: int
 
 
 def run_ablations(path: Path, output: Path, *, only: Sequence[str] = ()) -> str:
-    """Run what is missing and write `results.jsonl` (a line for each run) and `table.md` into `output`.
+    """Run what is missing and write `results.jsonl` (a line for each run), `table.md` and `plot.png` into `output`.
 
     Args:
         path: the TOML file.
@@ -136,14 +148,14 @@ def run_ablations(path: Path, output: Path, *, only: Sequence[str] = ()) -> str:
     results = output / "results.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
     done = {(row["reward"], row["variant"], row["seed"]) for row in rows}
-    # Seed by seed, so that a run that is stopped has whole tables of fewer seeds.
-    for seed, reward, variant in itertools.product(table.seeds, only or table.rewards, table.variants):
+    for seed, reward, variant in table.runs(only):
         if (reward, variant, seed) in done:
             continue
         rows.append(_run(table, reward, variant, seed, output / "runs" / f"{reward}-{variant}-{seed}"))
         write_text(results, "".join(json.dumps(row) + "\n" for row in rows))
     text = markdown(rows)
     write_text(output / "table.md", text)
+    save_picture(plot(rows), output / "plot.png")
     return text
 
 
@@ -188,7 +200,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for reward in dict.fromkeys(row["reward"] for row in rows):
         own = [row for row in rows if row["reward"] == reward]
-        terms = list(own[0]["scores_before"])
+        terms = list(own[0].get("scores_before", ()))
         terms = terms if len(terms) > 1 else []
         starts = [f"{term} {fmean(row['scores_before'][term] for row in own):.3f}" for term in terms]
         before = ", ".join([f"{fmean(row['before'] for row in own):.3f}", *starts])
@@ -204,6 +216,35 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             parts += _line([*cells, *(f"{c:+.3f}" for c in changes), f"{100 * kept:.0f} %", str(len(runs))])
         parts.append("")
     return "\n".join(parts)
+
+
+def plot(rows: Sequence[Mapping[str, Any]]) -> Image:
+    """A panel for each sum of rewards: the rise of each variant, mean and 95 % interval over seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image as pil
+
+    rewards = list(dict.fromkeys(row["reward"] for row in rows))
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    figure = Figure(figsize=(3 + 3 * len(rewards), 1.2 + 0.28 * len(variants)), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(rewards), sharey=True, squeeze=False)[0]
+    for axes, reward in zip(panels, rewards, strict=True):
+        for place, variant in enumerate(variants):
+            runs = [row for row in rows if (row["reward"], row["variant"]) == (reward, variant)]
+            rises = [row["after"] - row["before"] for row in runs]
+            if rises:
+                low, high = _interval(rises)
+                error = None if math.isnan(low) else (high - low) / 2
+                axes.errorbar(fmean(rises), place, xerr=error, fmt="o", capsize=3, color="C0")
+        axes.axvline(0, color="grey", linewidth=0.8)
+        axes.set_title(reward)
+        axes.set_xlabel("rise of the reward")
+        axes.grid(alpha=0.3)
+    panels[0].set_yticks(range(len(variants)), variants)
+    panels[0].invert_yaxis()
+    canvas.draw()
+    return pil.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
 
 
 def _line(cells: Sequence[str]) -> list[str]:

@@ -35,6 +35,7 @@ base = { use_mask = true }
 [variants]
 vanilla = { middle = 0, loss = { panw_alpha = 0.0 } }
 vmr = { middle = 2 }
+masked = { middle = 2, use_mask = true, only = ["corner"] }
 """
 
 
@@ -63,7 +64,7 @@ def test_run_and_resume(tmp_path: Path) -> None:
     assert text == markdown(rows) and "| vmr |" in text
     again = run_ablations(tmp_path / "table.toml", tmp_path / "out")
     later = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
-    assert later[: len(rows)] == rows and len(later) == 8 and "### corner" in again
+    assert later[: len(rows)] == rows and len(later) == 10 and "### corner" in again
     for row in later[4:]:
         assert set(row["scores_after"]) == {"colour", "jpeg"}
         assert row["after"] == pytest.approx(2 * row["scores_after"]["colour"], abs=1e-4)
