@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastvar.demo import DemoConfig, run_demo
 from fastvar.training.checkpoints import saved_steps
+from fastvar.training.loop import resolve_precision
 
 FILES = ("report.html", "results.json", "tokenizer/model/model.safetensors", "var/model/tokenizer/config.json")
 
@@ -23,6 +25,7 @@ def test_demo(tmp_path: Path) -> None:
         subject_steps=3,
         scenes=64,
         samples=12,
+        rl_iterations=1,
         width=32,
         depth=1,
     )
@@ -31,12 +34,12 @@ def test_demo(tmp_path: Path) -> None:
         assert (config.output / name).is_file(), name
     assert saved_steps(config.output / "var") == [3]
     page = (config.output / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 7
     assert not re.search(r'(src|href)="(?!data:)', page), "the report must open offline"
     assert json.loads((config.output / "results.json").read_text())["scores"] == json.loads(
         json.dumps(results["scores"])
     )
-    assert {"tokenizer", "var", "var-subject", "evaluation"} <= set(results["seconds"])
+    assert {"tokenizer", "var", "var-subject", "rl", "evaluation"} <= set(results["seconds"])
     before = {
         name: (config.output / name / "metrics.jsonl").read_text() for name in ("tokenizer", "var", "var-subject")
     }
@@ -46,3 +49,27 @@ def test_demo(tmp_path: Path) -> None:
         assert (config.output / name / "metrics.jsonl").read_text() == lines
     with pytest.raises(ValueError, match=r"other settings \(train.seed was 0, is 1"):
         run_demo(replace(config, seed=1))
+    # what "auto" came to is kept: a run does not go on in another precision
+    settings = json.loads((config.output / "tokenizer" / "settings.json").read_text())
+    precision = resolve_precision("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    assert settings["train"]["precision"] == precision
+    with pytest.raises(ValueError, match=rf"other settings \(train.precision was {precision}, is"):
+        run_demo(replace(config, precision={"no": "bf16", "bf16": "no"}[precision]))
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "expected"),
+    [(True, False, "bf16"), (False, True, "bf16"), (False, False, "no"), (None, None, "no")],
+)
+def test_precision_follows_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, avx512: bool | None, amx: bool | None, expected: str
+) -> None:
+    """None: a version of torch that cannot say what the CPU has."""
+    for name, value in (("_is_avx512_bf16_supported", avx512), ("_is_amx_tile_supported", amx)):
+        if value is None:
+            monkeypatch.delattr(torch.cpu, name, raising=False)
+        else:
+            monkeypatch.setattr(torch.cpu, name, lambda value=value: value, raising=False)
+    device = torch.device("cpu")
+    assert resolve_precision("auto", device) == expected
+    assert [resolve_precision(given, device) for given in ("no", "bf16")] == ["no", "bf16"]

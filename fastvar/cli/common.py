@@ -24,6 +24,8 @@ class DataOptions:
     """Handwriting: number of scenes."""
     digits: int = 2
     """Handwriting: digits of each number."""
+    reference_place: str = "own"
+    """Handwriting: where a reference shows its digit, at a place of its "own" or as in the "scene", which is easier."""
     flip: bool = True
     """Folder: mirror images at random; switch it off for text."""
 
@@ -33,7 +35,14 @@ class DataOptions:
 
         if self.data == "handwriting":
             split = "train" if train else "test"
-            return HandwritingScenes(length=self.scenes, size=size, digits=self.digits, split=split, seed=seed)
+            return HandwritingScenes(
+                length=self.scenes,
+                size=size,
+                digits=self.digits,
+                split=split,
+                seed=seed,
+                reference_place=self.reference_place,
+            )
         return ImageFolder(self.data, size=size, train=train, flip=self.flip)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastvar.data.rendering import most_digits
+from fastvar.data.rendering import Placement, most_digits
 from fastvar.data.scans import scans_by_class
 from fastvar.data.scene import Scenes, draw_scenes, render_candidates, render_references, render_scenes
 
@@ -35,6 +35,7 @@ class HandwritingScenes(Dataset[Item]):
         digits: D, the digits of every number; leading zeros are written.
         split: "train" or "test" ("reader" is the part that the reader learns from).
         seed: any integer.
+        reference_place: "own" (a reference has its own place and size) or "scene" (those of its digit in the scene).
 
     An item is a dict:
         image: (3, H, W) float32 in [-1, 1];
@@ -42,12 +43,13 @@ class HandwritingScenes(Dataset[Item]):
         text: str of D digits;
         boxes: (D, 4) float32, x0, y0, x1, y1 in pixels, tight around the ink of each digit;
         reference: (3, H, W) float32 in [-1, 1], one digit of the scene: the same scan, ink, slant and pen, but its own
-            paper, place and size;
+            paper and, unless `reference_place` is "scene", its own place and size;
         reference_position: int64, which digit of the text that is;
         scans: (D,) int64, scan indices as in `scan_partition`.
 
     Raises:
-        ValueError: an unknown split, a length below 1, or more digits than the size can show legibly.
+        ValueError: an unknown split or reference place, a length below 1, or more digits than the size can show
+            legibly.
     """
 
     def __init__(
@@ -58,12 +60,15 @@ class HandwritingScenes(Dataset[Item]):
         digits: int = 2,
         split: str = "train",
         seed: int = 0,
+        reference_place: str = "own",
     ) -> None:
         sides = (size, size) if isinstance(size, int) else tuple(size)
         if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
             raise ValueError(f"HandwritingScenes: size: expected a positive int or (height, width), got {size!r}")
         if split not in _SPLITS:
             raise ValueError(f"HandwritingScenes: split: expected one of {sorted(_SPLITS)}, got {split!r}")
+        if reference_place not in ("own", "scene"):
+            raise ValueError(f'HandwritingScenes: reference_place: expected "own" or "scene", got {reference_place!r}')
         if length < 1:
             raise ValueError(f"HandwritingScenes: length: expected at least 1, got {length}")
         most = min(most_digits(*sides), _MOST_DIGITS)
@@ -75,6 +80,7 @@ class HandwritingScenes(Dataset[Item]):
         self.digits = digits
         self.split = split
         self.seed = seed
+        self.reference_place = reference_place
         self._by_class = scans_by_class(split)
         self._materialised: Item | None = None
 
@@ -124,8 +130,9 @@ class HandwritingScenes(Dataset[Item]):
     def candidates(self, indices: Indices, count: int) -> dict[str, Tensor]:
         """References to tell apart, for `match_reference`: each item's own, hidden among others of the same digit.
 
-        The others show different scans of that digit in different inks, written with the same slant and pen, so that
-        the scan alone makes the shape. Deterministic, as the items are.
+        The others show different scans of that digit in different inks, written with the same slant and pen (and, if
+        `reference_place` is "scene", at the same place and size), so that the scan alone makes the shape.
+        Deterministic, as the items are.
 
         Args:
             indices: (B,) items.
@@ -140,7 +147,9 @@ class HandwritingScenes(Dataset[Item]):
             raise ValueError(f"HandwritingScenes: count: expected 2 to {fewest} candidates, got {count}")
         rows = self._rows(indices)
         scenes = self._draw(rows)
-        images, answers = render_candidates(scenes, self._by_class, self._key(_FOR_CANDIDATES), rows, count, self.size)
+        images, answers = render_candidates(
+            scenes, self._by_class, self._key(_FOR_CANDIDATES), rows, count, self.size, self._place(scenes)
+        )
         return {
             "images": torch.from_numpy(images),
             "answers": torch.from_numpy(answers),
@@ -159,10 +168,16 @@ class HandwritingScenes(Dataset[Item]):
     def _draw(self, rows: NDArray[np.int64]) -> Scenes:
         return draw_scenes(self._by_class, self._key(_FOR_SCENES), rows, self.digits, self.size)
 
+    def _place(self, scenes: Scenes) -> Placement | None:
+        """Where the references show their digit; None draws a place for each."""
+        return scenes.subject_place if self.reference_place == "scene" else None
+
     def _render(self, rows: NDArray[np.int64]) -> Item:
         scenes = self._draw(rows)
         images, boxes = render_scenes(scenes, self.size)
-        references = render_references(scenes.subject_scans, scenes.hand, scenes.reference_draws, self.size)
+        references = render_references(
+            scenes.subject_scans, scenes.hand, scenes.reference_draws, self.size, self._place(scenes)
+        )
         powers = 10 ** np.arange(self.digits - 1, -1, -1, dtype=np.int64)
         labels = (scenes.digits * powers).sum(axis=1)
         return {

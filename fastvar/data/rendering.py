@@ -81,6 +81,16 @@ def contrast_paper(dark: NDArray[np.bool_], paper: Floats, ink: Floats) -> Float
     return np.where(dark[:, None], _darken(paper, light - MIN_CONTRAST), _lighten(paper, light + MIN_CONTRAST))
 
 
+def _extents(scans: NDArray[np.int64], slant: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    """Left, right, top and bottom of the slanted ink (B, D), in cells from the scan's centre."""
+    fields = scan_fields()
+    rows = (np.arange(FIELD_SIDE) + 0.5) / SAMPLES_PER_CELL - PADDING - CELLS / 2
+    shear = slant[:, None, None] * -rows
+    left = (fields.left[scans] + shear).min(axis=2) - CELLS / 2
+    right = (fields.right[scans] + shear).max(axis=2) - CELLS / 2
+    return left, right, fields.top[scans] - CELLS / 2, fields.bottom[scans] - CELLS / 2
+
+
 def place_word(
     scans: NDArray[np.int64], slant: Floats, size: tuple[int, int], u: Floats, smallest: float = 0.78
 ) -> Placement:
@@ -89,15 +99,9 @@ def place_word(
     scans: (B, D) indices; slant: (B,) shear (positive leans right); size: (H, W) pixels;
     u: (B, 3 D + 3) uniform draws; smallest: least size as a fraction of the largest that fits.
     """
-    fields = scan_fields()
     height, width = size
     digits = scans.shape[1]
-    rows = (np.arange(FIELD_SIDE) + 0.5) / SAMPLES_PER_CELL - PADDING - CELLS / 2
-    shear = slant[:, None, None] * -rows
-    left = (fields.left[scans] + shear).min(axis=2) - CELLS / 2  # [B, D] cells from the scan's centre
-    right = (fields.right[scans] + shear).max(axis=2) - CELLS / 2
-    top = fields.top[scans] - CELLS / 2
-    bottom = fields.bottom[scans] - CELLS / 2
+    left, right, top, bottom = _extents(scans, slant)
 
     relative = 0.9 + 0.1 * u[:, :digits]  # sizes within a word differ slightly
     free = width - 2 * MARGIN - GAP * (digits - 1)
@@ -117,6 +121,20 @@ def place_word(
     baseline = lowest + u[:, -3] * (highest - lowest)
     wobble = (u[:, 2 * digits : 3 * digits] - 0.5) * 0.8 * scale
     y = np.clip(baseline[:, None] + wobble, lowest[:, None], highest[:, None])
+    return Placement(x, y, scale)
+
+
+def place_digits(scans: NDArray[np.int64], slant: Floats, size: tuple[int, int], place: Placement) -> Placement:
+    """Lay out digits at given places, each moved (and made smaller) as little as keeps it MARGIN from the border.
+
+    scans: (B, D) indices; slant: (B,); size: (H, W) pixels; place: (B, D). Digits may touch each other.
+    """
+    height, width = size
+    left, right, top, bottom = _extents(scans, slant)
+    fits = np.minimum((width - 2 * MARGIN) / (right - left), (height - 2 * MARGIN) / (bottom - top))
+    scale = np.minimum(place.scale, fits)
+    x = np.clip(place.x, MARGIN - left * scale, width - MARGIN - right * scale)
+    y = np.clip(place.y, MARGIN - top * scale, height - MARGIN - bottom * scale)
     return Placement(x, y, scale)
 
 

@@ -16,6 +16,7 @@ from fastvar.data.rendering import (
     draw_ink,
     draw_paper,
     draw_strokes,
+    place_digits,
     place_word,
 )
 
@@ -57,6 +58,13 @@ class Scenes:
     def subject_scans(self) -> NDArray[np.int64]:
         """(B,) the scans that the references show."""
         return self.scans[np.arange(len(self.scans)), self.position]
+
+    @property
+    def subject_place(self) -> Placement:
+        """Where the digits that the references show lie in their scenes, (B, 1) each."""
+        rows = np.arange(len(self.scans))
+        place = self.place
+        return Placement(*(values[rows, self.position][:, None] for values in (place.x, place.y, place.scale)))
 
     @property
     def subject_digits(self) -> NDArray[np.int64]:
@@ -110,13 +118,19 @@ def render_scenes(scenes: Scenes, size: tuple[int, int]) -> tuple[NDArray[np.flo
     return compose(cover, hand.ink, scenes.paper, scenes.shading), boxes
 
 
-def render_references(scans: NDArray[np.int64], hand: Hand, u: Floats, size: tuple[int, int]) -> NDArray[np.float32]:
-    """One digit each on a paper, at a place and in a size of its own: (B, 3, H, W) float32 in [-1, 1].
+def render_references(
+    scans: NDArray[np.int64], hand: Hand, u: Floats, size: tuple[int, int], place: Placement | None = None
+) -> NDArray[np.float32]:
+    """One digit each on a paper of its own: (B, 3, H, W) float32 in [-1, 1].
 
-    scans: (B,); u: (B, REFERENCE_DRAWS) uniform draws.
+    scans: (B,); u: (B, REFERENCE_DRAWS) uniform draws; place: (B, 1) where the digits lie, or as near as they fit;
+    None draws a place and a size.
     """
     paper = contrast_paper(hand.dark, draw_paper(hand.dark, u[:, :3]), hand.ink)
-    place = place_word(scans[:, None], hand.slant, size, u[:, 3:9], smallest=SMALLEST_REFERENCE)
+    if place is None:
+        place = place_word(scans[:, None], hand.slant, size, u[:, 3:9], smallest=SMALLEST_REFERENCE)
+    else:
+        place = place_digits(scans[:, None], hand.slant, size, place)
     cover, _ = draw_strokes(scans[:, None], hand.slant, hand.weight, place, size)
     return compose(cover, hand.ink, paper, _shading(u[:, 9:11]))
 
@@ -128,10 +142,12 @@ def render_candidates(
     indices: NDArray[np.int64],
     count: int,
     size: tuple[int, int],
+    place: Placement | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Each scene's reference among count - 1 others of the same digit: (B, count, 3, H, W), and where it stands (B,).
 
-    The others show different scans in different inks, written with the same slant and pen. Inks are drawn as the true
+    The others show different scans in different inks, written with the same slant and pen, at `place` (B, 1) like the
+    true one, or each at a place of its own. Inks are drawn as the true
     one was: an image that ignores its reference is matched to it with probability 1 / count, no more.
     """
     fewest = min(len(scans) for scans in by_class)
@@ -146,6 +162,6 @@ def render_candidates(
     hand = scenes.hand
     for n in range(count):
         other = replace(hand, ink=draw_ink(hand.dark, scenes.paper, draws.take(3)))
-        images[:, n] = render_references(shuffled[:, n], other, draws.take(REFERENCE_DRAWS), size)
-    images[everyone, answers] = render_references(scenes.subject_scans, hand, scenes.reference_draws, size)
+        images[:, n] = render_references(shuffled[:, n], other, draws.take(REFERENCE_DRAWS), size, place)
+    images[everyone, answers] = render_references(scenes.subject_scans, hand, scenes.reference_draws, size, place)
     return images, answers

@@ -170,8 +170,8 @@ class _Block(nn.Module):
     def project(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values (B, L, H, D), not yet normalised."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = self.qkv(h, bias=bias).unflatten(2, (3, self.heads, -1))
-        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q, k, v = self.qkv(h, bias=bias).unflatten(2, (3, self.heads, -1)).unbind(2)
+        return q, k, v
 
     def normalise(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return (q, k) if self.log_scale is None else qk_norm_rope(q, k, log_scale=self.log_scale)

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -47,7 +47,7 @@ class TrainConfig:
     ema_decay: float = 0.999
     """Of the averaged weights, which are the ones sampled from and saved as the model."""
     precision: str = "no"
-    """"no" (float32) or "bf16" (autocast)."""
+    """"no" (float32), "bf16" (autocast) or "auto" (bf16 where the hardware computes in it, else float32)."""
     accumulate: int = 1
     """Micro-batches per optimizer step; must divide the batch size."""
     seed: int = 0
@@ -74,7 +74,7 @@ class TrainConfig:
                 self.accumulate >= 1 and self.batch_size % max(self.accumulate, 1) == 0,
                 f"a divisor of the batch size {self.batch_size}",
             ),
-            "precision": (self.precision in ("no", "bf16"), '"no" or "bf16"'),
+            "precision": (self.precision in ("auto", "no", "bf16"), '"auto", "no" or "bf16"'),
             "learning_rate": (self.learning_rate > 0, "above 0"),
             "final_learning_rate": (0 <= self.final_learning_rate <= 1, "0 to 1"),
             "warmup": (0 <= self.warmup <= 1, "0 to 1"),
@@ -135,6 +135,21 @@ class TrainResult:
     pictures: list[Path] = field(default_factory=list)
 
 
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """What "auto" means on a device: "bf16" if it has instructions for bfloat16, else "no"; other settings as they are.
+
+    A CPU without them emulates bfloat16 and takes several times as long as in float32.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # private to torch: where they are missing, nothing is known of the CPU
+        checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        native = device.type == "cpu" and any(check is not None and check() for check in checks)
+    return "bf16" if native else "no"
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weights of linear layers and convolutions with weight decay; all else, embeddings and codebooks too, without.
 
@@ -174,6 +189,7 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
     # Autocast is ours: accelerate fixes its precision once per process, but two runs may differ.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     set_seed(config.seed, device_specific=True)
+    config = replace(config, precision=resolve_precision(config.precision, accelerator.device))  # resuming compares it
     task.model.to(accelerator.device)
     optimizer = torch.optim.AdamW(
         parameter_groups(task.model, config.weight_decay), lr=config.learning_rate, betas=config.betas

@@ -40,7 +40,8 @@ class TokenDataset:
             name: torch.cat(parts) if isinstance(parts[0], torch.Tensor) else [v for part in parts for v in part]
             for name, parts in columns.items()
         }
-        self.checksum = crc32(self.columns["tokens"].numpy().tobytes())
+        names = [name for name in ("tokens", "reference_tokens") if name in self.columns]
+        self.checksum = crc32(b"".join(self.columns[name].numpy().tobytes() for name in names))
 
     def __len__(self) -> int:
         return len(self.columns["tokens"])

@@ -170,6 +170,38 @@ def test_reference_shows_the_same_ink_but_is_no_crop():
     assert np.std(sizes[1] / sizes[0]) > 0.1
 
 
+def test_reference_at_the_scenes_place():
+    own, placed = scenes(), scenes(reference_place="scene")
+    batch, drawn = placed.batch(range(300)), own.batch(range(300))
+    for name in ("image", "boxes", "scans", "reference_position"):
+        assert torch.equal(batch[name], drawn[name]), name
+    assert not torch.equal(batch["reference"], drawn["reference"])
+    papers = (batch["image"][:, :, 0, 0] - batch["reference"][:, :, 0, 0]).abs().amax(dim=1)
+    assert papers.median() > 0.1
+    from fastvar.data.segmentation import segment
+
+    found = segment((batch["reference"] + 1) / 2)
+    assert np.array_equal(found.page, np.arange(300))  # one digit each
+    boxes = batch["boxes"][torch.arange(300), batch["reference_position"]].numpy()
+    assert np.abs(found.boxes - boxes).max() <= 2 and np.abs(found.boxes - boxes).mean() < 0.5
+
+
+def test_candidates_at_the_scenes_place_stay_inside():
+    from fastvar.data.segmentation import segment
+
+    dataset = scenes(split="test", length=100, size=(24, 32), reference_place="scene")
+    everything = dataset.candidates(range(100), 8)
+    batch = dataset.batch(range(100))
+    rows = torch.arange(100)
+    assert torch.equal(everything["images"][rows, everything["answers"]], batch["reference"])
+    boxes = segment((everything["images"].flatten(0, 1) + 1) / 2).boxes
+    assert boxes.shape == (800, 4)
+    assert (boxes[:, :2] >= 1).all() and (boxes[:, 2] <= 31).all() and (boxes[:, 3] <= 23).all()
+    wanted = batch["boxes"][rows, batch["reference_position"]].repeat_interleave(8, 0).numpy()
+    centres = [(b[:, :2] + b[:, 2:]) / 2 for b in (boxes, wanted)]
+    assert np.abs(centres[0] - centres[1]).mean() < 1.5
+
+
 def test_candidates_hide_the_reference_among_the_same_digit():
     dataset = scenes(split="test", length=200)
     some = dataset.candidates([9, 30], 6)
@@ -196,6 +228,7 @@ def test_candidates_hide_the_reference_among_the_same_digit():
         ({"size": (32,)}, r"size: expected a positive int or \(height, width\)"),
         ({"size": (32, -1)}, r"size: expected"),
         ({"split": "valid"}, r"split: expected one of"),
+        ({"reference_place": "else"}, r"reference_place: expected \"own\" or \"scene\", got 'else'"),
         ({"length": 0}, r"length: expected at least 1, got 0"),
     ],
 )

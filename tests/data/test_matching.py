@@ -7,9 +7,9 @@ from fastvar.data import HandwritingScenes, match_reference, wilson_interval
 from fastvar.data.reader_training import degrade
 
 
-@pytest.fixture(scope="module")
-def material():
-    scenes = HandwritingScenes(length=600, split="test", seed=5)
+@pytest.fixture(scope="module", params=["own", "scene"])
+def material(request):
+    scenes = HandwritingScenes(length=600, split="test", seed=5, reference_place=request.param)
     batch, candidates = scenes.batch(range(600)), scenes.candidates(range(600), 8)
     return (batch["image"] + 1) / 2, (candidates["images"] + 1) / 2, candidates["positions"], candidates["answers"]
 
