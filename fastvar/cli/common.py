@@ -46,8 +46,8 @@ class DataOptions:
         return ImageFolder(self.data, size=size, train=train, flip=self.flip)
 
 
-def load_model(folder: Path) -> VAR:
-    """A saved VAR with its tokenizer, on the GPU if there is one.
+def load_model(folder: Path, *, device: str | None = None) -> VAR:
+    """A saved VAR with its tokenizer, on a device; by default on the GPU if there is one.
 
     Raises:
         FileNotFoundError: no model in that folder.
@@ -59,7 +59,7 @@ def load_model(folder: Path) -> VAR:
 
     var = VAR.from_pretrained(saved("model", folder))
     var.tokenizer  # noqa: B018  # raises if there is none
-    return var.to("cuda") if torch.cuda.is_available() else var
+    return var.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def at_least(option: str, value: int, least: int) -> None:

@@ -49,12 +49,7 @@ class RewardOptions:
             if not (equals and dot) or name not in options:
                 raise ValueError(f"reward_options: expected NAME.OPTION=VALUE with NAME out of {weights}, got {item!r}")
             options[name][option] = _json_or_text(value)
-        found = {}
-        for name in weights:
-            try:
-                found[name] = create(name, **options[name])
-            except TypeError as error:
-                raise ValueError(f"reward_options: reward {name!r}: {error}") from None
+        found = {name: create(name, **options[name]) for name in weights}
         return RewardSum(found, weights, standardise=self.standardise)
 
     def load_prompts(self, var: VAR, *, count: int, train: bool) -> Prompts:
@@ -101,13 +96,13 @@ class RL:
         at_least("prompt_count", self.prompt_count, 1)
         at_least("adapter_rank", self.adapter_rank, 0)
         self.rl.check()
-        var = load_model(self.model)
+        var = load_model(self.model, device="cpu")  # each process moves it to its own device
         prompts = self.scoring.load_prompts(var, count=self.prompt_count, train=True)
         held_out = None
         if var.config.subject != "none" and self.scoring.prompt_file is None:
             held_out = self.scoring.load_prompts(var, count=self.rl.evaluation_samples, train=False)
         if self.adapter_rank:
-            add_adapters(var, self.adapter_rank)
+            add_adapters(var, self.adapter_rank, seed=self.rl.seed)
         VMRGRPOTrainer(var, self.scoring.reward(), prompts, self.rl, self.output, evaluation=held_out).train()
         print(f"policy: {self.output / 'model'}")
 

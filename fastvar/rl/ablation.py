@@ -147,9 +147,16 @@ def run_ablations(path: Path, output: Path, *, only: Sequence[str] = ()) -> str:
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
-    done = {(row["reward"], row["variant"], row["seed"]) for row in rows}
+    done = {(row["seed"], row["reward"], row["variant"]): row for row in rows}
     for seed, reward, variant in table.runs(only):
-        if (reward, variant, seed) in done:
+        row = done.get((seed, reward, variant))
+        if row is not None:
+            wanted = json.loads(json.dumps(table.settings(reward, variant, seed).settings()))
+            if row["settings"] != wanted or row["budget"] != table.tokens:
+                raise ValueError(
+                    f"ablate: output: {results} has {reward}, {variant}, seed {seed} with other settings; "
+                    "choose another folder"
+                )
             continue
         rows.append(_run(table, reward, variant, seed, output / "runs" / f"{reward}-{variant}-{seed}"))
         write_text(results, "".join(json.dumps(row) + "\n" for row in rows))
@@ -163,7 +170,8 @@ def _run(table: Ablation, reward: str, variant: str, seed: int, output: Path) ->
     var = VAR.from_pretrained(table.model)
     config = table.settings(reward, variant, seed)
     iterations = affordable_iterations(config, var.schedule, table.tokens)
-    config = replace(config, iterations=iterations, evaluate_every=iterations, save_every=iterations, keep=1)
+    often = max(iterations // 10, 1)
+    config = replace(config, iterations=iterations, evaluate_every=iterations, save_every=often, keep=1)
     terms = {name: dict(options) for name, options in table.rewards[reward].items() if name != "base"}
     weights = {name: options.pop("weight", 1.0) for name, options in terms.items()}
     rewards = RewardSum({name: create(name, **options) for name, options in terms.items()}, weights)
@@ -186,6 +194,7 @@ def _run(table: Ablation, reward: str, variant: str, seed: int, output: Path) ->
         "diversity_after": last["evaluation/diversity"],
         "iterations": iterations,
         "tokens": spent,
+        "budget": table.tokens,
         "seconds": round(time.perf_counter() - start, 1),
         "settings": json.loads(json.dumps(config.settings())),
         "versions": {"fastvar": fastvar.__version__, "torch": torch.__version__, "python": platform.python_version()},

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 TARGETS = ("qkv", "proj", "mlp_in", "mlp_out")
 
 
-def add_adapters(var: VAR, rank: int, *, alpha: int | None = None, targets: Sequence[str] = TARGETS) -> VAR:
+def add_adapters(
+    var: VAR, rank: int, *, alpha: int | None = None, targets: Sequence[str] = TARGETS, seed: int = 0
+) -> VAR:
     """Put low-rank adapters beside linear layers of a VAR, in place, and freeze all else.
 
     The adapters start as zero: the model answers as before. Save `merged(var)`, which is a plain VAR.
@@ -24,6 +27,7 @@ def add_adapters(var: VAR, rank: int, *, alpha: int | None = None, targets: Sequ
         rank: of the adapters, at least 1.
         alpha: their outputs are scaled by alpha / rank; 2 rank by default.
         targets: names of the linear layers of a block.
+        seed: of the half of the adapters that does not start as zero.
 
     Raises:
         ImportError: peft is not installed.
@@ -41,7 +45,9 @@ def add_adapters(var: VAR, rank: int, *, alpha: int | None = None, targets: Sequ
         raise ImportError(f'{error}; adapters need pip install "fastvar[lora]"') from error
     var.requires_grad_(False)
     options = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=list(targets))
-    inject_adapter_in_model(options, var)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(options, var)
     return var
 
 

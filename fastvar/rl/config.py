@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastvar.rl.rollout import RolloutOptions, Segment
@@ -12,8 +12,12 @@ from fastvar.rl.update import LossOptions
 # logits carry 8 bits: single tokens differ by some hundredths, their mean by much less.
 TOLERANCES = {"no": 1e-3, "bf16": 3e-2}
 
-# Settings that change what a run shows and keeps, but not what it learns. (`iterations` may grow, to go on.)
-FREE = ("iterations", "log_every", "evaluate_every", "evaluation_samples", "save_every", "keep", "resume")
+# Settings that change what a run shows, keeps and needs, or when it stops, but not what an iteration learns.
+FREE = (
+    *("iterations", "stop_kl", "tolerance", "bad_steps"),
+    *("micro_batch", "gradient_checkpointing"),
+    *("log_every", "evaluate_every", "evaluation_samples", "save_every", "keep", "resume"),
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class RLConfig:
     ema_decay: float = 0.95
     """Of the averaged weights, which are evaluated and saved as the model."""
     bad_steps: int = 5
-    """Updates in a row that may be skipped, as their gradient is not finite, before the run stops."""
+    """Updates in a row that may be skipped, as their gradient is not finite; one more stops the run."""
     evaluate_every: int = 0
     """Iterations between two evaluations of the averaged weights, on fixed prompts and seeds; 0 for none."""
     evaluation_samples: int = 64
@@ -100,7 +104,7 @@ class RLConfig:
     def check(self) -> None:
         """Raise a ValueError that names a setting which makes no sense."""
         cycle = (self.coarse_updates, self.fine_updates)
-        least_one = ("iterations", "prompts", "group_size", "continuations", "updates", "evaluation_samples")
+        least_one = ("iterations", "prompts", "continuations", "updates")
         checks: dict[str, tuple[bool, str]] = {
             **{
                 name: (getattr(self, name) >= 1, "at least 1")
@@ -111,7 +115,11 @@ class RLConfig:
                 for name in ("micro_batch", "evaluate_every", "bad_steps")
             },
             **{name: (getattr(self, name) >= 0, "at least 0") for name in ("tolerance", "stop_kl", "middle", "seed")},
+            "group_size": (self.group_size >= 2, "at least 2, as advantages are differences within a group"),
+            "evaluation_samples": (self.evaluation_samples >= 8, "at least 8"),
             "eta": (self.eta > 0, "above 0"),
+            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "ema_decay": (0 <= self.ema_decay < 1, "at least 0 and below 1"),
             "precision": (self.precision in TOLERANCES, f"one of {tuple(TOLERANCES)}"),
             "learning_rate": (self.learning_rate > 0, "above 0"),
             "clip_norm": (self.clip_norm > 0, "above 0"),
@@ -121,11 +129,13 @@ class RLConfig:
                 raise ValueError(f"RLConfig: {name}: expected {expected}, got {getattr(self, name)}")
         if self.middle and (min(cycle) < 0 or not any(cycle)):
             raise ValueError(f"RLConfig: coarse_updates, fine_updates: expected none below 0, not both 0, got {cycle}")
+        self.loss.check()
+        self.rollout.check()
         if self.stop_kl and not self.loss.kl_weight:
             raise ValueError("RLConfig: stop_kl: expected 0 without a KL weight, as the KL is then not measured")
 
     def settings(self) -> dict[str, Any]:
         """What decides the result of a run."""
-        from dataclasses import asdict
-
-        return {name: value for name, value in asdict(self).items() if name not in FREE}
+        found = {name: value for name, value in asdict(self).items() if name not in FREE}
+        del found["rollout"]["chunk"]
+        return found

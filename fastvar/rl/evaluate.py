@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +12,7 @@ from fastvar.data.metrics import diversity, mean_interval
 from fastvar.models import VAR
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.rewards import RewardSum
-from fastvar.rl.rollout import RolloutOptions, roll_out
+from fastvar.rl.rollout import Rollout, RolloutOptions, roll_out
 
 PER_PROMPT = 4
 SEED = 2**31 - 3  # rollouts of training draw other seeds
@@ -22,15 +24,23 @@ class Evaluation(NamedTuple):
     Attributes:
         images: (N, 3, H, W) in [0, 1], four of a prompt adjacent.
         prompts: N.
-        metrics: the mean "return" (weighted sum of the rewards), each reward's mean by name, and "diversity", see
-            `fastvar.data.metrics.diversity`.
-        intervals: 95 % intervals of the rewards' means and of the diversity.
+        metrics: the mean "return" (weighted sum of the rewards, not standardised), each reward's mean by name, and
+            "diversity", see `fastvar.data.metrics.diversity`.
+        intervals: 95 % intervals of the rewards' means and of the diversity, over prompts.
     """
 
     images: torch.Tensor
     prompts: Prompts
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
+
+
+class Part(NamedTuple):
+    """A process's share of an evaluation: whole prompts, on the CPU."""
+
+    images: torch.Tensor
+    prompts: Prompts
+    each: dict[str, torch.Tensor]
 
 
 def evaluate_policy(
@@ -42,19 +52,53 @@ def evaluate_policy(
         var: the policy, in evaluation mode.
         reward: what scores.
         prompts: to choose from.
-        samples: images, rounded up to a multiple of four.
+        samples: images, rounded up to a multiple of four, at least 8.
         options: how to draw.
         seed: of the samples; always the same images for the same weights.
+
+    Raises:
+        RuntimeError: names a reward that misbehaved.
     """
+    drawn = draw_evaluation(var, prompts, samples=samples, options=options, seed=seed)
+    return summarise([score_evaluation(drawn, reward)], reward)
+
+
+def draw_evaluation(
+    var: VAR,
+    prompts: Prompts,
+    *,
+    samples: int,
+    options: RolloutOptions,
+    seed: int = SEED,
+    share: tuple[int, int] = (0, 1),
+) -> Rollout:
+    """The images of an evaluation; arguments as `evaluate_policy`. share: (i, n) for the i-th of n parts."""
     groups = -(-samples // PER_PROMPT)
     chosen = prompts.take([i * len(prompts) // groups for i in range(groups)])
-    drawn = roll_out(var, chosen, group_size=PER_PROMPT, seed=seed, options=options)
+    part, parts = share
+    rows = range(part * groups // parts * PER_PROMPT, (part + 1) * groups // parts * PER_PROMPT)
+    return roll_out(var, chosen, group_size=PER_PROMPT, seed=seed, options=options, rows=rows)
+
+
+def score_evaluation(drawn: Rollout, reward: RewardSum) -> Part:
+    """Scores of drawn images."""
     each, _ = reward.ask(drawn.images, drawn.prompts.texts, drawn.prompts.references)
-    metrics = {"return": float(reward.combine(each).nanmean())}
+    return Part(drawn.images.cpu(), drawn.prompts, {name: scores.cpu() for name, scores in each.items()})
+
+
+def summarise(parts: Sequence[Part], reward: RewardSum) -> Evaluation:
+    """The parts put together."""
+    images = torch.cat([part.images for part in parts])
+    prompts = Prompts.joined([part.prompts for part in parts])
+    each = {name: torch.cat([part.each[name] for part in parts]) for name in parts[0].each}
+    reward.check(each)
+    metrics = {"return": float(reward.combine(each, standardise=False).nanmean())}
     intervals = {}
     for name, scores in each.items():
-        finite = scores[scores.isfinite()].tolist()
-        metrics[name], intervals[name] = sum(finite) / len(finite), mean_interval(finite)
-    spread = diversity(drawn.images, PER_PROMPT)
+        metrics[name] = float(scores[scores.isfinite()].mean())
+        groups = torch.where(scores.isfinite(), scores, torch.nan).view(-1, PER_PROMPT).nanmean(1)
+        known = groups[groups.isfinite()].tolist()
+        intervals[name] = mean_interval(known) if len(known) > 1 else (math.nan, math.nan)
+    spread = diversity(images, PER_PROMPT)
     metrics["diversity"], intervals["diversity"] = sum(spread) / len(spread), mean_interval(spread)
-    return Evaluation(drawn.images.cpu(), drawn.prompts, metrics, intervals)
+    return Evaluation(images, prompts, metrics, intervals)

@@ -56,6 +56,23 @@ class Prompts:
         references = None if self.references is None else self.references[list(rows)]
         return Prompts(texts, labels, references)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Prompts]) -> Prompts:
+        """The prompts of several, one after the other."""
+        labels = [part.labels for part in parts]
+        references = [part.references for part in parts]
+        if labels[0] is None:
+            together: Labels | None = None
+        elif isinstance(labels[0], torch.Tensor):
+            together = torch.cat(labels)  # type: ignore[arg-type]
+        else:
+            together = [label for column in labels for label in column]  # type: ignore[union-attr]
+        return cls(
+            [text for part in parts for text in part.texts],
+            together,
+            None if references[0] is None else torch.cat(references),  # type: ignore[arg-type]
+        )
+
     def repeated(self, times: int) -> Prompts:
         """Each prompt `times` times, the copies adjacent."""
         return self.take([i for i in range(len(self)) for _ in range(times)])

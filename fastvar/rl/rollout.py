@@ -31,6 +31,18 @@ class RolloutOptions:
     chunk: int = 64
     """Images drawn at a time, so that memory is bounded; it does not change them."""
 
+    def check(self) -> None:
+        """Raise a ValueError that names a setting which makes no sense."""
+        checks = {
+            "temperature": (self.temperature > 0, "above 0"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "chunk": (self.chunk >= 1, "at least 1"),
+        }
+        for name, (good, expected) in checks.items():
+            if not good:
+                raise ValueError(f"RolloutOptions: {name}: expected {expected}, got {getattr(self, name)}")
+
 
 class Rollout(NamedTuple):
     """n drawn segments, those of a group adjacent; the rows `rows` of a whole batch of P groups of G.
@@ -44,6 +56,7 @@ class Rollout(NamedTuple):
         first_scale: scales before it are not trained.
         rows: which rows of the whole batch these are.
         group_size: G.
+        subject: (n, L, C) pyramids of the rows' references, or None.
         passed_tokens: how many tokens passed the network.
     """
 
@@ -55,6 +68,7 @@ class Rollout(NamedTuple):
     first_scale: int
     rows: range
     group_size: int
+    subject: torch.Tensor | None
     passed_tokens: int
 
 
@@ -118,6 +132,7 @@ def roll_out(
         middle if segment == "fine" else 0,
         rows,
         group_size,
+        None if artist.subject is None else artist.subject[[row // group_size for row in rows]],
         artist.passed_tokens,
     )
 
@@ -192,7 +207,12 @@ def _chunks(rows: range, size: int) -> Iterator[range]:
 
 
 def _whole_groups(rows: range, group_size: int, size: int) -> Iterator[range]:
-    """Parts of whole groups, about `size` rows each, and a part of its own for a group that is cut at either end."""
+    """Parts of whole groups, about `size` rows each, and a part of its own for a group that is cut at either end; parts
+    of groups if a group is larger."""
+    if size < group_size:
+        for start in range(rows.start // group_size * group_size, rows.stop, group_size):
+            yield from _chunks(range(max(start, rows.start), min(start + group_size, rows.stop)), size)
+        return
     first = min(-(-rows.start // group_size) * group_size, rows.stop)
     last = max(rows.stop // group_size * group_size, first)
     if rows.start < first:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+from zlib import crc32
 
 import torch
+from torch import nn
 
 from fastvar.files import write_json
 from fastvar.models import VAR
@@ -20,12 +23,12 @@ from fastvar.ops import PolicyLoss, group_advantages
 from fastvar.rl.adapters import has_adapters, merged
 from fastvar.rl.choose_middle import intraclass_correlation
 from fastvar.rl.config import TOLERANCES, RLConfig
-from fastvar.rl.evaluate import evaluate_policy
+from fastvar.rl.evaluate import draw_evaluation, score_evaluation, summarise
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.returns import middle_returns
 from fastvar.rl.rewards import RewardSum
 from fastvar.rl.rollout import Rollout, roll_out
-from fastvar.rl.scores import Scores, score
+from fastvar.rl.scores import score
 from fastvar.rl.update import segment_loss, token_totals
 from fastvar.rl.wrapping import CalledPolicy, gather_for_methods
 from fastvar.training.checkpoints import checkpoint_folder, remove_checkpoints, save_checkpoint, saved_steps
@@ -34,8 +37,9 @@ from fastvar.training.log import RunLog
 from fastvar.training.loop import check_same_settings, parameter_groups
 from fastvar.training.pictures import image_grid, save_picture
 
+_T = TypeVar("_T")
 _SHOWN = (
-    *("return", "kl", "clip_fraction", "entropy", "evaluation/return"),
+    *("reward", "kl", "clip_fraction", "entropy", "evaluation/return"),
     *("seconds_rollout", "seconds_reward", "seconds_update"),
 )
 
@@ -49,7 +53,7 @@ class VMRGRPOTrainer:
 
     Args:
         policy: the model, with its tokenizer; trained in place. With adapters (`add_adapters`) only they are.
-        reward: what scores images.
+        reward: what scores images; a reward alone stands for a sum of it.
         prompts: what to draw; a list of texts, or `Prompts` for class labels and reference subjects.
         config: how.
         output: the run's folder: `model/` (averaged weights), `best/` (those of the best evaluation), `metrics.jsonl`,
@@ -75,6 +79,10 @@ class VMRGRPOTrainer:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         config.check()
+        if not isinstance(reward, RewardSum):
+            reward = RewardSum({getattr(reward, "__name__", type(reward).__name__): reward})
+        if config.middle >= len(policy.schedule):
+            raise ValueError(f"RLConfig: middle: expected below {len(policy.schedule)}, got {config.middle}")
         self.prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts)
         evaluation = self.prompts if evaluation is None else evaluation
         self.evaluation = evaluation if isinstance(evaluation, Prompts) else Prompts(evaluation)
@@ -84,6 +92,11 @@ class VMRGRPOTrainer:
         self.accelerator = Accelerator(
             mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[unused]
         )
+        processes, count = self.accelerator.num_processes, config.prompts * config.group_size
+        sharded = self.accelerator.distributed_type == "FSDP"
+        if count % processes or (sharded and config.prompts % processes):
+            expected = f"prompts {config.prompts}" if sharded else f"prompts x group_size = {count}"
+            raise ValueError(f"VMRGRPOTrainer: expected a number of processes that divides {expected}, got {processes}")
         self.policy = policy.to(self.accelerator.device).eval()
         self.policy.gradient_checkpointing = config.gradient_checkpointing
         self.policy.tokenizer.requires_grad_(False).eval()
@@ -92,6 +105,7 @@ class VMRGRPOTrainer:
             self.reference = policy if has_adapters(policy) else policy.clone()
         if self.reference is not None and self.reference is not policy:
             self.reference.to(self.accelerator.device).requires_grad_(False).eval()
+        self.fingerprint = _fingerprint(policy)
         self.ema = EMA(policy, config.ema_decay)
         optimizer = torch.optim.AdamW(
             parameter_groups(policy, config.weight_decay), lr=config.learning_rate, betas=config.betas
@@ -107,8 +121,11 @@ class VMRGRPOTrainer:
 
         Raises:
             ValueError: `output` holds a run with other settings.
-            RuntimeError: a reward misbehaved, rollout and training do not agree, or too many updates in a row had a
-                gradient that is not finite. The run goes on from its last checkpoint when called again.
+            RewardError: a reward misbehaved; what was done before is saved.
+            RuntimeError: rollout and training do not agree, or too many updates in a row had a gradient that is not
+                finite.
+
+        Called again, with the model that the run began with, it goes on from its last checkpoint.
         """
         config, output, accelerator = self.config, self.output, self.accelerator
         main = accelerator.is_main_process
@@ -118,26 +135,34 @@ class VMRGRPOTrainer:
         if steps:
             check_same_settings(output / "settings.json", settings)
             accelerator.load_state(str(checkpoint_folder(output, first)))
-        elif main:
-            remove_checkpoints(output)
-            (output / "metrics.jsonl").unlink(missing_ok=True)
-            write_json(output / "settings.json", settings)
-        accelerator.wait_for_everyone()
+        else:
+            if main:
+                _clear(output)
+                write_json(output / "settings.json", settings)
+            accelerator.wait_for_everyone()
+            save_checkpoint(accelerator, output, 0, config.keep)
         log = RunLog(output, first, config.iterations, title="vmr-grpo", shown=_SHOWN, active=main)
         try:
             if first == 0 and config.evaluate_every:
-                self._evaluate(0, log, {})
+                log.write(0, self.evaluate(0, log))
             for iteration in range(first, config.iterations):
-                if self.progress.stopped:
+                if self._too_far():
                     break
-                metrics = self.iteration(iteration)
-                done, last = iteration + 1, iteration + 1 == config.iterations
-                self.progress.stopped = bool(config.stop_kl) and metrics["kl"] > config.stop_kl
-                last = last or self.progress.stopped
+                try:
+                    metrics = self.iteration(iteration)
+                except RewardError:  # nothing was learned from it yet
+                    save_checkpoint(accelerator, output, iteration, config.keep)
+                    raise
+                done, last = iteration + 1, iteration + 1 == config.iterations or self._too_far()
                 log.advance()
                 if config.evaluate_every and (done % config.evaluate_every == 0 or last):
-                    self._evaluate(done, log, metrics)
-                elif done % config.log_every == 0 or last:
+                    try:
+                        metrics |= self.evaluate(done, log)
+                    except RewardError:
+                        log.write(done, metrics)
+                        save_checkpoint(accelerator, output, done, config.keep)
+                        raise
+                if done % config.log_every == 0 or last or "evaluation/return" in metrics:
                     log.write(done, metrics)
                 if done % config.save_every == 0 or last:
                     save_checkpoint(accelerator, output, done, config.keep)
@@ -154,24 +179,26 @@ class VMRGRPOTrainer:
         clock = _Clock()
         rollout = self.roll_out(iteration)
         clock.lap("rollout")
-        scores = score(rollout, self.reward, self.policy.schedule, use_mask=self.config.use_mask)
+        graded = self.grade(rollout)
+        rollout = rollout._replace(images=rollout.images[:0])  # memory
         clock.lap("reward")
-        graded = self.grade(rollout, scores)
-        measured = {"skipped": 0.0, "gradient_norm": 0.0}
+        measured: dict[str, float] = {}
         old_log_probs = None
-        for number in range(self.config.updates):
+        for _ in range(self.config.updates):
             found, log_probs = self.update(rollout, graded, old_log_probs)
-            if number == 0:
-                found |= self.check_log_probs(rollout, graded, log_probs)
-                old_log_probs = log_probs if self.config.rescore else rollout.log_probs
             measured |= found
+            if old_log_probs is None:
+                old_log_probs = log_probs if self.config.rescore else rollout.log_probs
+        self.progress.kl = measured.get("kl", 0.0)
         clock.lap("update")
         segments = ("whole", "coarse", "fine")
         return {
             **graded.metrics,
             **measured,
             "segment": float(segments.index(self.config.segment(iteration))),
-            "tokens": self._total(float(rollout.passed_tokens)),
+            "skipped": float(self.progress.skipped),
+            "skipped_in_all": float(self.progress.skipped_in_all),
+            "rollout_tokens": self._total(float(rollout.passed_tokens)),
             **clock.seconds,
             "memory_mib": _peak_memory(),
         }
@@ -182,10 +209,7 @@ class VMRGRPOTrainer:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration)
         chosen = torch.randint(len(self.prompts), (config.prompts,), generator=generator).tolist()
         seed = int(torch.randint(2**31 - 2, (1,), generator=generator))
-        count, processes = config.prompts * config.group_size, accelerator.num_processes
-        if count % processes:
-            raise ValueError(f"VMRGRPOTrainer: expected a number of processes that divides {count}, got {processes}")
-        share = count // processes
+        share = config.prompts * config.group_size // accelerator.num_processes
         rows = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         with self._autocast(), torch.no_grad():
             return self.model(
@@ -200,10 +224,16 @@ class VMRGRPOTrainer:
                 rows=rows,
             )
 
-    def grade(self, rollout: Rollout, scores: Scores) -> Graded:
-        """Returns and advantages of this process's rows within the groups of all processes."""
+    def grade(self, rollout: Rollout) -> Graded:
+        """Scores, returns and advantages of this process's rows within the groups of all processes.
+
+        Raises:
+            RewardError: a reward misbehaved, here or on another process.
+        """
         config, device = self.config, rollout.tokens.device
+        scores = self._rewarded(lambda: score(rollout, self.reward, self.policy.schedule, use_mask=config.use_mask))
         each = {name: self.accelerator.gather(values.to(device)) for name, values in scores.each.items()}
+        self._rewarded(lambda: self.reward.check(each))
         combined = self.reward.combine(each)
         returns = middle_returns(combined, rollout.continuations, eta=config.eta)
         advantages = group_advantages(
@@ -218,8 +248,11 @@ class VMRGRPOTrainer:
         )
         rows = slice(rollout.rows.start, rollout.rows.stop)
         mask = torch.ones_like(rollout.log_probs)
-        if scores.mask is not None:
+        # A mask holds only if all processes have one: a reward without was decided everywhere.
+        masked = self._total(float(scores.mask is not None)) == self.accelerator.num_processes
+        if scores.mask is not None and masked:
             mask = mask * scores.mask
+        share = self._mean(float(mask.mean()))
         if config.filter_groups:
             mask = mask * spread[rows, None]
         schedule = self.policy.schedule.with_num_tokens(rollout.tokens.shape[1])
@@ -227,13 +260,16 @@ class VMRGRPOTrainer:
         metrics = {f"reward/{name}": float(values.nanmean()) for name, values in each.items()}
         metrics |= {f"reward_std/{name}": _spread(values) for name, values in each.items()}
         metrics |= {
+            "reward": float(self.reward.combine(each, standardise=False).nanmean()),
             "return": float(returns.nanmean()),
             "spread": float(groups.std(1, correction=0).nanmean()),
             "groups_without_spread": 1 - float(spread.float().mean()),
-            "mask_share": 1.0 if scores.mask is None else self._mean(float(scores.mask.float().mean())),
+            "mask_share": share,
         }
         if rollout.continuations > 1:
-            metrics["explained_by_coarse"] = _explained(combined.view(-1, config.group_size, rollout.continuations))
+            classes = combined.view(-1, config.group_size, rollout.continuations)
+            if classes.isfinite().all() and (classes != classes[:, :1, :1]).any():
+                metrics["explained_by_coarse"] = intraclass_correlation(classes)
         totals = self.accelerator.reduce(token_totals(mask, schedule), "sum")
         return Graded(returns, advantages[rows], mask, totals, metrics)
 
@@ -245,7 +281,7 @@ class VMRGRPOTrainer:
         config, accelerator = self.config, self.accelerator
         log_probs = torch.zeros_like(rollout.log_probs)
         if not graded.totals.any():
-            return {"gradient_norm": 0.0, "skipped": float(self.progress.skipped)}, log_probs
+            return {"gradient_norm": 0.0}, log_probs
         sums: dict[str, torch.Tensor] = {}
         parts = self._parts(graded.mask)
         for number, (rows, real) in enumerate(parts):
@@ -272,6 +308,8 @@ class VMRGRPOTrainer:
                 part = value if name == "loss" else value * weight
                 sums[name] = sums.get(name, torch.zeros_like(part)) + part.detach()
         metrics = self._sum_over_processes(sums)
+        if old_log_probs is None:
+            metrics |= self.check_log_probs(rollout, graded, log_probs)
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm))
         if math.isfinite(norm):
             self.optimizer.step()
@@ -279,12 +317,13 @@ class VMRGRPOTrainer:
             self.ema.update(self.policy)
         else:
             self.progress.skipped += 1
+            self.progress.skipped_in_all += 1
         self.optimizer.zero_grad(set_to_none=True)
         if self.progress.skipped > config.bad_steps:
             raise RuntimeError(
                 f"VMRGRPOTrainer: {self.progress.skipped} updates in a row had a gradient that is not finite"
             )
-        return {**metrics, "gradient_norm": norm, "skipped": float(self.progress.skipped)}, log_probs
+        return {**metrics, "gradient_norm": norm}, log_probs
 
     def check_log_probs(self, rollout: Rollout, graded: Graded, log_probs: torch.Tensor) -> dict[str, float]:
         """How much the log-probabilities of rollout and training differ, over the trained tokens.
@@ -310,26 +349,52 @@ class VMRGRPOTrainer:
             )
         return {"rollout_difference": float(worst.amax()), "rollout_difference_mean": mean}
 
-    def _evaluate(self, done: int, log: RunLog, metrics: dict[str, float]) -> None:
-        """Fixed prompts and seeds on the averaged weights; keeps the best."""
-        if self.accelerator.is_main_process:
-            found = evaluate_policy(
-                self.ema.model,
-                self.reward,
-                self.evaluation,
-                samples=self.config.evaluation_samples,
-                options=self.config.rollout,
-            )
-            metrics = {**metrics, **{f"evaluation/{name}": value for name, value in found.metrics.items()}}
-            picture = image_grid(found.images[:64], 8)
+    def evaluate(self, done: int, log: RunLog) -> dict[str, float]:
+        """Fixed prompts and seeds on the averaged weights: metrics and a picture; the best are kept in `best/`.
+
+        Raises:
+            RewardError: a reward misbehaved.
+        """
+        config, main = self.config, self.accelerator.is_main_process
+        processes, process = self.accelerator.num_processes, self.accelerator.process_index
+        drawn = draw_evaluation(
+            self.ema.model,
+            self.evaluation,
+            samples=config.evaluation_samples,
+            options=config.rollout,
+            share=(process, processes),
+        )
+        found = self._rewarded(lambda: score_evaluation(drawn, self.reward))
+        from accelerate.utils import gather_object
+
+        parts = gather_object([found]) if processes > 1 else [found]
+        evaluation = self._rewarded(lambda: summarise(parts, self.reward))
+        total = evaluation.metrics["return"]
+        better = total > self.progress.best
+        self.progress.best = max(total, self.progress.best)
+        if main:
+            picture = image_grid(evaluation.images[:64], 8)
             save_picture(picture, self.output / "pictures" / f"step-{done:08d}.png")
             log.picture(done, "samples", picture)
-            log.write(done, metrics)
-            if found.metrics["return"] > self.progress.best:
-                self.progress.best = found.metrics["return"]
+            if better:
                 best = merged(self.ema.model) if has_adapters(self.ema.model) else self.ema.model
                 best.save_pretrained(self.output / "best")
         self.accelerator.wait_for_everyone()
+        return {f"evaluation/{name}": value for name, value in evaluation.metrics.items()}
+
+    def _rewarded(self, ask: Callable[[], _T]) -> _T:
+        """What `ask` returns; if it raises on one process, all raise."""
+        found, error = None, None
+        try:
+            found = ask()
+        except RuntimeError as raised:
+            error = raised
+        if self._total(float(error is not None)):
+            raise RewardError(str(error or "a reward misbehaved on another process")) from error
+        return found  # type: ignore[return-value]
+
+    def _too_far(self) -> bool:
+        return 0 < self.config.stop_kl < self.progress.kl
 
     def _parts(self, mask: torch.Tensor) -> list[tuple[list[int], bool]]:
         """This process's rows in micro-batches. Rows without a token to train are left out; as all processes must run
@@ -360,10 +425,25 @@ class VMRGRPOTrainer:
             "rl": self.config.settings(),
             "model": asdict(self.policy.config),
             "trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            "rewards": {**self.reward.weights, "standardise": self.reward.standardise},
+            "start": self.fingerprint,
+            "rewards": {**self.reward.weights, "standardise": self.reward.standardise, **self._reward_options()},
             "prompts": {"count": len(texts), "first": texts[0], "last": texts[-1]},
         }
         return json.loads(json.dumps(settings))
+
+    def _reward_options(self) -> dict[str, Any]:
+        """What tells a reward from another one of its name: plain public attributes."""
+        plain = (bool, int, float, str, tuple, list)
+        return {
+            f"{name}.{option}": value
+            for name, reward in self.reward.rewards.items()
+            for option, value in getattr(reward, "__dict__", {}).items()
+            if not option.startswith("_") and isinstance(value, plain)
+        }
+
+
+class RewardError(RuntimeError):
+    """A reward raised, answered in a wrong shape or only with NaN; names it."""
 
 
 class Graded(NamedTuple):
@@ -388,7 +468,8 @@ class _Progress:
     """What a run has to remember besides its weights."""
 
     def __init__(self) -> None:
-        self.skipped, self.best, self.stopped = 0, -math.inf, False
+        self.skipped, self.skipped_in_all = 0, 0
+        self.best, self.kl = -math.inf, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -425,11 +506,20 @@ def _peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kilobytes on Linux
 
 
-def _explained(rewards: torch.Tensor) -> float:
-    """How much of the variance the coarse segments explain; NaN where nothing varies or a score is missing."""
-    if rewards.shape[1] < 2 or not rewards.isfinite().all() or (rewards == rewards[:, :1, :1]).all():
-        return math.nan
-    return intraclass_correlation(rewards)
+def _fingerprint(model: nn.Module) -> int:
+    """Of all weights: a run goes on only with the model that it began with, which its KL is measured to."""
+    checksum = 0
+    for tensor in model.state_dict().values():
+        checksum = crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), checksum)
+    return checksum
+
+
+def _clear(output: Path) -> None:
+    """Forget a run that was here before."""
+    remove_checkpoints(output)
+    for name in ("best", "pictures", "tensorboard"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    (output / "metrics.jsonl").unlink(missing_ok=True)
 
 
 def _spread(values: torch.Tensor) -> float:

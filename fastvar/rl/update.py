@@ -11,8 +11,8 @@ import torch
 
 from fastvar.models import VAR
 from fastvar.ops import PolicyLoss, policy_loss
+from fastvar.ops.policy_loss import KL_ESTIMATORS, NORMALISATIONS, PANW_NORMALISATIONS, RATIO_LEVELS
 from fastvar.rl.adapters import without_adapters
-from fastvar.rl.prompts import subject_of
 from fastvar.rl.rollout import Rollout
 from fastvar.schedule import ScaleSchedule
 
@@ -41,6 +41,21 @@ class LossOptions:
     """"exact" over the whole vocabulary, "k2" or "k3"."""
     entropy_weight: float = 0.0
     """Weight of an entropy bonus."""
+
+    def check(self) -> None:
+        """Raise a ValueError that names a setting which makes no sense."""
+        choices = {
+            "normalise": NORMALISATIONS,
+            "panw_normalisation": PANW_NORMALISATIONS,
+            "ratio_level": RATIO_LEVELS,
+            "kl_estimator": KL_ESTIMATORS,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"LossOptions: {name}: expected one of {known}, got {getattr(self, name)!r}")
+        for name in ("spread_floor", "panw_alpha", "clip_low", "clip_high", "kl_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"LossOptions: {name}: expected at least 0, got {getattr(self, name)}")
 
 
 def segment_loss(
@@ -81,7 +96,9 @@ def segment_loss(
     rows = list(range(len(rollout.tokens)) if rows is None else rows)
     tokens, prompts = rollout.tokens[rows], rollout.prompts.take(rows)
     inputs = var.tokenizer.teacher_forcing(tokens)[:, : tokens.shape[1] - var.schedule.lengths[0]]
-    subject = subject_of(var, prompts.take(range(0, len(rows), _rows_per_subject(rollout, rows))))
+    subject = None
+    if rollout.subject is not None:
+        subject = rollout.subject[rows[:: _rows_per_subject(rollout, rows)]]
     hidden = var.hidden(prompts.conditions, inputs, subject=subject)
     head, log_probs = None, None
     if reference is not None and options.kl_weight != 0:

@@ -31,7 +31,8 @@ def remove_checkpoints(output: Path) -> None:
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int) -> Path:
     """Write model, optimizer, averaged weights and random states of all processes, then drop all but the newest.
 
-    The folder is written beside its place and renamed into it: whoever reads it finds all of it or nothing.
+    The folder is written beside its place and renamed into it: whoever reads it finds all of it or nothing. A step that
+    has a checkpoint keeps it.
 
     Args:
         accelerator: holds what is saved (prepared models and optimizers, objects registered for checkpointing).
@@ -40,6 +41,8 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int
         keep: how many checkpoints to keep, at least 1.
     """
     folder = checkpoint_folder(output, step)
+    if folder.is_dir():
+        return folder
     temporary = folder.with_name(f".{folder.name}.tmp")
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -52,7 +55,6 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
         for old in saved_steps(output)[:-keep]:
             shutil.rmtree(checkpoint_folder(output, old), ignore_errors=True)

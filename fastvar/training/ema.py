@@ -30,9 +30,12 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         """Move the average towards the model's present weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        # Weights that are sharded over processes are gathered: the average is whole everywhere.
-        weights = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
-        get_ema_multi_avg_fn(decay)(list(self.model.parameters()), weights, self.updates)
+        if any(isinstance(p, DTensor) for p in model.parameters()):
+            # Sharded over processes: gathered one by one, as the average is whole everywhere.
+            for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
+                average.lerp_(weight.full_tensor() if isinstance(weight, DTensor) else weight, 1 - decay)
+        else:
+            get_ema_multi_avg_fn(decay)(list(self.model.parameters()), list(model.parameters()), self.updates)
         for own, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             own.copy_(theirs)
         self.updates += 1

@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
-from zlib import crc32
 
 from tqdm import tqdm
 
@@ -60,9 +60,10 @@ class RunLog:
             with suppress(ImportError):
                 import wandb
 
-                # the folder is the run: an interrupted one goes on in the same record
-                name = str(output.resolve())
-                self._wandb = wandb.init(id=f"{crc32(name.encode()):08x}", name=output.name, resume="allow")
+                identity = output / "wandb.txt"  # an interrupted run goes on in the same record
+                if first_step == 0 or not identity.is_file():
+                    write_text(identity, token_hex(8))
+                self._wandb = wandb.init(id=identity.read_text(), name=output.name, resume="allow")
 
     def advance(self) -> None:
         """Count one step."""

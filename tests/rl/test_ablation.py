@@ -62,6 +62,10 @@ def test_run_and_resume(tmp_path: Path) -> None:
     ]
     assert all(0.6 * 3000 < row["tokens"] <= 3000 for row in rows)
     assert text == markdown(rows) and "| vmr |" in text
+    (tmp_path / "table.toml").write_text(CONFIG.replace("tokens = 3000", "tokens = 4000"))
+    with pytest.raises(ValueError, match="red, vanilla, seed 0 with other settings"):
+        run_ablations(tmp_path / "table.toml", tmp_path / "out")
+    (tmp_path / "table.toml").write_text(CONFIG)
     again = run_ablations(tmp_path / "table.toml", tmp_path / "out")
     later = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
     assert later[: len(rows)] == rows and len(later) == 10 and "### corner" in again

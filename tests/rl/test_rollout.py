@@ -62,9 +62,10 @@ def test_log_probs_of_rollout_and_training_agree(kind: str, guidance: float) -> 
 
 
 @KINDS
-def test_chunks_do_not_change_the_images(kind: str) -> None:
+@pytest.mark.parametrize("chunk", [3, 5])
+def test_chunks_do_not_change_the_images(kind: str, chunk: int) -> None:
     var = policy()
-    whole, parts = rollout(var, kind), rollout(var, kind, options=RolloutOptions(chunk=3))
+    whole, parts = rollout(var, kind), rollout(var, kind, options=RolloutOptions(chunk=chunk))
     assert torch.equal(whole.tokens, parts.tokens)
     torch.testing.assert_close(whole.images, parts.images)
 
@@ -244,7 +245,7 @@ def test_subjects_are_shared_by_their_group(kind: str, monkeypatch: pytest.Monke
     drawn = rollout(var, kind, prompts)
     advantages = advantages_of(var, drawn)
     whole = segment_loss(var, drawn, advantages, LossOptions())
-    assert prefilled == [2, 2]
+    assert prefilled == [2, 2]  # once a group when drawing and when training
     torch.testing.assert_close(whole.log_probs, drawn.log_probs, rtol=0, atol=1e-4)
     part = segment_loss(var, drawn, advantages, LossOptions(), rows=[3, 4, 5, 6])
     assert prefilled[-1] == 4

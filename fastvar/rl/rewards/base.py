@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -62,10 +63,14 @@ def create(name: str, **options: Any) -> RewardFunction:
     """A reward by its name.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, options that the reward does not have or lacks.
     """
     if name not in _REGISTRY:
         raise ValueError(f"create: name: expected one of {available()}, got {name!r}")
+    try:
+        inspect.signature(_REGISTRY[name]).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"create: options of {name!r}: {error}") from None
     return _REGISTRY[name](**options)
 
 
@@ -91,6 +96,9 @@ class RewardSum:
     ) -> None:
         if not rewards:
             raise ValueError("RewardSum: rewards: expected at least one, got none")
+        taken = sorted({"return", "diversity"} & set(rewards))
+        if taken:
+            raise ValueError(f"RewardSum: rewards: expected other names than {taken}, which metrics have")
         unknown = sorted(set(weights or {}) - set(rewards))
         if unknown:
             raise ValueError(f"RewardSum: weights: expected names out of {tuple(rewards)}, got {unknown}")
@@ -99,8 +107,9 @@ class RewardSum:
         self.standardise = standardise
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str], references: torch.Tensor | None = None) -> Reward:
-        """The sum and its mask; arguments and errors as `ask`."""
+        """The sum and its mask; arguments and errors as `ask` and `check`."""
         each, mask = self.ask(images, prompts, references)
+        self.check(each)
         return Reward(self.combine(each), mask)
 
     @torch.no_grad()
@@ -113,7 +122,7 @@ class RewardSum:
         everywhere.
 
         Raises:
-            RuntimeError: names a reward that raised, answered in another shape, or has no finite score at all.
+            RuntimeError: names a reward that raised or answered in another shape.
         """
         mask: torch.Tensor | None = None
         everywhere = False
@@ -130,14 +139,30 @@ class RewardSum:
                 mask = own if mask is None else mask | own
         return each, None if everywhere else mask
 
-    def combine(self, each: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The weighted sum (B,) of scores by name (B,). Those of several processes are to be put together before: the
-        batch that `standardise` speaks of is the one given here."""
+    def check(self, each: Mapping[str, torch.Tensor]) -> None:
+        """Scores by name, of the whole batch: those of several processes are to be put together before.
+
+        Raises:
+            RuntimeError: names a reward that has no finite score at all.
+        """
+        for name, scores in each.items():
+            if len(scores) and not scores.isfinite().any():
+                raise RuntimeError(f"reward {name!r}: scores: expected at least one finite, got none")
+
+    def combine(self, each: Mapping[str, torch.Tensor], *, standardise: bool | None = None) -> torch.Tensor:
+        """The weighted sum (B,) of scores by name (B,), of the whole batch as in `check`.
+
+        Args:
+            each: scores by name.
+            standardise: whether to; as the sum was made by default. The mean of standardised scores is 0: to follow how
+                good images are, leave it out.
+        """
+        standardise = self.standardise if standardise is None else standardise
         total = torch.zeros_like(next(iter(each.values())))
         for name, scores in each.items():
             if self.weights[name] == 0:
                 continue
-            if self.standardise:
+            if standardise:
                 finite = scores[scores.isfinite()]
                 if len(finite):
                     scores = (scores - finite.mean()) / (finite.std(correction=0) + 1e-6)
@@ -164,6 +189,4 @@ class RewardSum:
         size = (count, *images.shape[-2:])
         if reward.mask is not None and tuple(reward.mask.shape) != size:
             raise RuntimeError(f"reward {name!r}: mask: expected shape {size}, got {tuple(reward.mask.shape)}")
-        if count and not reward.scores.isfinite().any():
-            raise RuntimeError(f"reward {name!r}: scores: expected at least one finite, got none")
         return reward

@@ -82,7 +82,9 @@ class OCRReward:
             words = list(zip(reading.words, reading.word_confidences, strict=True))
             scores.append(ocr_score(prompt.split(), words))
             for left, top, right, bottom in reading.boxes.tolist():
-                mask[row, int(top) : int(-(-bottom // 1)), int(left) : int(-(-right // 1))] = True
+                rows = slice(max(int(top), 0), max(int(-(-bottom // 1)), 0))
+                columns = slice(max(int(left), 0), max(int(-(-right // 1)), 0))
+                mask[row, rows, columns] = True
             if not mask[row].any():
                 mask[row] = True
         return Reward(torch.tensor(scores, dtype=torch.float32), mask)
