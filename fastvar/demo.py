@@ -40,13 +40,13 @@ class DemoConfig:
 
     output: Path = Path("outputs/demo")
     """Folder of the report, the figures and the runs."""
-    tokenizer_steps: int = 500
+    tokenizer_steps: int = 900
     """Steps of the tokenizer."""
-    var_steps: int = 1500
+    var_steps: int = 2000
     """Steps of the VAR without a subject."""
     subject_steps: int = 350
     """Steps of fine-tuning with the subject prefix."""
-    rl_iterations: int = 80
+    rl_iterations: int = 100
     """Rollouts of reinforcement learning with the OCR reward; 0 for none."""
     scenes: int = 16000
     """Training scenes."""
@@ -82,7 +82,7 @@ def tokenizer_config(config: DemoConfig) -> VQTokenizerConfig:
         blocks_per_level=1,
         norm_groups=8,
         attention=False,
-        chroma_gain=1.6,
+        chroma_gain=3.5,
     )
 
 
@@ -195,7 +195,7 @@ def _train_tokenizer(config: DemoConfig, scenes: HandwritingScenes, held_out: Ha
     options = TrainConfig(
         steps=config.tokenizer_steps,
         batch_size=32,
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         weight_decay=0.0,
         ema_decay=0.99,
         precision=config.precision,

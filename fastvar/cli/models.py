@@ -36,7 +36,7 @@ class TrainTokenizer:
     """Groups of the group norms; must divide every width."""
     attention: bool = False
     """Attention on the coarsest resolution."""
-    chroma_gain: float = 1.6
+    chroma_gain: float = 3.5
     """Enlarge colour against grey for the networks and the loss; 1 leaves images as they are."""
     data: Annotated[DataOptions, Flat] = field(default_factory=DataOptions)
     train: Annotated[TrainConfig, Flat] = field(default_factory=lambda: TrainConfig(weight_decay=0.0))

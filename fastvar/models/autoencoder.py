@@ -12,25 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-RESIDUAL_GAIN = 0.2  # of the second convolution of a residual block, at the start
-
-
-@torch.no_grad()
-def initialise_convolutions(module: nn.Module) -> None:
-    """Fresh weights for all convolutions: they keep the variance of their input, and residual blocks start small.
-
-    PyTorch's default divides the variance by three in every layer, so that features start far below the codes' size and
-    hardly depend on the image: a tokenizer then needs hundreds of steps before it learns anything but mean colours.
-    """
-    for part in module.modules():
-        if isinstance(part, nn.Conv2d):
-            nn.init.kaiming_uniform_(part.weight, nonlinearity="linear")  # variance 1 / fan-in
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-    for part in module.modules():
-        if isinstance(part, ResidualBlock):
-            part.conv2.weight.mul_(RESIDUAL_GAIN)
-
 
 class ResidualBlock(nn.Module):
     """Two normalised 3x3 convolutions and a shortcut: (B, C_in, H, W) -> (B, C_out, H, W)."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastvar.models.autoencoder import Decoder, Encoder, initialise_convolutions
+from fastvar.models.autoencoder import Decoder, Encoder
 from fastvar.models.pretrained import PretrainedModel
 from fastvar.ops import QuantizedResidual, ResidualConv, accumulate_scale, residual_conv_index, residual_quantize
 from fastvar.schedule import VAR_256, ScaleSchedule
@@ -123,7 +123,6 @@ class VQTokenizer(PretrainedModel):
         self.decoder = Decoder(config.channels, config.channel_multipliers, width, **shape)
         self.quant_conv = nn.Conv2d(width, width, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(width, width, 3, padding=1)
-        initialise_convolutions(self)
         self.codebook = nn.Parameter(torch.empty(config.vocab_size, width))
         nn.init.normal_(self.codebook, std=width**-0.5)
         self._phi_index: tuple[int, ...] = ()

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from zlib import crc32
 
 import torch
-from torch import nn
 
 from fastvar.files import write_json
 from fastvar.models import VAR
@@ -24,6 +20,7 @@ from fastvar.rl.adapters import has_adapters, merged
 from fastvar.rl.choose_middle import intraclass_correlation
 from fastvar.rl.config import TOLERANCES, RLConfig
 from fastvar.rl.evaluate import draw_evaluation, score_evaluation, summarise
+from fastvar.rl.measuring import Clock, fingerprint, loss_metrics, peak_memory, spread
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.returns import middle_returns
 from fastvar.rl.rewards import RewardSum
@@ -105,7 +102,7 @@ class VMRGRPOTrainer:
             self.reference = policy if has_adapters(policy) else policy.clone()
         if self.reference is not None and self.reference is not policy:
             self.reference.to(self.accelerator.device).requires_grad_(False).eval()
-        self.fingerprint = _fingerprint(policy)
+        self.fingerprint = fingerprint(policy)
         self.ema = EMA(policy, config.ema_decay)
         optimizer = torch.optim.AdamW(
             parameter_groups(policy, config.weight_decay), lr=config.learning_rate, betas=config.betas
@@ -176,7 +173,7 @@ class VMRGRPOTrainer:
 
     def iteration(self, iteration: int) -> dict[str, float]:
         """One rollout and its updates; what was measured."""
-        clock = _Clock()
+        clock = Clock()
         rollout = self.roll_out(iteration)
         clock.lap("rollout")
         graded = self.grade(rollout)
@@ -200,7 +197,7 @@ class VMRGRPOTrainer:
             "skipped_in_all": float(self.progress.skipped_in_all),
             "rollout_tokens": self._total(float(rollout.passed_tokens)),
             **clock.seconds,
-            "memory_mib": _peak_memory(),
+            "memory_mib": peak_memory(),
         }
 
     def roll_out(self, iteration: int) -> Rollout:
@@ -243,7 +240,7 @@ class VMRGRPOTrainer:
             spread_floor=config.loss.spread_floor,
         )
         groups = returns.view(-1, config.group_size)
-        spread = (groups.nan_to_num(-math.inf).amax(1) > groups.nan_to_num(math.inf).amin(1)).repeat_interleave(
+        spreads = (groups.nan_to_num(-math.inf).amax(1) > groups.nan_to_num(math.inf).amin(1)).repeat_interleave(
             config.group_size
         )
         rows = slice(rollout.rows.start, rollout.rows.stop)
@@ -254,16 +251,16 @@ class VMRGRPOTrainer:
             mask = mask * scores.mask
         share = self._mean(float(mask.mean()))
         if config.filter_groups:
-            mask = mask * spread[rows, None]
+            mask = mask * spreads[rows, None]
         schedule = self.policy.schedule.with_num_tokens(rollout.tokens.shape[1])
         mask[:, : schedule.starts[rollout.first_scale]] = 0
         metrics = {f"reward/{name}": float(values.nanmean()) for name, values in each.items()}
-        metrics |= {f"reward_std/{name}": _spread(values) for name, values in each.items()}
+        metrics |= {f"reward_std/{name}": spread(values) for name, values in each.items()}
         metrics |= {
             "reward": float(self.reward.combine(each, standardise=False).nanmean()),
             "return": float(returns.nanmean()),
             "spread": float(groups.std(1, correction=0).nanmean()),
-            "groups_without_spread": 1 - float(spread.float().mean()),
+            "groups_without_spread": 1 - float(spreads.float().mean()),
             "mask_share": share,
         }
         if rollout.continuations > 1:
@@ -304,7 +301,7 @@ class VMRGRPOTrainer:
             if real:
                 log_probs[rows] = found.log_probs
             weight = mask[rows].sum() / graded.totals.sum()
-            for name, value in _measured(found).items():
+            for name, value in loss_metrics(found).items():
                 part = value if name == "loss" else value * weight
                 sums[name] = sums.get(name, torch.zeros_like(part)) + part.detach()
         metrics = self._sum_over_processes(sums)
@@ -478,50 +475,9 @@ class _Progress:
         vars(self).update(state)
 
 
-class _Clock:
-    """Seconds by part."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[f"seconds_{name}"] = now - self._last
-        self._last = now
-
-
-def _measured(loss: PolicyLoss) -> dict[str, torch.Tensor]:
-    names = ("loss", "kl", "entropy", "clip_fraction", "ratio")
-    shares = {f"gradient_share/{k}": share for k, share in enumerate(loss.gradient_share)}
-    return {**{name: getattr(loss, name) for name in names}, **shares}
-
-
-def _peak_memory() -> float:
-    """MiB that this process has held at most: on the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kilobytes on Linux
-
-
-def _fingerprint(model: nn.Module) -> int:
-    """Of all weights: a run goes on only with the model that it began with, which its KL is measured to."""
-    checksum = 0
-    for tensor in model.state_dict().values():
-        checksum = crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), checksum)
-    return checksum
-
-
 def _clear(output: Path) -> None:
     """Forget a run that was here before."""
     remove_checkpoints(output)
     for name in ("best", "pictures", "tensorboard"):
         shutil.rmtree(output / name, ignore_errors=True)
     (output / "metrics.jsonl").unlink(missing_ok=True)
-
-
-def _spread(values: torch.Tensor) -> float:
-    finite = values[values.isfinite()]
-    return float(finite.std(correction=0))

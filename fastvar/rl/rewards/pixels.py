@@ -1,4 +1,4 @@
-"""Rewards that need no model: how well an image compresses."""
+"""Rewards of the pixels themselves, without a model: compressibility, colour."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from fastvar.rl.rewards.base import Reward, register
+from fastvar.rl.rewards.preprocessing import to_uint8
 
 
 @register("jpeg")
@@ -36,9 +37,8 @@ class JPEGSizeReward:
         """Score images (B, 3, H, W) in [0, 1]."""
         from PIL import Image
 
-        pixels = (images.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         sizes = []
-        for image in pixels:
+        for image in to_uint8(images):
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, format="JPEG", quality=self.quality)
             sizes.append(buffer.tell() / 1000)
