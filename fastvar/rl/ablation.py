@@ -152,7 +152,7 @@ def run_ablations(path: Path, output: Path, *, only: Sequence[str] = ()) -> str:
         row = done.get((seed, reward, variant))
         if row is not None:
             wanted = json.loads(json.dumps(table.settings(reward, variant, seed).settings()))
-            if row["settings"] != wanted or row["budget"] != table.tokens:
+            if row["settings"] != wanted or row.get("budget", table.tokens) != table.tokens:
                 raise ValueError(
                     f"ablate: output: {results} has {reward}, {variant}, seed {seed} with other settings; "
                     "choose another folder"

@@ -86,3 +86,10 @@ def test_clear_errors(tmp_path: Path) -> None:
     path.write_text(CONFIG)
     with pytest.raises(ValueError, match=r"only: expected names out of \('red', 'corner'\), got \['blue'\]"):
         run_ablations(path, tmp_path / "out", only=["blue"])
+
+
+@pytest.mark.parametrize("name", ["ablations", "subject_rewards"])
+def test_tables_in_the_documentation_are_those_of_the_rows(name: str) -> None:
+    root = Path(__file__).resolve().parents[2]
+    rows = [json.loads(line) for line in (root / "benchmarks" / "data" / f"{name}.jsonl").read_text().splitlines()]
+    assert markdown(rows).strip() in (root / "docs" / "ablations.md").read_text()

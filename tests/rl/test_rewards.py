@@ -150,7 +150,9 @@ def test_colour() -> None:
     assert corner.scores.tolist() == [10, 10] and corner.mask is not None
     assert corner.mask.sum((1, 2)).tolist() == [6, 6] and corner.mask[:, :2, :3].all()
     assert ColourReward(channel="blue")(red).scores[0] == pytest.approx(-5)
-    for options in ({"channel": "pink"}, {"region": (0.5, 0, 0.5, 1)}):
+    contrast = ColourReward(region=(0, 0, 0.25, 0.2), contrast=True)(red)
+    assert contrast.scores.tolist() == [0, 10] and torch.equal(contrast.mask, corner.mask)
+    for options in ({"channel": "pink"}, {"region": (0.5, 0, 0.5, 1)}, {"contrast": True}):
         with pytest.raises(ValueError, match="ColourReward"):
             ColourReward(**options)
 

@@ -55,24 +55,27 @@ class ColourReward:
     Args:
         channel: "red", "green" or "blue".
         region: (left, top, right, bottom) as shares of the image's width and height, or None for all of it.
+        contrast: score a region's colour minus that of the rest of the image: what the region alone has to show.
 
     Raises:
-        ValueError: another channel, an empty region.
+        ValueError: another channel, an empty region, contrast without a region or with all of the image.
     """
 
-    def __init__(self, *, channel: str = "red", region: Sequence[float] | None = None) -> None:
+    def __init__(self, *, channel: str = "red", region: Sequence[float] | None = None, contrast: bool = False) -> None:
         if channel not in _CHANNELS:
             raise ValueError(f"ColourReward: channel: expected one of {_CHANNELS}, got {channel!r}")
         if region is not None and not (
             len(region) == 4 and 0 <= region[0] < region[2] <= 1 and 0 <= region[1] < region[3] <= 1
         ):
             raise ValueError(f"ColourReward: region: expected left < right and top < bottom in [0, 1], got {region}")
-        self.channel, self.region = _CHANNELS.index(channel), region
+        if contrast and (region is None or (region[2] - region[0]) * (region[3] - region[1]) >= 0.9):
+            raise ValueError(f"ColourReward: contrast: expected a region that is a part of the image, got {region}")
+        self.channel, self.region, self.contrast = _CHANNELS.index(channel), region, contrast
 
     def __call__(
         self, images: torch.Tensor, prompts: Sequence[str] = (), references: torch.Tensor | None = None
     ) -> Reward:
-        """Score images (B, 3, H, W) in [0, 1]; from -10 to 10."""
+        """Score images (B, 3, H, W) in [0, 1]; from -10 to 10, with contrast to twice that."""
         others = [c for c in range(3) if c != self.channel]
         excess = 10 * (images[:, self.channel] - images[:, others].mean(1))  # [B, H, W]
         if self.region is None:
@@ -83,7 +86,11 @@ class ColourReward:
         columns = slice(int(left * width), max(-int(-right * width // 1), int(left * width) + 1))
         mask = torch.zeros(len(images), height, width, dtype=torch.bool, device=images.device)
         mask[:, rows, columns] = True
-        return Reward(excess[:, rows, columns].mean((1, 2)), mask)
+        inside = excess[:, rows, columns].mean((1, 2))
+        if not self.contrast:
+            return Reward(inside, mask)
+        rest = torch.where(mask, 0, excess).sum((1, 2)) / (~mask).sum((1, 2))
+        return Reward(inside - rest, mask)
 
 
 _CHANNELS = ("red", "green", "blue")
