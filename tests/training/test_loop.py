@@ -323,11 +323,12 @@ def test_log_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    for _ in range(3):
-        log = RunLog(tmp_path, 0, 2, title="run", shown=("loss",))
+    for first_step in (0, 0, 1, 0):
+        log = RunLog(tmp_path, first_step, 2, title="run", shown=("loss",))
         log.write(1, {"loss": 2.0, "other": 3.0})
         log.close()
         monkeypatch.setenv("WANDB_PROJECT", "digits")
     first, *rest = calls
     assert first["resume"] == "allow" and rest[:2] == [(1, {"loss": 2.0, "other": 3.0}), "finished"]
-    assert rest[2] == first
+    assert rest[2] == first  # resumed
+    assert rest[5]["id"] != first["id"]  # begun anew
