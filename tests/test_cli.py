@@ -159,7 +159,10 @@ def test_reinforcement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["--rewards", "beauty"], "create: name: expected one of"),
         (["--rewards", "jpeg=much"], "rewards: expected NAME or NAME=WEIGHT, got 'jpeg=much'"),
         (["--reward-options", "jpeg.quality"], "reward_options: expected NAME.OPTION=VALUE"),
-        (["--rewards", "jpeg", "--reward-options", "jpeg.size=3"], "reward_options: reward 'jpeg'"),
+        (
+            ["--rewards", "jpeg", "--reward-options", "jpeg.size=3"],
+            "create: options of 'jpeg': got an unexpected keyword argument 'size'",
+        ),
         (["--prompt-file", str(tmp_path / "nowhere.txt")], "nowhere.txt"),
     ):
         with pytest.raises(SystemExit):

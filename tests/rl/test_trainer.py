@@ -56,20 +56,22 @@ def test_redness_rises(seed: int, tmp_path: Path) -> None:
     assert learned(tmp_path, redness, seed) > 0.3
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_random_reward_teaches_nothing(seed: int, tmp_path: Path) -> None:
-    """The reward itself cannot rise, as it does not look at the images; what is watched is their redness, which drifts
-    but must not rise as where it is rewarded."""
+def test_random_reward_teaches_nothing(tmp_path: Path) -> None:
+    """The reward itself cannot rise, as it does not look at the images; what is watched is their redness: it drifts, but
+    does not rise as where it is rewarded."""
 
     def random(images: torch.Tensor, prompts: Sequence[str], references: Any) -> torch.Tensor:
         return torch.rand(len(images), generator=generator)
 
-    generator = torch.Generator().manual_seed(seed)
-    config = replace(QUICK, iterations=50, prompts=4, group_size=8, learning_rate=3e-3, save_every=50, seed=seed)
-    rewards = RewardSum({"random": random, "red": redness}, {"red": 0.0})
-    VMRGRPOTrainer(policy(), rewards, PROMPTS, config, tmp_path).train()
-    red = [line["reward/red"] for line in lines(tmp_path)]
-    assert fmean(red[-8:]) - fmean(red[:8]) < 0.3
+    rises = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        config = replace(QUICK, iterations=50, prompts=4, group_size=8, learning_rate=3e-3, save_every=50, seed=seed)
+        rewards = RewardSum({"random": random, "red": redness}, {"red": 0.0})
+        VMRGRPOTrainer(policy(seed), rewards, PROMPTS, config, tmp_path / str(seed)).train()
+        red = [line["reward/red"] for line in lines(tmp_path / str(seed))]
+        rises.append(fmean(red[-8:]) - fmean(red[:8]))
+    assert max(rises) < 0.3, rises
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.1])
