@@ -57,8 +57,8 @@ def test_redness_rises(seed: int, tmp_path: Path) -> None:
 
 
 def test_random_reward_teaches_nothing(tmp_path: Path) -> None:
-    """The reward itself cannot rise, as it does not look at the images; what is watched is their redness: it drifts, but
-    does not rise as where it is rewarded."""
+    """The reward itself cannot rise, as it does not look at the images; what is watched is their redness: it drifts,
+    but does not rise as where it is rewarded."""
 
     def random(images: torch.Tensor, prompts: Sequence[str], references: Any) -> torch.Tensor:
         return torch.rand(len(images), generator=generator)
