@@ -132,6 +132,8 @@ class VMRGRPOTrainer:
         if steps:
             check_same_settings(output / "settings.json", settings)
             accelerator.load_state(str(checkpoint_folder(output, first)))
+            if main and first == 0:  # stopped before the first step: its first evaluation is made again
+                (output / "metrics.jsonl").unlink(missing_ok=True)
         else:
             if main:
                 _clear(output)
@@ -177,7 +179,7 @@ class VMRGRPOTrainer:
         rollout = self.roll_out(iteration)
         clock.lap("rollout")
         graded = self.grade(rollout)
-        rollout = rollout._replace(images=rollout.images[:0])  # memory
+        rollout = rollout._replace(images=rollout.images.new_empty(0))  # a slice would keep their memory
         clock.lap("reward")
         measured: dict[str, float] = {}
         old_log_probs = None

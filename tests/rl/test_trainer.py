@@ -316,6 +316,36 @@ def test_subject_driven(tmp_path: Path) -> None:
     assert {"reward/likeness", "reward/red", "reward_std/red"} <= set(lines(tmp_path)[0])
 
 
+def test_stopped_before_its_first_step(tmp_path: Path) -> None:
+    """The evaluation before training is not in the log twice."""
+    config = replace(QUICK, iterations=2, evaluate_every=2, evaluation_samples=8, save_every=100)
+    first = trainer(tmp_path, config)
+
+    def stopping(number: int) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    first.iteration = stopping  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    assert [line["step"] for line in lines(tmp_path)] == [0]
+    trainer(tmp_path, config).train()
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+
+
+def test_images_are_let_go_before_the_update(tmp_path: Path) -> None:
+    sizes = []
+    watched = trainer(tmp_path, replace(QUICK, iterations=1))
+    update = watched.update
+
+    def looking(rollout: Any, *rest: Any) -> Any:
+        sizes.append(rollout.images.untyped_storage().nbytes())
+        return update(rollout, *rest)
+
+    watched.update = looking  # type: ignore[method-assign]
+    watched.train()
+    assert sizes == [0]
+
+
 def test_going_on_with_another_model_or_reward_is_refused(tmp_path: Path) -> None:
     """The KL is measured to the model that the run began with: a policy that has learned since is another one."""
     config = replace(QUICK, iterations=2, loss=LossOptions(kl_weight=0.1))
