@@ -10,6 +10,7 @@ from fastvar.models import VAR
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.rewards import RewardSum
 from fastvar.rl.rollout import RolloutOptions, roll_out
+from fastvar.rl.scores import score
 
 ENOUGH = 0.5
 _SEED = 2**31 - 5
@@ -77,8 +78,7 @@ def explained_shares(
             seed=seed,
             options=options,
         )
-        texts = drawn.prompts.repeated(continuations)
-        each, _ = reward.ask(drawn.images, texts.texts, texts.references)
+        each = score(drawn, reward, var.schedule).each
         share = intraclass_correlation(reward.combine(each).view(len(prompts), prefixes, continuations))
         averaged = averaged_over * share / (1 + (averaged_over - 1) * share)
         found.append(MiddleShare(middle, share, averaged))

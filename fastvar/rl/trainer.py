@@ -167,7 +167,7 @@ class VMRGRPOTrainer:
                     save_checkpoint(accelerator, output, done, config.keep)
         finally:
             log.close()
-        averaged = merged(self.ema.model) if has_adapters(self.ema.model) else self.ema.model
+        averaged = self._averaged()
         if main:
             averaged.save_pretrained(output / "model")
         accelerator.wait_for_everyone()
@@ -242,9 +242,8 @@ class VMRGRPOTrainer:
             spread_floor=config.loss.spread_floor,
         )
         groups = returns.view(-1, config.group_size)
-        spreads = (groups.nan_to_num(-math.inf).amax(1) > groups.nan_to_num(math.inf).amin(1)).repeat_interleave(
-            config.group_size
-        )
+        # A group whose returns are equal has advantages of exactly 0.
+        spreads = (advantages.view_as(groups) != 0).any(1).repeat_interleave(config.group_size)
         rows = slice(rollout.rows.start, rollout.rows.stop)
         mask = torch.ones_like(rollout.log_probs)
         # A mask holds only if all processes have one: a reward without was decided everywhere.
@@ -270,7 +269,7 @@ class VMRGRPOTrainer:
             if classes.isfinite().all() and (classes != classes[:, :1, :1]).any():
                 metrics["explained_by_coarse"] = intraclass_correlation(classes)
         totals = self.accelerator.reduce(token_totals(mask, schedule), "sum")
-        return Graded(returns, advantages[rows], mask, totals, metrics)
+        return Graded(advantages[rows], mask, totals, metrics)
 
     def update(
         self, rollout: Rollout, graded: Graded, old_log_probs: torch.Tensor | None
@@ -354,6 +353,8 @@ class VMRGRPOTrainer:
         Raises:
             RewardError: a reward misbehaved.
         """
+        from accelerate.utils import gather_object
+
         config, main = self.config, self.accelerator.is_main_process
         processes, process = self.accelerator.num_processes, self.accelerator.process_index
         drawn = draw_evaluation(
@@ -364,8 +365,6 @@ class VMRGRPOTrainer:
             share=(process, processes),
         )
         found = self._rewarded(lambda: score_evaluation(drawn, self.reward))
-        from accelerate.utils import gather_object
-
         parts = gather_object([found]) if processes > 1 else [found]
         evaluation = self._rewarded(lambda: summarise(parts, self.reward))
         total = evaluation.metrics["return"]
@@ -376,8 +375,7 @@ class VMRGRPOTrainer:
             save_picture(picture, self.output / "pictures" / f"step-{done:08d}.png")
             log.picture(done, "samples", picture)
             if better:
-                best = merged(self.ema.model) if has_adapters(self.ema.model) else self.ema.model
-                best.save_pretrained(self.output / "best")
+                self._averaged().save_pretrained(self.output / "best")
         self.accelerator.wait_for_everyone()
         return {f"evaluation/{name}": value for name, value in evaluation.metrics.items()}
 
@@ -391,6 +389,10 @@ class VMRGRPOTrainer:
         if self._total(float(error is not None)):
             raise RewardError(str(error or "a reward misbehaved on another process")) from error
         return found  # type: ignore[return-value]
+
+    def _averaged(self) -> VAR:
+        """The averaged weights as a plain VAR."""
+        return merged(self.ema.model) if has_adapters(self.ema.model) else self.ema.model
 
     def _too_far(self) -> bool:
         return 0 < self.config.stop_kl < self.progress.kl
@@ -449,14 +451,12 @@ class Graded(NamedTuple):
     """What a rollout's rows are worth.
 
     Attributes:
-        returns: of all processes' rows.
         advantages: (n,) of this process's rows.
         mask: (n, L') which tokens are to be trained.
         totals: (K',) sums of all processes' masks over each scale's tokens.
         metrics: for the log.
     """
 
-    returns: torch.Tensor
     advantages: torch.Tensor
     mask: torch.Tensor
     totals: torch.Tensor
