@@ -51,7 +51,7 @@ class RLConfig:
     filter_groups: bool = True
     """Leave out groups whose returns are all equal: they have no advantage, only a KL."""
     use_mask: bool = False
-    """Train only the tokens where the reward was decided; helps local rewards, harms global ones."""
+    """Train only the tokens where the reward was decided; for local rewards."""
     stop_kl: float = 0.0
     """Stop the run where an update's KL to the reference is larger; 0 never does. Needs a KL weight."""
     micro_batch: int = 0
