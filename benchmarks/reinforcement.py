@@ -8,9 +8,10 @@ gradients, and forked log-probabilities are checked against teacher forcing by t
 * "coarse rollout": G coarse segments with K = 2 continuations that fork the cached state, against G K whole images;
 * "fine rollout": G continuations of one coarse segment, against G whole images;
 * "subject update": forward and backward with one prefix a group, against a prefix for every row;
-* "coarse update": forward and backward on the coarse tokens, against all tokens with the loss on the coarse ones.
+* "coarse update": forward and backward on the coarse tokens, against all tokens with the loss on the coarse ones;
+* "micro-batches", "checkpointing": forward and backward of all rows by fours, or with blocks recomputed, against plain.
 
-Rollouts decode their images, as training does.
+Seconds, and the peak of memory beyond what is held between calls. Rollouts decode their images, as training does.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 import tyro
 
 from benchmarks import records
+from benchmarks.memory import peak_memory
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.rl import LossOptions, Prompts, Rollout, RolloutOptions, roll_out, segment_loss, token_totals
 
@@ -100,6 +102,24 @@ def cases(shape: str) -> dict[str, dict[str, Callable[[], Any]]]:
         loss.backward()
         return var.head.weight.grad
 
+    def by_fours() -> torch.Tensor:
+        var.zero_grad()
+        for first in range(0, 2 * GROUP, 4):
+            rows = range(first, first + 4)
+            segment_loss(var, whole, advantages, LossOptions(), rows=rows, mask_totals=everything).loss.backward()
+        return var.head.weight.grad
+
+    def checkpointed() -> torch.Tensor:
+        var.gradient_checkpointing = True
+        try:
+            return update(whole)
+        finally:
+            var.gradient_checkpointing = False
+
+    everything = token_totals(torch.ones_like(whole.log_probs), var.schedule)
+    plain = update(whole).clone()
+    for frugal in (by_fours, checkpointed):
+        torch.testing.assert_close(frugal(), plain, rtol=1e-3, atol=1e-5)
     apart = with_subject._replace(group_size=1)
     torch.testing.assert_close(update(with_subject).clone(), update(apart).clone(), rtol=1e-3, atol=1e-5)
     totals = token_totals(mask, var.schedule)
@@ -111,6 +131,8 @@ def cases(shape: str) -> dict[str, dict[str, Callable[[], Any]]]:
         "fine rollout": {"forked": lambda: forked("fine"), "from the start": lambda: from_the_start("fine")},
         "subject update": {"shared prefix": lambda: update(with_subject), "prefix each": lambda: update(apart)},
         "coarse update": {"coarse tokens": lambda: update(same_tokens), "all tokens": lambda: update(whole, mask=mask)},
+        "micro-batches": {"by fours": by_fours, "all rows": lambda: update(whole)},
+        "checkpointing": {"blocks recomputed": checkpointed, "plain": lambda: update(whole)},
     }
 
 
@@ -134,6 +156,7 @@ def main(arguments: Arguments) -> None:
                     call()
                     if number:  # the first round warms up
                         seconds[name].append(time.perf_counter() - start)
+            peaks = {name: round(peak_memory(call), 1) for name, call in ways.items()}
             fast, slow = ways
             ratios = records.spread(b / a for a, b in zip(seconds[fast], seconds[slow], strict=True))
             record = {
@@ -143,11 +166,14 @@ def main(arguments: Arguments) -> None:
                 "group_size": GROUP,
                 "seconds": {name: records.spread(values)._asdict() for name, values in seconds.items()},
                 "ratio": ratios._asdict(),
+                "peak_mib": peaks,
                 "rounds": arguments.rounds,
                 **records.provenance(),
             }
             records.append(arguments.output, record)
-            print(f"{shape}, {case}: {slow} / {fast} = {ratios.median:.2f} ({ratios.low:.2f} to {ratios.high:.2f})")
+            print(
+                f"{shape}, {case}: {slow} / {fast} = {ratios.median:.2f} ({ratios.low:.2f} to {ratios.high:.2f})", peaks
+            )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class DemoConfig:
     """Steps of the VAR without a subject."""
     subject_steps: int = 350
     """Steps of fine-tuning with the subject prefix."""
-    rl_iterations: int = 100
+    rl_iterations: int = 200
     """Rollouts of reinforcement learning with the OCR reward; 0 for none."""
     scenes: int = 16000
     """Training scenes."""
@@ -281,7 +281,7 @@ def rl_config(config: DemoConfig) -> RLConfig:
         learning_rate=3e-4,
         weight_decay=0.0,
         ema_decay=0.9,
-        evaluate_every=25,
+        evaluate_every=50,
         evaluation_samples=160,
         save_every=20,
         seed=config.seed,

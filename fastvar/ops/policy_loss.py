@@ -32,6 +32,8 @@ class PolicyLoss(NamedTuple):
         gradient_share: (K,), how the gradient divides over the scales: with g_i = d loss / d log_probs_i, the scale's
             share of sum_k |g of scale k|_2. It leaves out |d log_probs_i / d logits| (near 1 unless a token is nearly
             certain), the exact KL and the entropy bonus, which do not pass through log_probs.
+        scale_entropy: (K,), mean entropy of each scale's trained tokens in nats; 0 where none is trained.
+        scale_ratio: (K,), mean ratio of each scale's trained tokens; 0 where none is trained.
     """
 
     loss: torch.Tensor
@@ -41,12 +43,15 @@ class PolicyLoss(NamedTuple):
     log_probs: torch.Tensor
     ratio: torch.Tensor
     gradient_share: torch.Tensor
+    scale_entropy: torch.Tensor
+    scale_ratio: torch.Tensor
 
 
 def _fake(log_probs: torch.Tensor, *rest: object) -> tuple[torch.Tensor, ...]:
     grids = rest[7]
     assert isinstance(grids, list | tuple)
-    return tuple(log_probs.new_empty(shape) for shape in ((), (), (), (), (), (len(grids) // 2,)))
+    scales = (len(grids) // 2,)
+    return tuple(log_probs.new_empty(shape) for shape in (*[()] * 5, *[scales] * 3))
 
 
 _LOSS = Operator(
@@ -55,7 +60,7 @@ _LOSS = Operator(
     "Tensor advantages, Tensor? token_mask, Tensor? mask_totals, int[] grids, int first_scale, float panw_alpha, "
     "str panw_normalisation, float clip_low, float clip_high, str ratio_level, float kl_weight, str kl_estimator, "
     "float entropy_weight",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     implementations=[Implementation("reference", "fastvar.kernels.policy_loss.reference", verified=("CPU",))],
 )
@@ -277,8 +282,8 @@ def policy_loss(
         kl_estimator,
         entropy_weight,
     )
-    kl, clip_fraction, entropy, ratio, gradient_share = (value.detach() for value in measured)
-    return PolicyLoss(loss, kl, clip_fraction, entropy, scored.log_probs.detach(), ratio, gradient_share)
+    kl, clip_fraction, entropy, *by_scale = (value.detach() for value in measured)
+    return PolicyLoss(loss, kl, clip_fraction, entropy, scored.log_probs.detach(), *by_scale)
 
 
 def _choice(op: str, argument: str, value: str, choices: tuple[str, ...]) -> None:

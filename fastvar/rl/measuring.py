@@ -27,10 +27,18 @@ class Clock:
         self._last = now
 
 
-def loss_metrics(loss: PolicyLoss) -> dict[str, torch.Tensor]:
-    names = ("loss", "kl", "entropy", "clip_fraction", "ratio")
-    shares = {f"gradient_share/{k}": share for k, share in enumerate(loss.gradient_share)}
-    return {**{name: getattr(loss, name) for name in names}, **shares}
+def loss_metrics(loss: PolicyLoss, part: torch.Tensor, whole: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a part of a batch adds to the batch's loss and means; part, whole: (K,), their `token_totals`."""
+    weight = part.sum() / whole.sum()
+    weights = torch.where(whole > 0, part / whole, 0)
+    means = {name: getattr(loss, name) * weight for name in ("kl", "entropy", "clip_fraction", "ratio")}
+    by_scale = {
+        "gradient_share": loss.gradient_share * weight,
+        "entropy": loss.scale_entropy * weights,
+        "ratio": loss.scale_ratio * weights,
+    }
+    each = {f"{name}/{k}": value for name, values in by_scale.items() for k, value in enumerate(values)}
+    return {"loss": loss.loss.detach(), **means, **each}
 
 
 def peak_memory() -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 
@@ -72,6 +74,14 @@ class Prompts:
             together,
             None if references[0] is None else torch.cat(references),  # type: ignore[arg-type]
         )
+
+    def fingerprint(self) -> int:
+        """A checksum of texts, labels and references, by which a run knows its prompts again."""
+        labels = self.labels.tolist() if isinstance(self.labels, torch.Tensor) else self.labels
+        checksum = crc32(json.dumps([list(self.texts), None if labels is None else list(labels)]).encode())
+        if self.references is not None:
+            checksum = crc32(self.references.detach().cpu().contiguous().view(torch.uint8).numpy().data, checksum)
+        return checksum
 
     def repeated(self, times: int) -> Prompts:
         """Each prompt `times` times, the copies adjacent."""

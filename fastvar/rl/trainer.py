@@ -301,10 +301,9 @@ class VMRGRPOTrainer:
                 accelerator.backward(found.loss * accelerator.num_processes)
             if real:
                 log_probs[rows] = found.log_probs
-            weight = mask[rows].sum() / graded.totals.sum()
-            for name, value in loss_metrics(found).items():
-                part = value if name == "loss" else value * weight
-                sums[name] = sums.get(name, torch.zeros_like(part)) + part.detach()
+            part = token_totals(mask[rows], self.policy.schedule.with_num_tokens(mask.shape[1]))
+            for name, value in loss_metrics(found, part, graded.totals).items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value
         metrics = self._sum_over_processes(sums)
         if old_log_probs is None:
             metrics |= self.check_log_probs(rollout, graded, log_probs)
@@ -421,14 +420,13 @@ class VMRGRPOTrainer:
         return dict(zip(sums, self.accelerator.reduce(values, "sum").tolist(), strict=True))
 
     def _settings(self) -> dict[str, Any]:
-        texts = self.prompts.texts
         settings = {
             "rl": self.config.settings(),
             "model": asdict(self.policy.config),
             "trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "start": self.fingerprint,
             "rewards": {**self.reward.weights, "standardise": self.reward.standardise, **self._reward_options()},
-            "prompts": {"count": len(texts), "first": texts[0], "last": texts[-1]},
+            "prompts": self.prompts.fingerprint(),
         }
         return json.loads(json.dumps(settings))
 

@@ -27,12 +27,19 @@ class _Terms(NamedTuple):
 
 
 def forward(*args: Any) -> tuple[torch.Tensor, ...]:
-    """loss, kl, clip fraction, entropy and ratio, scalars, and the gradient share of each scale (K,); see `_terms`."""
+    """loss, kl, clip fraction, entropy, ratio, scalars; then gradient share, entropy and ratio of each scale (K,)."""
     entropy, grids = args[1], args[8]
     terms = _terms(*args)
 
+    def trained(values: torch.Tensor) -> torch.Tensor:
+        return terms.mask * torch.where(terms.mask > 0, values, 0)
+
     def mean(values: torch.Tensor) -> torch.Tensor:
-        return _divide((terms.mask * torch.where(terms.mask > 0, values, 0)).sum(), terms.mask.sum())
+        return _divide(trained(values).sum(), terms.mask.sum())
+
+    def scale_means(values: torch.Tensor) -> torch.Tensor:
+        sums = (_sums(part, grids.lengths).sum(0) for part in (trained(values), terms.mask))
+        return _divide(*sums)
 
     norms = torch.stack([part.square().sum().sqrt() for part in terms.slope.split(grids.lengths, 1)])
     return (
@@ -42,6 +49,8 @@ def forward(*args: Any) -> tuple[torch.Tensor, ...]:
         mean(entropy),
         mean(terms.ratio),
         _divide(norms, norms.sum()),
+        scale_means(entropy),
+        scale_means(terms.ratio),
     )
 
 

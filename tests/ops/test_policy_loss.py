@@ -125,8 +125,8 @@ def test_by_hand() -> None:
     torch.testing.assert_close(result.gradient_share, share / share.sum())
 
 
-def definition(arguments: dict[str, Any], leaves: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, token by token, and the log-probabilities it went through."""
+def definition(arguments: dict[str, Any], leaves: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The loss, token by token, the log-probabilities it went through, and by scale mean entropy and ratio (2, K)."""
     a = {
         "old_log_probs": None,
         "reference_log_probs": None,
@@ -152,6 +152,7 @@ def definition(arguments: dict[str, Any], leaves: dict[str, torch.Tensor]) -> tu
     mask = torch.ones(BATCH, LENGTH, dtype=l.dtype) if a["token_mask"] is None else a["token_mask"].to(l.dtype)
     mask = mask * (torch.tensor(scale_of) >= a["first_scale"])
     numerator, scales = torch.zeros(len(SCHEDULE), dtype=l.dtype), torch.zeros(len(SCHEDULE), dtype=l.dtype)
+    measured = torch.zeros(2, len(SCHEDULE), dtype=l.dtype)
     for b, i in itertools.product(range(BATCH), range(LENGTH)):
         m = mask[b, i]
         if m == 0:
@@ -167,17 +168,20 @@ def definition(arguments: dict[str, Any], leaves: dict[str, torch.Tensor]) -> tu
         elif a["kl_weight"]:
             g = a["reference_log_probs"][b, i] - l[b, i]
             s = s - a["kl_weight"] * (g**2 / 2 if a["kl_estimator"] == "k2" else g.exp() - g - 1)
-        s = s - a["entropy_weight"] * (logs[b, i].exp() * logs[b, i]).sum()
+        entropy = -(logs[b, i].exp() * logs[b, i]).sum()
+        s = s + a["entropy_weight"] * entropy
         k = scale_of[i]
+        measured[:, k] += m * torch.stack([entropy, ratio]).detach()
         numerator = numerator + m * s * F.one_hot(torch.tensor(k), len(SCHEDULE))
         scales[k] += m
+    means_by_scale = torch.where(scales > 0, measured / scales, 0)
     weights = torch.tensor([float(h * w) ** -a["panw_alpha"] for h, w in SCHEDULE], dtype=l.dtype)
     if a["panw_normalisation"] == "per_scale":
         present = scales > 0
         means = numerator[present] / scales[present]
-        return -(weights[present] * means).sum() / weights[present].sum(), l
+        return -(weights[present] * means).sum() / weights[present].sum(), l, means_by_scale
     total = (weights * scales).sum() if a["panw_normalisation"] == "per_segment" else scales.sum()
-    return -(weights * numerator).sum() / total, l
+    return -(weights * numerator).sum() / total, l, means_by_scale
 
 
 @pytest.mark.parametrize("ratio_level", ["token", "scale", "sample"])
@@ -204,7 +208,7 @@ def test_equals_the_definition(ratio_level: str, kl_estimator: str, panw_normali
         arguments["reference_log_probs"] = old_log_probs(arguments, 0.7)
     got, gradients = with_gradients(arguments)
     leaves = {n: arguments[n].clone().requires_grad_() for n in ("hidden", "weight", "bias")}
-    expected, through = definition(arguments, leaves)
+    expected, through, by_scale = definition(arguments, leaves)
     expected.backward()
     torch.testing.assert_close(got.loss, expected.detach(), rtol=1e-10, atol=1e-12)
     for gradient, leaf in zip(gradients, leaves.values(), strict=True):
@@ -214,6 +218,7 @@ def test_equals_the_definition(ratio_level: str, kl_estimator: str, panw_normali
     norms = torch.stack([part.norm() for part in through.grad.split(SCHEDULE.lengths, 1)])
     torch.testing.assert_close(got.gradient_share, norms / norms.sum(), rtol=1e-9, atol=1e-12)
     assert got.gradient_share[0] == 0
+    torch.testing.assert_close(torch.stack([got.scale_entropy, got.scale_ratio]), by_scale, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("level", ["token", "scale", "sample"])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from policies import policy
 
 from fastvar.models import VAR
 from fastvar.training.checkpoints import saved_steps
@@ -23,7 +24,8 @@ from pathlib import Path
 from test_trainer import *
 torch.set_num_threads(1)
 config = replace(QUICK, prompts=3, use_mask=True, loss=LossOptions(kl_weight=0.1, normalise="batch"), **{changes!r})
-trainer(Path({output!r}), config, patchy).train()
+var = add_adapters(policy(), 2) if {adapters} else policy()
+VMRGRPOTrainer(var, patchy, PROMPTS, config, Path({output!r})).train()
 """
 
 
@@ -67,16 +69,20 @@ for one, two in zip(step(False), step(True), strict=True):
 """
 
 
-def script(folder: Path, name: str, **changes: object) -> str:
+def script(folder: Path, name: str, adapters: bool = False, **changes: object) -> str:
     path = folder / f"{name}.py"
-    tests = str(Path(__file__).parent)
-    path.write_text(_RUN.format(root=str(ROOT), tests=tests, changes=changes, output=str(folder / name)))
+    names = {"root": str(ROOT), "tests": str(Path(__file__).parent), "output": str(folder / name)}
+    path.write_text(_RUN.format(**names, changes=changes, adapters=adapters))
     return str(path)
 
 
 def launch(processes: int, path: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    call("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", path)
+
+
+def call(module: str, *arguments: object) -> None:
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -86,18 +92,38 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("micro_batch", [0, 4])
-def test_two_processes_are_one(micro_batch: int, tmp_path: Path) -> None:
-    """Twelve rows in three groups of four: the second group straddles the processes."""
-    launch(1, script(tmp_path, "one", iterations=4, evaluate_every=2, evaluation_samples=12))
-    launch(2, script(tmp_path, "two", iterations=4, evaluate_every=2, evaluation_samples=12, micro_batch=micro_batch))
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    for a, b in zip(one, two, strict=True):
+def test_two_processes_are_one(micro_batch: int, adapters: bool, tmp_path: Path) -> None:
+    """Twelve rows in three groups of four: the second group straddles the processes. The reference is a copy, or the
+    policy without its adapters."""
+    common = {"adapters": adapters, "iterations": 4, "evaluate_every": 2, "evaluation_samples": 12}
+    launch(1, script(tmp_path, "one", **common))
+    launch(2, script(tmp_path, "two", micro_batch=micro_batch, **common))
+    assert metrics(tmp_path / "one")[-1]["kl"] > 0
+    same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_launched_command(tmp_path: Path) -> None:
+    """`accelerate launch -m fastvar rl` on two processes gives what `fastvar rl` gives on one."""
+    policy().save_pretrained(tmp_path / "policy")
+    (tmp_path / "prompts.txt").write_text("1\n2\n3\n")
+    run = ["rl", "--model", tmp_path / "policy", "--prompt-file", tmp_path / "prompts.txt", "--rewards", "colour"]
+    run += ["--iterations", 3, "--prompts", 2, "--group-size", 3, "--middle", 1, "--kl-weight", 0.1]
+    call("fastvar", *run, "--output", tmp_path / "one")
+    launcher = ["--cpu", "--num_processes", 2, "--num_cpu_threads_per_process", 1, "--mixed_precision", "no"]
+    call("accelerate.commands.launch", *launcher, "-m", "fastvar", *run, "--output", tmp_path / "two")
+    same_run(tmp_path / "one", tmp_path / "two")
+
+
+def same_run(one: Path, two: Path) -> None:
+    for a, b in zip(metrics(one), metrics(two), strict=True):
         for name, value in a.items():
             # shares of norms are not sums over parts; tokens of a trunk that two processes share are drawn by both
             if not name.startswith("gradient_share") and name != "rollout_tokens":
                 assert b[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
-    weights = [VAR.from_pretrained(str(tmp_path / n / "model")).state_dict() for n in ("one", "two")]
+    weights = [VAR.from_pretrained(str(folder / "model")).state_dict() for folder in (one, two)]
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=2e-4)
 

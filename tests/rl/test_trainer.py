@@ -110,8 +110,9 @@ def test_what_is_logged(tmp_path: Path) -> None:
     assert [line["segment"] for line in found] == [1.0, 1.0, 2.0]
     assert all(line["ratio"] == 1 and line["rollout_difference"] < 1e-4 for line in found)
     assert found[0]["kl"] == pytest.approx(0, abs=1e-6) and found[2]["kl"] > 0
-    shares = [found[2][f"gradient_share/{k}"] for k in range(3)]
-    assert shares[:2] == [0, 0] and shares[2] == pytest.approx(1)
+    by_scale = {n: [found[2][f"{n}/{k}"] for k in range(3)] for n in ("gradient_share", "entropy", "ratio")}
+    last = {"gradient_share": 1.0, "entropy": found[2]["entropy"], "ratio": 1.0}
+    assert all(by_scale[n] == [0, 0, pytest.approx(value)] for n, value in last.items())
     assert json.loads((tmp_path / "settings.json").read_text())["rl"]["loss"]["kl_weight"] == 0.05
 
 
@@ -356,6 +357,8 @@ def test_going_on_with_another_model_or_reward_is_refused(tmp_path: Path) -> Non
         again.train()
     with pytest.raises(ValueError, match=r"other settings \(rewards.it.channel was 0, is 2"):
         trainer(tmp_path, config, ColourReward(channel="blue")).train()
+    with pytest.raises(ValueError, match=r"other settings \(prompts was"):
+        VMRGRPOTrainer(policy(), RewardSum({"it": ColourReward()}), ["0", "1", "3", "3"], config, tmp_path).train()
     frugal = replace(config, micro_batch=1, gradient_checkpointing=True, rollout=RolloutOptions(chunk=2), iterations=3)
     trainer(tmp_path, frugal, ColourReward()).train()  # what only needs less memory may change
     assert len(lines(tmp_path)) == 3
