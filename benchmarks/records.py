@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, NamedTuple
@@ -19,14 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Device, cores, threads and load, versions, commit and whether the tree was dirty, command, date (UTC)."""
+    """Device, driver, cores, threads and load, versions, commit and whether the tree was dirty, command, date (UTC)."""
     return {
         "device": device_name(device),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
+        "triton": version("triton") if find_spec("triton") else None,
         "cuda": torch.version.cuda if torch.device(device).type == "cuda" else None,
+        "driver": driver() if torch.device(device).type == "cuda" else None,
         "python": platform.python_version(),
         "commit": commit(ROOT),
         "dirty": dirty(ROOT),
@@ -43,6 +47,16 @@ def device_name(device: torch.device | str = "cpu") -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def driver() -> str | None:
+    """The version of the GPU's driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.split()[0] if done.returncode == 0 and done.stdout.split() else None
 
 
 def commit(repository: Path) -> str | None:

@@ -1,0 +1,246 @@
+"""Runs a benchmark: checks every contender, then times those that are right, and makes the row of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import records
+from benchmarks.cases import OURS, Problem, Setting, Suite, relative_error, setting_name, tensors
+from benchmarks.machine import peaks, roofline
+from benchmarks.measure import graphed, interleave, nvtx_range
+from benchmarks.memory import peak_memory
+from benchmarks.rivals import versions
+
+PASSES = ("forward", "backward", "training")
+
+
+class Wrong(RuntimeError):
+    """Our own contender is wrong: there is nothing to time."""
+
+
+class Measured(NamedTuple):
+    """The row of a pass, ready for JSON, and the seconds of each contender in every round."""
+
+    row: dict[str, Any]
+    seconds: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure.
+
+    Attributes:
+        device: where.
+        budget: seconds to spend on the timing of one pass of one setting.
+        rounds: least and most.
+        memory: measure peaks too.
+    """
+
+    device: torch.device
+    budget: float = 3.0
+    rounds: tuple[int, int] = (5, 50)
+    memory: bool = True
+
+
+class Runner:
+    """Measures passes of settings; keeps one problem, as those of one setting come one after the other."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._key: tuple[str, str] | None = None
+        self._problem: Problem | None = None
+        self._expected: Any = None
+
+    def problem(self, suite: Suite, setting: Setting) -> Problem:
+        """The problem of a setting, built anew unless it was the last one."""
+        key = (suite.name, str(setting))
+        if self._key != key:
+            self._key, self._problem, self._expected = None, None, None
+            torch.manual_seed(0)
+            problem = suite.build(setting, self.options.device)
+            names = tuple(problem.contenders)
+            if names != suite.contenders:
+                raise ValueError(f"{suite.name}: build: expected contenders {suite.contenders}, got {names}")
+            self._key, self._problem = key, problem
+        assert self._problem is not None
+        return self._problem
+
+    def measure(self, suite: Suite, setting: Setting, pass_: str) -> Measured:
+        """One pass of one setting.
+
+        Raises:
+            Wrong: our contender's error is above its limit.
+        """
+        problem, options = self.problem(suite, setting), self.options
+        label = f"{suite.name}/{setting_name(setting)}/{pass_}/"
+        with nvtx_range(label + "check"):
+            errors, limit, failed = self._errors(problem, pass_)
+        wrong = {name: error for name, error in errors.items() if not error <= limit}
+        if OURS in wrong or OURS in failed:
+            reason = failed.get(OURS) or f"error {wrong[OURS]:.2g}, expected at most {limit:.2g}"
+            raise Wrong(f"{label}{OURS}: {reason}")
+        calls = {
+            name: _call(function, problem, pass_)
+            for name, function in problem.contenders.items()
+            if not isinstance(function, str) and name not in wrong and name not in failed
+        }
+        seconds = interleave(calls, options.device, options.budget, label=label, rounds=options.rounds)
+        graph_seconds = self._graphs(calls) if options.device.type == "cuda" and pass_ == "forward" else {}
+        dtype = getattr(torch, setting["dtype"])
+        floor = self._floor(problem, pass_, dtype)
+        contenders: dict[str, dict[str, Any]] = {}
+        for name, values in seconds.items():
+            found = records.spread(values)
+            contenders[name] = {"seconds": found._asdict(), "error": errors.get(name)}
+            if name in graph_seconds:
+                contenders[name]["graph_seconds"] = graph_seconds[name]
+            if options.memory:
+                contenders[name]["peak_mib"] = round(peak_memory(calls[name], options.device), 2)
+            if floor:
+                contenders[name]["roofline"] = floor / found.median
+        row = {
+            "benchmark": "suite",
+            "suite": suite.name,
+            "setting": dict(setting),
+            "pass": pass_,
+            "backend": problem.backend,
+            "contenders": contenders,
+            "ratios": _ratios(seconds),
+            "missing": {name: why for name, why in problem.contenders.items() if isinstance(why, str)} | failed,
+            "wrong": wrong,
+            "limit": limit,
+            "rounds": len(seconds[OURS]),
+            "versions": versions(),
+            "peaks": peaks(options.device, dtype)._asdict() if floor else None,
+            **records.provenance(options.device),
+        }
+        return Measured(row, seconds)
+
+    def _errors(self, problem: Problem, pass_: str) -> tuple[dict[str, float], float, dict[str, str]]:
+        """Errors of the contenders, the limit, and why those that raised did."""
+        check = problem.check or relative_error
+        training = pass_ != "forward"
+        wide = torch.float32 if self.options.device.type == "cuda" else torch.float64
+        expected, own_error = None, 0.0
+        if problem.reference is not None:
+            expected = _results(problem.reference, _converted(problem.inputs, wide), problem.gradients, training)
+            if problem.limit is None:
+                own_error = check(_results(problem.reference, problem.inputs, problem.gradients, training), expected)
+        errors, failed = {}, {}
+        for name, function in problem.contenders.items():
+            if isinstance(function, str):
+                continue
+            try:
+                found = _results(function, problem.inputs, problem.gradients, training)
+            except Exception as error:  # whatever a rival does: it is named in the row
+                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+                continue
+            errors[name] = check(found, expected)
+        floats = [t.dtype for t in tensors(problem.inputs) if t.is_floating_point()]
+        epsilon = max((torch.finfo(dtype).eps for dtype in floats), default=torch.finfo(torch.float32).eps)
+        limit = problem.limit if problem.limit is not None else 4 * own_error + 16 * epsilon
+        return errors, limit, failed
+
+    def _graphs(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+        replays = {}
+        for name, call in calls.items():
+            try:
+                replays[name] = graphed(call)
+            except RuntimeError:
+                torch.cuda.synchronize()
+        if not replays:
+            return {}
+        found = interleave(replays, self.options.device, self.options.budget / 2, rounds=self.options.rounds)
+        return {name: records.spread(values)._asdict() for name, values in found.items()}
+
+    def _floor(self, problem: Problem, pass_: str, dtype: torch.dtype) -> float:
+        """Seconds of the roofline."""
+        flops, bytes_ = problem.flops, problem.bytes
+        if pass_ == "training":
+            flops, bytes_ = problem.training_flops, problem.training_bytes
+        elif pass_ == "backward":
+            if not problem.training_flops and not problem.training_bytes:
+                return 0.0
+            flops, bytes_ = problem.training_flops - flops, problem.training_bytes - bytes_
+        return roofline(flops, bytes_, self.options.device, dtype)
+
+
+def _call(function: Callable[..., Any], problem: Problem, pass_: str) -> Callable[[], Any]:
+    """What is timed."""
+    if pass_ == "forward":
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return function(**problem.inputs)
+
+        return forward
+    inputs, leaves = _with_leaves(problem.inputs, problem.gradients)
+    if pass_ == "training":
+        return lambda: _gradients(function(**inputs), leaves)
+    result = function(**inputs)
+    return lambda: _gradients(result, leaves, retain_graph=True)
+
+
+def _results(function: Callable[..., Any], inputs: dict[str, Any], gradients: tuple[str, ...], training: bool) -> Any:
+    """What a contender returns and, of a training pass, the gradients it makes."""
+    if not training:
+        with torch.no_grad():
+            return function(**inputs)
+    inputs, leaves = _with_leaves(inputs, gradients)
+    result = function(**inputs)
+    return [t.detach() for t in tensors(result)], _gradients(result, leaves)
+
+
+def _with_leaves(inputs: dict[str, Any], gradients: tuple[str, ...]) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    leaves = {name: inputs[name].detach().requires_grad_() for name in gradients}
+    return {**inputs, **leaves}, list(leaves.values())
+
+
+def _gradients(result: Any, leaves: list[torch.Tensor], retain_graph: bool = False) -> tuple[torch.Tensor, ...]:
+    """Gradients of the sum of all results, weighted so that they do not cancel."""
+    outputs = [t for t in tensors(result) if t.requires_grad]
+    weights = [_weights(t) for t in outputs]
+    return torch.autograd.grad(outputs, leaves, weights, retain_graph=retain_graph)
+
+
+_WEIGHTS: dict[tuple[Any, ...], torch.Tensor] = {}
+
+
+def _weights(like: torch.Tensor) -> torch.Tensor:
+    """An incoming gradient, always the same for a shape; made before anything is timed and kept for the next call."""
+    key = (tuple(like.shape), like.dtype, like.device)
+    if key not in _WEIGHTS:
+        if len(_WEIGHTS) > 8:
+            _WEIGHTS.clear()
+        generator = torch.Generator().manual_seed(1)
+        _WEIGHTS[key] = torch.randn(like.shape, generator=generator).to(like)
+    return _WEIGHTS[key]
+
+
+def _converted(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The inputs with all floating tensors in another dtype."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(dtype) if value.is_floating_point() else value
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(convert, value))
+        if isinstance(value, tuple | list):
+            return type(value)(map(convert, value))
+        return value
+
+    return {name: convert(value) for name, value in inputs.items()}
+
+
+def _ratios(seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+    """For each rival how many times as long as ours it takes: the median and spread of the rounds' ratios."""
+    ours = seconds[OURS]
+    return {
+        name: records.spread(theirs / own for theirs, own in zip(values, ours, strict=True))._asdict()
+        for name, values in seconds.items()
+        if name != OURS
+    }
