@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -126,3 +127,24 @@ def test_layers_point_down() -> None:
         and not (folder == "kernels" and path.parent.name in line)
     ]
     assert found == []
+
+
+def test_profiles_show_ranges() -> None:
+    """With FASTVAR_NVTX operators, scales and backward passes push ranges; without, nothing of nvtx is imported."""
+    code = """
+import sys, types
+names = []
+class annotate:
+    def __init__(self, name, domain): names.append(name)
+    def __enter__(self): pass
+    def __exit__(self, *error): pass
+sys.modules["nvtx"] = types.SimpleNamespace(annotate=annotate)
+import torch
+from fastvar.ops import gated_residual
+x = torch.ones(1, 1, 1, requires_grad=True)
+gated_residual(x, x, x[0]).sum().backward()
+print(*names, sep=",")
+"""
+    for value, expected in (("1", "fastvar::gated_residual,fastvar::gated_residual backward"), ("0", "")):
+        ran = python(code, env={**os.environ, "FASTVAR_NVTX": value})
+        assert ran.stdout.strip() == expected, ran.stderr

@@ -10,6 +10,7 @@ import torch
 
 from fastvar.models.kv_cache import KVCache
 from fastvar.ops import PrefixKV, accumulate_scale, sample_tokens
+from fastvar.profiling import annotate
 
 if TYPE_CHECKING:
     from fastvar.models.var import VAR, Labels, Modulations
@@ -192,36 +193,39 @@ def generate(
     seeds = sample_seeds(seed, batch, first_sample, var.device)
     codebook, phi = tokenizer.codebook, tokenizer.phi
     for k in range(state.scale, stop):
-        start, length = schedule.starts[k], schedule.lengths[k]
-        inputs = state.inputs
-        if inputs is None:
-            inputs = state.feature_map.new_zeros(batch, 0, var.config.code_channels)
-        if state.guided:
-            inputs = torch.cat([inputs, inputs])
-        x = var.embed(state.condition, inputs, start)
-        hidden = var.sample_scale(x, state.modulations, state.cache, position=state.cached, end=state.cached + length)
-        logits = var.head(hidden)
-        drawn = sample_tokens(
-            logits[:batch],
-            unconditional=logits[batch:] if state.guided and weights[k] else None,
-            guidance=weights[k] if state.guided else 0.0,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seeds=seeds,
-            position=start,
-            log_probs=log_probs,
-        )
-        state.feature_map, state.inputs = accumulate_scale(
-            drawn.tokens, state.feature_map, codebook, schedule, k, phi=phi
-        )
-        state.tokens = torch.cat([state.tokens, drawn.tokens], 1)
-        if drawn.log_probs is not None and drawn.sampled_log_probs is not None:
-            assert state.log_probs is not None and state.sampled_log_probs is not None
-            state.log_probs = torch.cat([state.log_probs, drawn.log_probs], 1)
-            state.sampled_log_probs = torch.cat([state.sampled_log_probs, drawn.sampled_log_probs], 1)
-        state.cached += length
-        state.scale = k + 1
+        with annotate(f"scale {k}"):
+            start, length = schedule.starts[k], schedule.lengths[k]
+            inputs = state.inputs
+            if inputs is None:
+                inputs = state.feature_map.new_zeros(batch, 0, var.config.code_channels)
+            if state.guided:
+                inputs = torch.cat([inputs, inputs])
+            x = var.embed(state.condition, inputs, start)
+            hidden = var.sample_scale(
+                x, state.modulations, state.cache, position=state.cached, end=state.cached + length
+            )
+            logits = var.head(hidden)
+            drawn = sample_tokens(
+                logits[:batch],
+                unconditional=logits[batch:] if state.guided and weights[k] else None,
+                guidance=weights[k] if state.guided else 0.0,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seeds=seeds,
+                position=start,
+                log_probs=log_probs,
+            )
+            state.feature_map, state.inputs = accumulate_scale(
+                drawn.tokens, state.feature_map, codebook, schedule, k, phi=phi
+            )
+            state.tokens = torch.cat([state.tokens, drawn.tokens], 1)
+            if drawn.log_probs is not None and drawn.sampled_log_probs is not None:
+                assert state.log_probs is not None and state.sampled_log_probs is not None
+                state.log_probs = torch.cat([state.log_probs, drawn.log_probs], 1)
+                state.sampled_log_probs = torch.cat([state.sampled_log_probs, drawn.sampled_log_probs], 1)
+            state.cached += length
+            state.scale = k + 1
     images = None
     if decode:
         images = tokenizer.decode_features(state.feature_map).float().clamp(-1, 1).add(1).mul(0.5)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastvar.ops._dispatch import REGISTRY, Implementation, resolve
+from fastvar.profiling import annotate
 from fastvar.schedule import ScaleSchedule
 
 _LIBRARY = torch.library.Library("fastvar", "DEF")
@@ -89,7 +90,7 @@ class Operator:
 
     def _run(self, *args: Any) -> Any:
         forward = getattr(self._implementation(args[-1]), self.function)
-        with _plain(args[0].device.type), torch.no_grad():
+        with annotate(self.name), _plain(args[0].device.type), torch.no_grad():
             return forward(*self._with_schedule(args[:-1]))
 
     def _run_backward(self, grads: list[torch.Tensor | None], *rest: Any) -> list[torch.Tensor]:
@@ -97,7 +98,7 @@ class Operator:
         module = self._implementation(backend)
         args = self._with_schedule(args)
         own = getattr(module, "backward" if self.function == "forward" else f"{self.function}_backward", None)
-        with _plain(args[0].device.type):
+        with annotate(f"{self.name} backward"), _plain(args[0].device.type):
             if own is not None:
                 return own(grads, *args, needs)
             return _recomputed_gradients(getattr(module, self.function), grads, args, self._tensors_at, needs)

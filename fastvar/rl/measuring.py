@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from zlib import crc32
 
 import torch
 from torch import nn
 
 from fastvar.ops import PolicyLoss
+from fastvar.profiling import annotate
 
 
 class Clock:
-    """Seconds by part."""
+    """Seconds by part, which are also ranges in a profile."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
 
-    def lap(self, name: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[f"seconds_{name}"] = now - self._last
-        self._last = now
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        with annotate(name):
+            yield
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        self.seconds[f"seconds_{name}"] = time.perf_counter() - start
 
 
 def loss_metrics(loss: PolicyLoss, part: torch.Tensor, whole: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -176,20 +176,20 @@ class VMRGRPOTrainer:
     def iteration(self, iteration: int) -> dict[str, float]:
         """One rollout and its updates; what was measured."""
         clock = Clock()
-        rollout = self.roll_out(iteration)
-        clock.lap("rollout")
-        graded = self.grade(rollout)
-        rollout = rollout._replace(images=rollout.images.new_empty(0))  # a slice would keep their memory
-        clock.lap("reward")
+        with clock.part("rollout"):
+            rollout = self.roll_out(iteration)
+        with clock.part("reward"):
+            graded = self.grade(rollout)
+            rollout = rollout._replace(images=rollout.images.new_empty(0))  # a slice would keep their memory
         measured: dict[str, float] = {}
         old_log_probs = None
-        for _ in range(self.config.updates):
-            found, log_probs = self.update(rollout, graded, old_log_probs)
-            measured |= found
-            if old_log_probs is None:
-                old_log_probs = log_probs if self.config.rescore else rollout.log_probs
+        with clock.part("update"):
+            for _ in range(self.config.updates):
+                found, log_probs = self.update(rollout, graded, old_log_probs)
+                measured |= found
+                if old_log_probs is None:
+                    old_log_probs = log_probs if self.config.rescore else rollout.log_probs
         self.progress.kl = measured.get("kl", 0.0)
-        clock.lap("update")
         segments = ("whole", "coarse", "fine")
         return {
             **graded.metrics,
