@@ -101,9 +101,11 @@ def _qk_norm_rope(dtype: torch.dtype) -> Iterator[Sample]:
 @sample("qk_norm_rope_into_cache")
 def _qk_norm_rope_into_cache(dtype: torch.dtype) -> Iterator[Sample]:
     def caches_in_result(**arguments: Any) -> tuple[torch.Tensor, ...]:
-        caches = torch.zeros(2, 2, 9, 3, 8, dtype=arguments["q"].dtype).unbind()
+        like = {"dtype": arguments["q"].dtype, "device": arguments["q"].device}
+        caches = torch.zeros(2, 2, 9, 3, 8, **like).unbind()
+        log_scale = torch.zeros(3, device=like["device"])
         q = ops.qk_norm_rope_into_cache(
-            key_cache=caches[0], value_cache=caches[1], position=4, log_scale=torch.zeros(3), **arguments
+            key_cache=caches[0], value_cache=caches[1], position=4, log_scale=log_scale, **arguments
         )
         return q, *caches
 
