@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +16,48 @@ SHORTEST_SAMPLE = 2e-3  # seconds on a CPU; a shorter call is repeated within a 
 ROUNDS = (5, 50)  # least and most
 
 
+class Stopwatch:
+    """Times a call, a sample at a time.
+
+    Args:
+        call: called twice and more at once, to warm up.
+        device: on a GPU events are the clock and the L2 cache is flushed before each call; on a CPU `perf_counter` is,
+            and a short call is repeated within a sample.
+
+    Attributes:
+        expected: seconds that a sample may take.
+    """
+
+    def __init__(self, call: Call, device: torch.device) -> None:
+        self._call, self._device, self._repeats = call, device, 1
+        self.expected = min(self(), self())
+        if device.type != "cuda":
+            for _ in range(2):  # of a very short call the first guess is far off
+                self._repeats = max(1, round(SHORTEST_SAMPLE / max(self.expected, 1e-8)))
+                self.expected = self() if self._repeats > 1 else self.expected
+            self.expected *= self._repeats
+
+    def __call__(self) -> float:
+        """Seconds of one call, in a new sample."""
+        if self._device.type != "cuda":
+            start = time.perf_counter()
+            for _ in range(self._repeats):
+                self._call()
+            return (time.perf_counter() - start) / self._repeats
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        _larger_than_l2(self._device).zero_()  # also hides the launch of the first kernel
+        begin.record()
+        self._call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+
+@lru_cache
+def _larger_than_l2(device: torch.device) -> torch.Tensor:
+    return torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+
+
 def interleave(
     calls: Mapping[str, Call], device: torch.device, budget: float, *, label: str = "", rounds: tuple[int, int] = ROUNDS
 ) -> dict[str, list[float]]:
@@ -22,19 +65,14 @@ def interleave(
     neighbour or a falling clock meets all of them; ratios within a round are then meaningful.
 
     Args:
-        calls: by name, at least one. They are called once before, to warm up.
-        device: on a GPU events are the clock and the L2 cache is flushed before each call, on a CPU `perf_counter`.
+        calls: by name, at least one.
+        device: see `Stopwatch`.
         budget: seconds to spend, if the least number of rounds allows.
         label: of the NVTX ranges around the calls.
         rounds: least and most.
     """
-    clock = _gpu_clock(device) if device.type == "cuda" else _cpu_clock
-    once = {name: clock(call, 1) for name, call in calls.items()}
-    once = {name: min(first, clock(calls[name], 1)) for name, first in once.items()}
-    repeats = dict.fromkeys(calls, 1)
-    if device.type != "cuda":
-        repeats = {name: max(1, round(SHORTEST_SAMPLE / max(first, 1e-7))) for name, first in once.items()}
-    a_round = sum(repeats[name] * first for name, first in once.items())
+    watches = {name: Stopwatch(call, device) for name, call in calls.items()}
+    a_round = sum(watch.expected for watch in watches.values())
     count = min(max(int(budget / max(a_round, 1e-9)), rounds[0]), rounds[1])
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
@@ -43,7 +81,7 @@ def interleave(
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 with nvtx_range(f"{label}{name}"):
-                    seconds[name].append(clock(calls[name], repeats[name]))
+                    seconds[name].append(watches[name]())
     return seconds
 
 
@@ -63,28 +101,6 @@ def graphed(call: Call) -> Call:
     with torch.cuda.graph(graph):
         call()
     return graph.replay
-
-
-def _cpu_clock(call: Call, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
-def _gpu_clock(device: torch.device) -> Callable[[Call, int], float]:
-    cache = torch.empty(256 * 2**20, dtype=torch.int8, device=device)  # several times the L2 of any GPU
-
-    def clock(call: Call, repeats: int) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        cache.zero_()  # also hides the launch of the first kernel
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-
-    return clock
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from benchmarks import records
 from benchmarks.cases import OURS, Problem, Setting, Suite, relative_error, setting_name, tensors
 from benchmarks.machine import peaks, roofline
-from benchmarks.measure import graphed, interleave, nvtx_range
+from benchmarks.measure import Stopwatch, graphed, interleave, nvtx_range
 from benchmarks.memory import peak_memory
 from benchmarks.rivals import versions
 
@@ -27,6 +27,15 @@ class Measured(NamedTuple):
 
     row: dict[str, Any]
     seconds: dict[str, list[float]]
+
+
+class Checked(NamedTuple):
+    """A problem, the contenders' errors, what they may be at most, and what those raised that did."""
+
+    problem: Problem
+    errors: dict[str, float]
+    limit: float
+    failed: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -75,19 +84,12 @@ class Runner:
         Raises:
             Wrong: our contender's error is above its limit.
         """
-        problem, options = self.problem(suite, setting), self.options
-        label = f"{suite.name}/{setting_name(setting)}/{pass_}/"
+        options, label = self.options, f"{suite.name}/{setting_name(setting)}/{pass_}/"
         with nvtx_range(label + "check"):
-            errors, limit, failed = self._errors(problem, pass_)
+            checked = self.check(suite, setting, pass_)
+        problem, errors, limit, failed = checked.problem, checked.errors, checked.limit, checked.failed
         wrong = {name: error for name, error in errors.items() if not error <= limit}
-        if OURS in wrong or OURS in failed:
-            reason = failed.get(OURS) or f"error {wrong[OURS]:.2g}, expected at most {limit:.2g}"
-            raise Wrong(f"{label}{OURS}: {reason}")
-        calls = {
-            name: _call(function, problem, pass_)
-            for name, function in problem.contenders.items()
-            if not isinstance(function, str) and name not in wrong and name not in failed
-        }
+        calls = {name: _call(problem, name, pass_) for name in errors if name not in wrong}
         seconds = interleave(calls, options.device, options.budget, label=label, rounds=options.rounds)
         graph_seconds = self._graphs(calls) if options.device.type == "cuda" and pass_ == "forward" else {}
         dtype = getattr(torch, setting["dtype"])
@@ -120,8 +122,23 @@ class Runner:
         }
         return Measured(row, seconds)
 
-    def _errors(self, problem: Problem, pass_: str) -> tuple[dict[str, float], float, dict[str, str]]:
-        """Errors of the contenders, the limit, and why those that raised did."""
+    def stopwatch(self, suite: Suite, setting: Setting, pass_: str) -> Stopwatch:
+        """Of our contender, checked.
+
+        Raises:
+            Wrong: its error is above its limit.
+        """
+        return Stopwatch(
+            _call(self.check(suite, setting, pass_, only=(OURS,)).problem, OURS, pass_), self.options.device
+        )
+
+    def check(self, suite: Suite, setting: Setting, pass_: str, only: tuple[str, ...] = ()) -> Checked:
+        """How right the contenders are, or those that are named.
+
+        Raises:
+            Wrong: our contender's error is above its limit, or it raised.
+        """
+        problem = self.problem(suite, setting)
         check = problem.check or relative_error
         training = pass_ != "forward"
         wide = torch.float32 if self.options.device.type == "cuda" else torch.float64
@@ -132,7 +149,7 @@ class Runner:
                 own_error = check(_results(problem.reference, problem.inputs, problem.gradients, training), expected)
         errors, failed = {}, {}
         for name, function in problem.contenders.items():
-            if isinstance(function, str):
+            if isinstance(function, str) or (only and name not in only):
                 continue
             try:
                 found = _results(function, problem.inputs, problem.gradients, training)
@@ -143,7 +160,10 @@ class Runner:
         floats = [t.dtype for t in tensors(problem.inputs) if t.is_floating_point()]
         epsilon = max((torch.finfo(dtype).eps for dtype in floats), default=torch.finfo(torch.float32).eps)
         limit = problem.limit if problem.limit is not None else 4 * own_error + 16 * epsilon
-        return errors, limit, failed
+        if not errors.get(OURS, float("inf")) <= limit:
+            reason = failed.get(OURS) or f"error {errors[OURS]:.2g}, expected at most {limit:.2g}"
+            raise Wrong(f"{suite.name}, {setting_name(setting)}, {pass_}: {OURS}: {reason}")
+        return Checked(problem, errors, limit, failed)
 
     def _graphs(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
         replays = {}
@@ -169,8 +189,10 @@ class Runner:
         return roofline(flops, bytes_, self.options.device, dtype)
 
 
-def _call(function: Callable[..., Any], problem: Problem, pass_: str) -> Callable[[], Any]:
+def _call(problem: Problem, name: str, pass_: str) -> Callable[[], Any]:
     """What is timed."""
+    function = problem.contenders[name]
+    assert not isinstance(function, str)
     if pass_ == "forward":
 
         def forward() -> Any:

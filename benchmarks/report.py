@@ -1,0 +1,198 @@
+"""Tables and plots of recorded rows: `python -m benchmarks.report` writes them into README.md and docs/.
+
+Rows come from `benchmarks/data/suites.jsonl`; of each suite, setting and pass on a device the newest one counts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.cases import OURS, setting_name
+from benchmarks.records import ROOT, read
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Row = Mapping[str, Any]
+ROWS = ROOT / "benchmarks" / "data" / "suites.jsonl"
+PLACES = ("cpu", "gpu")
+
+
+def newest(rows: Sequence[Row], place: str) -> list[Row]:
+    """The newest row of each suite, setting and pass that was measured at a size ("cpu" or "gpu"), in their order."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        if row["setting"]["size"] == place:
+            found[json.dumps([row["suite"], row["setting"], row["pass"]])] = row
+    return list(found.values())
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """A table for each suite: a line for each setting and pass, a column for each contender."""
+    parts = []
+    for suite in dict.fromkeys(row["suite"] for row in rows):
+        own = [row for row in rows if row["suite"] == suite]
+        names = list(dict.fromkeys(name for row in own for name in row["contenders"] if name != OURS))
+        head = ["", "fastvar", *names]
+        parts += [f"### {suite}", "", _line(head), "|" + " --- |" * len(head)]
+        for row in own:
+            cells = [f"{setting_name(row['setting'])}: {row['pass']}", _ours(row), *(_rival(row, n) for n in names)]
+            parts.append(_line(cells))
+        parts += ["", *_notes(own), ""]
+    return "\n".join(parts).strip() + "\n"
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """One line for each suite: its first setting, ours and the fastest rival, and the least memory of a rival."""
+    head = ["operator or job", "fastvar", "fastest rival", "its time / ours", "its memory / ours"]
+    parts = [_line(head), "|" + " --- |" * len(head)]
+    for suite in dict.fromkeys(row["suite"] for row in rows):
+        row = next(row for row in rows if row["suite"] == suite)
+        rivals = {name: found for name, found in row["contenders"].items() if not name.startswith(OURS)}
+        title = f"{suite}: {setting_name(row['setting'])}, {row['pass']}"
+        if not rivals:
+            parts.append(_line([title, _time(row["contenders"][OURS]["seconds"]["median"]), "none ran", "", ""]))
+            continue
+        name = min(rivals, key=lambda name: rivals[name]["seconds"]["median"])
+        ours = row["contenders"][OURS]
+        memory = ""
+        if ours.get("peak_mib", 0) >= 1:
+            memory = f"{rivals[name]['peak_mib'] / ours['peak_mib']:.2f}"
+        parts.append(_line([title, _time(ours["seconds"]["median"]), name, _ratio(row["ratios"][name]), memory]))
+    return "\n".join(parts) + "\n"
+
+
+def conditions(rows: Sequence[Row]) -> str:
+    """On what, with what and when rows were measured."""
+    if not rows:
+        return "No rows yet.\n"
+    fields = {
+        "device": [row["device"] for row in rows],
+        "threads": [f"{row['threads']} threads on {row['cores']} cores" for row in rows],
+        "torch": [f"torch {row['torch']}" for row in rows],
+        "triton": [f"triton {row['triton']}" for row in rows if row.get("triton")],
+        "versions": [f"{name} {v[:12]}" for row in rows for name, v in sorted(row.get("versions", {}).items())],
+        "commit": [f"commit {row['commit'][:7]}" + (" with changes" if row["dirty"] else "") for row in rows],
+        "date": sorted({row["date"][:10] for row in rows}),
+    }
+    words = [word for values in fields.values() for word in dict.fromkeys(values)]
+    return "Measured on " + ", ".join(words) + ".\n"
+
+
+def plot(rows: Sequence[Row]) -> Image:
+    """How many times as long as ours each rival takes: a point with its spread for each pass, one line a rival."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image as pil
+
+    labels = [f"{row['suite']}: {setting_name(row['setting'])}, {row['pass']}" for row in rows]
+    names = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
+    figure = Figure(figsize=(11, 1.4 + 0.24 * len(rows)), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for number, name in enumerate(names):
+        places = [i for i, row in enumerate(rows) if name in row["ratios"]]
+        found = [rows[i]["ratios"][name] for i in places]
+        middle = [ratio["median"] for ratio in found]
+        spread = [[r["median"] - r["low"] for r in found], [r["high"] - r["median"] for r in found]]
+        marker = "os^Dv<>Pp*hX"[number % 12]
+        axes.errorbar(middle, places, xerr=spread, fmt=marker, markersize=5, capsize=2, label=name)
+    axes.axvline(1, color="grey", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlabel("time of the rival / time of fastvar (right of 1: fastvar is faster)")
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.02 - 1.2 / max(len(rows), 4)), ncols=3, fontsize=8)
+    canvas.draw()
+    return pil.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
+
+
+def between(text: str, marker: str, content: str) -> str:
+    """A text with the part between `<!-- marker -->` and `<!-- end of marker -->` replaced.
+
+    Raises:
+        ValueError: the text has no such part.
+    """
+    start, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
+    if start not in text or end not in text:
+        raise ValueError(f"report: expected {start.strip()} and {end} in the text")
+    return re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: start + content + end, text, flags=re.DOTALL)
+
+
+def texts(root: Path, rows: Sequence[Row]) -> dict[Path, str]:
+    """README.md and docs/benchmarks.md with the tables of the rows in them."""
+    readme, page = root / "README.md", root / "docs" / "benchmarks.md"
+    found = {readme: readme.read_text(), page: page.read_text()}
+    for place in PLACES:
+        own = newest(rows, place)
+        under = conditions(own)
+        found[readme] = between(found[readme], f"benchmarks {place}", (summary(own) + "\n" if own else "") + under)
+        found[page] = between(found[page], f"suites {place}", under + ("\n" + tables(own) if own else ""))
+    return found
+
+
+def main() -> None:
+    rows = read(ROWS) if ROWS.is_file() else []
+    for path, text in texts(ROOT, rows).items():
+        path.write_text(text)
+    for place in PLACES:
+        own = [row for row in newest(rows, place) if row["ratios"]]
+        if own:
+            plot(own).save(ROOT / "docs" / f"benchmarks_{place}.png", optimize=True)
+
+
+def _ours(row: Row) -> str:
+    found = row["contenders"][OURS]
+    words = [f"{_time(found['seconds']['median'])} ({row['backend']})"]
+    if "graph_seconds" in found:
+        words.append(f"{_time(found['graph_seconds']['median'])} as a graph")
+    if "roofline" in found:
+        words.append(f"{100 * found['roofline']:.0f} % of the roofline")
+    return ", ".join([*words, *_memory(found)])
+
+
+def _rival(row: Row, name: str) -> str:
+    if name not in row["contenders"]:
+        return "wrong" if name in row["wrong"] else "-"
+    found = row["contenders"][name]
+    words = [_ratio(row["ratios"][name])]
+    if "graph_seconds" in found:
+        words.append(f"{_time(found['graph_seconds']['median'])} as a graph")
+    return ", ".join([*words, *_memory(found)])
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """Who is missing or wrong, and why."""
+    why: dict[str, None] = {}
+    for row in rows:
+        why |= {f"{name}: {reason}": None for name, reason in row["missing"].items()}
+        why |= {f"{n}: wrong, error {e:.2g}, limit {row['limit']:.2g}": None for n, e in row["wrong"].items()}
+    return ["Not measured: " + "; ".join(why) + "."] if why else []
+
+
+def _memory(found: Mapping[str, Any]) -> list[str]:
+    return [f"{found['peak_mib']:.0f} MiB"] if found.get("peak_mib", 0) >= 1 else []
+
+
+def _ratio(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['median']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("s", 1), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()

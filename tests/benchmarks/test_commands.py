@@ -1,0 +1,78 @@
+"""What a stranger runs: the benchmarks under pytest, the script for a GPU, the comparison of two commits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.slow
+def test_script_for_a_gpu(tmp_path: Path) -> None:
+    """All of it that needs no device: every suite at its tiny size, the table last."""
+    done = run("bash", "benchmarks/on_gpu.sh", "--dry", "300", OUT=str(tmp_path / "out"), PYTHON=sys.executable)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out/suites.jsonl").read_text().splitlines()]
+    from benchmarks.suites import SUITES
+
+    assert {row["suite"] for row in rows} == {suite.name for suite in SUITES}
+    assert all(row["wrong"] == {} for row in rows)
+    table = done.stdout[done.stdout.index("suite, setting, pass") :].splitlines()
+    assert len(table) == min(len(rows) + 1, 40)
+
+
+def test_script_for_a_gpu_needs_one(tmp_path: Path) -> None:
+    code = "import sys, torch; sys.exit(torch.cuda.is_available())"
+    if subprocess.run([sys.executable, "-c", code]).returncode:
+        pytest.skip("there is a GPU")
+    done = run("bash", "benchmarks/on_gpu.sh", OUT=str(tmp_path), PYTHON=sys.executable)
+    assert done.returncode == 1 and "expected a CUDA device" in done.stderr
+    done = run("bash", "benchmarks/on_gpu.sh", "soon", OUT=str(tmp_path))
+    assert done.returncode == 2 and "expected a number of seconds, got soon" in done.stderr
+
+
+def test_pytest_benchmark_shows_every_contender(tmp_path: Path) -> None:
+    arguments = [
+        "--suites",
+        "adaptive_layer_norm",
+        "--size",
+        "tiny",
+        "--seconds",
+        "0.01",
+        "--rows",
+        str(tmp_path / "rows"),
+    ]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
+    report = tmp_path / "report.json"
+    done = run(*command, *arguments, "--benchmark-json", str(report))
+    assert done.returncode == 0, done.stdout
+    row = json.loads((tmp_path / "rows").read_text().splitlines()[0])
+    found = {entry["name"]: entry for entry in json.loads(report.read_text())["benchmarks"]}
+    ours = found["test_suite[adaptive_layer_norm, tiny, batch 2, float32, forward: fastvar]"]
+    assert ours["stats"]["median"] == pytest.approx(row["contenders"]["fastvar"]["seconds"]["median"])
+    assert ours["stats"]["rounds"] == row["rounds"] and ours["group"].endswith("float32, forward")
+    assert "left out at size tiny" in row["missing"]["torch.compile"]
+    done = run(*command, "--suites", "beauty")
+    assert done.returncode != 0 and "--suites: expected some of" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_comparison_of_two_commits() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    options = ["--size", "tiny", "--suites", "adaptive_layer_norm", "--passes", "forward", "--rounds", "3"]
+    done = run(sys.executable, "-m", "benchmarks.compare", "HEAD", ".", *options, "--slower", "50")
+    assert done.returncode == 0, done.stderr
+    assert "adaptive_layer_norm, tiny, batch 2, float32, forward: " in done.stdout and " same\n" in done.stdout

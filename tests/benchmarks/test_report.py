@@ -1,0 +1,63 @@
+"""Tables and plots are made of the rows alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+from benchmarks.records import append, read
+from benchmarks.summary import lines
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_tables(row: Any) -> None:
+    old = row("attention", ours=9.0)
+    rows = [old, row("attention"), row("attention", "training", ours=1e-6, rival=2.0), row("loss", rival=1e-3)]
+    newest = report.newest(rows, "cpu")
+    assert len(newest) == 3 and old not in newest and report.newest(rows, "gpu") == []
+    text = report.tables(newest)
+    assert "| VAR-d16, batch 2, float32: forward | 2 ms (reference), 50 % of the roofline, 10 MiB |" in text
+    assert "| 1.50x (1.35 to 1.65), 25 MiB |" in text and "| 1 µs (reference)" in text
+    assert "Not measured: flash-attn: flash_attn is not installed; sloppy: wrong, error 0.5, limit 1e-05." in text
+    summary = report.summary(newest)
+    assert "| loss: VAR-d16, batch 2, float32, forward | 2 ms | eager | 0.50x (0.45 to 0.55) | 2.50 |" in summary
+    assert summary.count("attention") == 1
+    conditions = report.conditions(newest)
+    assert "a CPU, 2 threads on 2 cores, torch 2.14.1, triton 3.8.0, commit 0123456, 2026-11-21." in conditions
+    assert report.plot(newest).width > 500
+
+
+def test_losses_come_first(row: Any) -> None:
+    rows = [row("good"), row("bad", rival=1e-3), row("fair", rival=2e-3)]
+    assert [line.split(",")[0] for line in lines(rows, 40)[1:]] == ["bad", "fair", "good"]
+    assert len(lines([row(f"suite {i}") for i in range(100)], 40)) == 40
+
+
+def test_text_between_markers() -> None:
+    text = "a\n<!-- here -->\nold\n<!-- end of here -->\nb\n"
+    assert report.between(text, "here", "new\n") == "a\n<!-- here -->\nnew\n<!-- end of here -->\nb\n"
+    with pytest.raises(ValueError, match="expected <!-- there -->"):
+        report.between(text, "there", "")
+
+
+def test_documents_are_those_of_the_rows() -> None:
+    rows = read(report.ROWS)
+    for path, text in report.texts(ROOT, rows).items():
+        assert path.read_text() == text, f"{path.name}: run python -m benchmarks.report"
+    assert not any(row["dirty"] for place in report.PLACES for row in report.newest(rows, place))
+
+
+def test_short_table(row: Any, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.summary", "--rows", str(tmp_path / "rows.jsonl")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "no rows in" in done.stderr
+    for name in ("one", "two"):
+        append(tmp_path / "rows.jsonl", row(name))
+    done = subprocess.run([*command, "--skip", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "two" in done.stdout and "one" not in done.stdout
