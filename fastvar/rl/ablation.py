@@ -43,7 +43,7 @@ class Ablation:
         seeds: of the runs.
         base: settings of all variants, fields of `RLConfig`; nested ones as tables.
         rewards: by name, the weighted rewards that are summed: {registered name: {"weight": 1, options of it}}; one of
-            weight 0 is measured only. "base" among them changes settings for this sum.
+            weight 0 is measured only. "base" among them changes settings for this sum, "tokens" its runs' budget.
         prompts: options of `handwriting_prompts`, `count` among them.
         variants: by name, what they change; "only" among it names the sums of rewards that a variant is run for.
     """
@@ -88,6 +88,10 @@ class Ablation:
         for changes in (self.base, self.rewards[reward].get("base", {}), self.variants[variant]):
             config = changed(config, {name: value for name, value in changes.items() if name != "only"})
         return config
+
+    def budget(self, reward: str) -> int:
+        """Tokens of each run with a sum of rewards."""
+        return int(self.rewards[reward].get("tokens", self.tokens))
 
 
 def changed(config: Any, changes: Mapping[str, Any]) -> Any:
@@ -152,7 +156,7 @@ def run_ablations(path: Path, output: Path, *, only: Sequence[str] = ()) -> str:
         row = done.get((seed, reward, variant))
         if row is not None:
             wanted = json.loads(json.dumps(table.settings(reward, variant, seed).settings()))
-            if row["settings"] != wanted or row.get("budget", table.tokens) != table.tokens:
+            if row["settings"] != wanted or row.get("budget", table.tokens) != table.budget(reward):
                 raise ValueError(
                     f"ablate: output: {results} has {reward}, {variant}, seed {seed} with other settings; "
                     "choose another folder"
@@ -169,10 +173,10 @@ def run_ablations(path: Path, output: Path, *, only: Sequence[str] = ()) -> str:
 def _run(table: Ablation, reward: str, variant: str, seed: int, output: Path) -> dict[str, Any]:
     var = VAR.from_pretrained(table.model)
     config = table.settings(reward, variant, seed)
-    iterations = affordable_iterations(config, var.schedule, table.tokens)
+    iterations = affordable_iterations(config, var.schedule, table.budget(reward))
     often = max(iterations // 10, 1)
     config = replace(config, iterations=iterations, evaluate_every=iterations, save_every=often, keep=1)
-    terms = {name: dict(options) for name, options in table.rewards[reward].items() if name != "base"}
+    terms = {name: dict(options) for name, options in table.rewards[reward].items() if name not in ("base", "tokens")}
     weights = {name: options.pop("weight", 1.0) for name, options in terms.items()}
     rewards = RewardSum({name: create(name, **options) for name, options in terms.items()}, weights)
     prompts = handwriting_prompts(var, split="train", **table.prompts)
@@ -194,7 +198,7 @@ def _run(table: Ablation, reward: str, variant: str, seed: int, output: Path) ->
         "diversity_after": last["evaluation/diversity"],
         "iterations": iterations,
         "tokens": spent,
-        "budget": table.tokens,
+        "budget": table.budget(reward),
         "seconds": round(time.perf_counter() - start, 1),
         "settings": json.loads(json.dumps(config.settings())),
         "versions": {"fastvar": fastvar.__version__, "torch": torch.__version__, "python": platform.python_version()},

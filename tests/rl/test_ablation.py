@@ -32,6 +32,7 @@ colour = {}
 colour = { region = [0.0, 0.0, 0.3, 0.3], weight = 2.0 }
 jpeg = { weight = 0.0 }
 base = { use_mask = true }
+tokens = 2500
 [variants]
 vanilla = { middle = 0, loss = { panw_alpha = 0.0 } }
 vmr = { middle = 2 }
@@ -69,7 +70,9 @@ def test_run_and_resume(tmp_path: Path) -> None:
     again = run_ablations(tmp_path / "table.toml", tmp_path / "out")
     later = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
     assert later[: len(rows)] == rows and len(later) == 10 and "### corner" in again
+    assert all(row["tokens"] <= 3000 == row["budget"] for row in rows)
     for row in later[4:]:
+        assert 0.6 * 2500 < row["tokens"] <= 2500 == row["budget"]
         assert set(row["scores_after"]) == {"colour", "jpeg"}
         assert row["after"] == pytest.approx(2 * row["scores_after"]["colour"], abs=1e-4)
     assert "| colour | jpeg | diversity kept |" in again
