@@ -28,7 +28,7 @@ class Problem:
             None where `check` needs none.
         check: from what a contender returned and what is expected to an error, 0 at best.
         limit: the largest error of a contender that counts as right; None for four times the reference's own in the
-            inputs' dtype plus a band of sixteen roundings.
+            inputs' dtype plus a band of sixteen roundings (four in 16 bits).
         flops: of a forward pass, as far as a sensible implementation needs them; 0 if nobody counted.
         bytes: that a forward pass has to read and write at least; 0 if nobody counted.
         training_flops, training_bytes: of a forward and a backward pass; 0 if nobody counted.
@@ -58,6 +58,8 @@ class Suite:
         build: from a setting, to which "size" is added, and a device to its problem. What it needs beyond torch it
             imports itself.
         training: whether there are passes with gradients.
+        graphs: whether forward passes are tried as CUDA graphs too; not those of jobs that wait for the device or make
+            gradients inside.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Suite:
     contenders: tuple[str, ...]
     build: Callable[[Setting, torch.device], Problem]
     training: bool = False
+    graphs: bool = True
 
 
 def setting_name(setting: Setting) -> str:

@@ -14,13 +14,15 @@ import torch
 Call = Callable[[], Any]
 SHORTEST_SAMPLE = 2e-3  # seconds on a CPU; a shorter call is repeated within a sample
 ROUNDS = (5, 50)  # least and most
+LONG_ROUND = 5.0  # seconds; where a round takes longer, three are enough
+LONG_CALL = 1.0  # seconds; such a call needs no second one to warm up
 
 
 class Stopwatch:
     """Times a call, a sample at a time.
 
     Args:
-        call: called twice and more at once, to warm up.
+        call: called at once, to warm up, a short one several times.
         device: on a GPU events are the clock and the L2 cache is flushed before each call; on a CPU `perf_counter` is,
             and a short call is repeated within a sample.
 
@@ -30,7 +32,9 @@ class Stopwatch:
 
     def __init__(self, call: Call, device: torch.device) -> None:
         self._call, self._device, self._repeats = call, device, 1
-        self.expected = min(self(), self())
+        self.expected = self()
+        if self.expected < LONG_CALL:
+            self.expected = min(self.expected, self())
         if device.type != "cuda":
             for _ in range(2):  # of a very short call the first guess is far off
                 self._repeats = max(1, round(SHORTEST_SAMPLE / max(self.expected, 1e-8)))
@@ -73,7 +77,8 @@ def interleave(
     """
     watches = {name: Stopwatch(call, device) for name, call in calls.items()}
     a_round = sum(watch.expected for watch in watches.values())
-    count = min(max(int(budget / max(a_round, 1e-9)), rounds[0]), rounds[1])
+    least = 3 if a_round > LONG_ROUND else rounds[0]
+    count = min(max(int(budget / max(a_round, 1e-9)), least), max(least, rounds[1]))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     with _without_garbage_collection():
@@ -89,17 +94,28 @@ def graphed(call: Call) -> Call:
     """A call's kernels as a CUDA graph, without the host's share.
 
     Raises:
-        RuntimeError: it cannot be captured.
+        RuntimeError: it waits for the device or cannot be captured for another reason.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")  # a call that waits is known before a capture that it would break
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except Exception as error:
+        # The generator may still believe that it is being captured.
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise RuntimeError(f"no graph: {error}") from error
     return graph.replay
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import lru_cache, partial
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,11 +25,15 @@ CHECKOUTS = {
 }
 
 
-def missing_package(name: str, device: torch.device) -> str | None:
+def missing_package(name: str, device: torch.device, *, needs_gpu: bool = True) -> str | None:
     """Why a package cannot compete on a device, or None: "flash_attn", "xformers", "liger_kernel"."""
     if find_spec(name) is None:
         return f"{name} is not installed"
-    return None if device.type == "cuda" else f"{name} needs a GPU"
+    try:
+        import_module(name)
+    except Exception as error:  # built for another torch, say
+        return f"{name} does not import: {type(error).__name__}: {error}"[:200]
+    return f"{name} needs a GPU" if needs_gpu and device.type != "cuda" else None
 
 
 def checkout(name: str) -> Path | str:
@@ -52,7 +57,12 @@ def compiled(function: Callable[..., Any], setting: Setting) -> Contender:
 @lru_cache
 def versions() -> dict[str, str]:
     """Of the rivals that are installed, and the commits of the checkouts."""
-    packages = {"flash_attn": "flash-attn", "xformers": "xformers", "liger_kernel": "liger-kernel"}
+    packages = {
+        "flash_attn": "flash-attn",
+        "xformers": "xformers",
+        "liger_kernel": "liger-kernel",
+        "cut_cross_entropy": "cut-cross-entropy",
+    }
     found = {name: version(name) for module, name in packages.items() if find_spec(module)}
     for name in CHECKOUTS:
         path = checkout(name)

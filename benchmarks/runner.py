@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -69,6 +70,7 @@ class Runner:
         key = (suite.name, str(setting))
         if self._key != key:
             self._key, self._problem, self._expected = None, None, None
+            torch.compiler.reset()  # dynamo compiles a function for few shapes only, then runs it as it is
             torch.manual_seed(0)
             problem = suite.build(setting, self.options.device)
             names = tuple(problem.contenders)
@@ -91,7 +93,7 @@ class Runner:
         wrong = {name: error for name, error in errors.items() if not error <= limit}
         calls = {name: _call(problem, name, pass_) for name in errors if name not in wrong}
         seconds = interleave(calls, options.device, options.budget, label=label, rounds=options.rounds)
-        graph_seconds = self._graphs(calls) if options.device.type == "cuda" and pass_ == "forward" else {}
+        graph_seconds = self._graphs(calls) if self._with_graphs(suite, pass_) else {}
         dtype = getattr(torch, setting["dtype"])
         floor = self._floor(problem, pass_, dtype)
         contenders: dict[str, dict[str, Any]] = {}
@@ -147,6 +149,10 @@ class Runner:
             expected = _results(problem.reference, _converted(problem.inputs, wide), problem.gradients, training)
             if problem.limit is None:
                 own_error = check(_results(problem.reference, problem.inputs, problem.gradients, training), expected)
+            if not math.isfinite(own_error):
+                raise ValueError(
+                    f"{suite.name}, {setting_name(setting)}, {pass_}: the reference's own error: {own_error}"
+                )
         errors, failed = {}, {}
         for name, function in problem.contenders.items():
             if isinstance(function, str) or (only and name not in only):
@@ -159,18 +165,21 @@ class Runner:
             errors[name] = check(found, expected)
         floats = [t.dtype for t in tensors(problem.inputs) if t.is_floating_point()]
         epsilon = max((torch.finfo(dtype).eps for dtype in floats), default=torch.finfo(torch.float32).eps)
-        limit = problem.limit if problem.limit is not None else 4 * own_error + 16 * epsilon
+        limit = problem.limit if problem.limit is not None else 4 * own_error + (16 if epsilon < 1e-4 else 4) * epsilon
         if not errors.get(OURS, float("inf")) <= limit:
             reason = failed.get(OURS) or f"error {errors[OURS]:.2g}, expected at most {limit:.2g}"
             raise Wrong(f"{suite.name}, {setting_name(setting)}, {pass_}: {OURS}: {reason}")
         return Checked(problem, errors, limit, failed)
+
+    def _with_graphs(self, suite: Suite, pass_: str) -> bool:
+        return suite.graphs and self.options.device.type == "cuda" and pass_ == "forward"
 
     def _graphs(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
         replays = {}
         for name, call in calls.items():
             try:
                 replays[name] = graphed(call)
-            except RuntimeError:
+            except RuntimeError:  # the row then has no graph_seconds for it
                 torch.cuda.synchronize()
         if not replays:
             return {}
@@ -234,6 +243,8 @@ _WEIGHTS: dict[tuple[Any, ...], torch.Tensor] = {}
 
 def _weights(like: torch.Tensor) -> torch.Tensor:
     """An incoming gradient, always the same for a shape; made before anything is timed and kept for the next call."""
+    if like.ndim == 0:
+        return torch.ones_like(like)  # a loss is where a backward pass begins
     key = (tuple(like.shape), like.dtype, like.device)
     if key not in _WEIGHTS:
         if len(_WEIGHTS) > 8:

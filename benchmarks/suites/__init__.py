@@ -1,5 +1,45 @@
 """All suites, the most important one first: where time is short, the last ones are left out."""
 
-from benchmarks.suites import adaptive_layer_norm
+from benchmarks.suites import (
+    accumulate_bits,
+    accumulate_scale,
+    adaptive_layer_norm,
+    bitwise_residual_quantize,
+    block_causal_attention,
+    cached_attention,
+    gated_residual,
+    generate,
+    policy_loss,
+    propagate_mask,
+    qk_norm_rope,
+    qk_norm_rope_into_cache,
+    residual_quantize,
+    sample_bits,
+    sample_tokens,
+    token_log_probs,
+    tokenizer_encode,
+    training_step,
+    vmr_grpo_step,
+)
 
-SUITES = (adaptive_layer_norm.SUITE,)
+SUITES = (
+    block_causal_attention.SUITE,
+    policy_loss.SUITE,
+    residual_quantize.SUITE,
+    sample_tokens.SUITE,
+    generate.SUITE,
+    training_step.SUITE,
+    vmr_grpo_step.SUITE,
+    cached_attention.SUITE,
+    token_log_probs.SUITE,
+    tokenizer_encode.SUITE,
+    bitwise_residual_quantize.SUITE,
+    qk_norm_rope.SUITE,
+    qk_norm_rope_into_cache.SUITE,
+    adaptive_layer_norm.SUITE,
+    gated_residual.SUITE,
+    accumulate_scale.SUITE,
+    accumulate_bits.SUITE,
+    sample_bits.SUITE,
+    propagate_mask.SUITE,
+)

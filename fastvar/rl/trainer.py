@@ -85,7 +85,7 @@ class VMRGRPOTrainer:
         self.evaluation = evaluation if isinstance(evaluation, Prompts) else Prompts(evaluation)
         self.reward, self.config, self.output = reward, config, output
         # Which parameters take part depends on the segment and on whether there are references.
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
         self.accelerator = Accelerator(
             mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[unused]
         )

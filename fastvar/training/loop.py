@@ -192,7 +192,7 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
     config = replace(config, precision=resolve_precision(config.precision, accelerator.device))  # resuming compares it
     task.model.to(accelerator.device)
     optimizer = torch.optim.AdamW(
-        parameter_groups(task.model, config.weight_decay), lr=config.learning_rate, betas=config.betas
+        parameter_groups(task.model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
     )
     ema = EMA(task.model, config.ema_decay)
     model, optimizer = accelerator.prepare(task.model, optimizer)

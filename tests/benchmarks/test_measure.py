@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.machine import Peaks, peaks, roofline
-from benchmarks.measure import SHORTEST_SAMPLE, Stopwatch, interleave
+from benchmarks.measure import Stopwatch, interleave
 from benchmarks.memory import peak_memory
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ def test_seconds_of_a_call() -> None:
     short = Stopwatch(lambda: calls.append(0), CPU)
     calls.clear()
     seconds = short()
-    assert len(calls) > 100 and seconds < 1e-5 and len(calls) * seconds > SHORTEST_SAMPLE / 10
+    assert len(calls) > 100 and seconds < 1e-5
 
 
 def test_contenders_take_turns() -> None:

@@ -1,0 +1,152 @@
+"""A whole training step of a VAR on given tokens: forward, loss, backward, clipping and AdamW.
+
+Ours is what `fastvar.training` does with a `VARTask`, its figures for the log included, against FoundationVision/VAR's
+model on the same random weights with the loss, clipping and optimizer of its trainer; both make the inputs of teacher
+forcing from the tokens within the step. "bfloat16" is autocast over float32 weights, on both sides. The learning rate
+is 0, so that every step is the same one; compared are its loss and the norm of its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.cases import OURS, Contender, Problem, Setting, Suite
+from benchmarks.rivals import compiled
+from benchmarks.shapes import ModelShape
+from benchmarks.suites.generate import CLASSES, build_models, shape_of
+from fastvar.models import VAR
+from fastvar.training.loop import parameter_groups
+from fastvar.training.var_task import VARTask
+
+CHECKPOINTED, COMPILED = "fastvar checkpointing", "fastvar compiled"
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # from tokens and labels
+
+
+class Step:
+    """A contender: from tokens and labels to the loss and the norm of its gradient, before clipping."""
+
+    def __init__(self, model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
+        self.model, self.loss, self.optimizer, self.clip_norm = model.train(), loss, optimizer, clip_norm
+
+    def __call__(self, tokens: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.enable_grad():
+            loss = self.loss(tokens, labels)
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), norm
+
+
+def our_loss(var: VAR, autocast: torch.autocast, called: Any = None, checkpointing: bool = False) -> Loss:
+    """Of the task; `called` is the model as it is to be called, where that is not `var` itself."""
+    task = VARTask(var)
+
+    def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        var.gradient_checkpointing = checkpointing
+        with autocast:
+            return task.loss(var if called is None else called, {"tokens": tokens, "label": labels})[0]
+
+    return loss
+
+
+def upstream_loss(upstream: Any, shape: ModelShape, autocast: torch.autocast) -> Loss:
+    """Cross-entropy with each token's weight 1 / L, summed over an image; inputs are made outside autocast."""
+    quantizer = upstream.vae_quant_proxy[0]
+    weight = torch.full((1, shape.tokens), 1 / shape.tokens, device=upstream.lvl_1L.device)
+
+    def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        inputs = quantizer.idxBl_to_var_input(tokens.split(shape.schedule.lengths, 1))
+        with autocast:
+            logits = upstream(labels, inputs)
+            each = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+            return each.mul(weight).sum(-1).mean()
+
+    return loss
+
+
+def logits_loss(var: VAR) -> Loss:
+    """Cross-entropy of our model's logits, where upstream's is not there to compare with."""
+
+    def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = var(labels, var.tokenizer.teacher_forcing(tokens))
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+    return loss
+
+
+def build(setting: Setting, device: torch.device) -> Problem:
+    shape = shape_of(setting)
+    var, upstream = build_models(shape, device)
+    plain = torch.autocast(device.type, enabled=False)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=setting["dtype"] == "bfloat16")
+    # as in fastvar.training.loop.train and TrainConfig, and as in FoundationVision/VAR's train.py
+    our_optimizer = torch.optim.AdamW(parameter_groups(var, 0.05), lr=0.0, betas=(0.9, 0.95), fused=True)
+
+    def ours(**options: Any) -> Step:
+        return Step(var, our_loss(var, autocast, **options), our_optimizer, clip_norm=1.0)
+
+    contenders: dict[str, Contender] = {
+        OURS: ours(),
+        CHECKPOINTED: ours(checkpointing=True),
+        COMPILED: "left out on CPUs and for deep models: compiling would take longer than all else",
+        "upstream": "",  # holds its place
+    }
+    if device.type == "cuda" and shape.depth <= 16:
+        model = compiled(var, setting)
+        contenders[COMPILED] = model if isinstance(model, str) else ours(called=model)
+    if isinstance(upstream, str):
+        contenders["upstream"] = upstream
+        expected = Step(var, logits_loss(var), our_optimizer, clip_norm=1.0)
+    else:
+        groups = parameter_groups(upstream, 0.05)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+        contenders["upstream"] = Step(upstream, upstream_loss(upstream, shape, autocast), optimizer, clip_norm=2.0)
+        expected = Step(upstream, upstream_loss(upstream, shape, plain), optimizer, clip_norm=2.0)
+
+    tokens = torch.randint(shape.vocab_size, (setting["batch"], shape.tokens), device=device)
+    labels = torch.arange(setting["batch"], device=device) * 37 % CLASSES
+    flops, moved = work(shape, setting["batch"], var)
+    return Problem(
+        {"tokens": tokens, "labels": labels},
+        contenders,
+        reference=expected,
+        limit=1e-4 if setting["dtype"] == "float32" else 0.05,  # relative, of the loss and of the gradient's norm
+        flops=flops,
+        bytes=moved,
+    )
+
+
+def work(shape: ModelShape, batch: int, var: VAR) -> tuple[float, float]:
+    """Operations and bytes of a step, without what is small beside them."""
+    schedule, width = shape.schedule, shape.width
+    pairs = sum(n * end for n, end in zip(schedule.lengths, schedule.ends, strict=True))
+    matrices = 12 * shape.depth * width**2 + width * shape.vocab_size  # qkv, projection, MLP; head
+    forward = 2.0 * batch * (shape.tokens * matrices + 2 * shape.depth * width * pairs)
+    # AdamW reads weight, gradient and two moments and writes all but the gradient, which backward wrote; both passes
+    # read the weights: ten times four bytes
+    return 3 * forward, 40.0 * sum(p.numel() for p in var.parameters())
+
+
+SUITE = Suite(
+    "training_step",
+    {
+        "tiny": [
+            {"model": "tiny", "batch": 2, "dtype": "float32"},
+            {"grids": "1,2,3,4", "depth": 1, "width": 64, "batch": 2, "dtype": "bfloat16"},
+        ],
+        "cpu": [{"grids": "var-256", "depth": 4, "width": 256, "batch": 2, "dtype": "float32"}],
+        "gpu": [
+            {"model": "VAR-d16", "batch": 32, "dtype": "bfloat16"},
+            {"model": "VAR-d30", "batch": 16, "dtype": "bfloat16"},
+        ],
+    },
+    (OURS, CHECKPOINTED, COMPILED, "upstream"),
+    build,
+    graphs=False,
+)

@@ -1,0 +1,308 @@
+"""What VMR-GRPO saves by forking cached states, sharing a subject's prefix and passing no more tokens than it must.
+
+Each case is a part of an iteration, or all of it, on random weights; "without" does the same work without what saves:
+
+* "coarse rollout": G coarse segments with K = 2 continuations that fork the cached state, against G K whole images;
+* "fine rollout": G continuations of one coarse segment, against G whole images;
+* "subject update": forward and backward with one prefix a group, against a prefix for every row;
+* "coarse update": forward and backward on the coarse tokens, against all tokens with the loss on the coarse ones;
+* "micro-batches", "checkpointing": forward and backward by quarters of the rows, or with blocks recomputed, against
+  plain; they save memory and cost time;
+* "coarse iteration", "fine iteration": rollout with a subject, a trivial reward, update and AdamW step; with forks, one
+  prefix a group and no tokens after the segment, against whole images with a prefix for every row and all tokens.
+
+Rollouts decode their images, as training does. Of a rollout the log-probabilities are checked against teacher forcing,
+of an update all gradients against those of the objective written out on logits. "bfloat16" is autocast over float32
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.cases import OURS, Problem, Setting, Suite
+from benchmarks.suites.generate import CLASSES, shape_of
+from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.ops import group_advantages
+from fastvar.rl import (
+    LossOptions,
+    Prompts,
+    Rollout,
+    RolloutOptions,
+    middle_returns,
+    roll_out,
+    segment_loss,
+    token_totals,
+)
+from fastvar.rl.prompts import subject_of
+from fastvar.training.loop import parameter_groups
+
+CONTINUATIONS = 2
+PARTS = 4  # micro-batches
+LOSS, OPTIONS = LossOptions(), RolloutOptions(chunk=1024)
+Gradients = dict[str, torch.Tensor]
+
+
+class Iteration(NamedTuple):
+    """What an iteration drew, what that was worth, and the gradients."""
+
+    rollout: Rollout
+    advantages: torch.Tensor
+    gradients: Gradients
+
+
+class Job:
+    """A policy on random weights, its prompts and all that is done with them."""
+
+    def __init__(self, setting: Setting, device: torch.device) -> None:
+        self.device, self.middle, self.group_size = device, setting["middle"], setting["group_size"]
+        self.rows = setting["prompts"] * self.group_size
+        classes = torch.arange(setting["prompts"]) * 37 % CLASSES
+        with device:
+            self.var = make_policy(setting).to(device).eval()
+            references = torch.rand(setting["prompts"], 3, *self.var.tokenizer.config.image_size)
+        self.prompts = Prompts([str(number) for number in classes.tolist()], classes)
+        self.subjects = Prompts(self.prompts.texts, classes, references)
+        self.coarse = self.var.schedule.starts[self.middle]  # tokens of the coarse segment
+        # the learning rate is 0: every call is the same one
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.var, 0.05), lr=0.0, betas=(0.9, 0.95))
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=setting["dtype"] == "bfloat16")
+
+    # -- rollouts ----------------------------------------------------------------------------------------------------
+
+    def draw(self, prompts: Prompts, segment: Any, times: int = 1) -> Rollout:
+        """A rollout with all that saves, of `times` as many rows a group."""
+        with self.autocast:
+            return roll_out(
+                self.var,
+                prompts,
+                segment=segment,
+                group_size=self.group_size * times,
+                middle=self.middle,
+                continuations=CONTINUATIONS,
+                seed=1,
+                options=OPTIONS,
+            )
+
+    @torch.no_grad()
+    def draw_apart(self, segment: str) -> Rollout:
+        """As many images with a subject as `draw` makes, each from the start and with a prefix of its own. Of those
+        that would continue one coarse segment the first one is to be trained."""
+        times = CONTINUATIONS if segment == "coarse" else 1
+        images = self.prompts.repeated(self.group_size * times)
+        with self.autocast:
+            subject = subject_of(self.var, self.subjects)
+            assert subject is not None
+            subject = subject.repeat_interleave(self.group_size * times, 0)
+            drawn = self.var.generate(images.conditions, subject=subject, seed=1, log_probs=True)
+        return Rollout(
+            prompts=self.prompts.repeated(self.group_size),
+            tokens=drawn.tokens[::times],
+            log_probs=drawn.log_probs[::times],
+            images=drawn.images,
+            continuations=times,
+            first_scale=self.middle if segment == "fine" else 0,
+            rows=range(self.rows),
+            group_size=1,
+            subject=subject[::times],
+            passed_tokens=0,
+        )
+
+    # -- updates -----------------------------------------------------------------------------------------------------
+
+    def mask(self, rollout: Rollout) -> torch.Tensor:
+        """The tokens of the coarse segment."""
+        mask = torch.zeros_like(rollout.log_probs)
+        mask[:, : self.coarse] = 1
+        return mask
+
+    def update(
+        self,
+        rollout: Rollout,
+        advantages: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        parts: int = 1,
+        checkpointing: bool = False,
+    ) -> Gradients:
+        """Gradients of a rollout's loss on the tokens of a mask, or on all of the segment, its rows in parts."""
+        self.var.gradient_checkpointing = checkpointing
+        trained = torch.ones_like(rollout.log_probs) if mask is None else mask
+        totals = token_totals(trained, self.var.schedule.with_num_tokens(trained.shape[1])) if parts > 1 else None
+        size = len(trained) // parts
+        with torch.enable_grad():
+            for first in range(0, len(trained), size):
+                rows = range(first, first + size)
+                with self.autocast:
+                    loss = segment_loss(
+                        self.var, rollout, advantages, LOSS, rows=rows, mask=mask, mask_totals=totals
+                    ).loss
+                loss.backward()
+        return self.take_gradients()
+
+    def take_gradients(self) -> Gradients:
+        """The gradients, which the parameters then have no longer."""
+        found = {name: p.grad for name, p in self.var.named_parameters() if p.grad is not None}
+        self.var.zero_grad()
+        return found
+
+    def iterate(self, segment: str, saving: bool) -> Iteration:
+        """Rollout, reward, update and step."""
+        rollout = self.draw(self.subjects, segment) if saving else self.draw_apart(segment)
+        rewards = rollout.images.float().mean((1, 2, 3))
+        advantages = group_advantages(middle_returns(rewards, rollout.continuations), self.group_size)
+        masked = segment == "coarse" and not saving
+        gradients = self.update(rollout, advantages, mask=self.mask(rollout) if masked else None)
+        for name, parameter in self.var.named_parameters():
+            parameter.grad = gradients.get(name)
+        self.optimizer.step()
+        self.var.zero_grad()
+        return Iteration(rollout, advantages, gradients)
+
+    # -- what is right -----------------------------------------------------------------------------------------------
+
+    def forced_log_probs(self, rollout: Rollout) -> torch.Tensor:
+        """(n, L') from float32 logits, with a prefix for every row."""
+        tokens = rollout.tokens
+        inputs = self.var.tokenizer.teacher_forcing(tokens)[:, : tokens.shape[1] - self.var.schedule.lengths[0]]
+        logits = self.var(rollout.prompts.conditions, inputs, subject=rollout.subject)
+        return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+    def expected_gradients(self, rollout: Rollout, advantages: torch.Tensor, end: int) -> Gradients:
+        """Of -sum w A log p / sum w over the segment's tokens before `end`, with w = (h w)^-alpha."""
+        schedule = self.var.schedule.with_num_tokens(rollout.tokens.shape[1])
+        weights = [float(n) ** -LOSS.panw_alpha for n in schedule.lengths for _ in range(n)]
+        weight = torch.tensor(weights, device=self.device)
+        weight[: schedule.starts[rollout.first_scale]] = 0
+        weight[end:] = 0
+        self.var.gradient_checkpointing = True
+        with torch.enable_grad():
+            gain = (weight * advantages[:, None] * self.forced_log_probs(rollout)).sum()
+            (-gain / (weight.sum() * len(advantages))).backward()
+        return self.take_gradients()
+
+    @torch.no_grad()
+    def rollout_error(self, found: Rollout, images: int) -> float:
+        """How much its log-probabilities differ from teacher forcing, on average; inf for other images than wanted."""
+        right = len(found.images) == images and bool((found.images >= 0).all() and (found.images <= 1).all())
+        gaps = self.forced_log_probs(found) - found.log_probs
+        return gaps.abs().mean().item() if right else float("inf")
+
+    def iteration_error(self, found: Iteration, images: int, end: int) -> float:
+        expected = self.expected_gradients(found.rollout, found.advantages, end)
+        return max(self.rollout_error(found.rollout, images), gradient_error(found.gradients, expected))
+
+
+def make_policy(setting: Setting) -> VAR:
+    """A VAR with a subject prefix whose blocks and head count, and a tokenizer of the public shape, or a narrow one on
+    CPUs."""
+    shape = shape_of(setting)
+    common = {"grids": shape.schedule.grids, "vocab_size": shape.vocab_size, "code_channels": shape.channels}
+    narrow = {"channels": 16, "channel_multipliers": (1, 2), "blocks_per_level": 1, "norm_groups": 8}
+    tokenizer = VQTokenizer(VQTokenizerConfig(**common, **({} if setting["size"] == "gpu" else narrow)))
+    sizes = {"depth": shape.depth, "embed_dim": shape.width, "num_heads": shape.heads}
+    config = VARConfig(**common, **sizes, num_classes=CLASSES, subject="block_causal", gate_init=1.0)
+    var = VAR(config, tokenizer.requires_grad_(False).eval())
+    with torch.no_grad():
+        var.head.weight.mul_(50)  # starts at a fiftieth, where all tokens are about as likely whatever the blocks do
+    return var
+
+
+def gradient_error(found: Gradients, expected: Gradients) -> float:
+    """The norm of the difference relative to that of what is expected; inf for those of other parameters."""
+    if found.keys() != expected.keys():
+        return float("inf")
+
+    def squares(gradients: Gradients) -> float:
+        return sum(gradient.double().square().sum().item() for gradient in gradients.values())
+
+    difference = {name: found[name] - gradient for name, gradient in expected.items()}
+    return (squares(difference) / squares(expected)) ** 0.5
+
+
+def rollout_problem(job: Job, segment: str) -> Problem:
+    times = CONTINUATIONS if segment == "coarse" else 1
+    return _problem(
+        lambda: job.draw(job.prompts, segment),
+        lambda: job.draw(job.prompts, "whole", times),
+        check=lambda found, _: job.rollout_error(found, job.rows * times),
+    )
+
+
+def update_problem(job: Job, case: str) -> Problem:
+    rollout = job.draw(job.subjects if case == "subject update" else job.prompts, "whole")
+    advantages = group_advantages(torch.randn(job.rows, device=job.device), job.group_size)
+    saved: dict[str, Any] = {"parts": PARTS} if case == "micro-batches" else {"checkpointing": case == "checkpointing"}
+    cheap, dear, mask = rollout, rollout, None
+    if case == "subject update":
+        dear = rollout._replace(group_size=1)
+    elif case == "coarse update":
+        cheap = rollout._replace(
+            tokens=rollout.tokens[:, : job.coarse].clone(), log_probs=rollout.log_probs[:, : job.coarse].clone()
+        )
+        mask = job.mask(rollout)
+    end = job.coarse if case == "coarse update" else job.var.schedule.num_tokens
+    return _problem(
+        lambda: job.update(cheap, advantages, **saved),
+        lambda: job.update(dear, advantages, mask=mask),
+        reference=lambda: job.expected_gradients(rollout, advantages, end),
+        check=gradient_error,
+    )
+
+
+def iteration_problem(job: Job, segment: str) -> Problem:
+    images = job.rows * (CONTINUATIONS if segment == "coarse" else 1)
+    end = job.coarse if segment == "coarse" else job.var.schedule.num_tokens
+    return _problem(
+        lambda: job.iterate(segment, saving=True),
+        lambda: job.iterate(segment, saving=False),
+        check=lambda found, _: job.iteration_error(found, images, end),
+    )
+
+
+def _problem(saving: Callable[[], Any], without: Callable[[], Any], **options: Any) -> Problem:
+    return Problem({}, {OURS: saving, "without": without}, **options)
+
+
+def build(setting: Setting, device: torch.device) -> Problem:
+    job, (what, kind) = Job(setting, device), setting["case"].rpartition(" ")[::2]
+    if kind == "rollout":
+        problem = rollout_problem(job, what)
+    elif kind == "iteration":
+        problem = iteration_problem(job, what)
+    else:
+        problem = update_problem(job, setting["case"])
+    # Of log-probabilities on average, of gradients relative to their norm.
+    problem.limit = 1e-3 if setting["dtype"] == "float32" else 0.1
+    return problem
+
+
+CASES = (
+    *("coarse iteration", "fine iteration", "coarse rollout", "fine rollout"),
+    *("subject update", "coarse update", "checkpointing", "micro-batches"),
+)
+
+
+def _settings(cases: tuple[str, ...], **shape: Any) -> list[dict[str, Any]]:
+    return [{"case": case, **shape} for case in cases]
+
+
+SUITE = Suite(
+    "vmr_grpo_step",
+    {
+        "tiny": _settings(CASES, model="tiny", middle=2, prompts=2, group_size=2, dtype="float32"),
+        "cpu": [
+            *_settings(CASES, model="demo", middle=3, prompts=2, group_size=8, dtype="float32"),
+            *_settings(
+                CASES[:1], grids="var-256", depth=4, width=128, middle=8, prompts=1, group_size=4, dtype="float32"
+            ),
+        ],
+        "gpu": _settings(CASES[:7], model="VAR-d16", middle=8, prompts=4, group_size=8, dtype="bfloat16"),
+    },
+    (OURS, "without"),
+    build,
+    graphs=False,
+)
