@@ -31,7 +31,7 @@ def peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
     source = torch.empty(length, dtype=torch.int8, device=device).zero_()
     target = torch.empty_like(source)
     calls = {"matmul": lambda: torch.mm(a, a), "copy": lambda: target.copy_(source)}
-    seconds = interleave(calls, device, 0.5, rounds=(3, 20))
+    seconds = interleave(calls, device, 2.0, rounds=(5, 20))
     return Peaks(2 * side**3 / min(seconds["matmul"]), 2 * length / min(seconds["copy"]))
 
 

@@ -3,7 +3,7 @@
 from fastvar.ops._dispatch import explain, support
 from fastvar.ops.adaptive_layer_norm import adaptive_layer_norm, gated_residual
 from fastvar.ops.bitwise_residual_quantize import QuantizedBits, accumulate_bits, bitwise_residual_quantize
-from fastvar.ops.block_causal_attention import PrefixKV, block_causal_attention
+from fastvar.ops.block_causal_attention import PrefixKV, block_causal_attention, block_causal_attention_with_lse
 from fastvar.ops.cached_attention import cached_attention
 from fastvar.ops.policy_loss import PolicyLoss, group_advantages, policy_loss
 from fastvar.ops.propagate_mask import boxes_to_mask, propagate_mask
@@ -34,6 +34,7 @@ __all__ = [
     "adaptive_layer_norm",
     "bitwise_residual_quantize",
     "block_causal_attention",
+    "block_causal_attention_with_lse",
     "boxes_to_mask",
     "cached_attention",
     "explain",

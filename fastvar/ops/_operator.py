@@ -34,6 +34,8 @@ class Operator:
         implementations: the preferred one first.
         differentiable: False for operators whose results carry no gradient.
         function: the name of the implementations' forward function, where one module holds several operators.
+        keeps_results: the backward functions of the implementations get the results too, a list `results` before
+            `needs`.
     """
 
     def __init__(
@@ -46,9 +48,11 @@ class Operator:
         implementations: Sequence[Implementation],
         differentiable: bool = True,
         function: str = "forward",
+        keeps_results: bool = False,
     ) -> None:
         self.name = name
         self.function = function
+        self._keeps_results = keeps_results
         REGISTRY[name] = tuple(implementations)
         fields = [field.split("=")[0].split() for field in _split_arguments(arguments)]
         self._schedule_at = next((i for i, field in enumerate(fields) if field[-1] == "grids"), None)
@@ -61,11 +65,12 @@ class Operator:
         self._function: type[torch.autograd.Function] | None = None
         if differentiable:
             backward = f"{name}_backward"
-            _LIBRARY.define(f"{backward}(Tensor?[] grads, {arguments}, bool[] needs, str backend) -> Tensor[]")
+            results = "Tensor[] results, " if keeps_results else ""
+            _LIBRARY.define(f"{backward}(Tensor?[] grads, {arguments}, {results}bool[] needs, str backend) -> Tensor[]")
             _LIBRARY.impl(backward, self._run_backward, "CompositeExplicitAutograd")
             torch.library.register_fake(f"fastvar::{backward}", self._fake_backward, lib=_LIBRARY)
             self.backward_op = getattr(torch.ops.fastvar, backward).default
-            self._function = _autograd_function(name, self.op, self.backward_op, self._tensors_at)
+            self._function = _autograd_function(name, self.op, self.backward_op, self._tensors_at, keeps_results)
 
     def __call__(self, backend: str, *args: Any) -> Any:
         """Run the op: `args` are the schema's arguments, the first of them the lead tensor."""
@@ -96,11 +101,12 @@ class Operator:
     def _run_backward(self, grads: list[torch.Tensor | None], *rest: Any) -> list[torch.Tensor]:
         *args, needs, backend = rest
         module = self._implementation(backend)
+        results = [args.pop()] if self._keeps_results else []
         args = self._with_schedule(args)
         own = getattr(module, "backward" if self.function == "forward" else f"{self.function}_backward", None)
         with annotate(f"{self.name} backward"), _plain(args[0].device.type):
             if own is not None:
-                return own(grads, *args, needs)
+                return own(grads, *args, *results, needs)
             return _recomputed_gradients(getattr(module, self.function), grads, args, self._tensors_at, needs)
 
     def _fake_backward(self, grads: list[torch.Tensor | None], *rest: Any) -> list[torch.Tensor]:
@@ -151,14 +157,17 @@ def _recomputed_gradients(
     return gradients
 
 
-def _autograd_function(name: str, forward_op: Any, backward_op: Any, tensors_at: tuple[int, ...]) -> Any:
+def _autograd_function(
+    name: str, forward_op: Any, backward_op: Any, tensors_at: tuple[int, ...], keeps_results: bool
+) -> Any:
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*[args[i] for i in tensors_at])
             ctx.rest = tuple(None if i in tensors_at else arg for i, arg in enumerate(args))
             results = forward_op(*args)
+            kept = (results,) if isinstance(results, torch.Tensor) else results
+            ctx.save_for_backward(*[args[i] for i in tensors_at], *(kept if keeps_results else ()))
             if not isinstance(results, torch.Tensor):
                 ctx.mark_non_differentiable(*[r for r in results if not r.is_floating_point()])
             return results
@@ -166,10 +175,12 @@ def _autograd_function(name: str, forward_op: Any, backward_op: Any, tensors_at:
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             args = list(ctx.rest)
-            for i, tensor in zip(tensors_at, ctx.saved_tensors, strict=True):
+            saved = ctx.saved_tensors
+            for i, tensor in zip(tensors_at, saved, strict=False):
                 args[i] = tensor
+            results = [list(saved[len(tensors_at) :])] if keeps_results else []
             needs = [ctx.needs_input_grad[i] for i in tensors_at]
-            found = iter(backward_op(list(grads), *args[:-1], needs, args[-1]))
+            found = iter(backward_op(list(grads), *args[:-1], *results, needs, args[-1]))
             result: list[Any] = [None] * len(args)
             for i, need in zip(tensors_at, needs, strict=True):
                 if need:

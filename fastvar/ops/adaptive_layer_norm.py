@@ -7,6 +7,7 @@ import torch
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
+from fastvar.ops._triton import triton_implementation
 
 _MODULE = "fastvar.kernels.adaptive_layer_norm.reference"
 
@@ -20,14 +21,20 @@ _NORM = Operator(
     "Tensor x, Tensor scale, Tensor shift, float eps",
     "Tensor",
     fake=_like_x,
-    implementations=[Implementation("reference", _MODULE, verified=("CPU",))],
+    implementations=[
+        triton_implementation("adaptive_layer_norm"),
+        Implementation("reference", _MODULE, verified=("CPU",)),
+    ],
 )
 _GATE = Operator(
     "gated_residual",
     "Tensor x, Tensor y, Tensor gate",
     "Tensor",
     fake=_like_x,
-    implementations=[Implementation("reference", _MODULE, verified=("CPU",))],
+    implementations=[
+        triton_implementation("adaptive_layer_norm"),
+        Implementation("reference", _MODULE, verified=("CPU",)),
+    ],
     function="gated_residual",
 )
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
-from fastvar.ops._dispatch import Implementation
+from fastvar.ops._dispatch import Implementation, resolve
 from fastvar.ops._operator import Operator
+from fastvar.ops._triton import triton_implementation
 from fastvar.schedule import ScaleSchedule
 
 
@@ -38,19 +39,24 @@ def check_shared(op: str, argument: str, shared: PrefixKV, q: torch.Tensor) -> N
         _checks.same_device(op, "q", q, **{f"{argument}.lengths": shared.lengths})
 
 
-def _fake(q: torch.Tensor, *_: object) -> torch.Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def _fake(q: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, length, heads, _ = q.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    lse = (batch, heads, length) if rest[-1] else (0,)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(lse, dtype=dtype, device=q.device)
 
 
 _OPERATOR = Operator(
     "block_causal_attention",
     "Tensor q, Tensor k, Tensor v, int[] grids, Tensor? prefix_k, Tensor? prefix_v, Tensor? prefix_lengths, "
-    "float softmax_scale, bool block_diagonal",
-    "Tensor",
+    "float softmax_scale, bool block_diagonal, bool with_lse",
+    "(Tensor, Tensor)",
     fake=_fake,
     implementations=[
-        Implementation("reference", "fastvar.kernels.block_causal_attention.reference", verified=("CPU",))
+        triton_implementation("block_causal_attention"),
+        Implementation("reference", "fastvar.kernels.block_causal_attention.reference", verified=("CPU",)),
     ],
+    keeps_results=True,
 )
 
 
@@ -84,6 +90,36 @@ def block_causal_attention(
 
     Source: VAR (arXiv 2404.02905); the subject prefix is DreamVAR's (arXiv 2601.22507).
     """
+    return _attend(q, k, v, schedule, prefix, softmax_scale, block_diagonal, backend, False)[0]
+
+
+def block_causal_attention_with_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    schedule: ScaleSchedule,
+    *,
+    prefix: PrefixKV | None = None,
+    softmax_scale: float | None = None,
+    block_diagonal: bool = False,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`block_causal_attention`, and the logarithm of each softmax's sum (B, H, L) in float32 (float64 for float64), by
+    which attention to other keys can be merged with this one. Both carry gradients."""
+    return _attend(q, k, v, schedule, prefix, softmax_scale, block_diagonal, backend, True)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    schedule: ScaleSchedule,
+    prefix: PrefixKV | None,
+    softmax_scale: float | None,
+    block_diagonal: bool,
+    backend: str,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     op = "block_causal_attention"
     _checks.schedule(op, schedule)
     _checks.floating(op, "q", q)
@@ -96,4 +132,6 @@ def block_causal_attention(
     else:
         prefix = PrefixKV(None, None)  # type: ignore[arg-type]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return _OPERATOR(backend, q, k, v, schedule.flat, *prefix, scale, block_diagonal)
+    chosen = resolve(op, backend, q)
+    with_lse = with_lse or chosen != "reference"  # which needs none for its backward pass
+    return _OPERATOR(chosen, q, k, v, schedule.flat, *prefix, scale, block_diagonal, with_lse)

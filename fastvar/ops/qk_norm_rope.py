@@ -7,6 +7,7 @@ import torch
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
+from fastvar.ops._triton import triton_implementation
 from fastvar.schedule import Grid, ScaleSchedule
 
 _MODULE = "fastvar.kernels.qk_norm_rope.reference"
@@ -21,7 +22,10 @@ _OPERATOR = Operator(
     "Tensor q, Tensor k, Tensor? log_scale, Tensor? rope_cos, Tensor? rope_sin, float eps",
     "(Tensor, Tensor)",
     fake=lambda q, k, *_: (_dense(q), _dense(k)),
-    implementations=[Implementation("reference", _MODULE, verified=("CPU",))],
+    implementations=[
+        triton_implementation("qk_norm_rope"),
+        Implementation("reference", _MODULE, verified=("CPU",)),
+    ],
 )
 _INTO_CACHE = Operator(
     "qk_norm_rope_into_cache",
@@ -29,7 +33,10 @@ _INTO_CACHE = Operator(
     "Tensor? log_scale, Tensor? rope_cos, Tensor? rope_sin, float eps",
     "Tensor",
     fake=lambda q, *_: _dense(q),
-    implementations=[Implementation("reference", _MODULE, verified=("CPU",))],
+    implementations=[
+        triton_implementation("qk_norm_rope"),
+        Implementation("reference", _MODULE, verified=("CPU",)),
+    ],
     differentiable=False,
     function="into_cache",
 )
@@ -56,7 +63,7 @@ def _check(
         _checks.shape(op, name, table, q.shape[1], q.shape[3] // 2)
         _checks.floating(op, name, table)
         _checks.same_device(op, "q", q, **{name: table})
-    return rope
+    return rope[0].detach(), rope[1].detach()
 
 
 def qk_norm_rope(
@@ -75,7 +82,8 @@ def qk_norm_rope(
     Args:
         q, k: (B, L, H, D), any strides; usually slices of one projection.
         log_scale: (H,) the learned scale's logarithm; its gradient is cut above log 100. None: no normalisation.
-        rope: tables cos, sin, each (L, D/2), for the interleaved pairs (x_2i, x_2i+1); see `rope_tables`. None: none.
+        rope: tables cos, sin, each (L, D/2), for the interleaved pairs (x_2i, x_2i+1), without gradient; see
+            `rope_tables`. None: none.
         eps: smallest length to divide by.
         backend: see `fastvar.support()`.
 

@@ -22,12 +22,14 @@ def forward(
     prefix_lengths: torch.Tensor | None,
     softmax_scale: float,
     block_diagonal: bool,
-) -> torch.Tensor:
-    """q, k, v (B, L, H, D); prefix_k, prefix_v (B/G, P, H, D); prefix_lengths (B/G,). Returns (B, L, H, D)."""
-    dtype = q.dtype
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q, k, v (B, L, H, D); prefix_k, prefix_v (B/G, P, H, D); prefix_lengths (B/G,). Returns (B, L, H, D) and the
+    log-sum-exp of the scores (B, H, L), or nothing (0,) in its place."""
+    dtype, compute = q.dtype, torch.promote_types(q.dtype, torch.float32)
     if q.device.type == "cpu":
         # float32 inside: the CPU's backward in bfloat16 takes six times as long
-        q, k, v = (tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in (q, k, v))
+        q, k, v = (tensor.to(compute) for tensor in (q, k, v))
         prefix_k, prefix_v = (None if t is None else t.to(q.dtype) for t in (prefix_k, prefix_v))
     prefix, visible = 0, None
     if prefix_k is not None and prefix_v is not None:
@@ -40,7 +42,7 @@ def forward(
             lengths = prefix_lengths.repeat_interleave(group)[:, None]
             visible = ((column < lengths) | (column >= prefix))[:, None, None]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, ., D]
-    outputs = []
+    outputs, sums = [], []
     for start, end in zip(schedule.starts, schedule.ends, strict=True):
         keys = [slice(0, prefix + end)]
         if block_diagonal:
@@ -59,4 +61,9 @@ def forward(
                 scale=softmax_scale,
             ).transpose(1, 2)
         )
-    return torch.cat(outputs, 1).to(dtype)
+        if with_lse:
+            scores = q[:, :, start:end].to(compute) @ rows(k, 2).to(compute).mT * softmax_scale
+            hidden = None if visible is None else ~rows(visible, 3)
+            sums.append((scores if hidden is None else scores.masked_fill(hidden, -torch.inf)).logsumexp(-1))
+    lse = torch.cat(sums, 2) if with_lse else torch.empty(0, dtype=compute, device=q.device)
+    return torch.cat(outputs, 1).to(dtype), lse

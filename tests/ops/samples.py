@@ -51,7 +51,8 @@ def _block_causal_attention(dtype: torch.dtype) -> Iterator[Sample]:
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix_k: torch.Tensor, prefix_v: torch.Tensor, **rest: Any
     ) -> torch.Tensor:
         prefix = ops.PrefixKV(prefix_k, prefix_v, rest.pop("lengths", None))
-        return ops.block_causal_attention(q, k, v, prefix=prefix, **rest)
+        attend = ops.block_causal_attention_with_lse if rest.pop("with_lse", False) else ops.block_causal_attention
+        return attend(q, k, v, prefix=prefix, **rest)
 
     for batch, grids in [(2, (1, 2, 3)), (1, (1,)), (0, (1, 2)), (1, ((1, 2), (2, 3)))]:
         schedule = ScaleSchedule(grids)
@@ -68,6 +69,7 @@ def _block_causal_attention(dtype: torch.dtype) -> Iterator[Sample]:
     }
     names = ("q", "k", "v", "prefix_k", "prefix_v")
     yield with_prefix, arguments, names
+    yield with_prefix, {**arguments, "with_lse": True}, names
     yield with_prefix, {**arguments, "lengths": torch.tensor([0, 5], dtype=torch.int32)}, names
     yield with_prefix, {**arguments, "lengths": torch.tensor([7, 1]), "block_diagonal": True}, names
 

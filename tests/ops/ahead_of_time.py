@@ -1,0 +1,105 @@
+"""Compiles Triton kernels for GPUs that are not there, exactly as their launches would ask for them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+OPTIONS = ("num_warps", "num_stages")
+
+
+class Launch(NamedTuple):
+    """A kernel and what it was called with, positional and by name."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+class Compiled(NamedTuple):
+    """What a compilation gave: registers and bytes of stack (spills and local arrays) of a thread, bytes of shared
+    memory, the assembly."""
+
+    registers: int
+    stack: int
+    shared: int
+    ptx: str
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Inside, kernels are not run but recorded."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def record(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        launches.append(Launch(self, arguments, named))
+
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def launches_of(call: Callable[[], Any]) -> list[Launch]:
+    with recorded() as launches:
+        call()
+    return launches
+
+
+def compile_for(launch: Launch, capability: int) -> Compiled:
+    """For a compute capability such as 90, with the specialisations that the launcher makes: integers that are 1 are
+    constants, and what divides by 16 is known to."""
+    values = dict(zip([p.name for p in launch.kernel.params], launch.arguments, strict=False)) | launch.named
+    options = {name: values.pop(name) for name in OPTIONS if name in values}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for place, parameter in enumerate(launch.kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, stack = _resources(kernel.asm["cubin"])
+    return Compiled(registers, stack, kernel.metadata.shared, kernel.asm["ptx"])
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2])

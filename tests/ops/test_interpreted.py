@@ -1,0 +1,22 @@
+"""Triton's kernels in its interpreter. It is chosen for a whole process, so that these tests have one of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", str(TESTS / "interpreted"), "-q", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=environment)
+    assert done.returncode == 0, done.stdout[-5000:]
+    print(done.stdout.splitlines()[-1])
