@@ -40,9 +40,8 @@ def tables(rows: Sequence[Row]) -> str:
         head = ["", "fastvar", *names]
         parts += [f"### {suite}", "", _line(head), "|" + " --- |" * len(head)]
         for row in own:
-            cells = [f"{setting_name(row['setting'])}: {row['pass']}", _ours(row), *(_rival(row, n) for n in names)]
-            parts.append(_line(cells))
-        parts += ["", *_notes(own), ""]
+            parts.append(_line([_title(row, own), _ours(row), *(_rival(row, name) for name in names)]))
+        parts += ["", *(f"{note}\n" for note in _notes(own))]
     return "\n".join(parts).strip() + "\n"
 
 
@@ -51,9 +50,10 @@ def summary(rows: Sequence[Row]) -> str:
     head = ["operator or job", "fastvar", "fastest rival", "its time / ours", "its memory / ours"]
     parts = [_line(head), "|" + " --- |" * len(head)]
     for suite in dict.fromkeys(row["suite"] for row in rows):
-        row = next(row for row in rows if row["suite"] == suite)
+        own = [row for row in rows if row["suite"] == suite]
+        row = own[0]
         rivals = {name: found for name, found in row["contenders"].items() if not name.startswith(OURS)}
-        title = f"{suite}: {setting_name(row['setting'])}, {row['pass']}"
+        title = f"{suite}: {_title(row, own)}"
         if not rivals:
             parts.append(_line([title, _time(row["contenders"][OURS]["seconds"]["median"]), "none ran", "", ""]))
             continue
@@ -87,9 +87,10 @@ def plot(rows: Sequence[Row]) -> Image:
     """How many times as long as ours each rival takes: a point with its spread for each pass, one line a rival."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
     from PIL import Image as pil
 
-    labels = [f"{row['suite']}: {setting_name(row['setting'])}, {row['pass']}" for row in rows]
+    labels = [f"{row['suite']}: {_title(row, [r for r in rows if r['suite'] == row['suite']])}" for row in rows]
     names = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
     figure = Figure(figsize=(11, 1.4 + 0.24 * len(rows)), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -103,6 +104,9 @@ def plot(rows: Sequence[Row]) -> Image:
         axes.errorbar(middle, places, xerr=spread, fmt=marker, markersize=5, capsize=2, label=name)
     axes.axvline(1, color="grey", linewidth=1)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("time of the rival / time of fastvar (right of 1: fastvar is faster)")
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.invert_yaxis()
@@ -144,6 +148,12 @@ def main() -> None:
         own = [row for row in newest(rows, place) if row["ratios"]]
         if own:
             plot(own).save(ROOT / "docs" / f"benchmarks_{place}.png", optimize=True)
+
+
+def _title(row: Row, suite: Sequence[Row]) -> str:
+    """A setting and, in a suite that has several, the pass."""
+    several = any(other["pass"] != "forward" for other in suite)
+    return setting_name(row["setting"]) + (f": {row['pass']}" if several else "")
 
 
 def _ours(row: Row) -> str:

@@ -23,6 +23,7 @@ _NORM = Operator(
     fake=_like_x,
     implementations=[
         triton_implementation("adaptive_layer_norm"),
+        Implementation("cpu", "fastvar.kernels.adaptive_layer_norm.impl_cpu", devices=("cpu",), verified=("CPU",)),
         Implementation("reference", _MODULE, verified=("CPU",)),
     ],
 )
@@ -33,6 +34,7 @@ _GATE = Operator(
     fake=_like_x,
     implementations=[
         triton_implementation("adaptive_layer_norm"),
+        Implementation("cpu", "fastvar.kernels.adaptive_layer_norm.impl_cpu", devices=("cpu",), verified=("CPU",)),
         Implementation("reference", _MODULE, verified=("CPU",)),
     ],
     function="gated_residual",

@@ -7,6 +7,7 @@ import torch
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
+from fastvar.ops._triton import triton_implementation
 from fastvar.ops.block_causal_attention import PrefixKV, check_shared
 
 
@@ -20,7 +21,10 @@ _OPERATOR = Operator(
     "Tensor? trunk_k, Tensor? trunk_v, float softmax_scale",
     "Tensor",
     fake=_fake,
-    implementations=[Implementation("reference", "fastvar.kernels.cached_attention.reference", verified=("CPU",))],
+    implementations=[
+        triton_implementation("cached_attention"),
+        Implementation("reference", "fastvar.kernels.cached_attention.reference", verified=("CPU",)),
+    ],
     differentiable=False,
 )
 

@@ -24,6 +24,7 @@ _OPERATOR = Operator(
     fake=lambda q, k, *_: (_dense(q), _dense(k)),
     implementations=[
         triton_implementation("qk_norm_rope"),
+        Implementation("cpu", "fastvar.kernels.qk_norm_rope.impl_cpu", devices=("cpu",), verified=("CPU",)),
         Implementation("reference", _MODULE, verified=("CPU",)),
     ],
 )
@@ -35,6 +36,7 @@ _INTO_CACHE = Operator(
     fake=lambda q, *_: _dense(q),
     implementations=[
         triton_implementation("qk_norm_rope"),
+        Implementation("cpu", "fastvar.kernels.qk_norm_rope.impl_cpu", devices=("cpu",), verified=("CPU",)),
         Implementation("reference", _MODULE, verified=("CPU",)),
     ],
     differentiable=False,

@@ -154,8 +154,7 @@ def backward(
             grad, x, scale, dx, sums[0], sums[1], *grad.stride(), *x.stride(), *scale.stride(), x.shape[1], size, eps,
             DX=needs[0], DMODULATION=modulation, **options,
         )  # fmt: skip
-    dscale, dshift = sums.sum(2)
-    found = (dx, dscale.to(scale.dtype), dshift.to(shift.dtype))
+    found = (dx, sums[0].sum(1).to(scale.dtype), sums[1].sum(1).to(shift.dtype))
     return [gradient for gradient, need in zip(found, needs, strict=True) if need]
 
 

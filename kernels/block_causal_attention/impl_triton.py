@@ -17,10 +17,9 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from fastvar.kernels.common.tiles import LOG2_E, attend, store, tile, tile_t
 
 from fastvar.schedule import ScaleSchedule
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -36,65 +35,6 @@ def _bounds(row, ends_ptr, K):
 
 
 @triton.jit
-def _tile(ptr, row, row_stride, d_stride, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
-    """Rows of a (., D) matrix [N, BLOCK_D]; 0 past D and, with CHECK, from row `limit` on."""
-    d = tl.arange(0, BLOCK_D)[None, :]
-    pointers = ptr + row[:, None] * row_stride + d * d_stride
-    if CHECK:
-        return tl.load(pointers, (row[:, None] < limit) & (d < D), 0.0)
-    elif D == BLOCK_D:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, d < D, 0.0)
-
-
-@triton.jit
-def _tile_t(ptr, row, row_stride, d_stride, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
-    """The same rows as columns [BLOCK_D, N]."""
-    d = tl.arange(0, BLOCK_D)[:, None]
-    pointers = ptr + row[None, :] * row_stride + d * d_stride
-    if CHECK:
-        return tl.load(pointers, (row[None, :] < limit) & (d < D), 0.0)
-    elif D == BLOCK_D:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, d < D, 0.0)
-
-
-@triton.jit
-def _store(ptr, row, row_stride, values, limit, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [N, BLOCK_D] into a matrix whose elements of a row are adjacent."""
-    d = tl.arange(0, BLOCK_D)[None, :]
-    tl.store(ptr + row[:, None] * row_stride + d, values, (row[:, None] < limit) & (d < D))
-
-
-@triton.jit
-def _attend(
-    acc, total, peak, q, k_ptr, v_ptr, k_l, k_d, v_l, v_d, begin, end, first, last, factor,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Softmax so far, with the keys from `begin` to `end`; with MASK a row sees those from `first` to `last` [M]."""
-    for start in range(begin, end, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        k = _tile_t(k_ptr, column, k_l, k_d, end, D, BLOCK_D, MASK)  # [BLOCK_D, N]
-        scores = tl.dot(q, k, input_precision=PRECISION) * factor  # [M, N]
-        if MASK:
-            visible = (column[None, :] >= first[:, None]) & (column[None, :] < last[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
-        highest = tl.maximum(peak, tl.max(scores, 1))
-        base = highest
-        if MASK:  # a row may have seen nothing yet
-            base = tl.where(highest == float("-inf"), 0.0, highest)
-        p = tl.exp2(scores - base[:, None])
-        decay = tl.exp2(peak - base)
-        total = total * decay + tl.sum(p, 1)
-        v = _tile(v_ptr, column, v_l, v_d, end, D, BLOCK_D, MASK)  # [N, BLOCK_D]
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        peak = highest
-    return acc, total, peak
-
-
-@triton.jit
 def _forward(
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, lengths_ptr, ends_ptr, out_ptr, lse_ptr,
     q_b, q_l, q_h, q_d, k_b, k_l, k_h, k_d, v_b, v_l, v_h, v_d,
@@ -107,7 +47,7 @@ def _forward(
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)
     first, last = _bounds(tl.minimum(row, L - 1), ends_ptr, K)
-    q = _tile(q_ptr + b * q_b + h * q_h, row, q_l, q_d, L, D, BLOCK_D, True)
+    q = tile(q_ptr + b * q_b + h * q_h, row, q_l, q_d, L, D, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -117,11 +57,11 @@ def _forward(
             seen = tl.load(lengths_ptr + b // GROUP).to(tl.int32)
         whole = seen // BLOCK_N * BLOCK_N
         pk, pv = prefix_k_ptr + b // GROUP * pk_b + h * pk_h, prefix_v_ptr + b // GROUP * pv_b + h * pv_h
-        acc, total, peak = _attend(
+        acc, total, peak = attend(
             acc, total, peak, q, pk, pv, pk_l, pk_d, pv_l, pv_d, 0, whole, first, last, factor,
             D, BLOCK_D, BLOCK_N, False, PRECISION,
         )  # fmt: skip
-        acc, total, peak = _attend(
+        acc, total, peak = attend(
             acc, total, peak, q, pk, pv, pk_l, pk_d, pv_l, pv_d, whole, seen, first * 0, last * 0 + seen, factor,
             D, BLOCK_D, BLOCK_N, True, PRECISION,
         )  # fmt: skip
@@ -130,23 +70,23 @@ def _forward(
     begin, whole = 0, tl.min(last) // BLOCK_N * BLOCK_N  # from one to the other nothing is masked
     if DIAGONAL:
         begin = tl.minimum((tl.max(first) + BLOCK_N - 1) // BLOCK_N * BLOCK_N, whole)
-        acc, total, peak = _attend(
+        acc, total, peak = attend(
             acc, total, peak, q, k_ptr, v_ptr, k_l, k_d, v_l, v_d, tl.min(first) // BLOCK_N * BLOCK_N, begin,
             first, last, factor, D, BLOCK_D, BLOCK_N, True, PRECISION,
         )  # fmt: skip
         whole = tl.maximum(whole, begin)
     else:
         first = first * 0
-    acc, total, peak = _attend(
+    acc, total, peak = attend(
         acc, total, peak, q, k_ptr, v_ptr, k_l, k_d, v_l, v_d, begin, whole, first, last, factor,
         D, BLOCK_D, BLOCK_N, False, PRECISION,
     )  # fmt: skip
-    acc, total, peak = _attend(
+    acc, total, peak = attend(
         acc, total, peak, q, k_ptr, v_ptr, k_l, k_d, v_l, v_d, whole, tl.max(last), first, last, factor,
         D, BLOCK_D, BLOCK_N, True, PRECISION,
     )  # fmt: skip
     out_ptr += b * L * H * D + h * D
-    _store(out_ptr, row, H * D, acc / total[:, None], L, D, BLOCK_D)
+    store(out_ptr, row, H * D, acc / total[:, None], L, D, BLOCK_D)
     tl.store(lse_ptr + (b * H + h) * L + row, (peak + tl.log2(total)) / LOG2_E, row < L)
 
 
@@ -160,8 +100,8 @@ def _delta(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     delta = tl.zeros((BLOCK_M,), tl.float32)
     if HAS_OUT:
-        out = _tile(out_ptr + b * L * H * D + h * D, row, H * D, 1, L, D, BLOCK_D, True)
-        g = _tile(g_ptr + b * g_b + h * g_h, row, g_l, g_d, L, D, BLOCK_D, True)
+        out = tile(out_ptr + b * L * H * D + h * D, row, H * D, 1, L, D, BLOCK_D, True)
+        g = tile(g_ptr + b * g_b + h * g_h, row, g_l, g_d, L, D, BLOCK_D, True)
         delta += tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
     if HAS_LSE:
         delta -= tl.load(g_lse_ptr + b * gl_b + h * gl_h + row * gl_l, row < L, 0.0)
@@ -176,13 +116,13 @@ def _gather_dq(
     """The queries' gradient so far, with the keys from `begin` to `end`."""
     for start in range(begin, end, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        k = _tile_t(k_ptr, column, k_l, k_d, end, D, BLOCK_D, MASK)  # [BLOCK_D, N]
+        k = tile_t(k_ptr, column, k_l, k_d, end, D, BLOCK_D, MASK)  # [BLOCK_D, N]
         p = tl.exp2(tl.dot(q, k, input_precision=PRECISION) * factor - lse[:, None])
         if MASK:
             p = tl.where((column[None, :] >= first[:, None]) & (column[None, :] < last[:, None]), p, 0.0)
-        v = _tile_t(v_ptr, column, v_l, v_d, end, D, BLOCK_D, MASK)  # [BLOCK_D, N]
+        v = tile_t(v_ptr, column, v_l, v_d, end, D, BLOCK_D, MASK)  # [BLOCK_D, N]
         ds = p * (tl.dot(g, v, input_precision=PRECISION) - delta[:, None])
-        k = _tile(k_ptr, column, k_l, k_d, end, D, BLOCK_D, MASK)  # [N, BLOCK_D]
+        k = tile(k_ptr, column, k_l, k_d, end, D, BLOCK_D, MASK)  # [N, BLOCK_D]
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -200,8 +140,8 @@ def _backward_q(
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)
     first, last = _bounds(tl.minimum(row, L - 1), ends_ptr, K)
-    q = _tile(q_ptr + b * q_b + h * q_h, row, q_l, q_d, L, D, BLOCK_D, True)
-    g = _tile(g_ptr + b * g_b + h * g_h, row, g_l, g_d, L, D, BLOCK_D, True).to(q.dtype)
+    q = tile(q_ptr + b * q_b + h * q_h, row, q_l, q_d, L, D, BLOCK_D, True)
+    g = tile(g_ptr + b * g_b + h * g_h, row, g_l, g_d, L, D, BLOCK_D, True).to(q.dtype)
     lse = tl.load(lse_ptr + (b * H + h) * L + row, row < L, 0.0) * LOG2_E
     delta = tl.load(delta_ptr + (b * H + h) * L + row, row < L, 0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -239,7 +179,7 @@ def _backward_q(
         dq, q, g, lse, delta, k_ptr, v_ptr, k_l, k_d, v_l, v_d, whole, tl.max(last), first, last, factor,
         D, BLOCK_D, BLOCK_N, True, PRECISION,
     )  # fmt: skip
-    _store(dq_ptr + b * L * H * D + h * D, row, H * D, dq * scale, L, D, BLOCK_D)
+    store(dq_ptr + b * L * H * D + h * D, row, H * D, dq * scale, L, D, BLOCK_D)
 
 
 @triton.jit
@@ -252,17 +192,17 @@ def _gather_dkv(
     for start in range(begin, end, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         inside = row < end
-        q = _tile_t(q_ptr, row, q_l, q_d, end, D, BLOCK_D, True)  # [BLOCK_D, M]
+        q = tile_t(q_ptr, row, q_l, q_d, end, D, BLOCK_D, True)  # [BLOCK_D, M]
         lse = tl.load(lse_ptr + row, inside, float("inf")) * LOG2_E  # past the end all weights are 0
         p = tl.exp2(tl.dot(k, q, input_precision=PRECISION) * factor - lse[None, :])  # [N, M]
         if MASK:
             p = tl.where((row[None, :] >= first[:, None]) & (row[None, :] < last[:, None]), p, 0.0)
-        g = _tile(g_ptr, row, g_l, g_d, end, D, BLOCK_D, True).to(k.dtype)  # [M, BLOCK_D]
+        g = tile(g_ptr, row, g_l, g_d, end, D, BLOCK_D, True).to(k.dtype)  # [M, BLOCK_D]
         dv = tl.dot(p.to(k.dtype), g, dv, input_precision=PRECISION)
-        g = _tile_t(g_ptr, row, g_l, g_d, end, D, BLOCK_D, True).to(k.dtype)  # [BLOCK_D, M]
+        g = tile_t(g_ptr, row, g_l, g_d, end, D, BLOCK_D, True).to(k.dtype)  # [BLOCK_D, M]
         delta = tl.load(delta_ptr + row, inside, 0.0)
         ds = p * (tl.dot(v, g, input_precision=PRECISION) - delta[None, :])
-        q = _tile(q_ptr, row, q_l, q_d, end, D, BLOCK_D, True)  # [M, BLOCK_D]
+        q = tile(q_ptr, row, q_l, q_d, end, D, BLOCK_D, True)  # [M, BLOCK_D]
         dk = tl.dot(ds.to(k.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -279,8 +219,8 @@ def _backward_kv(
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first, last = _bounds(tl.minimum(column, L - 1), ends_ptr, K)  # of its scale: so a key's first row
-    k = _tile(k_ptr + b * k_b + h * k_h, column, k_l, k_d, L, D, BLOCK_D, True)
-    v = _tile(v_ptr + b * v_b + h * v_h, column, v_l, v_d, L, D, BLOCK_D, True)
+    k = tile(k_ptr + b * k_b + h * k_h, column, k_l, k_d, L, D, BLOCK_D, True)
+    v = tile(v_ptr + b * v_b + h * v_h, column, v_l, v_d, L, D, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     q_ptr += b * q_b + h * q_h
@@ -303,8 +243,8 @@ def _backward_kv(
         dk, dv, k, v, q_ptr, g_ptr, lse_ptr, delta_ptr, q_l, q_d, g_l, g_d, whole, stop, first, last, factor,
         D, BLOCK_D, BLOCK_M, False, PRECISION,
     )  # fmt: skip
-    _store(dk_ptr + b * L * H * D + h * D, column, H * D, dk * scale, L, D, BLOCK_D)
-    _store(dv_ptr + b * L * H * D + h * D, column, H * D, dv, L, D, BLOCK_D)
+    store(dk_ptr + b * L * H * D + h * D, column, H * D, dk * scale, L, D, BLOCK_D)
+    store(dv_ptr + b * L * H * D + h * D, column, H * D, dv, L, D, BLOCK_D)
 
 
 @triton.jit
@@ -321,8 +261,8 @@ def _backward_prefix(
     seen = P
     if LENGTHS:
         seen = tl.load(lengths_ptr + s).to(tl.int32)
-    k = _tile(prefix_k_ptr + s * pk_b + h * pk_h, column, pk_l, pk_d, seen, D, BLOCK_D, True)
-    v = _tile(prefix_v_ptr + s * pv_b + h * pv_h, column, pv_l, pv_d, seen, D, BLOCK_D, True)
+    k = tile(prefix_k_ptr + s * pk_b + h * pk_h, column, pk_l, pk_d, seen, D, BLOCK_D, True)
+    v = tile(prefix_v_ptr + s * pv_b + h * pv_h, column, pv_l, pv_d, seen, D, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if tl.program_id(0) * BLOCK_N < seen:
@@ -334,8 +274,8 @@ def _backward_prefix(
                 D, BLOCK_D, BLOCK_M, False, PRECISION,
             )  # fmt: skip
     inside = (column < seen)[:, None]
-    _store(dk_ptr + s * P * H * D + h * D, column, H * D, tl.where(inside, dk * scale, 0.0), P, D, BLOCK_D)
-    _store(dv_ptr + s * P * H * D + h * D, column, H * D, tl.where(inside, dv, 0.0), P, D, BLOCK_D)
+    store(dk_ptr + s * P * H * D + h * D, column, H * D, tl.where(inside, dk * scale, 0.0), P, D, BLOCK_D)
+    store(dv_ptr + s * P * H * D + h * D, column, H * D, tl.where(inside, dv, 0.0), P, D, BLOCK_D)
 
 
 def forward(

@@ -26,7 +26,7 @@ def test_tables(row: Any) -> None:
     assert "| 1.50x (1.35 to 1.65), 25 MiB |" in text and "| 1 µs (reference)" in text
     assert "Not measured: flash-attn: flash_attn is not installed; sloppy: wrong, error 0.5, limit 1e-05." in text
     summary = report.summary(newest)
-    assert "| loss: VAR-d16, batch 2, float32, forward | 2 ms | eager | 0.50x (0.45 to 0.55) | 2.50 |" in summary
+    assert "| loss: VAR-d16, batch 2, float32 | 2 ms | eager | 0.50x (0.45 to 0.55) | 2.50 |" in summary
     assert summary.count("attention") == 1
     conditions = report.conditions(newest)
     assert "a CPU, 2 threads on 2 cores, torch 2.14.1, triton 3.8.0, commit 0123456, 2026-11-21." in conditions

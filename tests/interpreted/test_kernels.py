@@ -127,6 +127,31 @@ def test_attention_to_a_ragged_prefix(lengths: tuple[int, int] | None) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def cached(n: int, samples: int = 4) -> dict[str, Any]:
+    """A prefix longer than a program takes, shared by two samples, a trunk for two forks, and own keys."""
+    cache = noise(4, 600, 2, 1, 16)[:samples]
+    trunk = noise(2, 40, 2, 1, 16, seed=1)[: samples // 2]
+    prefix = noise(2, 530, 2, 1, 16, seed=2)[: samples // 2]
+    lengths = torch.tensor([530, 0])[: samples // 2]
+    return {
+        "q": 2 * noise(4, 90, 1, 16)[:samples, :n],
+        "k": cache[:, :540, 0],
+        "v": cache[:, :540, 1],
+        "prefix": ops.PrefixKV(prefix[:, :, 0], prefix[:, :, 1], lengths),
+        "trunk": ops.PrefixKV(trunk[:, :, 0], trunk[:, :, 1]),
+    }
+
+
+@pytest.mark.parametrize("n", [1, 5, 70])
+def test_cached_attention_of_few_and_many_queries(n: int) -> None:
+    check(ops.cached_attention, cached(n), ())
+    alone = {"prefix": None, "trunk": None}
+    check(ops.cached_attention, cached(n) | alone, ())
+    # the same bits in a smaller batch
+    larger, smaller = (ops.cached_attention(**cached(n, samples), backend="triton") for samples in (4, 2))
+    assert torch.equal(larger[:2], smaller)
+
+
 def test_rows_of_normalisations_over_several_tiles() -> None:
     x, scale, shift = noise(2, 70, 40), noise(2, 40, seed=1), noise(2, 40, seed=2)
     check(ops.adaptive_layer_norm, {"x": x, "scale": scale, "shift": shift}, ("x", "scale", "shift"))

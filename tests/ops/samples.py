@@ -36,7 +36,7 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tor
 
 @sample("adaptive_layer_norm")
 def _adaptive_layer_norm(dtype: torch.dtype) -> Iterator[Sample]:
-    for batch, length, width in [(2, 5, 12), (0, 5, 12), (1, 1, 7)]:
+    for batch, length, width in [(2, 5, 12), (0, 5, 12), (1, 1, 7), (2, 40, 6)]:
         arguments = {
             "x": noise(batch, length, width, dtype=dtype),
             "scale": noise(batch, width, dtype=dtype, seed=1),

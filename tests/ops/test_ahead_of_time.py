@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from ahead_of_time import Launch, compile_for, launches_of
 from fastvar.kernels.adaptive_layer_norm import impl_triton as norms
 from fastvar.kernels.block_causal_attention import impl_triton as attention
+from fastvar.kernels.cached_attention import impl_triton as cached
 from fastvar.kernels.qk_norm_rope import impl_triton as rotations
 
 from fastvar import ScaleSchedule
@@ -36,6 +37,13 @@ def attention_launches(head_dim: int, dtype: torch.dtype, **options: Any) -> lis
         attention.backward(results, q, q, q, *rest, results, [True] * 5)
 
     return launches_of(call)
+
+
+def cached_launches(head_dim: int, n: int, dtype: torch.dtype) -> list[Launch]:
+    """One scale's queries to a ragged prefix, a trunk and own keys."""
+    q, keys = torch.empty(4, n, 2, head_dim, dtype=dtype), torch.empty(4, 680, 2, head_dim, dtype=dtype)
+    shared, lengths = keys[:2], torch.tensor([50, 600])
+    return launches_of(lambda: cached.forward(q, keys, keys, shared, shared, lengths, shared, shared, 0.1))
 
 
 def small_launches(dtype: torch.dtype, width: int, head_dim: int) -> Iterator[Launch]:
@@ -78,6 +86,19 @@ def test_attention(capability: int, head_dim: int, dtype: torch.dtype) -> None:
         assert found.stack <= STACK[capability] and found.shared <= SHARED[capability], where
         matrix = "mma.sync" if dtype == torch.float32 else MATRIX[capability]
         assert launch.kernel.__name__ == "_delta" or matrix in found.ptx, where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("n", [1, 256])
+def test_cached_attention(n: int, capability: int) -> None:
+    for launch in cached_launches(64, n, torch.bfloat16):
+        found = compile_for(launch, capability)
+        where = f"{launch.kernel.__name__}, sm_{capability}: {found._replace(ptx='')}"
+        assert found.stack <= STACK[capability] and found.shared <= SHARED[capability], where
+        few = "mma.sync"  # Hopper's and Blackwell's own instructions take 64 rows and more
+        instruction = few if 2 * n < 64 else MATRIX[capability]
+        assert launch.kernel.__name__ == "_merge" or instruction in found.ptx, where
 
 
 @pytest.mark.slow

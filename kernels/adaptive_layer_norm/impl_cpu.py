@@ -1,0 +1,91 @@
+"""Adaptive layer norm and gated residual for CPUs, with PyTorch's fused kernels and gradients written out.
+
+PyTorch's layer norm takes one weight and bias for all rows. With a sample's modulation in their place it does the whole
+sample in one pass, forward and backward; samples of few rows are done together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from fastvar.kernels.adaptive_layer_norm.reference import gated_residual as gated_residual
+
+FEW_ROWS = 32  # of a sample; below, a call for each sample costs more than it saves
+
+
+def forward(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
+    """See the reference."""
+    batch, length, width = x.shape
+    compute = torch.promote_types(x.dtype, torch.float32)
+    gain, shift = scale.to(compute) + 1, shift.to(compute)
+    if length < FEW_ROWS:
+        normed = F.layer_norm(x.to(compute), (width,), eps=eps)
+        return torch.addcmul(shift[:, None], normed, gain[:, None]).to(x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    statistics = torch.empty(2, length, 1, dtype=compute)
+    for b in range(batch):
+        torch.ops.aten.native_layer_norm.out(
+            x[b].contiguous(), (width,), gain[b], shift[b], eps, out0=out[b], out1=statistics[0], out2=statistics[1]
+        )
+    return out
+
+
+def backward(
+    grads: Sequence[torch.Tensor | None],
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Gradients of x, scale and shift, as far as they are needed."""
+    grad = grads[0]
+    if grad is None:
+        return [torch.zeros(t.shape, dtype=t.dtype) for t, need in zip((x, scale, shift), needs, strict=True) if need]
+    batch, length, width = x.shape
+    compute = torch.promote_types(x.dtype, torch.float32)
+    gain = scale.to(compute) + 1
+    wide, g = x.to(compute).contiguous(), grad.to(compute).contiguous()
+    dx = torch.empty(x.shape, dtype=compute)
+    dscale, dshift = (torch.empty(batch, width, dtype=compute) for _ in range(2))
+    if length < FEW_ROWS:
+        normed, mean, rstd = torch.native_layer_norm(wide, (width,), None, None, eps)
+        slope = g * gain[:, None]
+        dx = torch.ops.aten.native_layer_norm_backward(
+            slope, wide, (width,), mean, rstd, None, None, (True, False, False)
+        )[0]
+        dscale, dshift = (g * normed).sum(1), g.sum(1)
+    else:
+        for b in range(batch):
+            _, mean, rstd = torch.native_layer_norm(wide[b], (width,), None, None, eps)
+            torch.ops.aten.native_layer_norm_backward.out(
+                g[b], wide[b], (width,), mean, rstd, gain[b], gain[b], (True, True, True),
+                out0=dx[b], out1=dscale[b], out2=dshift[b],
+            )  # fmt: skip
+    found = (dx.to(x.dtype), dscale.to(scale.dtype), dshift.to(shift.dtype))
+    return [gradient for gradient, need in zip(found, needs, strict=True) if need]
+
+
+def gated_residual_backward(
+    grads: Sequence[torch.Tensor | None],
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Gradients of x, y and gate, as far as they are needed."""
+    grad = grads[0]
+    if grad is None:
+        return [torch.zeros(t.shape, dtype=t.dtype) for t, need in zip((x, y, gate), needs, strict=True) if need]
+    found = []
+    if needs[0]:  # a copy: results of an operator may not be its arguments
+        found.append(grad.to(x.dtype, copy=True, memory_format=torch.contiguous_format))
+    compute = torch.promote_types(x.dtype, torch.float32)
+    g = grad.to(compute)
+    if needs[1]:
+        found.append((g * gate.to(compute)[:, None]).to(y.dtype).contiguous())
+    if needs[2]:
+        found.append((g * y.to(compute)).sum(1).to(gate.dtype))
+    return found
