@@ -12,6 +12,7 @@ Size = Literal["tiny", "cpu", "gpu"]
 Setting = Mapping[str, Any]
 Contender = Callable[..., Any] | str
 OURS = "fastvar"
+PASSES = ("forward", "backward", "training")
 
 
 @dataclass

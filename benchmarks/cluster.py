@@ -132,9 +132,9 @@ def activations(model: Architecture, rows: float, checkpointing: bool) -> float:
 
 
 def cache(model: Architecture, plan: Plan) -> float:
-    """Of a chunk of the coarse rollout: a trunk for each segment, with room for all tokens, and what its forks add."""
+    """Of a chunk of the coarse rollout: a trunk for each segment and what its forks add."""
     rows, fine = plan.chunk * plan.rows, model.tokens - model.coarse_tokens
-    return model.cache_bytes * (rows / plan.continuations * model.tokens + rows * fine)
+    return model.cache_bytes * (rows / plan.continuations * model.coarse_tokens + rows * fine)
 
 
 def drawing(model: Architecture, plan: Plan) -> float:

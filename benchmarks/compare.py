@@ -1,8 +1,9 @@
 """Is a change faster or slower? Two commits on one machine in one run: `python -m benchmarks.compare BASE HEAD`.
 
-Each commit gets a process of its own with that commit's `fastvar` and this checkout's benchmarks. The two take turns,
-a sample each; the table has the ratio of HEAD to BASE with its spread, and says where it lies outside of what two runs
-of the same commit differ by. HEAD "." is the working tree as it is.
+Each commit gets a process of its own with that commit's `fastvar` and this checkout's benchmarks, and BASE a second
+one, which tells what two runs of one commit differ by. They take turns, a sample each. The table has the ratio of HEAD
+to BASE with its spread; a pass is slower where all of the spread lies above that of the second BASE and above `slower`.
+HEAD "." is the working tree as it is.
 """
 
 from __future__ import annotations
@@ -10,23 +11,23 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 
 import fastvar
 from benchmarks import records
 from benchmarks.cases import setting_name
 from benchmarks.runner import Options, Runner
-from benchmarks.suites import SUITES
+from benchmarks.suites import SUITES, cases, device_of, size_of
 
 
 @dataclass(frozen=True)
@@ -44,46 +45,40 @@ class Arguments:
     rounds: int = 9
     """Turns of each."""
     slower: float = 1.05
-    """Exit with 1 where HEAD takes more than this many times as long, beyond its spread."""
+    """Exit with 1 where HEAD takes more than this many times as long, beyond the spread, or fails and BASE does not."""
 
 
 def main(arguments: Arguments) -> int:
-    size = arguments.size
-    if size == "auto":
-        size = "gpu" if torch.cuda.is_available() else "cpu"
-    cases = [
-        (suite.name, {**setting, "size": size}, pass_)
-        for suite in SUITES
-        if not arguments.suites or suite.name in arguments.suites
-        for setting in suite.settings[size]  # type: ignore[index]
-        for pass_ in arguments.passes
-        if pass_ == "forward" or suite.training
-    ]
-    slower = 0
-    with _worker(arguments.base) as base, _worker(arguments.head) as head:
-        for name, setting, pass_ in cases:
-            title = f"{name}, {setting_name(setting)}, {pass_}"
-            ready = [worker.ask({"suite": name, "setting": setting, "pass": pass_}) for worker in (base, head)]
-            sides = zip(("BASE", "HEAD"), ready, strict=True)
-            failed = [f"{side}: {answer['error']}" for side, answer in sides if "error" in answer]
-            if failed:
-                print(f"{title}: {'; '.join(failed)}", flush=True)
+    slower, broken = 0, 0
+    with _worker(arguments.base) as base, _worker(arguments.base) as again, _worker(arguments.head) as head:
+        workers = {"base": base, "again": again, "head": head}
+        for suite, setting, pass_ in cases(size_of(arguments.size), arguments.suites, arguments.passes):
+            title = f"{suite.name}, {setting_name(setting)}, {pass_}"
+            question = {"suite": suite.name, "setting": setting, "pass": pass_}
+            errors = {side: worker.ask(question).get("error") for side, worker in workers.items()}
+            if any(errors.values()):
+                broken += errors["base"] is None and errors["head"] is not None
+                print(f"{title}: BASE {errors['base'] or 'runs'}; HEAD {errors['head'] or 'runs'}", flush=True)
                 continue
-            seconds: dict[str, list[float]] = {"base": [], "head": []}
+            seconds: dict[str, list[float]] = {side: [] for side in workers}
             for number in range(arguments.rounds):
-                order = [("base", base), ("head", head)]
-                for side, worker in order if number % 2 else order[::-1]:
-                    seconds[side].append(worker.ask({"time": True})["seconds"])
-            ratio = records.spread(b / a for a, b in zip(seconds["base"], seconds["head"], strict=True))
+                sides = list(workers)
+                for side in sides[number % 3 :] + sides[: number % 3]:
+                    seconds[side].append(workers[side].ask({"time": True})["seconds"])
+            ratio, noise = (
+                records.spread(b / a for a, b in zip(seconds["base"], seconds[side], strict=True))
+                for side in ("head", "again")
+            )
             verdict = "same"
-            if ratio.low > arguments.slower:
+            if ratio.low > max(arguments.slower, noise.high):
                 verdict, slower = "SLOWER", slower + 1
-            elif ratio.high < 1 / arguments.slower:
+            elif ratio.high < min(1 / arguments.slower, noise.low):
                 verdict = "faster"
             times = " -> ".join(f"{1e3 * records.spread(seconds[side]).median:.3f} ms" for side in ("base", "head"))
-            print(f"{title}: {times}, {ratio.median:.3f}x ({ratio.low:.3f} to {ratio.high:.3f}) {verdict}", flush=True)
-    print(f"{slower} slower")
-    return int(slower > 0)
+            shown = [f"{r.median:.3f}x ({r.low:.3f} to {r.high:.3f})" for r in (ratio, noise)]
+            print(f"{title}: {times}, {shown[0]}, BASE again {shown[1]}: {verdict}", flush=True)
+    print(f"{slower} slower, {broken} broken")
+    return int(slower + broken > 0)
 
 
 class _Worker:
@@ -91,7 +86,9 @@ class _Worker:
 
     def __init__(self, folder: Path) -> None:
         command = [sys.executable, "-m", "benchmarks.compare", "--serve"]
-        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # threads that wait must not spin into the samples of the others
+        environment = {"GOMP_SPINCOUNT": "2000", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -109,11 +106,13 @@ class _Worker:
 @contextmanager
 def _worker(commit: str) -> Iterator[_Worker]:
     """A worker in a folder that has the commit's package and this checkout's benchmarks."""
-    with tempfile.TemporaryDirectory() as place:
+    git = ["git", "-C", str(records.ROOT), "worktree"]
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         source = records.ROOT
         if commit != ".":
             source = Path(place) / "source"
-            git = ["git", "-C", str(records.ROOT), "worktree"]
+            stack.callback(subprocess.run, [*git, "prune"], check=True)
+            stack.callback(shutil.rmtree, source, ignore_errors=True)
             subprocess.run([*git, "add", "--quiet", "--detach", str(source), commit], check=True)
         folder = Path(place) / "run"
         folder.mkdir()
@@ -122,16 +121,12 @@ def _worker(commit: str) -> Iterator[_Worker]:
                 (folder / name).symlink_to(source / name)
         (folder / "benchmarks").symlink_to(records.ROOT / "benchmarks")
         worker = _Worker(folder)
-        try:
-            for file in worker.ask({"files": True})["files"]:
-                if not Path(file).is_relative_to(source.resolve()):
-                    raise RuntimeError(f"compare: expected fastvar of {commit} in {source}, the process took {file}")
-            yield worker
-        finally:
-            worker.process.kill()
-            worker.process.wait()
-            if commit != ".":
-                subprocess.run([*git, "remove", "--force", str(source)], check=True)
+        stack.callback(worker.process.wait)
+        stack.callback(worker.process.kill)
+        for file in worker.ask({"files": True})["files"]:
+            if not Path(file).is_relative_to(source.resolve()):
+                raise RuntimeError(f"compare: expected fastvar of {commit} in {source}, the process took {file}")
+        yield worker
 
 
 def _serve() -> None:
@@ -151,8 +146,7 @@ def _serve() -> None:
             answer["seconds"] = sample()
         else:
             try:
-                device = torch.device("cuda" if question["setting"]["size"] == "gpu" else "cpu")
-                runner = runner or Runner(Options(device))
+                runner = runner or Runner(Options(device_of(question["setting"]["size"])))
                 suite = next(suite for suite in SUITES if suite.name == question["suite"])
                 sample = runner.stopwatch(suite, question["setting"], question["pass"])
             except Exception as error:

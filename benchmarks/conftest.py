@@ -7,50 +7,39 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import records
-from benchmarks.cases import Suite, setting_name
-from benchmarks.runner import PASSES, Measured, Options, Runner
-from benchmarks.suites import SUITES
+from benchmarks.cases import PASSES, Suite, setting_name
+from benchmarks.runner import Measured, Options, Runner
+from benchmarks.suites import cases, device_of, size_of
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastvar", "benchmarks of fastvar")
     group.addoption("--size", choices=["auto", "tiny", "cpu", "gpu"], default="auto", help="auto: gpu if there is one")
     group.addoption("--suites", default="", help="names of suites with commas between them; all by default")
-    group.addoption("--passes", default="", help=f"some of {','.join(PASSES)}; forward,training by default")
+    group.addoption("--passes", default="forward,training", help=f"some of {','.join(PASSES)}")
+    group.addoption("--settings", choices=["first", "rest", "all"], default="all", help="first: of each suite")
     group.addoption("--rows", type=Path, default=Path("outputs/benchmarks.jsonl"), help="rows are added to this file")
     group.addoption("--seconds", type=float, default=3.0, help="of timing, for each pass of each setting")
     group.addoption("--time-budget", type=float, default=0.0, help="seconds for all; what is left then is skipped")
 
 
-def size(config: pytest.Config) -> str:
-    wish = config.getoption("--size")
-    return ("gpu" if torch.cuda.is_available() else "cpu") if wish == "auto" else wish
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contender" not in metafunc.fixturenames:
         return
-    config = metafunc.config
-    wanted = [name for name in config.getoption("--suites").split(",") if name]
-    unknown = set(wanted) - {suite.name for suite in SUITES}
-    if unknown:
-        raise pytest.UsageError(f"--suites: expected some of {[s.name for s in SUITES]}, got {sorted(unknown)}")
-    passes = [name for name in config.getoption("--passes").split(",") if name] or ["forward", "training"]
-    if not set(passes) <= set(PASSES):
-        raise pytest.UsageError(f"--passes: expected some of {PASSES}, got {passes}")
-    cases = [
-        pytest.param(suite, {**setting, "size": size(config)}, pass_, name, id=_id(suite, setting, pass_, name))
-        for suite in SUITES
-        if not wanted or suite.name in wanted
-        for setting in suite.settings[size(config)]  # type: ignore[index]
-        for pass_ in PASSES
-        if pass_ in passes and (pass_ == "forward" or suite.training)
+    option = metafunc.config.getoption
+    names, passes = ([word for word in option(name).split(",") if word] for name in ("--suites", "--passes"))
+    try:
+        chosen = list(cases(size_of(option("--size")), names, passes, option("--settings")))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+    each = [
+        pytest.param(suite, setting, pass_, name, id=_id(suite, setting, pass_, name))
+        for suite, setting, pass_ in chosen
         for name in suite.contenders
     ]
-    metafunc.parametrize(("suite", "setting", "pass_", "contender"), cases)
+    metafunc.parametrize(("suite", "setting", "pass_", "contender"), each)
 
 
 def _id(suite: Suite, setting: Any, pass_: str, contender: str) -> str:
@@ -61,7 +50,7 @@ class Session:
     """Measures all contenders of a pass when the first of them is asked for, and writes the row at once."""
 
     def __init__(self, config: pytest.Config) -> None:
-        device = torch.device("cuda" if size(config) == "gpu" else "cpu")
+        device = device_of(size_of(config.getoption("--size")))
         self.runner = Runner(Options(device, budget=config.getoption("--seconds")))
         self.rows: Path = config.getoption("--rows")
         budget = config.getoption("--time-budget")

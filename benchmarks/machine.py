@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.measure import interleave
 
@@ -14,7 +15,8 @@ class Peaks(NamedTuple):
     """Measured rates.
 
     Attributes:
-        flops: multiplications and additions a second of a large matrix product.
+        flops: multiplications and additions a second of a large matrix product or convolution, whichever is faster;
+            in float32 on a GPU with TF32 where PyTorch uses it by default.
         bandwidth: bytes a second, read and written, of a large copy.
     """
 
@@ -30,9 +32,18 @@ def peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
     a = torch.randn(side, side, device=device).to(dtype)
     source = torch.empty(length, dtype=torch.int8, device=device).zero_()
     target = torch.empty_like(source)
-    calls = {"matmul": lambda: torch.mm(a, a), "copy": lambda: target.copy_(source)}
-    seconds = interleave(calls, device, 2.0, rounds=(5, 20))
-    return Peaks(2 * side**3 / min(seconds["matmul"]), 2 * length / min(seconds["copy"]))
+    channels, size = (1024, 64) if gpu else (256, 32)
+    image = torch.randn(8, channels, size, size, device=device).to(dtype)
+    weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype)
+    calls = {
+        "matmul": lambda: torch.mm(a, a),
+        "convolution": lambda: F.conv2d(image, weight, padding=1),  # on some CPUs another library's kernel
+        "copy": lambda: target.copy_(source),
+    }
+    seconds, _ = interleave(calls, device, 2.0, rounds=(5, 20))
+    counted = {"matmul": 2.0 * side**3, "convolution": 18.0 * image.numel() * channels}
+    flops = max(count / min(seconds[name]) for name, count in counted.items() if name in seconds)
+    return Peaks(flops, 2 * length / min(seconds["copy"]))
 
 
 def roofline(flops: float, bytes_: float, device: torch.device, dtype: torch.dtype) -> float:

@@ -14,6 +14,7 @@ import torch
 Call = Callable[[], Any]
 SHORTEST_SAMPLE = 2e-3  # seconds on a CPU; a shorter call is repeated within a sample
 ROUNDS = (5, 50)  # least and most
+_BROKEN: list[str] = []  # why a capture failed; then no other one is tried
 LONG_ROUND = 5.0  # seconds; where a round takes longer, three are enough
 LONG_CALL = 1.0  # seconds; such a call needs no second one to warm up
 
@@ -22,7 +23,8 @@ class Stopwatch:
     """Times a call, a sample at a time.
 
     Args:
-        call: called at once, to warm up, a short one several times.
+        call: called at once, to warm up, a short one several times. One with a method `setup` has it called before
+            each sample, outside of the time.
         device: on a GPU events are the clock and the L2 cache is flushed before each call; on a CPU `perf_counter` is,
             and a short call is repeated within a sample.
 
@@ -35,7 +37,7 @@ class Stopwatch:
         self.expected = self()
         if self.expected < LONG_CALL:
             self.expected = min(self.expected, self())
-        if device.type != "cuda":
+        if device.type != "cuda" and not hasattr(call, "setup"):
             for _ in range(2):  # of a very short call the first guess is far off
                 self._repeats = max(1, round(SHORTEST_SAMPLE / max(self.expected, 1e-8)))
                 self.expected = self() if self._repeats > 1 else self.expected
@@ -43,6 +45,7 @@ class Stopwatch:
 
     def __call__(self) -> float:
         """Seconds of one call, in a new sample."""
+        set_up(self._call)
         if self._device.type != "cuda":
             start = time.perf_counter()
             for _ in range(self._repeats):
@@ -57,6 +60,13 @@ class Stopwatch:
         return begin.elapsed_time(end) / 1000
 
 
+def set_up(call: Call) -> None:
+    """Whatever a call needs before it is timed."""
+    setup = getattr(call, "setup", None)
+    if setup is not None:
+        setup()
+
+
 @lru_cache
 def _larger_than_l2(device: torch.device) -> torch.Tensor:
     return torch.empty(256 * 2**20, dtype=torch.int8, device=device)
@@ -64,30 +74,52 @@ def _larger_than_l2(device: torch.device) -> torch.Tensor:
 
 def interleave(
     calls: Mapping[str, Call], device: torch.device, budget: float, *, label: str = "", rounds: tuple[int, int] = ROUNDS
-) -> dict[str, list[float]]:
-    """Seconds of each call in every round. In a round each is called once, in an order that rotates, so that a noisy
-    neighbour or a falling clock meets all of them; ratios within a round are then meaningful.
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of each call in every round, and why those are missing that raised. In a round each is called once, in an
+    order that rotates, so that a noisy neighbour or a falling clock meets all of them; ratios within a round are then
+    meaningful.
 
     Args:
-        calls: by name, at least one.
+        calls: by name.
         device: see `Stopwatch`.
         budget: seconds to spend, if the least number of rounds allows.
         label: of the NVTX ranges around the calls.
         rounds: least and most.
     """
-    watches = {name: Stopwatch(call, device) for name, call in calls.items()}
+    failed: dict[str, str] = {}
+    watches: dict[str, Stopwatch] = {}
+    for name, call in calls.items():
+        with _failures(name, failed):
+            watches[name] = Stopwatch(call, device)
     a_round = sum(watch.expected for watch in watches.values())
     least = 3 if a_round > LONG_ROUND else rounds[0]
     count = min(max(int(budget / max(a_round, 1e-9)), least), max(least, rounds[1]))
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+    seconds: dict[str, list[float]] = {name: [] for name in watches}
+    names = list(watches)
     with _without_garbage_collection():
         for number in range(count):
-            first = number % len(names)
+            first = number % max(len(names), 1)
             for name in names[first:] + names[:first]:
-                with nvtx_range(f"{label}{name}"):
-                    seconds[name].append(watches[name]())
-    return seconds
+                if name not in failed:
+                    with _failures(name, failed), nvtx_range(f"{label}{name}"):
+                        seconds[name].append(watches[name]())
+    return {name: values for name, values in seconds.items() if name not in failed}, failed
+
+
+@contextmanager
+def _failures(name: str, failed: dict[str, str]) -> Iterator[None]:
+    """What one contender raises is noted and does not stop the others."""
+    try:
+        yield
+    except Exception as error:
+        failed[name] = reason(error)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
 
 
 def graphed(call: Call) -> Call:
@@ -96,6 +128,9 @@ def graphed(call: Call) -> Call:
     Raises:
         RuntimeError: it waits for the device or cannot be captured for another reason.
     """
+    if _BROKEN:
+        raise RuntimeError("an earlier capture failed in this process")
+    before = torch.cuda.current_stream()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     mode = torch.cuda.get_sync_debug_mode()
@@ -112,7 +147,9 @@ def graphed(call: Call) -> Call:
         with torch.cuda.graph(graph):
             call()
     except Exception as error:
-        # The generator may still believe that it is being captured.
+        # What a failed capture leaves behind: its stream, a generator and an allocator that believe it goes on.
+        _BROKEN.append(reason(error))
+        torch.cuda.set_stream(before)
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(generator.clone_state())
         raise RuntimeError(f"no graph: {error}") from error

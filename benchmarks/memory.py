@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.measure import set_up
+
 
 def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> float:
-    """MiB that a call holds at its peak beyond what was held before it; what it returns is freed.
+    """MiB that a call holds at its peak beyond what was held before it, by its `setup` for instance; what it returns is
+    freed.
 
     On a GPU of torch's allocator; on a CPU of the process's resident memory (Linux), after freed memory was given back
     to the system, so that what an earlier call left behind is not taken for nothing.
@@ -19,6 +22,7 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> 
     Raises:
         OSError: on a CPU, a system that does not let a process reset its peak.
     """
+    set_up(call)
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

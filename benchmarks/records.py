@@ -9,10 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,7 @@ def device_name(device: torch.device | str = "cpu") -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+@lru_cache
 def driver() -> str | None:
     """The version of the GPU's driver."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -59,8 +61,12 @@ def driver() -> str | None:
     return done.stdout.split()[0] if done.returncode == 0 and done.stdout.split() else None
 
 
+@lru_cache
 def commit(repository: Path) -> str | None:
-    """The commit that is checked out, None outside a git checkout."""
+    """The commit that is checked out. None outside a git checkout, but for this project's copy without one, which the
+    environment variable FASTVAR_COMMIT may name."""
+    if _git(repository, "rev-parse", "--show-toplevel") != str(repository.resolve()):
+        return os.environ.get("FASTVAR_COMMIT") if repository == ROOT else None
     return _git(repository, "rev-parse", "HEAD")
 
 
@@ -97,7 +103,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 class Spread(NamedTuple):
-    """The median and the 20 % and 80 % quantiles."""
+    """The median and the 20 % and 80 % quantiles; of fewer than ten values the least and the largest."""
 
     median: float
     low: float
@@ -106,7 +112,7 @@ class Spread(NamedTuple):
 
 def spread(values: Iterable[float]) -> Spread:
     values = list(values)
-    if len(values) == 1:
-        return Spread(*values * 3)
+    if len(values) < 10:
+        return Spread(median(values), min(values), max(values))
     tenths = quantiles(values, n=10, method="inclusive")
     return Spread(tenths[4], tenths[1], tenths[7])

@@ -1,6 +1,7 @@
 """Tables and plots of recorded rows: `python -m benchmarks.report` writes them into README.md and docs/.
 
-Rows come from `benchmarks/data/suites.jsonl`; of each suite, setting and pass on a device the newest one counts.
+Rows come from `benchmarks/data/suites.jsonl`; of each suite, setting and pass on a device the newest one counts, as
+long as the suite still has the setting.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.cases import OURS, setting_name
+from benchmarks.cases import OURS, PASSES, setting_name
 from benchmarks.records import ROOT, read
+from benchmarks.rivals import rivals_of
+from benchmarks.suites import cases
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,13 +25,27 @@ ROWS = ROOT / "benchmarks" / "data" / "suites.jsonl"
 PLACES = ("cpu", "gpu")
 
 
-def newest(rows: Sequence[Row], place: str) -> list[Row]:
-    """The newest row of each suite, setting and pass that was measured at a size ("cpu" or "gpu"), in their order."""
+def newest(rows: Sequence[Row], place: str, device: str | None = None) -> list[Row]:
+    """The newest row of each suite, setting and pass that was measured at a size ("cpu" or "gpu"), in the order of the
+    suites; of one device, or of the newest row's."""
+    asked = [_key(suite.name, setting, pass_) for suite, setting, pass_ in cases(place, passes=PASSES)]
     found: dict[str, Row] = {}
     for row in rows:
-        if row["setting"]["size"] == place:
-            found[json.dumps([row["suite"], row["setting"], row["pass"]])] = row
-    return list(found.values())
+        key = _key(row["suite"], row["setting"], row["pass"])
+        if key in asked and device in (None, row["device"]):
+            if device is None and found and next(iter(found.values()))["device"] != row["device"]:
+                found = {}  # another device since
+            found[key] = row
+    return [found[key] for key in asked if key in found]
+
+
+def devices(rows: Sequence[Row], place: str) -> list[str]:
+    """What was measured at a size, in order."""
+    return list(dict.fromkeys(row["device"] for row in rows if row["setting"]["size"] == place))
+
+
+def _key(suite: str, setting: Mapping[str, Any], pass_: str) -> str:
+    return json.dumps([suite, setting, pass_])
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -46,23 +63,19 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One line for each suite: its first setting, ours and the fastest rival, and the least memory of a rival."""
-    head = ["operator or job", "fastvar", "fastest rival", "its time / ours", "its memory / ours"]
+    """One line for each suite: the fastest rival's time over ours, where it is worst for us and where it is best."""
+    head = ["operator or job", "passes", "at worst", "where", "at best", "where"]
     parts = [_line(head), "|" + " --- |" * len(head)]
     for suite in dict.fromkeys(row["suite"] for row in rows):
         own = [row for row in rows if row["suite"] == suite]
-        row = own[0]
-        rivals = {name: found for name, found in row["contenders"].items() if not name.startswith(OURS)}
-        title = f"{suite}: {_title(row, own)}"
-        if not rivals:
-            parts.append(_line([title, _time(row["contenders"][OURS]["seconds"]["median"]), "none ran", "", ""]))
-            continue
-        name = min(rivals, key=lambda name: rivals[name]["seconds"]["median"])
-        ours = row["contenders"][OURS]
-        memory = ""
-        if ours.get("peak_mib", 0) >= 1:
-            memory = f"{rivals[name]['peak_mib'] / ours['peak_mib']:.2f}"
-        parts.append(_line([title, _time(ours["seconds"]["median"]), name, _ratio(row["ratios"][name]), memory]))
+        found = []
+        for row in own:
+            names = list(rivals_of(row))
+            if names:
+                name = min(names, key=lambda name: row["ratios"][name]["median"])
+                found.append((row["ratios"][name]["median"], f"{_title(row, own)}, against {name}"))
+        cells = [f"{ratio:.2f}x | {where}" for ratio, where in (min(found), max(found))] if found else ["- | "] * 2
+        parts.append(_line([suite, str(len(own)), *cells]))
     return "\n".join(parts) + "\n"
 
 
@@ -76,11 +89,15 @@ def conditions(rows: Sequence[Row]) -> str:
         "torch": [f"torch {row['torch']}" for row in rows],
         "triton": [f"triton {row['triton']}" for row in rows if row.get("triton")],
         "versions": [f"{name} {v[:12]}" for row in rows for name, v in sorted(row.get("versions", {}).items())],
-        "commit": [f"commit {row['commit'][:7]}" + (" with changes" if row["dirty"] else "") for row in rows],
+        "cuda": [f"CUDA {row['cuda']}, driver {row['driver']}" for row in rows if row.get("cuda")],
+        "python": [f"Python {row['python']}" for row in rows],
+        "commit": [f"commit {(row['commit'] or 'unknown')[:7]}" + " with changes" * bool(row["dirty"]) for row in rows],
         "date": sorted({row["date"][:10] for row in rows}),
     }
     words = [word for values in fields.values() for word in dict.fromkeys(values)]
-    return "Measured on " + ", ".join(words) + ".\n"
+    rounds, loads = ([row[name] for row in rows] for name in ("rounds", "load"))
+    return f"""Measured on {", ".join(words)}; {min(rounds)} to {max(rounds)} rounds, load {min(loads)} to {max(loads)}.
+"""
 
 
 def plot(rows: Sequence[Row]) -> Image:
@@ -133,11 +150,21 @@ def texts(root: Path, rows: Sequence[Row]) -> dict[Path, str]:
     readme, page = root / "README.md", root / "docs" / "benchmarks.md"
     found = {readme: readme.read_text(), page: page.read_text()}
     for place in PLACES:
-        own = newest(rows, place)
-        under = conditions(own)
-        found[readme] = between(found[readme], f"benchmarks {place}", (summary(own) + "\n" if own else "") + under)
-        found[page] = between(found[page], f"suites {place}", under + ("\n" + tables(own) if own else ""))
+        short, long = [], []
+        for device in devices(rows, place):
+            own = newest(rows, place, device)
+            if own:
+                under = conditions(own)
+                short.append(summary(own) + "\n" + under)
+                long.append(f"{under}\n{tables(own)}\n![Times of the rivals]({picture(place, device)})\n")
+        found[readme] = between(found[readme], f"benchmarks {place}", "\n".join(short) or "No rows yet.\n")
+        found[page] = between(found[page], f"suites {place}", "\n".join(long) or "No rows yet.\n")
     return found
+
+
+def picture(place: str, device: str) -> str:
+    """The name of a device's plot."""
+    return f"benchmarks_{place}_{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.png"
 
 
 def main() -> None:
@@ -145,9 +172,10 @@ def main() -> None:
     for path, text in texts(ROOT, rows).items():
         path.write_text(text)
     for place in PLACES:
-        own = [row for row in newest(rows, place) if row["ratios"]]
-        if own:
-            plot(own).save(ROOT / "docs" / f"benchmarks_{place}.png", optimize=True)
+        for device in devices(rows, place):
+            own = [row for row in newest(rows, place, device) if row["ratios"]]
+            if own:
+                plot(own).save(ROOT / "docs" / picture(place, device), optimize=True)
 
 
 def _title(row: Row, suite: Sequence[Row]) -> str:
@@ -180,7 +208,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     """Who is missing or wrong, and why."""
     why: dict[str, None] = {}
     for row in rows:
-        why |= {f"{name}: {reason}": None for name, reason in row["missing"].items()}
+        for name, reason in row["missing"].items():
+            everywhere = all(name in other["missing"] for other in rows)
+            why[f"{name}: {reason}" if everywhere else f"{name} ({_title(row, rows)}): {reason}"] = None
         why |= {f"{n}: wrong, error {e:.2g}, limit {row['limit']:.2g}": None for n, e in row["wrong"].items()}
     return ["Not measured: " + "; ".join(why) + "."] if why else []
 

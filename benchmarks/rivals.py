@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import lru_cache, partial
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,17 @@ from benchmarks import records
 from benchmarks.cases import OURS, Contender, Setting
 from fastvar.ops._dispatch import REGISTRY
 
-# Environment variables that name checkouts of the public code.
+BESIDE = records.ROOT / "benchmarks" / "checkouts"
+# Environment variables that name checkouts of the public code, which may also lie in benchmarks/checkouts/.
 CHECKOUTS = {
     "VAR": ("FASTVAR_BENCH_VAR", "models/vqvae.py"),
     "Infinity": ("FASTVAR_BENCH_INFINITY", "infinity/models/infinity.py"),
 }
+
+
+def rivals_of(row: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The contenders of a row that are not ours."""
+    return {name: found for name, found in row["contenders"].items() if not name.startswith(OURS)}
 
 
 def missing_package(name: str, device: torch.device, *, needs_gpu: bool = True) -> str | None:
@@ -39,8 +46,8 @@ def missing_package(name: str, device: torch.device, *, needs_gpu: bool = True) 
 def checkout(name: str) -> Path | str:
     """The path of a checkout of FoundationVision/VAR or Infinity, or why there is none."""
     variable, file = CHECKOUTS[name]
-    path = os.environ.get(variable)
-    if not path:
+    path = os.environ.get(variable) or str(BESIDE / name)
+    if not os.environ.get(variable) and not (BESIDE / name).is_dir():
         return f"{variable} names no checkout of FoundationVision/{name}"
     if not (Path(path) / file).is_file():
         return f"{variable}: expected a checkout of FoundationVision/{name}, found no {file} in it"
@@ -63,7 +70,11 @@ def versions() -> dict[str, str]:
         "liger_kernel": "liger-kernel",
         "cut_cross_entropy": "cut-cross-entropy",
     }
-    found = {name: version(name) for module, name in packages.items() if find_spec(module)}
+    found = {}
+    for module, name in packages.items():
+        if find_spec(module):
+            with suppress(PackageNotFoundError):
+                found[name] = version(name)
     for name in CHECKOUTS:
         path = checkout(name)
         if isinstance(path, Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,11 +13,9 @@ import torch
 from benchmarks import records
 from benchmarks.cases import OURS, Problem, Setting, Suite, relative_error, setting_name, tensors
 from benchmarks.machine import peaks, roofline
-from benchmarks.measure import Stopwatch, graphed, interleave, nvtx_range
+from benchmarks.measure import Stopwatch, graphed, interleave, nvtx_range, reason
 from benchmarks.memory import peak_memory
 from benchmarks.rivals import versions
-
-PASSES = ("forward", "backward", "training")
 
 
 class Wrong(RuntimeError):
@@ -63,13 +62,13 @@ class Runner:
         self.options = options
         self._key: tuple[str, str] | None = None
         self._problem: Problem | None = None
-        self._expected: Any = None
+        self._checked: dict[tuple[bool, tuple[str, ...]], Checked] = {}
 
     def problem(self, suite: Suite, setting: Setting) -> Problem:
         """The problem of a setting, built anew unless it was the last one."""
         key = (suite.name, str(setting))
         if self._key != key:
-            self._key, self._problem, self._expected = None, None, None
+            self._key, self._problem, self._checked = None, None, {}
             torch.compiler.reset()  # dynamo compiles a function for few shapes only, then runs it as it is
             torch.manual_seed(0)
             problem = suite.build(setting, self.options.device)
@@ -92,7 +91,10 @@ class Runner:
         problem, errors, limit, failed = checked.problem, checked.errors, checked.limit, checked.failed
         wrong = {name: error for name, error in errors.items() if not error <= limit}
         calls = {name: _call(problem, name, pass_) for name in errors if name not in wrong}
-        seconds = interleave(calls, options.device, options.budget, label=label, rounds=options.rounds)
+        seconds, raised = interleave(calls, options.device, options.budget, label=label, rounds=options.rounds)
+        failed = {**failed, **raised}
+        if OURS in failed:
+            raise Wrong(f"{label}{OURS}: {failed[OURS]}")
         graph_seconds = self._graphs(calls) if self._with_graphs(suite, pass_) else {}
         dtype = getattr(torch, setting["dtype"])
         floor = self._floor(problem, pass_, dtype)
@@ -103,7 +105,8 @@ class Runner:
             if name in graph_seconds:
                 contenders[name]["graph_seconds"] = graph_seconds[name]
             if options.memory:
-                contenders[name]["peak_mib"] = round(peak_memory(calls[name], options.device), 2)
+                with suppress(OSError):  # a system that does not tell
+                    contenders[name]["peak_mib"] = round(peak_memory(calls[name], options.device), 2)
             if floor:
                 contenders[name]["roofline"] = floor / found.median
         row = {
@@ -141,18 +144,25 @@ class Runner:
             Wrong: our contender's error is above its limit, or it raised.
         """
         problem = self.problem(suite, setting)
-        check = problem.check or relative_error
         training = pass_ != "forward"
-        wide = torch.float32 if self.options.device.type == "cuda" else torch.float64
+        if (training, only) not in self._checked:
+            title = f"{suite.name}, {setting_name(setting)}"
+            self._checked[training, only] = self._check(problem, training, only, title)
+        return self._checked[training, only]
+
+    def _check(self, problem: Problem, training: bool, only: tuple[str, ...], title: str) -> Checked:
+        check = problem.check or relative_error
+        floats = [t.dtype for t in tensors(problem.inputs) if t.is_floating_point()]
+        # more exact than the inputs; on a GPU no more than it takes
+        half = bool(floats) and all(dtype.itemsize == 2 for dtype in floats)
+        wide = torch.float32 if self.options.device.type == "cuda" and half else torch.float64
         expected, own_error = None, 0.0
         if problem.reference is not None:
             expected = _results(problem.reference, _converted(problem.inputs, wide), problem.gradients, training)
             if problem.limit is None:
                 own_error = check(_results(problem.reference, problem.inputs, problem.gradients, training), expected)
             if not math.isfinite(own_error):
-                raise ValueError(
-                    f"{suite.name}, {setting_name(setting)}, {pass_}: the reference's own error: {own_error}"
-                )
+                raise ValueError(f"{title}: the reference's own error: {own_error}")
         errors, failed = {}, {}
         for name, function in problem.contenders.items():
             if isinstance(function, str) or (only and name not in only):
@@ -160,15 +170,14 @@ class Runner:
             try:
                 found = _results(function, problem.inputs, problem.gradients, training)
             except Exception as error:  # whatever a rival does: it is named in the row
-                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+                failed[name] = reason(error)
                 continue
             errors[name] = check(found, expected)
-        floats = [t.dtype for t in tensors(problem.inputs) if t.is_floating_point()]
         epsilon = max((torch.finfo(dtype).eps for dtype in floats), default=torch.finfo(torch.float32).eps)
         limit = problem.limit if problem.limit is not None else 4 * own_error + (16 if epsilon < 1e-4 else 4) * epsilon
         if not errors.get(OURS, float("inf")) <= limit:
-            reason = failed.get(OURS) or f"error {errors[OURS]:.2g}, expected at most {limit:.2g}"
-            raise Wrong(f"{suite.name}, {setting_name(setting)}, {pass_}: {OURS}: {reason}")
+            why = failed.get(OURS) or f"error {errors[OURS]:.2g}, expected at most {limit:.2g}"
+            raise Wrong(f"{title}, {'with gradients' if training else 'forward'}: {OURS}: {why}")
         return Checked(problem, errors, limit, failed)
 
     def _with_graphs(self, suite: Suite, pass_: str) -> bool:
@@ -179,11 +188,11 @@ class Runner:
         for name, call in calls.items():
             try:
                 replays[name] = graphed(call)
-            except RuntimeError:  # the row then has no graph_seconds for it
+            except Exception:  # the row then has no graph_seconds for it
                 torch.cuda.synchronize()
         if not replays:
             return {}
-        found = interleave(replays, self.options.device, self.options.budget / 2, rounds=self.options.rounds)
+        found, _ = interleave(replays, self.options.device, self.options.budget / 2, rounds=self.options.rounds)
         return {name: records.spread(values)._asdict() for name, values in found.items()}
 
     def _floor(self, problem: Problem, pass_: str, dtype: torch.dtype) -> float:
@@ -210,10 +219,24 @@ def _call(problem: Problem, name: str, pass_: str) -> Callable[[], Any]:
 
         return forward
     inputs, leaves = _with_leaves(problem.inputs, problem.gradients)
-    if pass_ == "training":
-        return lambda: _gradients(function(**inputs), leaves)
-    result = function(**inputs)
-    return lambda: _gradients(result, leaves, retain_graph=True)
+    if pass_ == "backward":
+        return _Backward(function, inputs, leaves)
+    return lambda: _gradients(function(**inputs), leaves)
+
+
+class _Backward:
+    """A backward pass; the forward pass before it is not timed."""
+
+    def __init__(self, function: Callable[..., Any], inputs: dict[str, Any], leaves: list[torch.Tensor]) -> None:
+        self._function, self._inputs, self._leaves = function, inputs, leaves
+        self._result: Any = None
+
+    def setup(self) -> None:
+        self._result = self._function(**self._inputs)
+
+    def __call__(self) -> tuple[torch.Tensor, ...]:
+        result, self._result = self._result, None
+        return _gradients(result, self._leaves)
 
 
 def _results(function: Callable[..., Any], inputs: dict[str, Any], gradients: tuple[str, ...], training: bool) -> Any:
@@ -231,11 +254,11 @@ def _with_leaves(inputs: dict[str, Any], gradients: tuple[str, ...]) -> tuple[di
     return {**inputs, **leaves}, list(leaves.values())
 
 
-def _gradients(result: Any, leaves: list[torch.Tensor], retain_graph: bool = False) -> tuple[torch.Tensor, ...]:
+def _gradients(result: Any, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Gradients of the sum of all results, weighted so that they do not cancel."""
     outputs = [t for t in tensors(result) if t.requires_grad]
     weights = [_weights(t) for t in outputs]
-    return torch.autograd.grad(outputs, leaves, weights, retain_graph=retain_graph)
+    return torch.autograd.grad(outputs, leaves, weights)
 
 
 _WEIGHTS: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -249,8 +272,9 @@ def _weights(like: torch.Tensor) -> torch.Tensor:
     if key not in _WEIGHTS:
         if len(_WEIGHTS) > 8:
             _WEIGHTS.clear()
-        generator = torch.Generator().manual_seed(1)
-        _WEIGHTS[key] = torch.randn(like.shape, generator=generator).to(like)
+        generator = torch.Generator(like.device).manual_seed(1)
+        weights = torch.randn(like.shape, generator=generator, device=like.device)
+        _WEIGHTS[key] = weights.bfloat16().to(like.dtype)  # the same numbers in every dtype
     return _WEIGHTS[key]
 
 

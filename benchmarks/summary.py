@@ -2,50 +2,49 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from benchmarks.cases import OURS, setting_name
 from benchmarks.records import read
+from benchmarks.rivals import rivals_of
 
 
 def lines(rows: list[dict[str, Any]], most: int) -> list[str]:
     """A line for each row: how much of the fastest rival's time ours takes, the largest first; at most `most`."""
     found = []
     for row in rows:
-        rivals = {name: ratio["median"] for name, ratio in row["ratios"].items()}
+        rivals = {name: row["ratios"][name]["median"] for name in rivals_of(row)}
         ours = row["contenders"][OURS]
         name = min(rivals, key=lambda name: rivals[name]) if rivals else ""
         loss = 1 / rivals[name] if rivals else 0.0
         roofline = f"{100 * ours['roofline']:4.0f} %" if "roofline" in ours else "      "
-        title = f"{row['suite']}, {setting_name(row['setting'])}, {row['pass']}"
+        title = f"{row['suite']}, {setting_name(row['setting'])}"
         against = f"{loss:6.2f} of {name}" if rivals else "       no rival ran"
-        found.append((-loss, f"{title:<72.72}{1e3 * ours['seconds']['median']:10.3f} ms {roofline} {against}"))
+        seconds = 1e3 * ours["seconds"]["median"]
+        found.append((-loss, f"{title:<70.70} {row['pass']:<8} {seconds:10.3f} ms {roofline} {against}"))
     found.sort()
     texts = [text for _, text in found]
-    if len(texts) > most - 2:
+    if len(texts) > most - 1:
         texts = [*texts[: most - 2], f"... and {len(texts) - most + 2} more rows in the file"]
-    return [f"{'suite, setting, pass':<72}{'ours':>13} {'roof':>6}   ours / fastest rival", *texts]
+    return [f"{'suite, setting':<70} {'pass':<8} {'ours':>13} {'roof':>6}   ours / fastest rival", *texts]
 
 
-def main(rows: Path, skip: int = 0, most: int = 40) -> int:
-    """Print the table.
-
-    Args:
-        rows: a file that the benchmarks wrote.
-        skip: rows at its beginning to leave out.
-        most: lines.
-    """
-    found = read(rows)[skip:] if rows.is_file() else []
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=Path, required=True, help="a file that the benchmarks wrote")
+    parser.add_argument("--skip", type=int, default=0, help="rows at its beginning to leave out")
+    parser.add_argument("--most", type=int, default=40, help="lines")
+    arguments = parser.parse_args()
+    found = read(arguments.rows)[arguments.skip :] if arguments.rows.is_file() else []
     if not found:
-        print(f"summary: no rows in {rows}", file=sys.stderr)
+        print(f"summary: no rows in {arguments.rows}", file=sys.stderr)
         return 1
-    print("\n".join(lines(found, most)))
+    print("\n".join(lines(found, arguments.most)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    sys.exit(main())

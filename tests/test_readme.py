@@ -43,7 +43,7 @@ def test_support_matrix_is_current() -> None:
 
 def test_environment_variables_are_listed() -> None:
     used = set()
-    for folder in ("fastvar", "kernels"):
+    for folder in ("fastvar", "kernels", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
             used |= set(re.findall(r"FASTVAR_[A-Z_]+", path.read_text()))
     assert used == set(re.findall(r"`(FASTVAR_[A-Z_]+)`", README))

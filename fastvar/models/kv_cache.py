@@ -45,19 +45,29 @@ class KVCache:
         trunk = None if self.trunk is None else self.trunk[index]
         return self.keys[index], self.values[index], prefix, trunk
 
-    def fork(self, times: int, capacity: int) -> KVCache:
+    def reserve(self, tokens: int) -> None:
+        """Make room for that many tokens of its own; what is there is copied if it has to move."""
+        layers, rows, capacity, heads, head_dim = self.keys.shape
+        if tokens <= capacity:
+            return
+        size, kept = (layers, rows, heads, tokens, head_dim), self.length
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = torch.empty(size, dtype=old.dtype, device=old.device).transpose(2, 3)
+            new[:, :, :kept] = old[:, :, :kept]
+            setattr(self, name, new)
+
+    def fork(self, times: int) -> KVCache:
         """A cache for `times` continuations of every row: row b of the new one continues row b // times of this one.
 
-        The tokens sampled so far are referred to, not copied; only forking a fork gathers both stretches into one.
+        The tokens sampled so far are referred to, not copied; only forking a fork gathers both stretches into one. It
+        has no room for more yet, see `reserve`.
 
         Args:
             times: continuations per row.
-            capacity: tokens that each continuation will add.
         """
         layers, rows, _, heads, head_dim = self.keys.shape
-        forked = KVCache(
-            layers, rows * times, capacity, heads, head_dim, dtype=self.keys.dtype, device=self.keys.device
-        )
+        forked = KVCache(layers, rows * times, 0, heads, head_dim, dtype=self.keys.dtype, device=self.keys.device)
         forked.prefix = self.prefix
         own = [PrefixKV(k[:, : self.length], v[:, : self.length]) for k, v in zip(self.keys, self.values, strict=True)]
         if self.trunk is None:

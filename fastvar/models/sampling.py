@@ -67,7 +67,6 @@ class SamplingState:
             [block.repeat_interleave(times, 0) for block in self.modulations.blocks],
             self.modulations.head.repeat_interleave(times, 0),
         )
-        capacity = self.cache.keys.shape[2] - self.cached
         return SamplingState(
             self.scale,
             self.tokens.repeat_interleave(times, 0),
@@ -75,7 +74,7 @@ class SamplingState:
             repeated(self.inputs),
             self.condition.repeat_interleave(times, 0),
             modulations,
-            self.cache.fork(times, capacity),
+            self.cache.fork(times),
             0,
             repeated(self.log_probs),
             repeated(self.sampled_log_probs),
@@ -190,6 +189,8 @@ def generate(
     if not log_probs:  # those of a part of the tokens would be of no use
         state.log_probs = state.sampled_log_probs = None
 
+    # a state that stops early has no room for the rest: as a trunk of forks it would stay empty
+    state.cache.reserve(state.cached + schedule.ends[stop - 1] - schedule.starts[state.scale])
     seeds = sample_seeds(seed, batch, first_sample, var.device)
     codebook, phi = tokenizer.codebook, tokenizer.phi
     for k in range(state.scale, stop):
@@ -244,7 +245,7 @@ def _start(var: VAR, labels: Labels, subject: torch.Tensor | None, guided: bool,
     cache = KVCache(
         config.depth,
         condition.shape[0],
-        var.schedule.num_tokens,
+        0,  # generate reserves what it fills
         config.num_heads,
         config.head_dim,
         dtype=dtype,

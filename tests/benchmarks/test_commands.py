@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
-    )
+    # pytest-xdist tells its workers' children about itself, and pytest-benchmark then measures nothing
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**ours, **environment})
 
 
 @pytest.mark.slow
@@ -29,7 +29,7 @@ def test_script_for_a_gpu(tmp_path: Path) -> None:
 
     assert {row["suite"] for row in rows} == {suite.name for suite in SUITES}
     assert all(row["wrong"] == {} for row in rows)
-    table = done.stdout[done.stdout.index("suite, setting, pass") :].splitlines()
+    table = done.stdout[done.stdout.index("suite, setting ") :].splitlines()
     assert len(table) == min(len(rows) + 1, 40)
 
 
@@ -65,7 +65,7 @@ def test_pytest_benchmark_shows_every_contender(tmp_path: Path) -> None:
     assert ours["stats"]["rounds"] == row["rounds"] and ours["group"].endswith("float32, forward")
     assert "left out at size tiny" in row["missing"]["torch.compile"]
     done = run(*command, "--suites", "beauty")
-    assert done.returncode != 0 and "--suites: expected some of" in done.stdout + done.stderr
+    assert done.returncode != 0 and "expected some of block_causal_attention" in done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -75,4 +75,4 @@ def test_comparison_of_two_commits() -> None:
     options = ["--size", "tiny", "--suites", "adaptive_layer_norm", "--passes", "forward", "--rounds", "3"]
     done = run(sys.executable, "-m", "benchmarks.compare", "HEAD", ".", *options, "--slower", "50")
     assert done.returncode == 0, done.stderr
-    assert "adaptive_layer_norm, tiny, batch 2, float32, forward: " in done.stdout and " same\n" in done.stdout
+    assert "adaptive_layer_norm, tiny, batch 2, float32, forward: " in done.stdout and "0 broken" in done.stdout

@@ -32,10 +32,43 @@ def test_contenders_take_turns() -> None:
         time.sleep(0.003)
 
     calls = {name: (lambda name=name: call(name)) for name in "abc"}
-    seconds = interleave(calls, CPU, 0.0, rounds=(4, 9))
-    assert {name: len(values) for name, values in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+    seconds, failed = interleave(calls, CPU, 0.0, rounds=(4, 9))
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 4, "b": 4, "c": 4} and failed == {}
     assert "".join(order[-12:]) == "abc" + "bca" + "cab" + "abc"
-    assert len(interleave(calls, CPU, 10.0, rounds=(4, 9))["a"]) == 9
+    assert len(interleave(calls, CPU, 10.0, rounds=(4, 9))[0]["a"]) == 9
+
+
+def test_whoever_raises_is_named_and_stops_nobody() -> None:
+    left = [3]
+
+    def tired() -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise MemoryError("no more\nof it")
+        time.sleep(0.003)
+
+    def broken() -> None:
+        raise ValueError
+
+    calls = {"fine": lambda: time.sleep(0.003), "tired": tired, "broken": broken}
+    seconds, failed = interleave(calls, CPU, 0.0, rounds=(4, 4))
+    assert set(seconds) == {"fine"} and len(seconds["fine"]) == 4
+    assert failed == {"tired": "MemoryError: no more", "broken": "ValueError: "}
+
+
+def test_setup_is_not_timed() -> None:
+    class Call:
+        ready = 0
+
+        def setup(self) -> None:
+            time.sleep(0.02)
+            self.ready += 1
+
+        def __call__(self) -> None:
+            self.ready -= 1
+
+    call = Call()
+    assert Stopwatch(call, CPU)() < 0.01 and call.ready == 0
 
 
 def test_peak_memory_of_a_call() -> None:

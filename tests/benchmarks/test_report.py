@@ -10,26 +10,41 @@ from typing import Any
 import pytest
 
 from benchmarks import report
+from benchmarks.cases import Suite
 from benchmarks.records import append, read
 from benchmarks.summary import lines
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_tables(row: Any) -> None:
+def test_tables(row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     old = row("attention", ours=9.0)
     rows = [old, row("attention"), row("attention", "training", ours=1e-6, rival=2.0), row("loss", rival=1e-3)]
-    newest = report.newest(rows, "cpu")
-    assert len(newest) == 3 and old not in newest and report.newest(rows, "gpu") == []
+    rows += [row("removed"), row("loss", device="another CPU")]
+
+    def asked(size: str, passes: Any) -> Any:
+        return [(Suite(n, {}, (), None), rows[0]["setting"], p) for n in ("attention", "loss") for p in passes]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(report, "cases", asked)
+    newest = report.newest(rows, "cpu", "a CPU")
+    assert [(r["suite"], r["pass"]) for r in newest] == [
+        *[("attention", p) for p in ("forward", "training")],
+        ("loss", "forward"),
+    ]
+    assert old not in newest and report.newest(rows, "cpu") == rows[-1:]
+    assert report.devices(rows, "cpu") == ["a CPU", "another CPU"] and report.devices(rows, "gpu") == []
     text = report.tables(newest)
     assert "| VAR-d16, batch 2, float32: forward | 2 ms (reference), 50 % of the roofline, 10 MiB |" in text
-    assert "| 1.50x (1.35 to 1.65), 25 MiB |" in text and "| 1 µs (reference)" in text
+    assert "| 1.50x (1.35 to 1.65), 25 MiB |" in text and "| 1 µs (reference)" in text and "removed" not in text
     assert "Not measured: flash-attn: flash_attn is not installed; sloppy: wrong, error 0.5, limit 1e-05." in text
     summary = report.summary(newest)
-    assert "| loss: VAR-d16, batch 2, float32 | 2 ms | eager | 0.50x (0.45 to 0.55) | 2.50 |" in summary
-    assert summary.count("attention") == 1
+    place = "VAR-d16, batch 2, float32"
+    assert f"| loss | 1 | 0.50x | {place}, against eager | 0.50x | {place}, against eager |" in summary
+    assert f"| attention | 2 | 1.50x | {place}: forward, against eager | 2000000.00x | {place}: training" in summary
     conditions = report.conditions(newest)
-    assert "a CPU, 2 threads on 2 cores, torch 2.14.1, triton 3.8.0, commit 0123456, 2026-11-21." in conditions
+    assert "a CPU, 2 threads on 2 cores, torch 2.14.1, triton 3.8.0, Python 3.11.7, commit 0123456" in conditions
+    assert "2026-11-21; 5 to 5 rounds, load 0.1 to 0.1." in conditions
+    assert "commit unknown" in report.conditions([row("loss", commit=None)])
     assert report.plot(newest).width > 500
 
 
@@ -50,7 +65,7 @@ def test_documents_are_those_of_the_rows() -> None:
     rows = read(report.ROWS)
     for path, text in report.texts(ROOT, rows).items():
         assert path.read_text() == text, f"{path.name}: run python -m benchmarks.report"
-    assert not any(row["dirty"] for place in report.PLACES for row in report.newest(rows, place))
+    assert not any(row["dirty"] for row in rows)
 
 
 def test_short_table(row: Any, tmp_path: Path) -> None:

@@ -64,6 +64,14 @@ def test_wrong_gradients_are_wrong() -> None:
     assert set(runner().measure(contestants, SETTING, "backward").row["wrong"]) == {"half"}
 
 
+@pytest.mark.slow
+def test_backward_passes_of_compiled_code() -> None:
+    """Compiled code gives its saved tensors away, so that no graph can be kept."""
+    contestants = suite(fastvar=square, compiled=torch.compile(lambda x: (x.sin() * x).exp()[:0].sum() + x * x))
+    row = runner().measure(contestants, SETTING, "backward").row
+    assert set(row["contenders"]) == {"fastvar", "compiled"} and row["missing"] == {}
+
+
 def test_ours_wrong_is_an_error() -> None:
     with pytest.raises(Wrong, match=r"squares, tiny, batch 3, float32, forward: fastvar: error .*expected at most"):
         runner().measure(suite(fastvar=lambda x: x + 1, pow=square), SETTING, "forward")

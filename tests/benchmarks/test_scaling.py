@@ -283,7 +283,8 @@ def test_cache() -> None:
     var = real(model).to(torch.bfloat16)
     out = var.generate(torch.tensor([0, 1]), stop=model.middle, decode=False)
     forked = out.state.fork(3).cache
-    assert out.state.cache.nbytes == 2 * model.tokens * model.cache_bytes
+    assert out.state.cache.nbytes == 2 * model.coarse_tokens * model.cache_bytes
+    forked.reserve(model.tokens - model.coarse_tokens)
     assert forked.nbytes == 6 * (model.tokens - model.coarse_tokens) * model.cache_bytes
     assert out.state.cache.nbytes + forked.nbytes == cache(model, Plan(chunk=6, continuations=3, guided=False))
 
@@ -383,7 +384,7 @@ def test_what_the_document_concludes() -> None:
         guided, plain = (rollout(model, replace(own, guided=guided), "coarse") for guided in (True, False))
         assert sum(job.seconds for job in guided) / sum(job.seconds for job in plain) > 1.95
         assert 0.04 < model.coarse_tokens / model.tokens < 0.05
-        assert round(cache(model, Plan(chunk=8)) / (8 * 2 * model.cache_bytes * model.tokens), 2) in (1.45, 1.46)
+        assert round(cache(model, Plan(chunk=8)) / (8 * 2 * model.cache_bytes * model.tokens), 2) in (0.97, 0.98)
         found = scaling.savings(model, plan)
         assert all(0.015 < 1 - 1 / found[f"{segment} rollout"] < 0.045 for segment in ("coarse", "fine"))
         assert 0.39 <= round(1 - 1 / found["subject update"], 2) <= 0.5
@@ -449,9 +450,10 @@ def test_newest_rows_of_both_places(row: Any, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(report, "ROWS", tmp_path / "rows.jsonl")
     text = scaling.DOCUMENT.read_text()
     assert scaling.with_tables(text).count("no row yet") == 3
-    gpu = {"model": "VAR-d16", "batch": 4, "dtype": "bfloat16", "size": "gpu"}
-    for found in (row("generate", ours=7.0), row("generate", ours=8.0), row("generate", setting=gpu, ours=9.0)):
-        append(report.ROWS, found)
+    cpu = {"model": "VAR-d16", "batch": 1, "dtype": "float32", "size": "cpu"}
+    gpu = {"model": "VAR-d16", "batch": 8, "dtype": "bfloat16", "size": "gpu"}
+    for setting, seconds in ((cpu, 7.0), (cpu, 8.0), (gpu, 9.0)):
+        append(report.ROWS, row("generate", setting=setting, ours=seconds))
     text = scaling.with_tables(text)
     assert "| 8.00 |" in text and "| 9.00 |" in text and "| 7.00 |" not in text and text.count("no row yet") == 2
 

@@ -6,13 +6,25 @@ TRITON_INTERPRET=1 has to be set before triton is first imported and holds for t
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS / "ops"), str(Path(__file__).parent)]
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     import bounds_check
+    import triton
+    from triton.runtime import interpreter
 
     bounds_check.install()
+    if triton.__version__.startswith("3.6."):
+        # Its loop bounds are arrays of one element, which numpy 2.4 no longer takes for integers.
+        patch = interpreter._patch_lang_tensor
+
+        def patched(tensor: Any, scope: Any) -> None:
+            patch(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        interpreter._patch_lang_tensor = patched
 else:
     collect_ignore_glob = ["test_*.py"]

@@ -195,9 +195,10 @@ def test_forks_share_the_trunk_and_leave_it_alone() -> None:
         assert trunk.k.data_ptr() == own.keys[layer].data_ptr() and trunk.v.data_ptr() == own.values[layer].data_ptr()
         assert trunk.k.shape[:2] == (8, 5)
         assert forked.cache.prefix[layer].k.data_ptr() == own.prefix[layer].k.data_ptr()
+    assert state.cache.keys.shape[1:3] == (8, 5), "a trunk has no room for more"
+    first = var.generate(state=forked, **options)
     assert forked.cache.keys.shape[1:3] == (24, 9), "room for the last scale alone"
     assert forked.cache.nbytes == 2 * forked.cache.keys.numel() * 4
-    first = var.generate(state=forked, **options)
     after = (state.tokens, state.feature_map, state.cache.keys[:, :, : state.cached])
     assert state.scale == 2 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert torch.equal(var.generate(state=state.fork(3), **options).tokens, first.tokens)

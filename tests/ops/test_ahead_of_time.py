@@ -22,8 +22,8 @@ from fastvar.ops import rope_tables
 SCHEDULE = ScaleSchedule.parse("var-256")
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may have
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-# Bytes of a thread's registers that lie in memory instead. Hopper is what the tiles are chosen for.
-STACK = {80: 256, 90: 96, 100: 640}
+# Bytes of a thread's registers that lie in memory instead, with triton 3.6 or 3.8. The tiles are chosen for Hopper.
+STACK = {80: 256, 90: 160, 100: 640}
 
 
 def attention_launches(head_dim: int, dtype: torch.dtype, **options: Any) -> list[Launch]:
