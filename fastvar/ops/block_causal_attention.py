@@ -54,6 +54,7 @@ _OPERATOR = Operator(
     fake=_fake,
     implementations=[
         triton_implementation("block_causal_attention"),
+        Implementation("cpu", "fastvar.kernels.block_causal_attention.impl_cpu", devices=("cpu",), verified=("CPU",)),
         Implementation("reference", "fastvar.kernels.block_causal_attention.reference", verified=("CPU",)),
     ],
     keeps_results=True,
