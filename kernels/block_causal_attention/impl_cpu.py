@@ -74,39 +74,42 @@ def backward(
     """Gradients of q, k, v and of the prefix's keys and values, as far as they are needed."""
     out, lse = results
     grad, grad_lse = grads
+    if not out.numel() or (grad is None and grad_lse is None):
+        given = zip((q, k, v, prefix_k, prefix_v), needs, strict=False)
+        return [torch.zeros(t.shape, dtype=t.dtype) for t, need in given if need and t is not None]
     compute = lse.dtype
     keys = _keys(k, v, prefix_k, prefix_v, prefix_lengths, compute)
     queries = q.to(compute).transpose(1, 2)
     dq = torch.zeros(queries.shape, dtype=compute)
     dk, dv = torch.zeros(keys.k.shape, dtype=compute), torch.zeros(keys.v.shape, dtype=compute)
-    if out.numel() and not (grad is None and grad_lse is None):
-        g = torch.zeros(queries.shape, dtype=compute) if grad is None else grad.to(compute).transpose(1, 2)
-        o = out.to(compute).transpose(1, 2)
-        for start, end, columns in _scales(schedule, keys.prefix, block_diagonal):
-            rows, some_k, some_v = slice(start, end), _rows(keys.k, columns), _rows(keys.v, columns)
-            mask = _mask(keys, columns)
-            found = _BACKWARD(
-                g[:, :, rows].contiguous(), queries[:, :, rows], some_k, some_v, o[:, :, rows], lse[:, :, rows],
-                0.0, False, attn_mask=mask, scale=softmax_scale,
-            )  # fmt: skip
-            if grad_lse is not None:  # d lse / d scores are the weights
-                scores = queries[:, :, rows] @ some_k.mT * softmax_scale
-                scores = scores if mask is None else scores + mask
-                weights = (scores - lse[:, :, rows, None]).exp() * grad_lse[:, :, rows, None] * softmax_scale
-                found = (found[0] + weights @ some_k, found[1] + weights.mT @ queries[:, :, rows], found[2])
-            dq[:, :, rows] = found[0]
-            for total, part in ((dk, found[1]), (dv, found[2])):
-                place = 0
-                for column in columns:
-                    size = column.stop - column.start
-                    total[:, :, column] += part[:, :, place : place + size]
-                    place += size
+    g = torch.zeros(queries.shape, dtype=compute) if grad is None else grad.to(compute).transpose(1, 2)
+    o = out.to(compute).transpose(1, 2)
+    for start, end, columns in _scales(schedule, keys.prefix, block_diagonal):
+        rows, some_k, some_v = slice(start, end), _rows(keys.k, columns), _rows(keys.v, columns)
+        mask = _mask(keys, columns)
+        found = _BACKWARD(
+            g[:, :, rows].contiguous(), queries[:, :, rows], some_k, some_v, o[:, :, rows], lse[:, :, rows],
+            0.0, False, attn_mask=mask, scale=softmax_scale,
+        )  # fmt: skip
+        if grad_lse is not None:  # d lse / d scores are the weights
+            scores = queries[:, :, rows] @ some_k.mT * softmax_scale
+            scores = scores if mask is None else scores + mask
+            weights = (scores - lse[:, :, rows, None]).exp() * grad_lse[:, :, rows, None] * softmax_scale
+            found = (found[0] + weights @ some_k, found[1] + weights.mT @ queries[:, :, rows], found[2])
+        dq[:, :, rows] = found[0]
+        for total, part in ((dk, found[1]), (dv, found[2])):
+            place = 0
+            for column in columns:
+                size = column.stop - column.start
+                total[:, :, column] += part[:, :, place : place + size]
+                place += size
     dq, dk, dv = dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
     own = [dq, dk[:, keys.prefix :], dv[:, keys.prefix :]]
     gradients = [t.to(x.dtype).contiguous() for t, x, need in zip(own, (q, k, v), needs, strict=False) if need]
     for total, x, need in ((dk, prefix_k, needs[3]), (dv, prefix_v, needs[4])):
         if need and x is not None:  # of all samples of a group
-            gradients.append(total[:, : keys.prefix].unflatten(0, (x.shape[0], -1)).sum(1).to(x.dtype))
+            groups = (x.shape[0], q.shape[0] // x.shape[0])
+            gradients.append(total[:, : keys.prefix].unflatten(0, groups).sum(1).to(x.dtype))
     return gradients
 
 

@@ -70,6 +70,8 @@ def _block_causal_attention(dtype: torch.dtype) -> Iterator[Sample]:
     names = ("q", "k", "v", "prefix_k", "prefix_v")
     yield with_prefix, arguments, names
     yield with_prefix, {**arguments, "with_lse": True}, names
+    empty = {n: t[:0] if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
+    yield with_prefix, empty, names
     yield with_prefix, {**arguments, "lengths": torch.tensor([0, 5], dtype=torch.int32)}, names
     yield with_prefix, {**arguments, "lengths": torch.tensor([7, 1]), "block_diagonal": True}, names
 
