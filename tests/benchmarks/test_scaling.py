@@ -409,7 +409,8 @@ def test_what_the_document_concludes() -> None:
         assert all(0.355 < 1 - 1 / found[f"{segment} iteration"] < 0.655 for segment in ("coarse", "fine"))
 
 
-SETTING = {"model": "tiny", "middle": 2, "prompts": 2, "group_size": 2, "dtype": "float32", "size": "tiny"}
+# So many rows that the head pads none, which the model leaves out.
+SETTING = {"model": "tiny", "middle": 2, "prompts": 2, "group_size": 8, "dtype": "float32", "size": "tiny"}
 PREDICTED = [case for case in vmr_grpo_step.CASES if case != "micro-batches"]  # which saves memory alone
 
 
@@ -422,7 +423,7 @@ def test_savings(case: str, row: Any) -> None:
         ours, without = (sum(counted(call).values()) for call in problem.contenders.values())
     text = scaling.savings_table([row("vmr_grpo_step", setting=setting, ratios={"without": MEASURED})])
     predicted, measured = text.splitlines()[-1].split(" | ")[-2:]
-    assert measured == "1.50 (1.25 to 2.00) |" and float(predicted) == pytest.approx(without / ours, rel=0.06)
+    assert measured == "1.50 (1.25 to 2.00) |" and float(predicted) == pytest.approx(without / ours, rel=0.05)
 
 
 MEASURED = {"median": 1.5, "low": 1.25, "high": 2.0}
