@@ -46,13 +46,11 @@ class Options:
         device: where.
         budget: seconds to spend on the timing of one pass of one setting.
         rounds: least and most.
-        memory: measure peaks too.
     """
 
     device: torch.device
     budget: float = 3.0
     rounds: tuple[int, int] = (5, 50)
-    memory: bool = True
 
 
 class Runner:
@@ -104,9 +102,8 @@ class Runner:
             contenders[name] = {"seconds": found._asdict(), "error": errors.get(name)}
             if name in graph_seconds:
                 contenders[name]["graph_seconds"] = graph_seconds[name]
-            if options.memory:
-                with suppress(OSError):  # a system that does not tell
-                    contenders[name]["peak_mib"] = round(peak_memory(calls[name], options.device), 2)
+            with suppress(OSError):  # a system that does not tell
+                contenders[name]["peak_mib"] = round(peak_memory(calls[name], options.device), 2)
             if floor:
                 contenders[name]["roofline"] = floor / found.median
         row = {

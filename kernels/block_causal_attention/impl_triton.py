@@ -93,16 +93,14 @@ def _forward(
 @triton.jit
 def _delta(
     out_ptr, g_ptr, g_lse_ptr, delta_ptr, g_b, g_l, g_h, g_d, gl_b, gl_h, gl_l, L, H,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_OUT: tl.constexpr, HAS_LSE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """What every score's gradient has subtracted: sum(out * gradient) of a row, less the gradient of its lse."""
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    delta = tl.zeros((BLOCK_M,), tl.float32)
-    if HAS_OUT:
-        out = tile(out_ptr + b * L * H * D + h * D, row, H * D, 1, L, D, BLOCK_D, True)
-        g = tile(g_ptr + b * g_b + h * g_h, row, g_l, g_d, L, D, BLOCK_D, True)
-        delta += tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
+    out = tile(out_ptr + b * L * H * D + h * D, row, H * D, 1, L, D, BLOCK_D, True)
+    g = tile(g_ptr + b * g_b + h * g_h, row, g_l, g_d, L, D, BLOCK_D, True)
+    delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
     if HAS_LSE:
         delta -= tl.load(g_lse_ptr + b * gl_b + h * gl_h + row * gl_l, row < L, 0.0)
     tl.store(delta_ptr + (b * H + h) * L + row, delta, row < L)
@@ -343,7 +341,7 @@ def backward(
         size = options["delta"]
         _delta[(triton.cdiv(length, size["BLOCK_M"]), lines)](
             out, grad, grad_lse, delta, *grad.stride(), *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
-            length, heads, HAS_OUT=True, HAS_LSE=grad_lse is not None, **size,
+            length, heads, HAS_LSE=grad_lse is not None, **size,
         )  # fmt: skip
         ends, factor = _ends(schedule, q.device), softmax_scale * LOG2_E.value
         shared = (*q.stride(), *k.stride(), *v.stride())
