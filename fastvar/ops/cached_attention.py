@@ -23,6 +23,7 @@ _OPERATOR = Operator(
     fake=_fake,
     implementations=[
         triton_implementation("cached_attention"),
+        Implementation("cpu", "fastvar.kernels.cached_attention.impl_cpu", devices=("cpu",), verified=("CPU",)),
         Implementation("reference", "fastvar.kernels.cached_attention.reference", verified=("CPU",)),
     ],
     differentiable=False,

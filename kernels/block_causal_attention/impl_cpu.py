@@ -1,8 +1,14 @@
-"""Block-causal attention for CPUs: PyTorch's flash attention a scale at a time, with a backward pass of its own."""
+"""Block-causal attention for CPUs: PyTorch's flash attention in rectangles, with a backward pass of its own.
+
+The samples of a group attend to their shared prefix in one call, as the rows of one matrix, so that it is never copied;
+parts are merged by log-sum-exp. Grids of few tokens are one rectangle with a dense mask: there a call costs more than
+what it could skip.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -11,15 +17,22 @@ from fastvar.schedule import ScaleSchedule
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+DENSE = 128  # tokens up to which all scales are one rectangle
 
 
-class _Keys(NamedTuple):
-    """Prefix and image together, (B, H, P + L, D) in the compute dtype, and what is visible of a ragged prefix."""
+_ALL = slice(None)
 
-    k: torch.Tensor
-    v: torch.Tensor
-    prefix: int
-    hidden: torch.Tensor | None  # (B, 1, 1, P + L), 0 or minus infinity
+
+class _Part(NamedTuple):
+    """A rectangle of attention. Indices into (B, H, L, D), or (B/G, H, G L, D) for the prefix's."""
+
+    rows: tuple[slice, ...]
+    keys: tuple[slice, ...]
+    mask: torch.Tensor | None = None  # (1, 1, L, L), 0 or minus infinity
+
+    @property
+    def whole(self) -> bool:
+        return all(index == _ALL for index in self.rows + self.keys)
 
 
 def forward(
@@ -37,23 +50,21 @@ def forward(
     """See the reference; lse (B, H, L) is always there."""
     batch, length, heads, _ = q.shape
     compute = torch.promote_types(q.dtype, torch.float32)
-    out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(batch, heads, length, dtype=compute)
-    if not out.numel():
-        return out, lse
-    keys = _keys(k, v, prefix_k, prefix_v, prefix_lengths, compute)
-    queries = q.to(compute).transpose(1, 2)  # [B, H, L, D]
-    for start, end, columns in _scales(schedule, keys.prefix, block_diagonal):
-        found, sums = _FORWARD(
-            queries[:, :, start:end],
-            _rows(keys.k, columns),
-            _rows(keys.v, columns),
-            attn_mask=_mask(keys, columns),
-            scale=softmax_scale,
-        )
-        out[:, start:end] = found.transpose(1, 2)
-        lse[:, :, start:end] = sums
-    return out, lse
+    if not q.numel():
+        return torch.empty_like(q), torch.empty(batch, heads, length, dtype=compute)
+    queries, keys, values = (_heads_first(tensor, compute) for tensor in (q, k, v))
+    parts = _own_parts(schedule, block_diagonal, compute)
+    found = [tuple(t.transpose(1, 2) for t in _attend(queries, keys, values, part, softmax_scale)) for part in parts]
+    out, lse = (t[0].contiguous() if len(t) == 1 else torch.cat(t, 1) for t in zip(*found, strict=True))
+    if prefix_k is not None and prefix_v is not None:
+        groups = prefix_k.shape[0]
+        packed = _heads_first(_packed(q, groups), compute)
+        keys, values = _heads_first(prefix_k, compute), _heads_first(prefix_v, compute)
+        packed_out, packed_lse = _packed(out, groups), _packed(lse, groups)  # views
+        for part in _prefix_parts(groups, prefix_k.shape[1], prefix_lengths):
+            other, sums = _attend(packed, keys, values, part, softmax_scale)
+            _merge(packed_out[part.rows[0]], packed_lse[part.rows[0]], other.transpose(1, 2), sums.transpose(1, 2))
+    return out.to(q.dtype), lse.transpose(1, 2).contiguous()
 
 
 def backward(
@@ -74,85 +85,105 @@ def backward(
     """Gradients of q, k, v and of the prefix's keys and values, as far as they are needed."""
     out, lse = results
     grad, grad_lse = grads
+    given = (q, k, v, prefix_k, prefix_v)
     if not out.numel() or (grad is None and grad_lse is None):
-        given = zip((q, k, v, prefix_k, prefix_v), needs, strict=False)
-        return [torch.zeros(t.shape, dtype=t.dtype) for t, need in given if need and t is not None]
+        return [
+            torch.zeros(t.shape, dtype=t.dtype) for t, need in zip(given, needs, strict=False) if need and t is not None
+        ]
     compute = lse.dtype
-    keys = _keys(k, v, prefix_k, prefix_v, prefix_lengths, compute)
-    queries = q.to(compute).transpose(1, 2)
-    dq = torch.zeros(queries.shape, dtype=compute)
-    dk, dv = torch.zeros(keys.k.shape, dtype=compute), torch.zeros(keys.v.shape, dtype=compute)
-    g = torch.zeros(queries.shape, dtype=compute) if grad is None else grad.to(compute).transpose(1, 2)
-    o = out.to(compute).transpose(1, 2)
-    for start, end, columns in _scales(schedule, keys.prefix, block_diagonal):
-        rows, some_k, some_v = slice(start, end), _rows(keys.k, columns), _rows(keys.v, columns)
-        mask = _mask(keys, columns)
-        found = _BACKWARD(
-            g[:, :, rows].contiguous(), queries[:, :, rows], some_k, some_v, o[:, :, rows], lse[:, :, rows],
-            0.0, False, attn_mask=mask, scale=softmax_scale,
-        )  # fmt: skip
-        if grad_lse is not None:  # d lse / d scores are the weights
-            scores = queries[:, :, rows] @ some_k.mT * softmax_scale
-            scores = scores if mask is None else scores + mask
-            weights = (scores - lse[:, :, rows, None]).exp() * grad_lse[:, :, rows, None] * softmax_scale
-            found = (found[0] + weights @ some_k, found[1] + weights.mT @ queries[:, :, rows], found[2])
-        dq[:, :, rows] = found[0]
-        for total, part in ((dk, found[1]), (dv, found[2])):
-            place = 0
-            for column in columns:
-                size = column.stop - column.start
-                total[:, :, column] += part[:, :, place : place + size]
-                place += size
-    dq, dk, dv = dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-    own = [dq, dk[:, keys.prefix :], dv[:, keys.prefix :]]
-    gradients = [t.to(x.dtype).contiguous() for t, x, need in zip(own, (q, k, v), needs, strict=False) if need]
-    for total, x, need in ((dk, prefix_k, needs[3]), (dv, prefix_v, needs[4])):
-        if need and x is not None:  # of all samples of a group
-            groups = (x.shape[0], q.shape[0] // x.shape[0])
-            gradients.append(total[:, : keys.prefix].unflatten(0, groups).sum(1).to(x.dtype))
-    return gradients
+    g = torch.zeros(q.shape, dtype=compute) if grad is None else grad.to(compute).contiguous()
+    slopes = None if grad_lse is None else grad_lse.transpose(1, 2)  # [B, L, H]
+    streams = [g, q, out, lse.transpose(1, 2), slopes]
+    totals = _gradients(k, v, streams, _own_parts(schedule, block_diagonal, compute), softmax_scale)
+    if prefix_k is not None and prefix_v is not None:
+        groups = prefix_k.shape[0]
+        streams = [None if t is None else _packed(t, groups) for t in streams]
+        parts = _prefix_parts(groups, prefix_k.shape[1], prefix_lengths)
+        dq, *shared = _gradients(prefix_k, prefix_v, streams, parts, softmax_scale)
+        totals = [totals[0] + dq.view(q.shape), *totals[1:], *shared]
+    return [total.to(t.dtype) for total, t, need in zip(totals, given, needs, strict=False) if need and t is not None]
 
 
-def _keys(
+def _gradients(
     k: torch.Tensor,
     v: torch.Tensor,
-    prefix_k: torch.Tensor | None,
-    prefix_v: torch.Tensor | None,
-    prefix_lengths: torch.Tensor | None,
-    compute: torch.dtype,
-) -> _Keys:
-    k, v = k.to(compute), v.to(compute)
-    if prefix_k is None or prefix_v is None:
-        return _Keys(k.transpose(1, 2), v.transpose(1, 2), 0, None)
-    prefix, group = prefix_k.shape[1], k.shape[0] // max(prefix_k.shape[0], 1)
-    k, v = (
-        torch.cat([shared.to(compute).repeat_interleave(group, 0), own], 1)
-        for shared, own in ((prefix_k, k), (prefix_v, v))
+    streams: Sequence[torch.Tensor | None],
+    parts: Sequence[_Part],
+    softmax_scale: float,
+) -> list[torch.Tensor]:
+    """What attention in some rectangles adds to the gradients of queries, keys and values (., ., H, D), contiguous.
+
+    streams: the result's gradient, queries, result, log-sum-exp (., ., H) and its gradient, or None."""
+    queries = streams[1]
+    assert streams[0] is not None and queries is not None
+    compute = streams[0].dtype
+    grad, some_q, out, lse, slopes = (None if t is None else _heads_first(t, compute) for t in streams)
+    assert grad is not None and some_q is not None and out is not None and lse is not None
+    keys, values = _heads_first(k, compute), _heads_first(v, compute)
+    totals = (
+        None if len(parts) == 1 and parts[0].whole else [torch.zeros_like(t, dtype=compute) for t in (queries, k, v)]
     )
-    hidden = None
-    if prefix_lengths is not None:
-        column = torch.arange(k.shape[1])
-        unseen = (column >= prefix_lengths.repeat_interleave(group)[:, None]) & (column < prefix)
-        hidden = torch.zeros(unseen.shape, dtype=compute).masked_fill_(unseen, -torch.inf)[:, None, None]
-    return _Keys(k.transpose(1, 2), v.transpose(1, 2), prefix, hidden)
+    for part in parts:
+        rows, columns = part.rows, part.keys
+        found = _BACKWARD(
+            grad[rows], some_q[rows], keys[columns], values[columns], out[rows], lse[rows],
+            0.0, False, attn_mask=part.mask, scale=softmax_scale,
+        )  # fmt: skip
+        if slopes is not None:  # d lse / d scores are the weights
+            scores = some_q[rows] @ keys[columns].mT * softmax_scale
+            scores = scores if part.mask is None else scores + part.mask
+            weights = (scores - lse[rows][..., None]).exp() * slopes[rows][..., None] * softmax_scale
+            found = (found[0] + weights @ keys[columns], found[1] + weights.mT @ some_q[rows], found[2])
+        if totals is None:
+            return [t.transpose(1, 2).contiguous() for t in found]
+        for total, place, gradient in zip(totals, (rows, columns, columns), found, strict=True):
+            total.transpose(1, 2)[place].add_(gradient)
+    return totals
 
 
-def _scales(schedule: ScaleSchedule, prefix: int, block_diagonal: bool) -> Iterator[tuple[int, int, tuple[slice, ...]]]:
-    """First and last row of each scale and which keys its rows see."""
-    for start, end in zip(schedule.starts, schedule.ends, strict=True):
-        if block_diagonal and prefix and start:
-            yield start, end, (slice(0, prefix), slice(prefix + start, prefix + end))
-        else:
-            yield start, end, (slice(prefix + start if block_diagonal and not prefix else 0, prefix + end),)
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: _Part, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _FORWARD(q[part.rows], k[part.keys], v[part.keys], attn_mask=part.mask, scale=scale)
 
 
-def _rows(tensor: torch.Tensor, columns: tuple[slice, ...]) -> torch.Tensor:
-    parts = [tensor[:, :, column] for column in columns]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+def _merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
+    """Adds to results (., ., H, D) of some keys, with their log-sum-exp (., ., H), those of other keys."""
+    total = torch.logaddexp(lse, other_lse)
+    out.mul_((lse - total).exp_()[..., None]).addcmul_(other, (other_lse - total).exp_()[..., None])
+    lse.copy_(total)
 
 
-def _mask(keys: _Keys, columns: tuple[slice, ...]) -> torch.Tensor | None:
-    if keys.hidden is None:
-        return None
-    parts = [keys.hidden[..., column] for column in columns]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+def _heads_first(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(., ., H, ...) -> (., H, ., ...)"""
+    return tensor.to(dtype).transpose(1, 2)
+
+
+def _packed(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    """(B, L, ...) -> (B/G, G L, ...): the samples of a group one after the other; a view where the layout allows it."""
+    return tensor.reshape(groups, -1, *tensor.shape[2:])
+
+
+def _own_parts(schedule: ScaleSchedule, block_diagonal: bool, dtype: torch.dtype) -> list[_Part]:
+    if schedule.num_tokens <= DENSE:
+        return [_Part((_ALL,), (_ALL,), _dense_mask(schedule, block_diagonal, dtype))]
+    ranges = zip(schedule.starts, schedule.ends, strict=True)
+    return [
+        _Part((_ALL, _ALL, slice(start, end)), (_ALL, _ALL, slice(start if block_diagonal else 0, end)))
+        for start, end in ranges
+    ]
+
+
+def _prefix_parts(groups: int, length: int, lengths: torch.Tensor | None) -> list[_Part]:
+    if lengths is None:
+        return [_Part((_ALL,), (_ALL,))] if length else []
+    rows = [(slice(group, group + 1), valid) for group, valid in enumerate(lengths.tolist()) if valid]
+    return [_Part((row,), (row, _ALL, slice(0, valid))) for row, valid in rows]
+
+
+@lru_cache(maxsize=16)
+def _dense_mask(schedule: ScaleSchedule, block_diagonal: bool, dtype: torch.dtype) -> torch.Tensor:
+    """(1, 1, L, L): 0 where a token (row) sees another, else minus infinity."""
+    scale = torch.tensor(schedule.scale_of_token, device="cpu")
+    seen = scale[:, None] == scale if block_diagonal else scale[:, None] >= scale
+    return torch.zeros(seen.shape, dtype=dtype, device="cpu").masked_fill_(~seen, -torch.inf)[None, None]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from bounds import assert_as_accurate
+from fastvar.kernels.block_causal_attention import impl_cpu
+from fastvar.kernels.cached_attention import impl_cpu as cached_impl_cpu
 from samples import noise
 
 from fastvar.ops import PrefixKV, block_causal_attention, cached_attention
@@ -92,21 +95,30 @@ PREFIXES = {
 }
 
 
+@pytest.fixture(params=["reference", "cpu", "cpu, long"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """On CPUs short sequences and long ones go different ways."""
+    if request.param == "cpu, long":
+        monkeypatch.setattr(impl_cpu, "DENSE", 0)
+        monkeypatch.setattr(cached_impl_cpu, "FEW", 0)
+    return str(request.param).split(",")[0]
+
+
 @pytest.mark.parametrize("block_diagonal", [False, True])
 @pytest.mark.parametrize("name", PREFIXES)
 @pytest.mark.parametrize("schedule", [SQUARES, RECTANGLES, ScaleSchedule((1,))], ids=str)
-def test_definition(schedule: ScaleSchedule, name: str, block_diagonal: bool) -> None:
+def test_definition(schedule: ScaleSchedule, name: str, block_diagonal: bool, backend: str) -> None:
     batch, prefix = PREFIXES[name]
     arguments: dict[str, Any] = {"prefix": prefix, "block_diagonal": block_diagonal}
     q, k, v = projections(batch, schedule.num_tokens)
     for softmax_scale in (None, 0.25 / DIM**0.5, 1.0):
-        got = block_causal_attention(q, k, v, schedule, softmax_scale=softmax_scale, **arguments)
+        got = block_causal_attention(q, k, v, schedule, softmax_scale=softmax_scale, backend=backend, **arguments)
         expected = dense(q, k, v, schedule, softmax_scale=softmax_scale, **arguments)
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", PREFIXES)
-def test_gradients(name: str) -> None:
+def test_gradients(name: str, backend: str) -> None:
     """Those of a shared prefix are summed over its group, those of its invalid tokens are zero."""
     batch, prefix = PREFIXES[name]
     leaves = [x.clone().requires_grad_() for x in projections(batch, RECTANGLES.num_tokens)]
@@ -118,7 +130,8 @@ def test_gradients(name: str) -> None:
         given = PrefixKV(leaves[3], leaves[4], prefix.lengths) if prefix is not None else None
         return torch.autograd.grad((function(*leaves[:3], RECTANGLES, prefix=given) * weight).sum(), leaves)
 
-    for got, expected in zip(gradients(block_causal_attention), gradients(dense), strict=True):
+    own = gradients(partial(block_causal_attention, backend=backend))
+    for got, expected in zip(own, gradients(dense), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -160,7 +173,7 @@ def test_cached_accuracy(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", PREFIXES)
 @pytest.mark.parametrize("forked", [None, 0, 1])
-def test_cached_scale_by_scale(name: str, forked: int | None) -> None:
+def test_cached_scale_by_scale(name: str, forked: int | None, backend: str) -> None:
     """Sampling against the whole sequence at once; after scale `forked` the rows go on from a shared trunk."""
     batch, prefix = PREFIXES[name]
     q, k, v = projections(batch, RECTANGLES.num_tokens)
@@ -177,7 +190,7 @@ def test_cached_scale_by_scale(name: str, forked: int | None) -> None:
         cache[0, :, start - split : end - split] = k[:, start:end]
         cache[1, :, start - split : end - split] = v[:, start:end]
         keys, values = cache[:, :, : end - split]
-        got = cached_attention(q[:, start:end], keys, values, prefix=prefix, trunk=trunk)
+        got = cached_attention(q[:, start:end], keys, values, prefix=prefix, trunk=trunk, backend=backend)
         torch.testing.assert_close(got, whole[:, start:end], rtol=1e-10, atol=1e-10)
 
 
