@@ -17,7 +17,7 @@ import torch
 import fastvar
 from benchmarks import records
 from benchmarks.cases import OURS, Contender, Setting
-from fastvar.ops._dispatch import REGISTRY
+from fastvar.ops._dispatch import REGISTRY, Implementation
 
 BESIDE = records.ROOT / "benchmarks" / "checkouts"
 # Environment variables that name checkouts of the public code, which may also lie in benchmarks/checkouts/.
@@ -82,9 +82,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _backends(op: str) -> list[Implementation]:
+    """All but those by other packages, which are rivals called as their authors mean them to be."""
+    return [each for each in REGISTRY[op] if each.backend not in ("flex", "flash_attn", "xformers")]
+
+
 def own_names(op: str) -> tuple[str, ...]:
     """The contenders of an operator of ours: what "auto" runs, and each backend by name if there are several."""
-    each = REGISTRY[op]
+    each = _backends(op)
     return (OURS, *(f"{OURS} {implementation.backend}" for implementation in each)) if len(each) > 1 else (OURS,)
 
 
@@ -98,7 +103,7 @@ def own(op: str, lead: torch.Tensor, call: Callable[..., Any]) -> tuple[dict[str
     """
     chosen = fastvar.explain(op, lead).backend
     contenders: dict[str, Contender] = {OURS: partial(call, backend="auto")}
-    for name, implementation in zip(own_names(op)[1:], REGISTRY[op], strict=False):
+    for name, implementation in zip(own_names(op)[1:], _backends(op), strict=False):
         obstacle = implementation.why_not(lead)
         if implementation.backend == chosen:
             contenders[name] = "is what auto runs"

@@ -44,6 +44,9 @@ MODELS = {
     # for checks that take no time, and for CPUs: the demo's grids
     "tiny": ModelShape("1,2,3x4", 2, 32, 2, 64, 8),
     "demo": ModelShape("1,2,3x4,6x8", 4, 128, 4, 256, 16),
+    # for CPUs: four of VAR's heads
+    "VAR-d4": ModelShape("var-256", 4, 256, 4, 4096, 32),
+    "VAR-d4-512": ModelShape("var-512", 4, 256, 4, 4096, 32),
     # FoundationVision/VAR
     "VAR-d16": ModelShape("var-256", 16, 1024, 16, 4096, 32),
     "VAR-d30": ModelShape("var-256", 30, 1920, 30, 4096, 32),

@@ -237,16 +237,16 @@ SUITE = Suite(
         ],
         "cpu": [
             {"model": "VAR-d16", "batch": 1, "dtype": "float32"},
+            {"model": "VAR-d4-512", "batch": 1, "dtype": "float32"},
             {"model": "demo", "batch": 64, "group": 8, "dtype": "float32"},
+            {"model": "VAR-d4", "batch": 8, "group": 8, "dtype": "float32"},
         ],
         "gpu": [
-            {"model": "VAR-d16", "batch": 64, "dtype": "bfloat16"},
-            {"model": "VAR-d30", "batch": 32, "group": 8, "dtype": "bfloat16"},
-            {"model": "VAR-d36-512", "batch": 16, "dtype": "bfloat16"},
-            {"model": "VAR-d36-512", "batch": 16, "group": 8, "dtype": "bfloat16"},
-            {"model": "Infinity-2B", "batch": 2, "dtype": "bfloat16"},
-            {"model": "Infinity-2B", "batch": 4, "group": 4, "dtype": "bfloat16"},
-        ],
+            {"model": model, "batch": batch, **group, "dtype": "bfloat16"}
+            for model, batch in (("VAR-d16", 32), ("VAR-d36-512", 8), ("Infinity-2B", 8))
+            for group in ({}, {"group": 8})
+        ]
+        + [{"model": "Infinity-2B", "batch": 1, "dtype": "bfloat16"}],
     },
     (
         *own_names(OP),

@@ -140,7 +140,10 @@ SUITE = Suite(
             {"model": "tiny", "batch": 2, "dtype": "float32"},
             {"grids": "1,2,3,4", "depth": 1, "width": 64, "batch": 2, "dtype": "bfloat16"},
         ],
-        "cpu": [{"grids": "var-256", "depth": 4, "width": 256, "batch": 2, "dtype": "float32"}],
+        "cpu": [
+            {"grids": grids, "depth": 4, "width": 256, "batch": batch, "dtype": "float32"}
+            for grids, batch in (("var-256", 2), ("var-512", 1))
+        ],
         "gpu": [
             {"model": "VAR-d16", "batch": 32, "dtype": "bfloat16"},
             {"model": "VAR-d30", "batch": 16, "dtype": "bfloat16"},

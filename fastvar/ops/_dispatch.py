@@ -15,7 +15,7 @@ import torch
 
 logger = logging.getLogger("fastvar")
 
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "flex", "flash_attn", "xformers")
 
 
 # Read once, when fastvar.ops is first imported, so that a call costs no look-up and stays traceable.
@@ -23,6 +23,10 @@ DEFAULT_BACKEND = os.environ.get("FASTVAR_BACKEND", "auto")
 
 
 def _always(tensor: torch.Tensor) -> str | None:
+    return None
+
+
+def _there() -> str | None:
     return None
 
 
@@ -35,6 +39,8 @@ class Implementation:
         module: the module that holds its functions, imported on first use.
         devices: device types it runs on; empty means any.
         obstacle: called with the lead tensor, says why it cannot run (with the remedy), or None if it can.
+        missing: says what of it is not installed (with the remedy), or None. Unlike an obstacle this is somebody's
+            choice: "auto" passes over it without a word.
         auto: whether "auto" may take it; False until a recorded run shows that it is right and that it pays.
         verified: where it has been seen to run and agree with the reference, for the support matrix.
     """
@@ -43,6 +49,7 @@ class Implementation:
     module: str
     devices: tuple[str, ...] = ()
     obstacle: Callable[[torch.Tensor], str | None] = _always
+    missing: Callable[[], str | None] = _there
     auto: bool = True
     verified: tuple[str, ...] = ()
 
@@ -50,7 +57,7 @@ class Implementation:
         """The reason why this implementation cannot run for that lead tensor, or None."""
         if self.devices and tensor.device.type not in self.devices:
             return f"runs on {' or '.join(self.devices)}, the tensor is on {tensor.device.type}"
-        return self.obstacle(tensor)
+        return self.missing() or self.obstacle(tensor)
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,9 @@ def resolve(op: str, backend: str, tensor: torch.Tensor, log: bool = True) -> st
             obstacle = implementation.why_not(tensor)
             if obstacle is None:
                 return implementation.backend
-            if log and tensor.device.type in implementation.devices and not torch.compiler.is_compiling():
+            if not log or torch.compiler.is_compiling() or implementation.missing() is not None:
+                continue
+            if tensor.device.type in implementation.devices:
                 _warn_once(op, implementation.backend, obstacle)
         elif implementation.backend == wish:
             obstacle = implementation.why_not(tensor)

@@ -9,6 +9,7 @@ import torch
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation, resolve
 from fastvar.ops._operator import Operator
+from fastvar.ops._packages import package_implementation
 from fastvar.ops._triton import triton_implementation
 from fastvar.schedule import ScaleSchedule
 
@@ -46,6 +47,7 @@ def _fake(q: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(lse, dtype=dtype, device=q.device)
 
 
+_HALF = (torch.float16, torch.bfloat16)
 _OPERATOR = Operator(
     "block_causal_attention",
     "Tensor q, Tensor k, Tensor v, int[] grids, Tensor? prefix_k, Tensor? prefix_v, Tensor? prefix_lengths, "
@@ -55,6 +57,9 @@ _OPERATOR = Operator(
     implementations=[
         triton_implementation("block_causal_attention"),
         Implementation("cpu", "fastvar.kernels.block_causal_attention.impl_cpu", devices=("cpu",), verified=("CPU",)),
+        package_implementation("flex", "block_causal_attention", None, (torch.float32, *_HALF)),
+        package_implementation("flash_attn", "block_causal_attention", "flash-attn", _HALF),
+        package_implementation("xformers", "block_causal_attention", "xformers", (torch.float32, *_HALF)),
         Implementation("reference", "fastvar.kernels.block_causal_attention.reference", verified=("CPU",)),
     ],
     keeps_results=True,
@@ -81,7 +86,9 @@ def block_causal_attention(
             the fused implementations. Its gradients are summed over the group.
         softmax_scale: multiplies the scores; 1 / sqrt(D) by default.
         block_diagonal: a token sees the prefix and its own scale only (Switti, arXiv 2412.01819).
-        backend: see `fastvar.support()`.
+        backend: see `fastvar.support()`. "flex", "flash_attn" and "xformers" are PyTorch's FlexAttention and other
+            packages a scale at a time; they copy the prefix for every sample, and of them only FlexAttention takes
+            prefixes of several lengths.
 
     Returns:
         (B, L, H, D) in q's dtype, contiguous. Softmax statistics in float32.
@@ -134,5 +141,5 @@ def _attend(
         prefix = PrefixKV(None, None)  # type: ignore[arg-type]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     chosen = resolve(op, backend, q)
-    with_lse = with_lse or chosen != "reference"  # which needs none for its backward pass
+    with_lse = with_lse or chosen in ("triton", "cpu")  # whose backward passes need it
     return _OPERATOR(chosen, q, k, v, schedule.flat, *prefix, scale, block_diagonal, with_lse)

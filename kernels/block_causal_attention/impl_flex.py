@@ -1,0 +1,120 @@
+"""Block-causal attention by PyTorch's FlexAttention, with a block mask in closed form.
+
+FlexAttention knows no group: each sample reads a copy of its prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
+from typing import NamedTuple
+
+import torch
+from fastvar.kernels.block_causal_attention.copied_prefix import with_prefix
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from fastvar.schedule import ScaleSchedule
+
+TILE = 128
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    schedule: ScaleSchedule,
+    prefix_k: torch.Tensor | None,
+    prefix_v: torch.Tensor | None,
+    prefix_lengths: torch.Tensor | None,
+    softmax_scale: float,
+    block_diagonal: bool,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the reference; lse is the caller's or (0,)."""
+    nothing = torch.empty(0, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    if not q.numel():
+        return torch.empty_like(q), nothing.new_empty(q.shape[0], q.shape[2], q.shape[1]) if with_lse else nothing
+    prefix = 0 if prefix_k is None else prefix_k.shape[1]
+    k, v = with_prefix(prefix_k, k), with_prefix(prefix_v, v)
+    if prefix_lengths is None:
+        mask = block_mask(schedule, prefix, block_diagonal, q.device)
+    else:
+        lengths = prefix_lengths.repeat_interleave(q.shape[0] // max(prefix_lengths.shape[0], 1))
+        mask = ragged_block_mask(schedule, prefix, block_diagonal, lengths)
+    found = _attend()(
+        *(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask, scale=softmax_scale, return_lse=with_lse
+    )
+    out, lse = found if with_lse else (found, nothing)
+    return out.transpose(1, 2).contiguous(), lse
+
+
+class _Tiles(NamedTuple):
+    """Tiles of the scores (L, P + L), as `BlockMask.from_kv_blocks` takes them: of each row of tiles the number and the
+    columns of those that need a mask, and of those that are seen whole; the keys of the image that each row sees."""
+
+    masked: tuple[torch.Tensor, torch.Tensor]
+    whole: tuple[torch.Tensor, torch.Tensor]
+    first: torch.Tensor  # (L,)
+    end: torch.Tensor  # (L,)
+
+
+@lru_cache(maxsize=64)
+def block_mask(schedule: ScaleSchedule, prefix: int, block_diagonal: bool, device: torch.device) -> BlockMask:
+    """Of a prefix that is valid as a whole."""
+    tiles = _tiles(schedule, prefix, block_diagonal, False, device)
+    return _block_mask(tiles, prefix, partial(_visible, prefix, tiles.first, tiles.end))
+
+
+def ragged_block_mask(schedule: ScaleSchedule, prefix: int, block_diagonal: bool, lengths: torch.Tensor) -> BlockMask:
+    """Of a prefix of which row b has `lengths[b]` valid tokens."""
+    tiles = _tiles(schedule, prefix, block_diagonal, True, lengths.device)
+
+    def valid(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        return ((j >= prefix) | (j < lengths[b])) & _visible(prefix, tiles.first, tiles.end, b, h, i, j)
+
+    return _block_mask(tiles, prefix, valid)
+
+
+def _visible(
+    prefix: int,
+    first: torch.Tensor,
+    end: torch.Tensor,
+    b: torch.Tensor,
+    h: torch.Tensor,
+    i: torch.Tensor,
+    j: torch.Tensor,
+) -> torch.Tensor:
+    return (j < prefix) | ((j >= prefix + first[i]) & (j < prefix + end[i]))
+
+
+@lru_cache(maxsize=64)
+def _tiles(schedule: ScaleSchedule, prefix: int, block_diagonal: bool, ragged: bool, device: torch.device) -> _Tiles:
+    """First and end of the visible keys rise with the row: a tile's first and last row decide."""
+    scales = torch.tensor(schedule.scale_of_token, device="cpu")
+    first = torch.tensor(schedule.starts, device="cpu")[scales] * block_diagonal
+    end = torch.tensor(schedule.ends, device="cpu")[scales]
+    top = torch.arange(0, len(scales), TILE, device="cpu")[:, None]
+    bottom = (top + TILE).clamp(max=len(scales)) - 1
+    left = torch.arange(0, prefix + len(scales), TILE, device="cpu") - prefix  # counted from the image's first token
+    right = (left + TILE).clamp(max=len(scales))
+    seen = (left < 0) | ((right > first[top]) & (left < end[bottom]))  # [rows of tiles, columns of tiles]
+    after_first = left >= torch.where(first[bottom] == 0, -prefix, first[bottom])
+    whole = ((right <= 0) | (after_first & (right <= end[top]))) & (left >= (0 if ragged else -prefix))
+    counted = []
+    for tiles in (seen & ~whole, whole):
+        tiles = tiles[None, None]
+        order = tiles.int().argsort(dim=-1, descending=True, stable=True)  # those that are set come first
+        counted.append((tiles.sum(-1, dtype=torch.int32).to(device), order.int().to(device)))
+    return _Tiles(counted[0], counted[1], first.to(device), end.to(device))
+
+
+def _block_mask(tiles: _Tiles, prefix: int, visible: Callable[..., torch.Tensor]) -> BlockMask:
+    length = len(tiles.end)
+    return BlockMask.from_kv_blocks(
+        *tiles.masked, *tiles.whole, BLOCK_SIZE=TILE, mask_mod=visible, seq_lengths=(length, prefix + length)
+    )
+
+
+@cache
+def _attend() -> Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
+    return torch.compile(flex_attention, dynamic=False)
