@@ -26,6 +26,7 @@ GUIDANCE = 1.5
 TRUNCATION = {"top_k": 900, "top_p": 0.96}
 CLASSES = 1000
 CHECKED = 2  # images of the greedy check: one more would show nothing else, and costs time
+GRAPHS = "fastvar graphs"
 FLOAT32 = "upstream float32"
 AUTOCAST = {"upstream bfloat16 autocast": torch.bfloat16, "upstream float16 autocast": torch.float16}
 
@@ -84,9 +85,9 @@ class Sampler:
         return self.tokens(labels, top_k=1)
 
 
-def our_sampler(var: VAR) -> Sampler:
+def our_sampler(var: VAR, graphs: bool = False) -> Sampler:
     def tokens(labels: torch.Tensor, **options: Any) -> torch.Tensor:
-        return var.generate(labels, guidance=GUIDANCE, decode=False, **options).tokens
+        return var.generate(labels, guidance=GUIDANCE, decode=False, graphs=graphs, **options).tokens
 
     return Sampler(tokens, tokens)
 
@@ -121,7 +122,10 @@ def build(setting: Setting, device: torch.device) -> Problem:
     shape, dtype = shape_of(setting), getattr(torch, setting["dtype"])
     plain = dtype == torch.float32
     var, upstream = build_models(shape, device)
-    contenders: dict[str, Contender] = {OURS: our_sampler(var if plain else var.clone().to(dtype))}
+    own_var = var if plain else var.clone().to(dtype)
+    contenders: dict[str, Contender] = {OURS: our_sampler(own_var), GRAPHS: "needs a GPU"}
+    if device.type == "cuda":
+        contenders[GRAPHS] = our_sampler(own_var, graphs=True)
     for name, autocast in {FLOAT32: None, **AUTOCAST}.items():
         if isinstance(upstream, str):
             contenders[name] = upstream
@@ -175,7 +179,7 @@ SUITE = Suite(
             {"model": "VAR-d30", "batch": 8, "dtype": "bfloat16"},
         ],
     },
-    (OURS, FLOAT32, *AUTOCAST),
+    (OURS, GRAPHS, FLOAT32, *AUTOCAST),
     build,
     graphs=False,
 )

@@ -1,6 +1,7 @@
 """Models: tokenizers and transformers over scales, their sampling and the public checkpoints."""
 
 from fastvar.models.checkpoints import load_var
+from fastvar.models.graphs import clear_graphs
 from fastvar.models.kv_cache import KVCache
 from fastvar.models.sampling import Generation, SamplingState
 from fastvar.models.var import VAR, VARConfig
@@ -14,5 +15,6 @@ __all__ = [
     "VARConfig",
     "VQTokenizer",
     "VQTokenizerConfig",
+    "clear_graphs",
     "load_var",
 ]

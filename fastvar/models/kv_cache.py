@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
+
 import torch
 
 from fastvar.ops import PrefixKV
@@ -75,6 +78,20 @@ class KVCache:
         else:
             forked.trunk = [_joined(trunk, tail) for trunk, tail in zip(self.trunk, own, strict=True)]
         return forked
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> KVCache:
+        """A cache of `function` of each tensor, of its own keys and values of what is filled."""
+
+        def mapped(shared: PrefixKV) -> PrefixKV:
+            return PrefixKV(
+                function(shared.k), function(shared.v), None if shared.lengths is None else function(shared.lengths)
+            )
+
+        new = copy(self)
+        new.keys, new.values = (function(t[:, :, : self.length]) for t in (self.keys, self.values))
+        new.prefix = None if self.prefix is None else [mapped(layer) for layer in self.prefix]
+        new.trunk = None if self.trunk is None else [mapped(layer) for layer in self.trunk]
+        return new
 
     @property
     def nbytes(self) -> int:

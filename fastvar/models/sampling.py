@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from fastvar.models.graphs import replayed
 from fastvar.models.kv_cache import KVCache
 from fastvar.ops import PrefixKV, accumulate_scale, sample_tokens
 from fastvar.profiling import annotate
@@ -47,6 +48,27 @@ class SamplingState:
     def guided(self) -> bool:
         """Whether the state has unconditional rows."""
         return self.condition.shape[0] != self.tokens.shape[0]
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> SamplingState:
+        """A state of `function` of each of this one's tensors, always in the same order; of its cache only what is
+        filled."""
+
+        def mapped(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else function(tensor)
+
+        return replace(
+            self,
+            tokens=function(self.tokens),
+            feature_map=function(self.feature_map),
+            inputs=mapped(self.inputs),
+            condition=function(self.condition),
+            modulations=type(self.modulations)(
+                [function(block) for block in self.modulations.blocks], function(self.modulations.head)
+            ),
+            cache=self.cache.map(function),
+            log_probs=mapped(self.log_probs),
+            sampled_log_probs=mapped(self.sampled_log_probs),
+        )
 
     def fork(self, times: int) -> SamplingState:
         """`times` continuations of every image: row b of the new state continues image b // times.
@@ -128,6 +150,71 @@ def guidance_per_scale(guidance: float | Sequence[float], num_scales: int) -> li
     return weights
 
 
+class SamplingOptions(NamedTuple):
+    """How scales are sampled; see `generate`.
+
+    Attributes:
+        guidance: the weight of each scale.
+        stop: the scale to stop before.
+    """
+
+    guidance: tuple[float, ...]
+    temperature: float
+    top_k: int
+    top_p: float
+    log_probs: bool
+    stop: int
+
+
+def sample_scales(var: VAR, state: SamplingState, seeds: torch.Tensor, options: SamplingOptions) -> None:
+    """Sample the scales from `state.scale` to `options.stop`; the state is carried on. Nothing waits for the device.
+
+    Args:
+        var: the model.
+        state: of B images.
+        seeds: (B,) int64, see `sample_seeds`.
+        options: how.
+    """
+    schedule, batch = var.schedule, state.tokens.shape[0]
+    # a state that stops early has no room for the rest: as a trunk of forks it would stay empty
+    state.cache.reserve(state.cached + schedule.ends[options.stop - 1] - schedule.starts[state.scale])
+    codebook, phi = var.tokenizer.codebook, var.tokenizer.phi
+    for k in range(state.scale, options.stop):
+        with annotate(f"scale {k}"):
+            start, length, weight = schedule.starts[k], schedule.lengths[k], options.guidance[k]
+            inputs = state.inputs
+            if inputs is None:
+                inputs = state.feature_map.new_zeros(batch, 0, var.config.code_channels)
+            if state.guided:
+                inputs = torch.cat([inputs, inputs])
+            x = var.embed(state.condition, inputs, start)
+            hidden = var.sample_scale(
+                x, state.modulations, state.cache, position=state.cached, end=state.cached + length
+            )
+            logits = var.head(hidden)
+            drawn = sample_tokens(
+                logits[:batch],
+                unconditional=logits[batch:] if state.guided and weight else None,
+                guidance=weight if state.guided else 0.0,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                seeds=seeds,
+                position=start,
+                log_probs=options.log_probs,
+            )
+            state.feature_map, state.inputs = accumulate_scale(
+                drawn.tokens, state.feature_map, codebook, schedule, k, phi=phi
+            )
+            state.tokens = torch.cat([state.tokens, drawn.tokens], 1)
+            if drawn.log_probs is not None and drawn.sampled_log_probs is not None:
+                assert state.log_probs is not None and state.sampled_log_probs is not None
+                state.log_probs = torch.cat([state.log_probs, drawn.log_probs], 1)
+                state.sampled_log_probs = torch.cat([state.sampled_log_probs, drawn.sampled_log_probs], 1)
+            state.cached += length
+            state.scale = k + 1
+
+
 @torch.no_grad()
 def generate(
     var: VAR,
@@ -144,6 +231,7 @@ def generate(
     state: SamplingState | None = None,
     log_probs: bool = False,
     decode: bool = True,
+    graphs: bool = False,
 ) -> Generation:
     """Sample images for labels, or continue a state.
 
@@ -161,6 +249,9 @@ def generate(
             only be kept if it was on before.
         log_probs: also return log-probabilities of the tokens drawn; with a state only if it has them for its tokens.
         decode: whether to decode the feature map to images.
+        graphs: sample by a CUDA graph, which spares the launches of a few thousand small kernels an image. The first
+            call with these shapes and options captures it and takes longer than others; it keeps the memory of a cache
+            until `fastvar.models.clear_graphs`. Not yet run on a GPU.
 
     Raises:
         ValueError: arguments that do not fit each other.
@@ -184,49 +275,19 @@ def generate(
     batch = state.tokens.shape[0]
     if any(weights[state.scale : stop]) and not state.guided and batch:
         raise ValueError("generate: guidance: expected 0, the state was sampled without guidance")
+    if graphs and not _graphs_run_on(state.feature_map.device):
+        raise ValueError(f"generate: graphs: expected a model on a GPU, got one on {state.feature_map.device.type}")
     if log_probs and state.log_probs is None:
         raise ValueError("generate: log_probs: expected False, the state was sampled without log-probabilities")
     if not log_probs:  # those of a part of the tokens would be of no use
         state.log_probs = state.sampled_log_probs = None
 
-    # a state that stops early has no room for the rest: as a trunk of forks it would stay empty
-    state.cache.reserve(state.cached + schedule.ends[stop - 1] - schedule.starts[state.scale])
+    options = SamplingOptions(tuple(weights), temperature, top_k, top_p, log_probs, stop)
     seeds = sample_seeds(seed, batch, first_sample, var.device)
-    codebook, phi = tokenizer.codebook, tokenizer.phi
-    for k in range(state.scale, stop):
-        with annotate(f"scale {k}"):
-            start, length = schedule.starts[k], schedule.lengths[k]
-            inputs = state.inputs
-            if inputs is None:
-                inputs = state.feature_map.new_zeros(batch, 0, var.config.code_channels)
-            if state.guided:
-                inputs = torch.cat([inputs, inputs])
-            x = var.embed(state.condition, inputs, start)
-            hidden = var.sample_scale(
-                x, state.modulations, state.cache, position=state.cached, end=state.cached + length
-            )
-            logits = var.head(hidden)
-            drawn = sample_tokens(
-                logits[:batch],
-                unconditional=logits[batch:] if state.guided and weights[k] else None,
-                guidance=weights[k] if state.guided else 0.0,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seeds=seeds,
-                position=start,
-                log_probs=log_probs,
-            )
-            state.feature_map, state.inputs = accumulate_scale(
-                drawn.tokens, state.feature_map, codebook, schedule, k, phi=phi
-            )
-            state.tokens = torch.cat([state.tokens, drawn.tokens], 1)
-            if drawn.log_probs is not None and drawn.sampled_log_probs is not None:
-                assert state.log_probs is not None and state.sampled_log_probs is not None
-                state.log_probs = torch.cat([state.log_probs, drawn.log_probs], 1)
-                state.sampled_log_probs = torch.cat([state.sampled_log_probs, drawn.sampled_log_probs], 1)
-            state.cached += length
-            state.scale = k + 1
+    if graphs:
+        state = replayed(var, state, seeds, options, sample_scales)
+    else:
+        sample_scales(var, state, seeds, options)
     images = None
     if decode:
         images = tokenizer.decode_features(state.feature_map).float().clamp(-1, 1).add(1).mul(0.5)
@@ -278,6 +339,10 @@ def _start(var: VAR, labels: Labels, subject: torch.Tensor | None, guided: bool,
         nothing,
         nothing,
     )
+
+
+def _graphs_run_on(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _autocast(weight: torch.Tensor) -> bool:

@@ -1,0 +1,163 @@
+"""Sampling by graphs, with a stand-in for CUDA's: it notes every operation and the memory that it reads and writes, and
+replays the same operations on the same memory. Whatever Python did beside them is lost, as on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_var_sampling import LABELS, SETTINGS
+from tiny import some_subjects, tiny_var
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastvar.models import VAR, Generation, clear_graphs, graphs
+from fastvar.models.sampling import generate
+
+
+class Tape(TorchDispatchMode):
+    """The operations inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+
+    def forget(self) -> None:
+        """Fill all that was computed with NaN: on a GPU a capture computes nothing."""
+        given: set[int] = set()  # memory that was there before
+        made: dict[int, torch.Tensor] = {}
+        for _, args, kwargs, result in self.calls:
+            given |= {place for place, _ in _memory((args, kwargs)) if place not in made}
+            made |= {place: tensor for place, tensor in _memory(result) if place not in given}
+        for tensor in made.values():
+            if tensor.is_floating_point():
+                tensor.fill_(torch.nan)
+
+
+def _memory(values: Any) -> list[tuple[int, torch.Tensor]]:
+    return [(t.untyped_storage().data_ptr(), t) for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
+
+
+@pytest.fixture(autouse=True)
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """Graphs on a CPU; the tapes recorded so far."""
+    tapes: list[Tape] = []
+
+    def capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        with Tape() as tape:
+            run()
+        tape.forget()
+        tapes.append(tape)
+        return tape.replay
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr("fastvar.models.sampling._graphs_run_on", lambda device: True)
+    return tapes
+
+
+def same(one: Generation, other: Generation) -> None:
+    assert torch.equal(one.tokens, other.tokens)
+    for name in ("images", "log_probs", "sampled_log_probs"):
+        a, b = getattr(one, name), getattr(other, name)
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("subject", ["none", "block_causal"])
+def test_as_without(captures: list[Tape], settings: str, subject: str) -> None:
+    """Other labels, seeds and subjects than those captured."""
+    var = tiny_var(subject=subject)
+    options = {**SETTINGS[settings], "log_probs": True}
+    for seed in range(3):
+        labels = (LABELS + seed) % 5
+        shared = None if subject == "none" else some_subjects(var, 2, seed)
+        arguments = {"subject": shared, "seed": seed, **options}
+        same(generate(var, labels, graphs=True, **arguments), generate(var, labels, **arguments))
+    assert len(captures) == 1
+
+
+def test_results_do_not_change_afterwards() -> None:
+    var = tiny_var()
+    first = generate(var, LABELS, graphs=True, stop=2, decode=False)
+    tokens, keys = first.tokens.clone(), first.state.cache.keys.clone()
+    generate(var, LABELS, graphs=True, stop=2, decode=False, seed=5)
+    assert torch.equal(first.tokens, tokens) and torch.equal(first.state.cache.keys, keys)
+
+
+def test_forks_and_continuations(captures: list[Tape]) -> None:
+    var = tiny_var(subject="block_causal")
+    arguments: dict[str, Any] = {"subject": some_subjects(var, 2), "guidance": 1.0, "log_probs": True}
+
+    def run(graphs: bool, seed: int) -> list[Generation]:
+        found = generate(var, LABELS, stop=1, decode=False, graphs=graphs, seed=seed, **arguments)
+        forked = found.state.fork(2)
+        ends = generate(var, state=forked, guidance=1.0, log_probs=True, graphs=graphs, seed=seed + 1)
+        on = generate(var, state=found.state, guidance=1.0, log_probs=True, stop=2, decode=False, graphs=graphs)
+        last = generate(var, state=on.state, guidance=1.0, log_probs=True, graphs=graphs)
+        return [found, ends, on, last]
+
+    for seed in (0, 7):
+        for one, other in zip(run(True, seed), run(False, seed), strict=True):
+            same(one, other)
+    assert len(captures) == 4
+
+
+def test_follows_the_weights(captures: list[Tape]) -> None:
+    """A step changes them in place; a model whose weights moved is captured again."""
+    var = tiny_var()
+    generate(var, LABELS, graphs=True)
+    with torch.no_grad():
+        var.head.bias.add_(torch.randn(var.head.bias.shape))
+    same(generate(var, LABELS, graphs=True), generate(var, LABELS))
+    assert len(captures) == 1
+    var.head.bias = torch.nn.Parameter(torch.randn(var.head.bias.shape))
+    same(generate(var, LABELS, graphs=True), generate(var, LABELS))
+    assert len(captures) == 2
+
+
+def test_what_is_captured_apart_and_forgotten(captures: list[Tape]) -> None:
+    var = tiny_var()
+    for options in ({}, {"top_k": 3}, {"guidance": 1.0}, {"stop": 2, "decode": False}, {}):
+        generate(var, LABELS, graphs=True, **options)
+    generate(var, LABELS[:2], graphs=True)
+    assert len(captures) == 5
+    clear_graphs(var)
+    generate(var, LABELS, graphs=True)
+    assert len(captures) == 6
+    for top_k in range(1, graphs.KEPT + 2):
+        generate(var, LABELS, graphs=True, top_k=top_k)
+    before = len(captures)
+    generate(var, LABELS, graphs=True)  # the oldest is gone
+    assert len(captures) == before + 1
+
+
+def test_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"^generate: graphs: expected a model on a GPU, got one on cpu"):
+        generate(tiny_var(), LABELS, graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch, settings: str) -> None:
+    monkeypatch.undo()
+    var: VAR = tiny_var().cuda()
+    for seed in range(3):
+        arguments = {"seed": seed, "log_probs": True, **SETTINGS[settings]}
+        same(generate(var, LABELS.cuda(), graphs=True, **arguments), generate(var, LABELS.cuda(), **arguments))
