@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from fastvar.models.pretrained import load_strictly
-from fastvar.models.var import VAR, VARConfig
+from fastvar.models.var import VAR
+from fastvar.models.var_config import VARConfig
 from fastvar.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from fastvar.schedule import ScaleSchedule
 

@@ -14,7 +14,8 @@ from fastvar.ops import PrefixKV, accumulate_scale, sample_tokens
 from fastvar.profiling import annotate
 
 if TYPE_CHECKING:
-    from fastvar.models.var import VAR, Labels, Modulations
+    from fastvar.models.var import VAR, Labels
+    from fastvar.models.var_block import Modulations
 
 
 @dataclass

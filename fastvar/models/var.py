@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,214 +18,19 @@ from torch.utils.checkpoint import checkpoint
 from fastvar.models.kv_cache import KVCache
 from fastvar.models.linear import Linear
 from fastvar.models.pretrained import PretrainedModel, has_model
+from fastvar.models.var_block import Attend, Block, Modulations, attend_to_cache, attend_to_scales
+from fastvar.models.var_config import VARConfig
 from fastvar.models.vq_tokenizer import VQTokenizer
 from fastvar.ops import (
     PrefixKV,
     TokenLogProbs,
     adaptive_layer_norm,
-    block_causal_attention,
-    cached_attention,
-    gated_residual,
-    qk_norm_rope,
-    qk_norm_rope_into_cache,
     token_log_probs,
 )
-from fastvar.schedule import VAR_256, ScaleSchedule
+from fastvar.schedule import ScaleSchedule
 
 TOKENIZER_FOLDER = "tokenizer"
 Labels = torch.Tensor | Sequence[str]
-
-
-@dataclass(frozen=True)
-class VARConfig:
-    """Shape of a `VAR`; the defaults are those of the public VAR-d16."""
-
-    grids: tuple[tuple[int, int], ...] = VAR_256.grids
-    """Token grids (height, width), coarse to fine."""
-    depth: int = 16
-    embed_dim: int = 1024
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    vocab_size: int = 4096
-    code_channels: int = 32
-    """Channels of the tokenizer's feature map."""
-    num_classes: int = 1000
-    """Class condition; 0 for a text condition."""
-    text_length: int = 0
-    """Text condition: the most characters of a text; 0 for a class condition."""
-    alphabet: str = "0123456789"
-    """Text condition: the characters that a text may have."""
-    subject: str = "none"
-    """Prefix of a reference subject: "none", "block_causal" (a prefix token sees the prefix's coarser scales and its
-    own) or "bidirectional" (it sees all of the prefix)."""
-    shared_adaln: bool = False
-    """One modulation of all blocks plus a table per block, instead of a linear layer per block."""
-    qk_l2_norm: bool = True
-    """Unit-length queries and keys with a learned scale per head; otherwise scores are scaled by 0.25 / sqrt(D)."""
-    gate_init: float = 0.0
-    """Where the residual gates start. From 0 a block begins as the identity, which deep models need; small ones that
-    are trained for a few minutes learn faster from 1."""
-    norm_eps: float = 1e-6
-    condition_dropout: float = 0.1
-    """Share of training samples whose condition is dropped, for guidance."""
-    subject_dropout: float = 0.1
-    """Share of training groups whose subject is dropped; half of their samples lose the condition too, as the
-    unconditional side of guidance has neither."""
-    drop_path: float = 0.0
-    """Stochastic depth of the last block, growing linearly over the blocks."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "grids", ScaleSchedule(self.grids).grids)
-        for name in ("depth", "embed_dim", "num_heads", "vocab_size", "code_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"VARConfig: {name}: expected at least 1, got {getattr(self, name)}")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"VARConfig: num_heads: expected a divisor of embed_dim {self.embed_dim}, got {self.num_heads}"
-            )
-        if self.subject not in ("none", "block_causal", "bidirectional"):
-            raise ValueError(
-                f'VARConfig: subject: expected "none", "block_causal" or "bidirectional", got {self.subject!r}'
-            )
-        for name in ("condition_dropout", "subject_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"VARConfig: {name}: expected a number in [0, 1], got {getattr(self, name)}")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"VARConfig: drop_path: expected a number in [0, 1), got {self.drop_path}")
-        if (self.num_classes > 0) == (self.text_length > 0):
-            raise ValueError(
-                "VARConfig: num_classes, text_length: expected exactly one above 0, "
-                f"got {self.num_classes} and {self.text_length}"
-            )
-
-    @property
-    def schedule(self) -> ScaleSchedule:
-        return ScaleSchedule(self.grids)
-
-    @property
-    def head_dim(self) -> int:
-        return self.embed_dim // self.num_heads
-
-    def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
-        """Texts to character indices (B, text_length) int64; shorter texts are padded on the right.
-
-        Raises:
-            ValueError: no text condition, a text that is too long or has a character outside the alphabet.
-        """
-        if not self.text_length:
-            raise ValueError("VAR: labels: expected a tensor of class indices, as this model has a class condition")
-        if isinstance(texts, str):  # a sequence of texts of one character
-            raise ValueError(f"VAR: labels: expected a list of texts, got the text {texts!r}")
-        rows = []
-        for text in texts:
-            if len(text) > self.text_length or any(c not in self.alphabet for c in text):
-                raise ValueError(
-                    f"VAR: labels: expected texts of at most {self.text_length} characters out of "
-                    f"{self.alphabet!r}, got {text!r}"
-                )
-            indices = [self.alphabet.index(c) for c in text]
-            rows.append(indices + [len(self.alphabet)] * (self.text_length - len(indices)))
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.text_length)
-
-
-class Modulations(NamedTuple):
-    """The modulations of one stream; they do not change over scales.
-
-    Attributes:
-        blocks: per block (B, 6, C) in the order gate1, gate2, scale1, scale2, shift1, shift2.
-        head: (B, 2, C), scale and shift before the head.
-    """
-
-    blocks: list[torch.Tensor]
-    head: torch.Tensor
-
-
-class _Block(nn.Module):
-    """Attention and MLP with adaptive layer norm. It normalises, projects and mixes; who attends to what is the
-    caller's affair: `attend` gets the queries, keys and values (B, L, H, D) and answers (B, L, H, D)."""
-
-    def __init__(self, config: VARConfig, drop_path: float) -> None:
-        super().__init__()
-        width, self.heads, self.eps, self.drop_path = config.embed_dim, config.num_heads, config.norm_eps, drop_path
-        hidden = round(width * config.mlp_ratio)
-        self.qkv = Linear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))  # keys have no bias
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.log_scale = nn.Parameter(torch.full((self.heads,), math.log(4.0))) if config.qk_l2_norm else None
-        self.softmax_scale = 1.0 if config.qk_l2_norm else 0.25 / math.sqrt(config.head_dim)
-        self.proj = Linear(width, width)
-        self.mlp_in = Linear(width, hidden)
-        self.mlp_out = Linear(hidden, width)
-        if config.shared_adaln:
-            self.modulation_table = nn.Parameter(torch.randn(6, width) / width**0.5)
-        else:
-            self.modulation = Linear(width, 6 * width)
-
-    def modulate(self, activated: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor:
-        """(B, 6, C) from the activated condition (B, C) or from the modulation shared by all blocks (B, 6, C)."""
-        if shared is not None:
-            return self.modulation_table + shared
-        return self.modulation(activated).unflatten(1, (6, -1))
-
-    def project(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values (B, L, H, D), not yet normalised."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = self.qkv(h, bias=bias).unflatten(2, (3, self.heads, -1)).unbind(2)
-        return q, k, v
-
-    def normalise(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return (q, k) if self.log_scale is None else qk_norm_rope(q, k, log_scale=self.log_scale)
-
-    def keys_and_values(self, x: torch.Tensor, modulation: torch.Tensor) -> PrefixKV:
-        """What other streams see of this block's input (B, L, C)."""
-        _, _, scale, _, shift, _ = modulation.unbind(1)
-        q, k, v = self.project(adaptive_layer_norm(x, scale, shift, eps=self.eps))
-        return PrefixKV(self.normalise(q, k)[1], v)
-
-    def forward(self, x: torch.Tensor, modulation: torch.Tensor, attend: Attend) -> torch.Tensor:
-        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(1)
-        h = adaptive_layer_norm(x, scale1, shift1, eps=self.eps)
-        h = self.proj(attend(self, *self.project(h)).flatten(2))
-        x = gated_residual(x, self._dropped(h), gate1)
-        h = adaptive_layer_norm(x, scale2, shift2, eps=self.eps)
-        if type(self.mlp_in) is Linear:  # noqa: SIM108
-            h = self.mlp_in(h, gelu=True)
-        else:  # wrapped, as by LoRA: what is added to the projection must pass the GELU too
-            h = F.gelu(self.mlp_in(h), approximate="tanh")
-        h = self.mlp_out(h)
-        return gated_residual(x, self._dropped(h), gate2)
-
-    def _dropped(self, h: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.drop_path == 0:
-            return h
-        keep = 1 - self.drop_path
-        return h * (torch.rand(h.shape[0], 1, 1, device=h.device) < keep).to(h.dtype).div(keep)
-
-
-Attend = Callable[[_Block, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def _attend_to_scales(schedule: ScaleSchedule, prefix: PrefixKV | None = None) -> Attend:
-    """Teacher forcing: every scale at once."""
-
-    def attend(block: _Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k = block.normalise(q, k)
-        return block_causal_attention(q, k, v, schedule, prefix=prefix, softmax_scale=block.softmax_scale)
-
-    return attend
-
-
-def _attend_to_cache(cache: KVCache, layer: int, position: int, end: int) -> Attend:
-    """Sampling: the scale whose tokens go to rows position : end of the cache."""
-    keys, values, prefix, trunk = cache.layer(layer)
-
-    def attend(block: _Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q = qk_norm_rope_into_cache(q, k, v, keys, values, position, log_scale=block.log_scale)
-        return cached_attention(
-            q, keys[:, :end], values[:, :end], prefix=prefix, trunk=trunk, softmax_scale=block.softmax_scale
-        )
-
-    return attend
 
 
 class VAR(PretrainedModel):
@@ -243,7 +48,7 @@ class VAR(PretrainedModel):
 
     config_class = VARConfig
     config: VARConfig
-    blocks: Sequence[_Block]
+    blocks: Sequence[Block]
     scale_index: torch.Tensor
 
     def __init__(self, config: VARConfig, tokenizer: VQTokenizer | None = None) -> None:
@@ -267,7 +72,7 @@ class VAR(PretrainedModel):
             self.subject_condition = nn.Parameter(torch.empty(width))
         self.shared_modulation = Linear(width, 6 * width) if config.shared_adaln else None
         drop_path = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
-        self.blocks = nn.ModuleList(_Block(config, p) for p in drop_path)  # type: ignore[assignment]  # not generic
+        self.blocks = nn.ModuleList(Block(config, p) for p in drop_path)  # type: ignore[assignment]  # not generic
         self.head_modulation = Linear(width, 2 * width)
         self.head = Linear(width, config.vocab_size)
         self.register_buffer("scale_index", torch.tensor(self.schedule.scale_of_token), persistent=False)
@@ -464,7 +269,7 @@ class VAR(PretrainedModel):
             k, v, _ = block.keys_and_values(x, modulation)
             prefix.append(PrefixKV(k, v, lengths))
             if i + 1 < len(self.blocks):
-                x = self._run(block, x, modulation, _attend_to_scales(schedule))
+                x = self._run(block, x, modulation, attend_to_scales(schedule))
         return prefix
 
     def add_subject(self, subject: str = "block_causal") -> VAR:
@@ -490,7 +295,7 @@ class VAR(PretrainedModel):
 
     # -- teacher forcing ---------------------------------------------------------------------------------------------
 
-    def _run(self, block: _Block, x: torch.Tensor, modulation: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def _run(self, block: Block, x: torch.Tensor, modulation: torch.Tensor, attend: Attend) -> torch.Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, modulation, attend, use_reentrant=False)
         return block(x, modulation, attend)
@@ -525,7 +330,7 @@ class VAR(PretrainedModel):
         modulations = self.modulations(condition)
         x = self.embed(condition, inputs)
         for i, (block, modulation) in enumerate(zip(self.blocks, modulations.blocks, strict=True)):
-            attend = _attend_to_scales(schedule, None if prefix is None else prefix[i])
+            attend = attend_to_scales(schedule, None if prefix is None else prefix[i])
             x = self._run(block, x, modulation, attend)
         return self.before_head(x, modulations)
 
@@ -589,7 +394,7 @@ class VAR(PretrainedModel):
             position, end: where in the cache's own rows the scale starts and ends.
         """
         for i, (block, modulation) in enumerate(zip(self.blocks, modulations.blocks, strict=True)):
-            x = block(x, modulation, _attend_to_cache(cache, i, position, end))
+            x = block(x, modulation, attend_to_cache(cache, i, position, end))
         cache.length = end
         return self.before_head(x, modulations)
 

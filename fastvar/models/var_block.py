@@ -1,0 +1,125 @@
+"""A transformer block of VAR, and what its tokens attend to in training and in sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastvar.models.kv_cache import KVCache
+from fastvar.models.linear import Linear
+from fastvar.models.var_config import VARConfig
+from fastvar.ops import (
+    PrefixKV,
+    adaptive_layer_norm,
+    block_causal_attention,
+    cached_attention,
+    gated_residual,
+    qk_norm_rope,
+    qk_norm_rope_into_cache,
+)
+from fastvar.schedule import ScaleSchedule
+
+
+class Modulations(NamedTuple):
+    """The modulations of one stream; they do not change over scales.
+
+    Attributes:
+        blocks: per block (B, 6, C) in the order gate1, gate2, scale1, scale2, shift1, shift2.
+        head: (B, 2, C), scale and shift before the head.
+    """
+
+    blocks: list[torch.Tensor]
+    head: torch.Tensor
+
+
+class Block(nn.Module):
+    """Attention and MLP with adaptive layer norm. It normalises, projects and mixes; who attends to what is the
+    caller's affair: `attend` gets the queries, keys and values (B, L, H, D) and answers (B, L, H, D)."""
+
+    def __init__(self, config: VARConfig, drop_path: float) -> None:
+        super().__init__()
+        width, self.heads, self.eps, self.drop_path = config.embed_dim, config.num_heads, config.norm_eps, drop_path
+        hidden = round(width * config.mlp_ratio)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))  # keys have no bias
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.log_scale = nn.Parameter(torch.full((self.heads,), math.log(4.0))) if config.qk_l2_norm else None
+        self.softmax_scale = 1.0 if config.qk_l2_norm else 0.25 / math.sqrt(config.head_dim)
+        self.proj = Linear(width, width)
+        self.mlp_in = Linear(width, hidden)
+        self.mlp_out = Linear(hidden, width)
+        if config.shared_adaln:
+            self.modulation_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        else:
+            self.modulation = Linear(width, 6 * width)
+
+    def modulate(self, activated: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor:
+        """(B, 6, C) from the activated condition (B, C) or from the modulation shared by all blocks (B, 6, C)."""
+        if shared is not None:
+            return self.modulation_table + shared
+        return self.modulation(activated).unflatten(1, (6, -1))
+
+    def project(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values (B, L, H, D), not yet normalised."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, k, v = self.qkv(h, bias=bias).unflatten(2, (3, self.heads, -1)).unbind(2)
+        return q, k, v
+
+    def normalise(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (q, k) if self.log_scale is None else qk_norm_rope(q, k, log_scale=self.log_scale)
+
+    def keys_and_values(self, x: torch.Tensor, modulation: torch.Tensor) -> PrefixKV:
+        """What other streams see of this block's input (B, L, C)."""
+        _, _, scale, _, shift, _ = modulation.unbind(1)
+        q, k, v = self.project(adaptive_layer_norm(x, scale, shift, eps=self.eps))
+        return PrefixKV(self.normalise(q, k)[1], v)
+
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor, attend: Attend) -> torch.Tensor:
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(1)
+        h = adaptive_layer_norm(x, scale1, shift1, eps=self.eps)
+        h = self.proj(attend(self, *self.project(h)).flatten(2))
+        x = gated_residual(x, self._dropped(h), gate1)
+        h = adaptive_layer_norm(x, scale2, shift2, eps=self.eps)
+        if type(self.mlp_in) is Linear:  # noqa: SIM108
+            h = self.mlp_in(h, gelu=True)
+        else:  # wrapped, as by LoRA: what is added to the projection must pass the GELU too
+            h = F.gelu(self.mlp_in(h), approximate="tanh")
+        h = self.mlp_out(h)
+        return gated_residual(x, self._dropped(h), gate2)
+
+    def _dropped(self, h: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.drop_path == 0:
+            return h
+        keep = 1 - self.drop_path
+        return h * (torch.rand(h.shape[0], 1, 1, device=h.device) < keep).to(h.dtype).div(keep)
+
+
+Attend = Callable[[Block, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def attend_to_scales(schedule: ScaleSchedule, prefix: PrefixKV | None = None) -> Attend:
+    """Teacher forcing: every scale at once."""
+
+    def attend(block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k = block.normalise(q, k)
+        return block_causal_attention(q, k, v, schedule, prefix=prefix, softmax_scale=block.softmax_scale)
+
+    return attend
+
+
+def attend_to_cache(cache: KVCache, layer: int, position: int, end: int) -> Attend:
+    """Sampling: the scale whose tokens go to rows position : end of the cache."""
+    keys, values, prefix, trunk = cache.layer(layer)
+
+    def attend(block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q = qk_norm_rope_into_cache(q, k, v, keys, values, position, log_scale=block.log_scale)
+        return cached_attention(
+            q, keys[:, :end], values[:, :end], prefix=prefix, trunk=trunk, softmax_scale=block.softmax_scale
+        )
+
+    return attend

@@ -1,0 +1,102 @@
+"""The shape of a VAR and the characters of its texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastvar.schedule import VAR_256, ScaleSchedule
+
+
+@dataclass(frozen=True)
+class VARConfig:
+    """Shape of a `VAR`; the defaults are those of the public VAR-d16."""
+
+    grids: tuple[tuple[int, int], ...] = VAR_256.grids
+    """Token grids (height, width), coarse to fine."""
+    depth: int = 16
+    embed_dim: int = 1024
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    vocab_size: int = 4096
+    code_channels: int = 32
+    """Channels of the tokenizer's feature map."""
+    num_classes: int = 1000
+    """Class condition; 0 for a text condition."""
+    text_length: int = 0
+    """Text condition: the most characters of a text; 0 for a class condition."""
+    alphabet: str = "0123456789"
+    """Text condition: the characters that a text may have."""
+    subject: str = "none"
+    """Prefix of a reference subject: "none", "block_causal" (a prefix token sees the prefix's coarser scales and its
+    own) or "bidirectional" (it sees all of the prefix)."""
+    shared_adaln: bool = False
+    """One modulation of all blocks plus a table per block, instead of a linear layer per block."""
+    qk_l2_norm: bool = True
+    """Unit-length queries and keys with a learned scale per head; otherwise scores are scaled by 0.25 / sqrt(D)."""
+    gate_init: float = 0.0
+    """Where the residual gates start. From 0 a block begins as the identity, which deep models need; small ones that
+    are trained for a few minutes learn faster from 1."""
+    norm_eps: float = 1e-6
+    condition_dropout: float = 0.1
+    """Share of training samples whose condition is dropped, for guidance."""
+    subject_dropout: float = 0.1
+    """Share of training groups whose subject is dropped; half of their samples lose the condition too, as the
+    unconditional side of guidance has neither."""
+    drop_path: float = 0.0
+    """Stochastic depth of the last block, growing linearly over the blocks."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grids", ScaleSchedule(self.grids).grids)
+        for name in ("depth", "embed_dim", "num_heads", "vocab_size", "code_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"VARConfig: {name}: expected at least 1, got {getattr(self, name)}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"VARConfig: num_heads: expected a divisor of embed_dim {self.embed_dim}, got {self.num_heads}"
+            )
+        if self.subject not in ("none", "block_causal", "bidirectional"):
+            raise ValueError(
+                f'VARConfig: subject: expected "none", "block_causal" or "bidirectional", got {self.subject!r}'
+            )
+        for name in ("condition_dropout", "subject_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"VARConfig: {name}: expected a number in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"VARConfig: drop_path: expected a number in [0, 1), got {self.drop_path}")
+        if (self.num_classes > 0) == (self.text_length > 0):
+            raise ValueError(
+                "VARConfig: num_classes, text_length: expected exactly one above 0, "
+                f"got {self.num_classes} and {self.text_length}"
+            )
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        return ScaleSchedule(self.grids)
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
+        """Texts to character indices (B, text_length) int64; shorter texts are padded on the right.
+
+        Raises:
+            ValueError: no text condition, a text that is too long or has a character outside the alphabet.
+        """
+        if not self.text_length:
+            raise ValueError("VAR: labels: expected a tensor of class indices, as this model has a class condition")
+        if isinstance(texts, str):  # a sequence of texts of one character
+            raise ValueError(f"VAR: labels: expected a list of texts, got the text {texts!r}")
+        rows = []
+        for text in texts:
+            if len(text) > self.text_length or any(c not in self.alphabet for c in text):
+                raise ValueError(
+                    f"VAR: labels: expected texts of at most {self.text_length} characters out of "
+                    f"{self.alphabet!r}, got {text!r}"
+                )
+            indices = [self.alphabet.index(c) for c in text]
+            rows.append(indices + [len(self.alphabet)] * (self.text_length - len(indices)))
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.text_length)
