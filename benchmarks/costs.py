@@ -206,10 +206,10 @@ def visible(model: Architecture, scales: int) -> tuple[int, int]:
 
 def subject(model: Architecture, tokens: float, prefixes: float) -> Job:
     """What prefixes of subjects, each as long as an image, add to a pass of so many tokens: attention to them, and
-    their own pass through all blocks but the last; their keys and values are made apart. Operations alone."""
+    their own pass through all blocks but the last, of which there are only the keys and values. Operations alone."""
     shape, c = model.shape, model.shape.width
     length, pairs = visible(model, model.scales)
-    weights = (shape.depth - 1) * model.token_weights + shape.depth * 3 * c**2 + shape.channels * c
+    weights = (shape.depth - 1) * model.token_weights + 3 * c**2 + shape.channels * c
     linears = 2 * prefixes * length * weights + condition(model, prefixes).flops
     attention = 4 * c * ((shape.depth - 1) * prefixes * pairs + shape.depth * tokens * length)
     return Job({"linears": (linears, 0.0), "attention": (attention, 0.0)})

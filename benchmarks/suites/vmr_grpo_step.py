@@ -300,7 +300,7 @@ SUITE = Suite(
                 CASES[:1], grids="var-256", depth=4, width=128, middle=8, prompts=1, group_size=4, dtype="float32"
             ),
             *_settings(
-                CASES[4:5], grids="var-256", depth=2, width=128, middle=8, prompts=1, group_size=8, dtype="float32"
+                CASES[4:5], grids="var-256", depth=8, width=128, middle=8, prompts=1, group_size=8, dtype="float32"
             ),
         ],
         "gpu": _settings(CASES[:7], model="VAR-d16", middle=8, prompts=4, group_size=8, dtype="bfloat16"),

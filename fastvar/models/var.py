@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fastvar.models.kv_cache import KVCache
 from fastvar.models.linear import Linear
 from fastvar.models.pretrained import PretrainedModel, has_model
-from fastvar.models.var_block import Attend, Block, Modulations, attend_to_cache, attend_to_scales
+from fastvar.models.var_block import Block, Modulations, attend_to_cache, attend_to_scales
 from fastvar.models.var_config import VARConfig
 from fastvar.models.vq_tokenizer import VQTokenizer
 from fastvar.ops import (
@@ -31,6 +32,15 @@ from fastvar.schedule import ScaleSchedule
 
 TOKENIZER_FOLDER = "tokenizer"
 Labels = torch.Tensor | Sequence[str]
+
+
+def _prefill_block(
+    block: Block, schedule: ScaleSchedule, x: torch.Tensor, modulation: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A block's output (B, L, C), and the keys and values (B, L, H, D) that other streams see of its input."""
+    seen: list[PrefixKV] = []
+    x = block(x, modulation, attend_to_scales(schedule, seen=seen))
+    return x, seen[0].k, seen[0].v
 
 
 class VAR(PretrainedModel):
@@ -266,10 +276,11 @@ class VAR(PretrainedModel):
         x = self._codes(subject) + self._positions(0, subject.shape[1]) + self.subject_embed
         prefix = []
         for i, (block, modulation) in enumerate(zip(self.blocks, modulations.blocks, strict=True)):
-            k, v, _ = block.keys_and_values(x, modulation)
-            prefix.append(PrefixKV(k, v, lengths))
             if i + 1 < len(self.blocks):
-                x = self._run(block, x, modulation, attend_to_scales(schedule))
+                x, k, v = self._run(partial(_prefill_block, block, schedule), x, modulation)
+            else:
+                k, v, _ = block.keys_and_values(x, modulation)
+            prefix.append(PrefixKV(k, v, lengths))
         return prefix
 
     def add_subject(self, subject: str = "block_causal") -> VAR:
@@ -295,10 +306,10 @@ class VAR(PretrainedModel):
 
     # -- teacher forcing ---------------------------------------------------------------------------------------------
 
-    def _run(self, block: Block, x: torch.Tensor, modulation: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def _run(self, block: Callable[..., Any], *inputs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, modulation, attend, use_reentrant=False)
-        return block(x, modulation, attend)
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def hidden(self, labels: Labels, inputs: torch.Tensor, *, subject: torch.Tensor | None = None) -> torch.Tensor:
         """The normalised hidden states before the head (B, L', C); arguments as `forward`.

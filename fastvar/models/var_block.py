@@ -102,11 +102,15 @@ class Block(nn.Module):
 Attend = Callable[[Block, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def attend_to_scales(schedule: ScaleSchedule, prefix: PrefixKV | None = None) -> Attend:
-    """Teacher forcing: every scale at once."""
+def attend_to_scales(
+    schedule: ScaleSchedule, prefix: PrefixKV | None = None, seen: list[PrefixKV] | None = None
+) -> Attend:
+    """Teacher forcing: every scale at once. `seen` gets the keys and values."""
 
     def attend(block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k = block.normalise(q, k)
+        if seen is not None:
+            seen.append(PrefixKV(k, v))
         return block_causal_attention(q, k, v, schedule, prefix=prefix, softmax_scale=block.softmax_scale)
 
     return attend

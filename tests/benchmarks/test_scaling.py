@@ -62,6 +62,12 @@ DECODERS: dict[str, tuple[int, tuple[int, ...], int, bool, int]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _no_dense_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs attention of few tokens computes all pairs, unlike on GPUs."""
+    monkeypatch.setattr("fastvar.kernels.block_causal_attention.impl_cpu.DENSE", 0)
+
+
 def real(model: Architecture, device: str = "cpu", **options: Any) -> VAR:
     """The VAR that an architecture describes, in evaluation mode; a small one has a small tokenizer."""
     shape = model.shape
@@ -405,8 +411,8 @@ def test_what_the_document_concludes() -> None:
         assert round(cache(model, Plan(chunk=8)) / (8 * 2 * model.cache_bytes * model.tokens), 2) in (0.97, 0.98)
         found = scaling.savings(model, plan)
         assert all(0.015 < 1 - 1 / found[f"{segment} rollout"] < 0.045 for segment in ("coarse", "fine"))
-        assert 0.39 <= round(1 - 1 / found["subject update"], 2) <= 0.5
-        assert all(0.355 < 1 - 1 / found[f"{segment} iteration"] < 0.655 for segment in ("coarse", "fine"))
+        assert 0.36 <= round(1 - 1 / found["subject update"], 2) <= 0.45
+        assert all(0.325 < 1 - 1 / found[f"{segment} iteration"] < 0.645 for segment in ("coarse", "fine"))
 
 
 # So many rows that the head pads none, which the model leaves out.
