@@ -137,5 +137,5 @@ class RLConfig:
     def settings(self) -> dict[str, Any]:
         """What decides the result of a run."""
         found = {name: value for name, value in asdict(self).items() if name not in FREE}
-        del found["rollout"]["chunk"]
+        del found["rollout"]["chunk"], found["rollout"]["graphs"]
         return found

@@ -271,3 +271,8 @@ def test_clear_errors() -> None:
         Prompts(["1"], references=torch.zeros(2, 3, 8, 8))
     with pytest.raises(ValueError, match="references: expected None, as the model has no subject prefix"):
         rollout(policy(), "whole", Prompts(["1"], references=torch.zeros(1, 3, 8, 8)))
+
+
+def test_graphs_reach_the_sampler() -> None:
+    with pytest.raises(ValueError, match=r"^generate: graphs: expected a model on a GPU, got one on cpu"):
+        rollout(policy(), "whole", options=RolloutOptions(graphs=True))
