@@ -95,7 +95,7 @@ class Operator:
 
     def _run(self, *args: Any) -> Any:
         forward = getattr(self._implementation(args[-1]), self.function)
-        with annotate(self.name), _plain(args[0].device.type), torch.no_grad():
+        with annotate(self.name), _plain(args[0].device.type), guard(args[0].device), torch.no_grad():
             return forward(*self._with_schedule(args[:-1]))
 
     def _run_backward(self, grads: list[torch.Tensor | None], *rest: Any) -> list[torch.Tensor]:
@@ -104,7 +104,7 @@ class Operator:
         results = [args.pop()] if self._keeps_results else []
         args = self._with_schedule(args)
         own = getattr(module, "backward" if self.function == "forward" else f"{self.function}_backward", None)
-        with annotate(f"{self.name} backward"), _plain(args[0].device.type):
+        with annotate(f"{self.name} backward"), _plain(args[0].device.type), guard(args[0].device):
             if own is not None:
                 return own(grads, *args, *results, needs)
             return _recomputed_gradients(getattr(module, self.function), grads, args, self._tensors_at, needs)
@@ -123,6 +123,13 @@ def _plain(device_type: str) -> AbstractContextManager[Any]:
     # The dtypes of an operator are its own affair: autocast must not reach into an implementation.
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def guard(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current GPU, which need not be the tensors'."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
     return nullcontext()
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from samples import noise
 
 from fastvar.ops import _dispatch, adaptive_layer_norm, explain, support
 from fastvar.ops._dispatch import REGISTRY, Implementation
+from fastvar.ops._operator import guard
 
 NAME = "adaptive_layer_norm"
 ROOT = Path(__file__).parents[2]
@@ -198,3 +200,13 @@ def test_environment_variable(wish: str, expected: str) -> None:
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (run.returncode == 0) == (wish == "reference")
     assert expected in (run.stdout if wish == "reference" else run.stderr)
+
+
+def test_kernels_are_launched_on_the_tensors_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    for name in ("cuda:0", "cuda:1", "cpu"):
+        with guard(torch.device(name)):
+            pass
+    assert entered == [torch.device("cuda:1")]
