@@ -23,7 +23,9 @@ $(VENV)/installed: pyproject.toml setup.py
 demo: $(VENV)/installed
 	$(VENV)/bin/fastvar demo $(DEMO_FLAGS)
 
+# The C++ and CUDA libraries, as far as there are compilers; without, the tests say so and do without.
 test: $(VENV)/installed
+	-$(VENV)/bin/fastvar build
 	$(VENV)/bin/python -m pytest $(TEST_FLAGS)
 
 lint: $(VENV)/installed
@@ -37,4 +39,4 @@ wheel: $(VENV)/installed
 	$(VENV)/bin/python tests/inspect_wheel.py dist/*.whl
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info fastvar/_cpu.abi3.so fastvar/_cuda.abi3.so fastvar/_build.json

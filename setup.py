@@ -1,5 +1,69 @@
-"""Metadata lives in pyproject.toml; this file is the place where the C++ and CUDA extension is added to a build."""
+"""Metadata lives in pyproject.toml; here the C++ and CUDA extension is added to a build, as FASTVAR_BUILD wishes.
 
-from setuptools import setup
+Without torch in the build's environment, as in an isolated build, the package is pure Python.
+"""
 
-setup()
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import setuptools
+from setuptools.command.build_py import build_py
+
+PACKAGE = Path(__file__).resolve().parent / "fastvar"
+
+
+def load_build() -> ModuleType:
+    """fastvar/build.py by its path: importing fastvar would import torch."""
+    spec = importlib.util.spec_from_file_location("fastvar_build", PACKAGE / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_build()
+try:
+    WISH = build.wish_of_environment()
+except build.BuildError as error:
+    raise SystemExit(str(error)) from None
+REASONS = build.plan(WISH)
+TARGETS = [target for target, reason in REASONS.items() if not reason]
+
+
+class Distribution(setuptools.Distribution):
+    """With a library inside, a wheel is for one platform."""
+
+    def has_ext_modules(self) -> bool:
+        return bool(TARGETS)
+
+
+class BuildPython(build_py):
+    """Adds the libraries, and a record of what was decided. An explicit wish that fails ends the build."""
+
+    def run(self) -> None:
+        super().run()
+        package = PACKAGE if self.editable_mode else Path(self.build_lib) / "fastvar"
+        reasons = dict(REASONS)
+        for target in TARGETS:
+            try:
+                build.build([target], package)
+            except build.BuildError as error:
+                if WISH != "auto":
+                    raise SystemExit(f"FASTVAR_BUILD={WISH}: {error}") from None
+                print(f"fastvar is installed without its {target} extension: {error}", file=sys.stderr)
+                reasons[target] = str(error).splitlines()[0]
+        if not self.editable_mode:  # a checkout may have libraries that somebody built before
+            left_out = {t: {"state": "not built", "reason": reason} for t, reason in reasons.items() if reason}
+            build.write_record(package, left_out)
+
+
+setuptools.setup(
+    distclass=Distribution,
+    cmdclass={"build_py": BuildPython},
+    # the libraries do not depend on Python's ABI
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if TARGETS else {},
+)

@@ -7,12 +7,14 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = (".h", ".cpp", ".cu")
 
 
-def expected_modules() -> set[str]:
-    """The Python files of the checkout as they are named in a wheel."""
+def expected_files() -> set[str]:
+    """The Python files of the checkout and the sources of the extension as they are named in a wheel."""
     package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fastvar").rglob("*.py")}
-    return package | {f"fastvar/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "kernels").rglob("*.py")}
+    inside = [*(ROOT / "kernels").rglob("*.py"), *(p for p in (ROOT / "csrc").iterdir() if p.suffix in SOURCES)]
+    return package | {f"fastvar/{p.relative_to(ROOT).as_posix()}" for p in inside}
 
 
 def problems(wheel: Path) -> list[str]:
@@ -22,10 +24,13 @@ def problems(wheel: Path) -> list[str]:
     found = [
         f"unexpected top level {top}" for top in sorted(tops) if top != "fastvar" and not top.endswith(".dist-info")
     ]
-    found += [f"missing {name}" for name in sorted(expected_modules() - names)]
-    found += [f"missing {name}" for name in ("fastvar/py.typed",) if name not in names]
+    found += [f"missing {name}" for name in sorted(expected_files() - names)]
+    found += [f"missing {name}" for name in ("fastvar/py.typed", "fastvar/_build.json") if name not in names]
     if "fastvar/kernels/__init__.py" in names:
         found.append("fastvar/kernels must not have an __init__.py")
+    libraries = [name for name in names if name.endswith(".so")]
+    if bool(libraries) == wheel.name.endswith("-none-any.whl"):
+        found.append(f"libraries {libraries} in a wheel of that name")
     return found
 
 

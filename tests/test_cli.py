@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from fastvar.cli import main
+from fastvar.cli.build import Build
 from fastvar.cli.common import DataOptions
 from fastvar.cli.info import Info
 from fastvar.cli.models import Sample, Train, TrainTokenizer
@@ -21,7 +22,7 @@ from fastvar.evaluation import SamplingOptions
 from fastvar.rl import LossOptions, RLConfig, RolloutOptions
 from fastvar.training import TrainConfig
 
-COMMANDS = ("train-tokenizer", "train", "sample", "evaluate", "demo", "info", "rl", "choose-middle", "ablate")
+COMMANDS = ("train-tokenizer", "train", "sample", "evaluate", "demo", "info", "build", "rl", "choose-middle", "ablate")
 SMALL = ["--grids", "1,3x4,6x8", "--vocab-size", "16", "--code-channels", "8", "--channels", "8", "--norm-groups", "4"]
 FEW = ["--steps", "3", "--batch-size", "4", "--scenes", "16", "--log-every", "1"]
 
@@ -42,7 +43,7 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     "config",
     [
-        *(TrainTokenizer, Train, Sample, Evaluate, Info, DemoConfig, TrainConfig, SamplingOptions, DataOptions),
+        *(TrainTokenizer, Train, Sample, Evaluate, Info, Build, DemoConfig, TrainConfig, SamplingOptions, DataOptions),
         *(RL, ChooseMiddle, Ablate, RewardOptions, RLConfig, LossOptions, RolloutOptions),
     ],
 )

@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from inspect_wheel import problems
+from inspect_wheel import SOURCES, problems
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,11 +28,20 @@ def test_package_list_matches_the_disk() -> None:
     on_disk |= {
         "fastvar." + ".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "kernels").rglob("__init__.py")
     }
-    assert listed == on_disk
+    assert listed == on_disk | {"fastvar.csrc"}
 
 
 def test_kernels_has_no_init_of_its_own() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_sources_travel() -> None:
+    """Every file of csrc is of a kind that package-data takes along."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "fastvar.csrc"
+    ]
+    assert set(patterns) == {f"*{suffix}" for suffix in SOURCES}
+    assert {p.suffix for p in (ROOT / "csrc").iterdir()} <= set(SOURCES)
 
 
 def test_import_is_light_and_silent() -> None:
@@ -79,7 +88,9 @@ def test_wheel(tmp_path: Path) -> None:
         "-w",
         str(tmp_path),
     ]
-    built = subprocess.run([*command, str(_copy(tmp_path / "source"))], capture_output=True, text=True)
+    environment = {**os.environ, "FASTVAR_BUILD": "none"}  # wheels with libraries: tests/test_build.py
+    source = str(_copy(tmp_path / "source"))
+    built = subprocess.run([*command, source], capture_output=True, text=True, env=environment)
     assert built.returncode == 0, built.stderr
     wheel = next(tmp_path.glob("*.whl"))
     assert problems(wheel) == []
@@ -89,6 +100,7 @@ def test_wheel(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r}); import fastvar, torch;"
         f"assert fastvar.__file__.startswith({str(site)!r});"
+        "from fastvar import build; assert build.sources_digest('cpu') and build.record()['cpu']['reason'];"
         "from fastvar.ops import gated_residual; x = torch.ones(1, 1, 1); print(gated_residual(x, x, x[0]).item())"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
@@ -102,7 +114,7 @@ def _copy(target: Path) -> Path:
     target.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target)
-    for name in ("fastvar", "kernels"):
+    for name in ("fastvar", "kernels", "csrc"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     return target
 

@@ -6,6 +6,7 @@ import sys
 
 import tyro
 
+from fastvar.cli.build import Build
 from fastvar.cli.info import Info, demo_command
 from fastvar.cli.models import Sample, Train, TrainTokenizer
 from fastvar.cli.reinforcement import RL, Ablate, ChooseMiddle, Evaluate
@@ -23,6 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
         "ablate": Ablate,
         "demo": demo_command(),
         "info": Info,
+        "build": Build,
     }
     command = tyro.extras.subcommand_cli_from_dict(
         commands,

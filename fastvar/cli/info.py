@@ -31,6 +31,8 @@ class Info:
             print(f"GPU {i}: {torch.cuda.get_device_name(i)}, compute {torch.cuda.get_device_capability(i)}")
         if not torch.cuda.device_count():
             print("GPU: none")
+        for target in ("cpu", "cuda"):
+            print(f"extension {target}: {_extension(target)}")
         print(fastvar.support())
 
 
@@ -47,6 +49,24 @@ def demo_command() -> Any:
             print(f"report: {self.output / 'report.html'}")
 
     return Demo
+
+
+def _extension(target: str) -> str:
+    from fastvar import build
+    from fastvar.ops import _extension
+
+    note = build.record().get(target, {})
+    missing, error = _extension.missing(target), _extension.load_error(target)
+    if missing is not None:
+        return f"{missing}; {note['reason']}" if note.get("state") == "not built" else missing
+    if error is not None:
+        return error
+    library = build.library_path(target)
+    if library is None or library.parent != build.PACKAGE or "sources" not in note:
+        return str(library)
+    stale = note["sources"] != build.sources_digest(target)
+    advice = f", built from other sources than these (fastvar build --{target})" if stale else ""
+    return f"{library} ({note['reason']}){advice}"
 
 
 def _version(package: str) -> str:

@@ -1,0 +1,366 @@
+"""Builds the C++ and CUDA libraries `_cpu.abi3.so` and `_cuda.abi3.so` from csrc/.
+
+One way for both occasions: setup.py does it ahead of time (it loads this file by its path, as fastvar is not installed
+yet: only the standard library may be imported here), `fastvar build` just in time. The libraries use torch's stable
+ABI: one file serves every torch from 2.11 on, whatever the version of Python.
+
+Objects are kept in the cache folder under a digest of all that went into them. Files appear whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+TARGETS = ("cpu", "cuda")
+WISHES = ("auto", "none", *TARGETS)
+RECORD = "_build.json"  # in the package: what a build decided and why
+
+_SUFFIXES = {"cpu": ".cpp", "cuda": ".cu"}
+_ARCHITECTURES = (80, 90, 100)
+_COMMON = ("-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000")  # torch 2.11
+# Without traps and errno, which nobody looks at, loops with choices between floats can be vectorised; results stay.
+_CPP = (
+    "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-Wall",
+    "-Wno-unknown-pragmas",
+)  # fmt: skip
+_CUDA = ("--fmad=false", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off")
+_SPILLS = ("-Xptxas=--warn-on-spills,--warn-on-local-memory-usage",)
+
+
+class BuildError(RuntimeError):
+    """Nothing could be built; the message says why and what to do, and holds the compiler's output."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """Where the installed torch keeps its headers, found without importing it."""
+
+    version: str
+    include: Path
+    has_cuda: bool
+
+
+def file_name(target: str) -> str:
+    """The library's name for "cpu" or "cuda"."""
+    return f"_{target}.abi3.so"
+
+
+def source_folder() -> Path:
+    """csrc/ inside the installed package or beside it in a checkout.
+
+    Raises:
+        BuildError: it is in neither place.
+    """
+    for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
+        if (folder / "common.h").is_file():
+            return folder
+    raise BuildError(f"no sources: expected them in {PACKAGE / 'csrc'}; reinstall fastvar")
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/fastvar, by default ~/.cache/fastvar: objects, and libraries of installed packages."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvar"
+
+
+def sources_digest(target: str) -> str:
+    """Changes with any source that the library of this target is made of."""
+    files = {file for source in _sources(target) for file in (source, *_headers(source))}
+    return _digest(part for file in sorted(files) for part in (file.name, file.read_bytes()))
+
+
+def library_path(target: str) -> Path | None:
+    """The built library: in the cache folder, built from just these sources, or in the package."""
+    places = [PACKAGE]
+    with suppress(BuildError, OSError, RuntimeError):  # without sources, or without a home, there is no cached one
+        places.insert(0, cache_folder() / sources_digest(target))
+    return next((folder / file_name(target) for folder in places if (folder / file_name(target)).is_file()), None)
+
+
+def record() -> dict[str, dict[str, str]]:
+    """What the builds whose results this package has decided: for each target "state", "reason" and "sources"."""
+    try:
+        return json.loads((PACKAGE / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def wish_of_environment() -> str:
+    """FASTVAR_BUILD.
+
+    Raises:
+        BuildError: it is none of WISHES.
+    """
+    wish = os.environ.get("FASTVAR_BUILD") or "auto"
+    if wish not in WISHES:
+        raise BuildError(f"FASTVAR_BUILD: expected one of {WISHES}, got {wish!r}")
+    return wish
+
+
+def plan(wish: str) -> dict[str, str]:
+    """For each target an empty string if it is to be built for that wish, otherwise the reason why not."""
+    reasons = {}
+    for target in TARGETS:
+        if wish in ("none", "cpu", "cuda"):
+            # a CUDA library is of little use without its sibling, but whoever asks for one target gets that one
+            reasons[target] = "" if wish == target else f"FASTVAR_BUILD={wish}"
+            continue
+        try:
+            torch = find_torch()
+            (find_nvcc if target == "cuda" else find_cxx)()
+            reasons[target] = "this torch is a CPU build" if target == "cuda" and not torch.has_cuda else ""
+        except BuildError as error:
+            reasons[target] = str(error)
+    return reasons
+
+
+def find_torch() -> Torch:
+    """The torch that this Python would import.
+
+    Raises:
+        BuildError: there is none, or one without the headers.
+    """
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise BuildError(
+            "torch is not importable where the build runs; install it, then build without isolation "
+            "(pip install --no-build-isolation .) or run `fastvar build`"
+        )
+    folder = Path(spec.origin).parent
+    include = folder / "include"
+    if not (include / "torch/csrc/stable/library.h").is_file():
+        raise BuildError(f"torch in {folder} has no headers of the stable ABI; fastvar needs torch 2.11 or newer")
+    version = re.search(r"__version__ = '([^']*)'", (folder / "version.py").read_text())
+    return Torch(version[1] if version else "unknown", include, (folder / "lib/libtorch_cuda.so").is_file())
+
+
+def find_cxx() -> list[str]:
+    """The C++ compiler: $CXX, else g++, c++ or clang++ on the path.
+
+    Raises:
+        BuildError: there is none.
+    """
+    wish = shlex.split(os.environ.get("CXX", ""))
+    for command in [wish] if wish else [["g++"], ["c++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    if wish:
+        raise BuildError(f"CXX: expected a C++ compiler, got {os.environ['CXX']!r}, which is not there")
+    raise BuildError("no C++ compiler: install g++ (12 or newer) or name one in CXX")
+
+
+def find_nvcc() -> str:
+    """The CUDA compiler: in $CUDA_HOME, /usr/local/cuda or on the path.
+
+    Raises:
+        BuildError: there is none.
+    """
+    home = os.environ.get("CUDA_HOME")
+    for folder in [home] if home else ["/usr/local/cuda"]:
+        found = shutil.which("nvcc", path=str(Path(folder, "bin")))
+        if found:
+            return found
+    if home:
+        raise BuildError(f"CUDA_HOME: expected a CUDA toolkit, {home!r} has no bin/nvcc")
+    found = shutil.which("nvcc")
+    if found is None:
+        raise BuildError("no nvcc: install the CUDA toolkit or name its folder in CUDA_HOME")
+    return found
+
+
+def build(targets: Sequence[str], output: Path | None = None, *, verbose: bool = False) -> dict[str, Path]:
+    """Build the libraries of these targets and note that they are there.
+
+    Args:
+        targets: of "cpu" and "cuda".
+        output: the folder to put them in. By default that of the package in a checkout. For an installed package it is
+            one in the cache folder, named after the sources: pip would neither remove nor replace what it did not
+            bring.
+        verbose: print commands and compilers' output even where all went well.
+
+    Returns:
+        The library of each target.
+
+    Raises:
+        ValueError: an unknown target.
+        BuildError: a compiler is missing or failed; its output is in the message.
+    """
+    for target in targets:
+        if target not in TARGETS:
+            raise ValueError(f"build: targets: expected some of {TARGETS}, got {target!r}")
+    built = {}
+    for target in targets:
+        digest = sources_digest(target)
+        cached = cache_folder() / digest
+        checkout = source_folder().parent != PACKAGE
+        folder = output or _writable(*[PACKAGE] * checkout, cached)
+        built[target] = _build(target, folder / file_name(target), verbose)
+        if folder != cached:
+            write_record(folder, {target: {"state": "built", "reason": _tools(target), "sources": digest}})
+    extension = sys.modules.get("fastvar.ops._extension")
+    if extension is not None and output is None:
+        extension.look_again()
+    return built
+
+
+def write_record(folder: Path, entries: dict[str, dict[str, str]]) -> None:
+    """Add what was decided about some targets to the record in a package's folder."""
+    path = folder / RECORD
+    with suppress(OSError, ValueError):
+        entries = json.loads(path.read_text()) | entries
+    _replace(path, (json.dumps(entries, indent=2) + "\n").encode())
+
+
+def _build(target: str, library: Path, verbose: bool) -> Path:
+    torch = find_torch()
+    sources = _sources(target)
+    if not sources:
+        raise BuildError(f"{target}: no sources (*{_SUFFIXES[target]}) in {source_folder()}")
+    objects = cache_folder() / "objects"
+    objects.mkdir(parents=True, exist_ok=True)
+    # Threads suffice: each waits for a compiler.
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        compiled = list(pool.map(lambda source: _compile(target, source, torch, objects, verbose), sources))
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build") as scratch:
+        made = Path(scratch) / library.name
+        _run([*_linker(target, Path(scratch)), *map(str, compiled), "-o", str(made)], f"{target}: linking", verbose)
+        os.replace(made, library)
+    return library
+
+
+def _compile(target: str, source: Path, torch: Torch, objects: Path, verbose: bool) -> Path:
+    command = [*_compiler(target, source), f"-isystem{torch.include}"]
+    if target == "cuda":
+        command[-1:] = ["-isystem", str(torch.include)]
+    parts: list[str | bytes] = [_version(command[0]), *command, torch.version]
+    parts += [part for file in (source, *_headers(source)) for part in (file.name, file.read_bytes())]
+    made = objects / f"{source.stem}-{_digest(parts)}.o"
+    if not made.is_file():
+        with tempfile.TemporaryDirectory(dir=objects, prefix=".compile") as scratch:
+            out = Path(scratch) / made.name
+            _run([*command, "-c", str(source), "-o", str(out)], f"{target}: compiling {source.name}", verbose)
+            os.replace(out, made)
+    return made
+
+
+def _compiler(target: str, source: Path) -> list[str]:
+    cxx = find_cxx()
+    if target == "cpu":
+        return [*cxx, *_COMMON, *_CPP]
+    nvcc = find_nvcc()
+    known = _architectures(nvcc)
+    # wgmma and bulk copies are there only with the suffix, which no later GPU runs: only where a source asks for it
+    suffixed = "__CUDA_ARCH_FEAT_SM90_ALL" in source.read_text()
+    names = [f"{n}a" if n == 90 and suffixed else str(n) for n in _ARCHITECTURES if n in known]
+    codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    newest = names[-1]
+    codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # for GPUs to come
+    return [nvcc, f"-ccbin={cxx[0]}", *_COMMON, *_CUDA, *_SPILLS, *codes]
+
+
+@cache
+def _architectures(nvcc: str) -> frozenset[int]:
+    shown = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+    known = frozenset(int(number) for number in re.findall(r"^sm_(\d+)$", shown, re.MULTILINE))
+    if not known & set(_ARCHITECTURES):
+        raise BuildError(f"{nvcc}: expected a compiler for some of sm_{_ARCHITECTURES}, it knows {sorted(known)}")
+    return known
+
+
+def _linker(target: str, scratch: Path) -> list[str]:
+    """The command without objects. Names of torch's libraries stand in for the files: they are in the process when the
+    library is loaded, and a CPU build of torch lacks some of them."""
+    cxx = find_cxx()
+    stubs = []
+    for name in ("torch_cpu", "torch_cuda")[: 1 + TARGETS.index(target)]:
+        stub = scratch / f"lib{name}.so"
+        _run([*cxx, "-shared", "-fPIC", f"-Wl,-soname,{stub.name}", "-xc++", os.devnull, "-o", str(stub)], name, False)
+        stubs.append(str(stub))
+    if target == "cpu":
+        return [*cxx, "-shared", "-Wl,--no-as-needed", *stubs]
+    # stubs go to the linker itself: nvcc would put them before the option that keeps them
+    keep = f"-Xlinker=--no-as-needed,{','.join(stubs)}"
+    return [find_nvcc(), f"-ccbin={cxx[0]}", "-shared", "-cudart=static", "--no-device-link", keep]
+
+
+def _run(command: list[str], what: str, verbose: bool) -> None:
+    if verbose:
+        print(shlex.join(command), flush=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    if done.returncode:
+        raise BuildError(f"{what} failed:\n{shlex.join(command)}\n{output}")
+    if output.strip():
+        print(output.rstrip(), file=sys.stderr)
+
+
+def _sources(target: str) -> list[Path]:
+    return sorted(source_folder().glob(f"*{_SUFFIXES[target]}"))
+
+
+def _headers(source: Path) -> list[Path]:
+    """The headers of the project that a source includes, directly or not, in order of discovery."""
+    found: list[Path] = []
+    waiting = [source]
+    while waiting:
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', waiting.pop().read_text(), re.MULTILINE):
+            header = source.parent / name
+            if header not in found and header.is_file():
+                found.append(header)
+                waiting.append(header)
+    return found
+
+
+def _tools(target: str) -> str:
+    tool = find_nvcc() if target == "cuda" else find_cxx()[0]
+    return f"{_version(tool)}, torch {find_torch().version}"
+
+
+@cache
+def _version(compiler: str) -> str:
+    shown = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.strip().splitlines()
+    release = [line for line in shown if "release" in line] or shown or [compiler]
+    return release[0]
+
+
+def _digest(parts: Iterable[str | bytes]) -> str:
+    total = hashlib.sha256(platform.machine().encode())
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "little") + data)
+    return total.hexdigest()[:24]
+
+
+def _writable(*folders: Path) -> Path:
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError:
+            continue
+    raise BuildError(f"none of {', '.join(map(str, folders))} can be written to; set XDG_CACHE_HOME")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build") as scratch:
+        whole = Path(scratch) / path.name
+        whole.write_bytes(content)
+        os.replace(whole, path)

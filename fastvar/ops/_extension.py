@@ -1,0 +1,118 @@
+"""Implementations in C++ and CUDA: when they can run. The libraries are loaded when one is first looked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from fastvar.ops._dispatch import Implementation
+
+_DEVICES = {"cpu": "cpu", "cuda": "cuda"}  # backend and target of the build: device type
+
+
+class _Library:
+    """One of the two libraries. `missing` says why there is none, `error` why one that is there did not load."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.looked = False
+        self.missing: str | None = None
+        self.error: str | None = None
+
+    def look(self) -> _Library:
+        if not self.looked:
+            from fastvar import build
+
+            path = build.library_path(self.target)
+            self.missing = self.error = None
+            if path is None:
+                self.missing = f"the {self.target} extension is not built (fastvar build --{self.target})"
+            else:
+                try:
+                    torch.ops.load_library(path)
+                except Exception as error:  # whatever it is, it is shown and not raised
+                    reason = error.__cause__ or error  # torch hides the loader's own words behind others
+                    self.error = f"{path} failed to load (fastvar build --{self.target} makes a new one): {reason}"
+            self.looked = True
+        return self
+
+
+_LIBRARIES = {target: _Library(target) for target in _DEVICES}
+
+
+def look_again() -> None:
+    """After a build: libraries that were not there may be now. One that is loaded stays as it is."""
+    for library in _LIBRARIES.values():
+        library.looked = library.looked and library.missing is None and library.error is None
+
+
+def _constant(function: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Tracing takes the answer as a constant: it cannot follow the loading of a library."""
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
+@_constant
+def missing(target: str) -> str | None:
+    """Why there is no library of this target ("cpu" or "cuda"), with the remedy, or None if there is one."""
+    return _LIBRARIES[target].look().missing
+
+
+def load_error(target: str) -> str | None:
+    """What loading the library of this target ended with, or None if it loaded or is not there."""
+    return _LIBRARIES[target].look().error
+
+
+@_constant
+def _lack(target: str, op: str) -> str | None:
+    """Why an op of a library cannot be called, or None if it can."""
+    library = _LIBRARIES[target].look()
+    if library.missing or library.error:
+        return library.missing or library.error
+    if not hasattr(getattr(torch.ops, f"fastvar_{target}"), op):
+        return f"the {target} extension was built from older sources, without {op} (fastvar build --{target})"
+    return None
+
+
+def extension_implementation(
+    backend: str,
+    module: str,
+    *,
+    op: str,
+    obstacle: Callable[[torch.Tensor], str | None] | None = None,
+    auto: bool = False,
+    verified: tuple[str, ...] = (),
+) -> Implementation:
+    """An implementation over the extension; see `Implementation`.
+
+    Args:
+        backend: "cpu" or "cuda".
+        module: such as "fastvar.kernels.propagate_mask.impl_cpp".
+        op: the name that it calls in the namespace fastvar_cpu or fastvar_cuda.
+        obstacle: what else can stand in the way, once the extension is there. float64 always does: it computes in
+            float32.
+        auto: as in `Implementation`.
+        verified: as in `Implementation`.
+    """
+    return Implementation(
+        backend,
+        module,
+        devices=(_DEVICES[backend],),
+        obstacle=partial(_obstacle, backend, op, obstacle),
+        missing=partial(missing, backend),
+        auto=auto,
+        verified=verified,
+    )
+
+
+def _obstacle(
+    target: str, op: str, more: Callable[[torch.Tensor], str | None] | None, tensor: torch.Tensor
+) -> str | None:
+    lack = _lack(target, op)
+    if lack is not None:
+        return lack
+    if tensor.dtype == torch.float64:
+        return "computes in float32, the tensor is float64"
+    return more(tensor) if more is not None else None

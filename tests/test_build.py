@@ -1,0 +1,360 @@
+"""The build of the C++ and CUDA extension, what is done without it, and what its libraries need of torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from fastvar import build
+from fastvar.cli import main
+from fastvar.ops import _dispatch, _extension, explain, propagate_mask
+from fastvar.random import philox
+from fastvar.schedule import ScaleSchedule
+
+ROOT = Path(__file__).resolve().parent.parent
+POSSIBLE = [target for target, reason in build.plan("auto").items() if not reason]
+MASK, SCHEDULE = torch.ones(1, 2, 2), ScaleSchedule((1, 2))
+
+needs_compiler = pytest.mark.skipif("cpu" not in POSSIBLE, reason="no C++ compiler")
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """fastvar/build.py in a tree of its own with one small source, loaded as setup.py does."""
+    (tmp_path / "fastvar").mkdir()
+    (tmp_path / "csrc").mkdir()
+    shutil.copy(ROOT / "fastvar/build.py", tmp_path / "fastvar")
+    for name in ("common.h", "philox.h", "random.cpp"):
+        shutil.copy(ROOT / "csrc" / name, tmp_path / "csrc")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("CXX", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    spec = importlib.util.spec_from_file_location("build_of_tree", tmp_path / "fastvar/build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "build_of_tree", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def steps(tree: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the compilers of `tree` are called for."""
+    called: list[str] = []
+    run = tree._run
+
+    def noted(command: list[str], what: str, verbose: bool) -> None:
+        called.append(what)
+        run(command, what, verbose)
+
+    monkeypatch.setattr(tree, "_run", noted)
+    return called
+
+
+@needs_compiler
+def test_builds_and_keeps_objects(tree: ModuleType, steps: list[str]) -> None:
+    assert tree.library_path("cpu") is None and tree.record() == {}
+    library = tree.build(["cpu"])["cpu"]
+    assert library == tree.PACKAGE / "_cpu.abi3.so" == tree.library_path("cpu")
+    assert steps.count("cpu: compiling random.cpp") == 1
+    note = tree.record()["cpu"]
+    assert note["state"] == "built" and torch.__version__ in note["reason"]
+    assert note["sources"] == tree.sources_digest("cpu")
+    leftovers = [path.name for path in tree.PACKAGE.iterdir() if path.name.startswith(".")]
+    assert leftovers == []
+
+    steps.clear()
+    tree.build(["cpu"])  # again: nothing is compiled
+    assert "cpu: linking" in steps and not [step for step in steps if "compiling" in step]
+
+    header = tree.source_folder() / "philox.h"  # included by the source
+    header.write_text(header.read_text().replace("namespace fastvar {", "namespace fastvar {\n#error no such luck", 1))
+    assert tree.sources_digest("cpu") != note["sources"]
+    before = library.read_bytes()
+    with pytest.raises(tree.BuildError, match=r"(?s)cpu: compiling random.cpp failed:.*no such luck"):
+        tree.build(["cpu"])
+    assert library.read_bytes() == before and tree.record()["cpu"] == note
+
+
+@needs_compiler
+def test_installed_packages_build_into_the_cache(tree: ModuleType) -> None:
+    """What pip brought stays as it is: it would neither remove nor replace a library that it did not bring."""
+    (tree.PACKAGE.parent / "csrc").rename(tree.PACKAGE / "csrc")  # as in a wheel
+    (tree.PACKAGE / "_cpu.abi3.so").write_text("brought by the wheel, does not load")
+    assert tree.library_path("cpu") == tree.PACKAGE / "_cpu.abi3.so"
+    before = sorted(tree.PACKAGE.iterdir())
+    library = tree.build(["cpu"])["cpu"]
+    assert library.parent.parent == tree.cache_folder() and library == tree.library_path("cpu")
+    assert sorted(tree.PACKAGE.iterdir()) == before and tree.record() == {}
+    source = tree.source_folder() / "random.cpp"
+    source.write_text(source.read_text() + "\n// changed\n")
+    assert tree.library_path("cpu") == tree.PACKAGE / "_cpu.abi3.so"
+
+
+def test_read_only_checkout(tree: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert tree._writable(tmp_path / "file", tmp_path / "new") == tmp_path / "new"
+    with pytest.raises(tree.BuildError, match="can be written to; set XDG_CACHE_HOME"):
+        tree._writable(tmp_path / "file")
+
+
+def test_without_compilers(tree: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree.shutil, "which", lambda name, path=None: None)
+    with pytest.raises(tree.BuildError, match=r"no C\+\+ compiler: install g\+\+ .* CXX"):
+        tree.build(["cpu"])
+    with pytest.raises(tree.BuildError, match=r"no nvcc: install the CUDA toolkit .* CUDA_HOME"):
+        tree.find_nvcc()
+    monkeypatch.setenv("CXX", "nonsense++ -O2")
+    with pytest.raises(tree.BuildError, match=r"CXX: expected a C\+\+ compiler, got 'nonsense\+\+ -O2'"):
+        tree.build(["cpu"])
+    monkeypatch.setenv("CUDA_HOME", "/nonsense")
+    with pytest.raises(tree.BuildError, match="CUDA_HOME: expected a CUDA toolkit, '/nonsense' has no bin/nvcc"):
+        tree.find_nvcc()
+    assert all("CXX" in reason or "CUDA_HOME" in reason for reason in tree.plan("auto").values())
+    with pytest.raises(ValueError, match="build: targets: expected some of"):
+        tree.build(["gpu"])
+
+
+def test_plans(tree: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tree.plan("none") == {"cpu": "FASTVAR_BUILD=none", "cuda": "FASTVAR_BUILD=none"}
+    assert tree.plan("cpu") == {"cpu": "", "cuda": "FASTVAR_BUILD=cpu"}
+    monkeypatch.setattr(tree, "find_cxx", lambda: ["g++"])
+    monkeypatch.setattr(tree, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(tree, "find_torch", lambda: tree.Torch("2.14", Path(), has_cuda=False))
+    assert tree.plan("auto") == {"cpu": "", "cuda": "this torch is a CPU build"}
+    monkeypatch.undo()
+    monkeypatch.setattr(tree, "find_spec", lambda name: None)
+    assert all("torch is not importable" in reason for reason in tree.plan("auto").values())
+    monkeypatch.setenv("FASTVAR_BUILD", "everything")
+    with pytest.raises(tree.BuildError, match=r"FASTVAR_BUILD: expected one of .* got 'everything'"):
+        tree.wish_of_environment()
+
+
+def wheel(tree: ModuleType, target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A wheel of what `tree` holds, by the project's setup.py."""
+    folder = tree.PACKAGE.parent
+    shutil.copy(ROOT / "setup.py", folder)
+    (folder / "fastvar/__init__.py").write_text("")
+    (folder / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+        '[project]\nname = "fastvar"\nversion = "1"\n'
+        '[tool.setuptools]\npackages = ["fastvar"]\n'
+    )
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    command += ["--wheel-dir", str(target), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"FASTVAR_BUILD": "cpu", "CXX": "nonsense++"}, "FASTVAR_BUILD=cpu: CXX: expected a C++ compiler"),
+        ({"FASTVAR_BUILD": "cuda", "CUDA_HOME": "/nonsense"}, "FASTVAR_BUILD=cuda: "),
+        ({"FASTVAR_BUILD": "all"}, "FASTVAR_BUILD: expected one of ('auto', 'none', 'cpu', 'cuda'), got 'all'"),
+    ],
+)
+def test_an_explicit_wish_fails_hard(
+    tree: ModuleType, tmp_path: Path, environment: dict[str, str], message: str
+) -> None:
+    if "cuda" in environment.values():
+        (tree.source_folder() / "empty.cu").write_text("")
+    done = wheel(tree, tmp_path / "wheels", **environment)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not list(tmp_path.glob("wheels/*.whl"))
+
+
+def test_auto_without_compilers_is_pure_and_says_why(tree: ModuleType, tmp_path: Path) -> None:
+    done = wheel(tree, tmp_path / "wheels", FASTVAR_BUILD="auto", CXX="nonsense++", CUDA_HOME="/nonsense")
+    assert done.returncode == 0, done.stderr
+    (made,) = tmp_path.glob("wheels/*.whl")
+    assert made.name.endswith("-py3-none-any.whl")
+    shutil.unpack_archive(made, tmp_path / "site", "zip")
+    note = json.loads((tmp_path / "site/fastvar" / build.RECORD).read_text())
+    assert note["cpu"]["state"] == note["cuda"]["state"] == "not built"
+    assert "nonsense++" in note["cpu"]["reason"] and "/nonsense" in note["cuda"]["reason"]
+
+
+@needs_compiler
+def test_wheel_with_the_extension(tree: ModuleType, tmp_path: Path) -> None:
+    done = wheel(tree, tmp_path / "wheels", FASTVAR_BUILD="cpu")
+    assert done.returncode == 0, done.stderr
+    (made,) = tmp_path.glob("wheels/*.whl")
+    assert re.fullmatch(r"fastvar-1-cp311-abi3-linux_\w+\.whl", made.name)
+    shutil.unpack_archive(made, tmp_path / "site", "zip")
+    assert (tmp_path / "site/fastvar/_cpu.abi3.so").is_file()
+    note = json.loads((tmp_path / "site/fastvar" / build.RECORD).read_text())
+    assert note["cpu"]["state"] == "built" and note["cuda"]["reason"] == "FASTVAR_BUILD=cpu"
+
+
+@pytest.mark.parametrize("target", POSSIBLE)
+def test_extension_is_built_and_current(target: str) -> None:
+    """Where there are compilers, the other tests are to cover what they make: run `fastvar build`."""
+    assert _extension.missing(target) is None
+    if target == "cpu" or torch.version.cuda is not None:
+        assert _extension.load_error(target) is None
+    if build.library_path(target).parent == build.PACKAGE:  # type: ignore[union-attr]
+        assert build.record()[target]["sources"] == build.sources_digest(target)
+
+
+def undefined(library: Path) -> set[str]:
+    shown = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True)
+    return {line.split()[-1] for line in shown.stdout.splitlines()}
+
+
+@pytest.mark.parametrize("target", POSSIBLE)
+def test_needs_only_what_torch_keeps_stable(target: str) -> None:
+    """Undefined symbols are those of C shims as old as torch 2.11, of libc and of libstdc++."""
+    library = build.library_path(target)
+    assert library is not None
+    names = undefined(library)
+    foreign = {name for name in names if "@GLIBC" not in name and "@CXXABI" not in name and "@GCC" not in name}
+    foreign -= {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
+    assert foreign and all(re.fullmatch(r"(aoti_)?torch_\w+", name) for name in foreign), foreign
+    assert not foreign & newer_shims(build.find_torch().include)
+
+
+def newer_shims(include: Path) -> set[str]:
+    """Functions that the headers show only to those who ask for a torch newer than 2.11."""
+    found = set()
+    for header in ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h"):
+        hidden: list[bool] = []
+        for line in (include / "torch/csrc" / header).read_text().splitlines():
+            if line.startswith("#if"):
+                version = re.search(r"TORCH_FEATURE_VERSION >= TORCH_VERSION_2_(\d+)", line)
+                hidden.append(version is not None and int(version[1]) > 11)
+            elif line.startswith("#endif"):
+                hidden.pop()
+            elif any(hidden):
+                found |= set(re.findall(r"\b((?:aoti_)?torch_\w+)\(", line))
+    return found
+
+
+def test_newer_shims_are_recognised(tmp_path: Path) -> None:
+    text = "#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_{}_0\nint torch_{}(int);\n#endif\n"
+    for header in ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h"):
+        (tmp_path / "torch/csrc" / header).parent.mkdir(parents=True)
+        (tmp_path / "torch/csrc" / header).write_text(text.format(11, "old") + text.format(12, "new"))
+    assert newer_shims(tmp_path) == {"torch_new"}
+
+
+@pytest.mark.skipif("cpu" not in POSSIBLE, reason="no C++ compiler")
+def test_philox_in_cpp_is_that_of_python() -> None:
+    assert _extension.missing("cpu") is None
+    generator = torch.Generator().manual_seed(0)
+    edges = torch.tensor([0, 1, -1, 2**32 - 1, 2**32, -(2**63), 2**63 - 1])
+    words = torch.randint(-(2**63), 2**63 - 1, (3, 300), generator=generator)
+    seed, stream, counter = torch.cat([torch.cartesian_prod(edges, edges, edges).T, words], 1).unbind()
+    out = torch.empty(4, len(seed), dtype=torch.int64)
+    torch.ops.fastvar_cpu.philox(seed.contiguous(), stream.contiguous(), counter.contiguous(), out)
+    assert torch.equal(out, torch.stack(philox(seed, stream, counter)))
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path | None], None]:
+    """Let the library for CPUs be that file, or not there."""
+
+    def pretend(path: Path | None) -> None:
+        monkeypatch.setattr(build, "library_path", lambda target: path)
+        monkeypatch.setattr(_extension, "_LIBRARIES", {t: _extension._Library(t) for t in build.TARGETS})
+        monkeypatch.setattr(_dispatch, "_warned", set())
+        monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "auto")
+
+    return pretend
+
+
+def test_an_extension_that_is_not_built_is_no_downgrade(
+    pretend: Callable[[Path | None], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretend(None)
+    with caplog.at_level(logging.DEBUG, "fastvar"):
+        assert propagate_mask(MASK, SCHEDULE).all()
+    assert caplog.records == []
+    remedy = r"the cpu extension is not built \(fastvar build --cpu\)"
+    with pytest.raises(RuntimeError, match=f"propagate_mask: backend='cpu' cannot run: {remedy}"):
+        propagate_mask(MASK, SCHEDULE, backend="cpu")
+    told = explain("propagate_mask", MASK)
+    assert told.backend == "reference" and re.fullmatch(remedy, told.reasons["cpu"])
+    monkeypatch.setattr(build, "record", lambda: {"cpu": {"state": "not built", "reason": "FASTVAR_BUILD=none"}})
+    main(["info"])
+    shown = capsys.readouterr().out
+    assert "extension cpu: the cpu extension is not built (fastvar build --cpu); FASTVAR_BUILD=none\n" in shown
+
+
+def test_a_load_error_is_kept_and_shown(
+    pretend: Callable[[Path | None], None],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = tmp_path / "_cpu.abi3.so"
+    broken.write_text("not a library")
+    pretend(broken)
+    message = rf"{broken} failed to load \(fastvar build --cpu makes a new one\): {broken}: file too short"
+    with pytest.raises(RuntimeError, match=f"propagate_mask: backend='cpu' cannot run: {message}"):
+        propagate_mask(MASK, SCHEDULE, backend="cpu")
+    with caplog.at_level(logging.WARNING, "fastvar"):
+        for _ in range(3):
+            assert propagate_mask(MASK, SCHEDULE).all()
+    assert len(caplog.records) == 1
+    assert re.fullmatch(f"propagate_mask: cpu is passed over: {message}", caplog.records[0].getMessage())
+    main(["info"])
+    assert re.search(f"extension cpu: {message}\n", capsys.readouterr().out)
+    _extension.look_again()
+    assert not _extension._LIBRARIES["cpu"].looked
+
+
+@needs_compiler
+def test_a_library_of_older_sources_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _extension._lack("cpu", "philox") is None
+    assert _extension._lack("cpu", "to_come") == (
+        "the cpu extension was built from older sources, without to_come (fastvar build --cpu)"
+    )
+
+
+@needs_compiler
+def test_first_call_may_be_a_compiled_one() -> None:
+    """Tracing loads the library, and goes on as if it had always been there."""
+    code = (
+        "import torch; from fastvar.ops import propagate_mask; from fastvar.schedule import ScaleSchedule\n"
+        "call = torch.compile(propagate_mask, fullgraph=True, backend='aot_eager')\n"
+        "assert call(torch.ones(1, 2, 2), ScaleSchedule((1, 2)), backend='cpu').all(); print('fine')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    built = []
+
+    def fake(targets: list[str], verbose: bool) -> dict[str, Path]:
+        built.extend(targets)
+        return {target: Path("there") / build.file_name(target) for target in targets}
+
+    monkeypatch.setattr(build, "build", fake)
+    main(["build", "--cuda"])
+    assert built == ["cuda"] and "cuda: there/_cuda.abi3.so" in capsys.readouterr().out
+    monkeypatch.setattr(build, "plan", lambda wish: {"cpu": "", "cuda": "no nvcc"})
+    main(["build"])
+    assert built == ["cuda", "cpu"] and "cuda: not built: no nvcc" in capsys.readouterr().out
+    monkeypatch.setattr(build, "plan", lambda wish: {"cpu": "no compiler", "cuda": "no nvcc"})
+    with pytest.raises(SystemExit) as stop:
+        main(["build"])
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    assert "cpu: not built: no compiler" in shown.out and "there is nothing that could be built" in shown.err
