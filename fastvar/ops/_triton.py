@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -15,22 +16,32 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def triton_implementation(op: str, *, auto: bool = False, verified: tuple[str, ...] = ()) -> Implementation:
+def triton_implementation(
+    op: str,
+    *,
+    auto: bool = False,
+    verified: tuple[str, ...] = (),
+    dtypes: tuple[torch.dtype, ...] = _DTYPES,
+    largest: int | None = None,
+) -> Implementation:
     """The implementation `fastvar.kernels.<op>.impl_triton`; see `Implementation`. With TRITON_INTERPRET=1 it runs on a
-    CPU too, slowly."""
+    CPU too, slowly. The lead tensor has one of `dtypes` and at most `largest` elements along its last dimension."""
     return Implementation(
         "triton",
         f"fastvar.kernels.{op}.impl_triton",
         devices=("cuda", "cpu") if _INTERPRETED else ("cuda",),
-        obstacle=_obstacle,
+        obstacle=partial(_obstacle, dtypes, largest),
         auto=auto,
         verified=verified,
     )
 
 
-def _obstacle(tensor: torch.Tensor) -> str | None:
+def _obstacle(dtypes: tuple[torch.dtype, ...], largest: int | None, tensor: torch.Tensor) -> str | None:
     if not _INSTALLED:
         return "triton is not installed (pip install triton)"
-    if tensor.dtype not in _DTYPES:
-        return f"takes float32, float16 and bfloat16, the tensor is {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.dtype not in dtypes:
+        names = [str(dtype).removeprefix("torch.") for dtype in (*dtypes, tensor.dtype)]
+        return f"takes {', '.join(names[:-2])} and {names[-2]}, the tensor is {names[-1]}"
+    if largest is not None and tensor.shape[-1] > largest:
+        return f"takes up to {largest} elements along the last dimension, the tensor has {tensor.shape[-1]}"
     return None

@@ -8,7 +8,9 @@ import torch
 
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
+from fastvar.ops._extension import extension_implementation
 from fastvar.ops._operator import Operator
+from fastvar.ops._triton import triton_implementation
 from fastvar.schedule import ScaleSchedule
 
 
@@ -22,7 +24,14 @@ _OPERATOR = Operator(
     "Tensor mask, int[] grids, str footprint, bool soft",
     "Tensor",
     fake=_fake,
-    implementations=[Implementation("reference", "fastvar.kernels.propagate_mask.reference", verified=("CPU",))],
+    implementations=[
+        triton_implementation("propagate_mask", dtypes=(torch.float32, torch.float16, torch.bfloat16, torch.bool)),
+        extension_implementation(
+            "cpu", "fastvar.kernels.propagate_mask.impl_cpp", op="propagate_mask", auto=True, verified=("CPU",)
+        ),
+        extension_implementation("cuda", "fastvar.kernels.propagate_mask.impl_cuda", op="propagate_mask"),
+        Implementation("reference", "fastvar.kernels.propagate_mask.reference", verified=("CPU",)),
+    ],
     differentiable=False,
 )
 

@@ -9,7 +9,9 @@ import torch
 
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
+from fastvar.ops._extension import extension_implementation
 from fastvar.ops._operator import Operator
+from fastvar.ops._triton import triton_implementation
 
 _MODULE = "fastvar.kernels.sample_tokens.reference"
 _ARGUMENTS = (
@@ -53,7 +55,10 @@ _TOKENS = Operator(
     _ARGUMENTS,
     "(Tensor, Tensor, Tensor)",
     fake=_fake_tokens,
-    implementations=[Implementation("reference", _MODULE, verified=("CPU",))],
+    implementations=[
+        triton_implementation("sample_tokens", largest=2**15),  # a row of logits is held in registers
+        Implementation("reference", _MODULE, verified=("CPU",)),
+    ],
     differentiable=False,
 )
 _BITS = Operator(
@@ -61,7 +66,13 @@ _BITS = Operator(
     _ARGUMENTS,
     "(Tensor, Tensor, Tensor)",
     fake=_fake_bits,
-    implementations=[Implementation("reference", _MODULE, verified=("CPU",))],
+    implementations=[
+        triton_implementation("sample_tokens", largest=2**15),
+        extension_implementation(
+            "cpu", "fastvar.kernels.sample_tokens.impl_cpp", op="sample_bits", auto=True, verified=("CPU",)
+        ),
+        Implementation("reference", _MODULE, verified=("CPU",)),
+    ],
     differentiable=False,
     function="bits",
 )
@@ -106,6 +117,9 @@ def sample_tokens(
         softmax(logits / temperature) without guidance and truncation, as `token_log_probs` gives it and as policy
         gradients need it. sampled_log_probs (B, n): under the distribution it was drawn from. Arithmetic and
         log-probabilities in float32 (float64 for float64 logits). Carries no gradient.
+
+        Equal logits give equal tokens on every device and backend, unless u is within roundings of float32 of the bound
+        between two tokens, or 1 - p within those of the probability that top-p compares with it.
 
     Raises:
         ValueError: shapes, dtypes or settings that do not fit.

@@ -136,18 +136,25 @@ def _threshold(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor |
         if k == size:
             return None
         # Finite even if the k-th value is not: what lies so far below the largest has probability 0 anyway.
-        smallest = logits.topk(k, sorted=False).values.amin(-1, keepdim=True)
+        smallest = _largest(logits, k).amin(-1, keepdim=True)
         return torch.maximum(smallest, logits.amax(-1, keepdim=True) - 1e4)
-    values = _rising(logits if k == size else logits.topk(k, sorted=False).values)  # [M, k]
+    values = _rising(logits if k == size else _largest(logits, k))  # [M, k]
     masses = (values - values[..., -1:]).exp().cumsum(-1)  # of all kept logits up to each
     if k < size:
-        # Top-k keeps every logit equal to the k-th value: add the copies that topk left out.
+        # Top-k keeps every logit equal to the k-th value: add the copies that are not among them.
         last = values[..., :1]
         missing = (logits == last).sum(-1, keepdim=True) - (values == last).sum(-1, keepdim=True)
         masses += missing * masses[..., :1]
     # The first mass above 1 - p is that of the smallest survivor, or of an equal one. The largest always survives.
     survivor = torch.searchsorted(masses, (1 - top_p) * masses[..., -1:], right=True).clamp_(max=k - 1)
     return values.gather(-1, survivor)
+
+
+def _largest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """The k largest of each row, in any order. NumPy's partition is many times as fast as torch's topk on a CPU."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.partition(values.numpy(), -k, axis=-1)[..., -k:])
+    return values.topk(k, sorted=False).values
 
 
 def _rising(values: torch.Tensor) -> torch.Tensor:

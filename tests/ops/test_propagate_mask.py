@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import random
 from typing import Any
 
 import pytest
 import torch
+from bounds import assert_as_accurate
 from samples import noise
 
+from fastvar import ops
 from fastvar.ops import ResidualConv, accumulate_scale, boxes_to_mask, propagate_mask
+from fastvar.ops._dispatch import REGISTRY
 from fastvar.schedule import PRESETS, VAR_256, ScaleSchedule
 
 RECTANGLES = ScaleSchedule((1, (2, 3), (2, 5), (5, 7), (5, 7)))
+ON_CPU = [
+    each.backend
+    for each in REGISTRY["propagate_mask"]
+    if (not each.devices or "cpu" in each.devices) and each.missing() is None
+]
+in_cpp = pytest.mark.skipif("cpu" not in ON_CPU, reason="the cpu extension is not built")
 
 
 def interval(i: int, coarse: int, fine: int, footprint: str) -> list[int]:
@@ -38,24 +48,26 @@ def test_definition(name: str, footprint: str) -> None:
     draw = random.Random(name)
     numbers = noise(2, height, width, dtype=torch.float64)
     mask = torch.stack([numbers[0] > 2.5, numbers[1] > 0])
-    hard = propagate_mask(mask, schedule, footprint=footprint)
-    soft = propagate_mask(mask, schedule, footprint=footprint, soft=True)
+    hard = torch.stack([propagate_mask(mask, schedule, footprint=footprint, backend=b) for b in ON_CPU])
+    soft = torch.stack([propagate_mask(mask, schedule, footprint=footprint, soft=True, backend=b) for b in ON_CPU])
     assert hard.dtype == torch.bool and soft.dtype == torch.float32
-    assert hard.shape == soft.shape == (2, schedule.num_tokens)
+    assert hard.shape == soft.shape == (len(ON_CPU), 2, schedule.num_tokens)
     for token in {0, schedule.num_tokens - 1, *draw.choices(range(schedule.num_tokens), k=40)}:
         k = schedule.scale_of_token[token]
         i, j = divmod(token - schedule.starts[k], schedule[k][1])
         rows = interval(i, schedule[k][0], height, footprint)
         columns = interval(j, schedule[k][1], width, footprint)
         covered = mask[:, rows][:, :, columns].double().mean((1, 2))
-        assert torch.equal(hard[:, token], covered > 0)
-        torch.testing.assert_close(soft[:, token].double(), covered, rtol=1e-6, atol=0)
+        for i, backend in enumerate(ON_CPU):
+            assert torch.equal(hard[i, :, token], covered > 0), backend
+            torch.testing.assert_close(soft[i, :, token].double(), covered, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("footprint", ["area", "support"])
-def test_every_token_of_rectangles(footprint: str) -> None:
+def test_every_token_of_rectangles(footprint: str, backend: str) -> None:
     mask = noise(3, 5, 7).clamp(0, 1)
-    soft = propagate_mask(mask, RECTANGLES, footprint=footprint, soft=True)
+    soft = propagate_mask(mask, RECTANGLES, footprint=footprint, soft=True, backend=backend)
     expected = []
     for h, w in RECTANGLES:
         for i in range(h):
@@ -63,10 +75,61 @@ def test_every_token_of_rectangles(footprint: str) -> None:
                 part = mask[:, interval(i, h, 5, footprint)][:, :, interval(j, w, 7, footprint)]
                 expected.append(part.mean((1, 2)))
     torch.testing.assert_close(soft, torch.stack(expected, 1))
-    assert torch.equal(propagate_mask(mask, RECTANGLES, footprint=footprint), soft > 0)
+    assert torch.equal(propagate_mask(mask, RECTANGLES, footprint=footprint, backend=backend), soft > 0)
 
 
-def test_finest_scale_is_the_mask_itself() -> None:
+@in_cpp
+@pytest.mark.parametrize("footprint", ["area", "support"])
+@pytest.mark.parametrize("name", ["var-512", "infinity-1M-1.500"])
+def test_cpp_is_as_accurate_as_the_reference(name: str, footprint: str) -> None:
+    schedule = PRESETS[name]
+    mask = noise(2, *schedule.finest).abs().clamp(max=1)
+    height, width = schedule.finest
+    exact = []
+    for h, w in schedule:
+        rows = torch.tensor([[float(y in interval(i, h, height, footprint)) for y in range(height)] for i in range(h)])
+        columns = torch.tensor([[float(x in interval(j, w, width, footprint)) for x in range(width)] for j in range(w)])
+        sums = rows.double() @ mask.double() @ columns.double().T
+        exact.append((sums / (rows.sum(1)[:, None] * columns.sum(1))).flatten(1))
+    got, plain = (
+        propagate_mask(mask, schedule, footprint=footprint, soft=True, backend=b) for b in ("cpu", "reference")
+    )
+    assert_as_accurate(got, plain, torch.cat(exact, 1))
+    # and no token of few cells has lost digits to a sum over many
+    torch.testing.assert_close(got.double(), torch.cat(exact, 1), rtol=2**-24, atol=0)
+
+
+@in_cpp
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_threads_that_share_an_image(threads: int) -> None:
+    """What a CUDA block does index by index, by threads of a CPU: more than a row has columns, and fewer."""
+    schedule = ScaleSchedule((1, 2, (3, 4), (5, 7), (6, 19)))
+    mask = noise(2, 6, 19).clamp(min=0)
+    for footprint in ("area", "support"):
+        for soft in (False, True):
+            for cells in (mask, mask > 0):
+                expected = propagate_mask(cells, schedule, footprint=footprint, soft=soft, backend="cpu")
+                out = torch.empty_like(expected)
+                flags = schedule.flat, footprint == "support", threads
+                torch.ops.fastvar_cpu.propagate_mask(cells, *flags, out)
+                assert torch.equal(out, expected)
+
+
+def test_scratch_of_the_cuda_kernel() -> None:
+    """Shared memory holds the presets' integral images, save those of soft masks on the finest grids."""
+    cuda = importlib.import_module("fastvar.kernels.propagate_mask.impl_cuda")
+    assert cuda.scratch_bytes(ScaleSchedule((1, (2, 3))), False) == 3 * 4 * 4 + 8 * 7
+    assert cuda.scratch_bytes(ScaleSchedule((1, 2)), False) == 88  # 9 sums and 6 intervals: 84, a multiple of 8
+    for name, schedule in PRESETS.items():
+        assert cuda.scratch_bytes(schedule, False) <= cuda.SHARED, name
+        assert cuda.scratch_bytes(schedule, True) % 8 == 0
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_finest_scale_is_the_mask_itself(backend: str) -> None:
+    def propagate_mask(*arguments: Any, **options: Any) -> torch.Tensor:
+        return ops.propagate_mask(*arguments, **options, backend=backend)
+
     mask = noise(2, 16, 16) > 1
     tokens = propagate_mask(mask, VAR_256)
     assert torch.equal(tokens[:, VAR_256.starts[-1] :], mask.flatten(1))

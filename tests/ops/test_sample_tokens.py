@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -136,7 +137,7 @@ def test_minus_infinity_is_never_drawn() -> None:
 FULL = {"guidance": 1.5, "temperature": 0.8, "top_p": 0.9, "log_probs": True}
 
 
-@pytest.mark.parametrize("function", [sample_tokens, sample_bits])
+@pytest.mark.parametrize("function", [sample_tokens, sample_bits, partial(sample_bits, backend="reference")])
 @pytest.mark.parametrize("size", [33, 130])
 def test_does_not_depend_on_the_batch(function: Any, size: int) -> None:
     """Samples alone, and tokens alone at their position, are bit-equal to those of the whole."""
