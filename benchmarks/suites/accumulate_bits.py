@@ -74,7 +74,10 @@ SUITE = Suite(
     OP,
     {
         "tiny": [{"model": "tiny", "batch": 2, "scale": 1, "dtype": "float32"}],
-        "cpu": [{"model": "Infinity-2B", "batch": 1, "scale": 11, "dtype": "float32"}],
+        "cpu": [
+            {"model": "Infinity-2B", "batch": 1, "scale": 4, "dtype": "float32"},
+            {"model": "Infinity-2B", "batch": 1, "scale": 11, "dtype": "float32"},
+        ],
         "gpu": [
             {"model": "Infinity-2B", "batch": 4, "scale": 4, "dtype": "float32"},
             {"model": "Infinity-2B", "batch": 4, "scale": 11, "dtype": "float32"},

@@ -137,6 +137,8 @@ SUITE = Suite(
         "cpu": [
             {"model": "Infinity-2B-0.06M", "batch": 2, "case": "tokenizer", "dtype": "float32"},
             {"model": "Infinity-2B-0.06M", "batch": 2, "case": "self-correction", "dtype": "float32"},
+            {"model": "Infinity-2B", "batch": 1, "case": "tokenizer", "dtype": "float32"},
+            {"model": "Infinity-2B", "batch": 1, "case": "self-correction", "dtype": "float32"},
         ],
         "gpu": [
             {"model": "Infinity-2B", "batch": 4, "case": "tokenizer", "dtype": "float32"},

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from fastvar.schedule import ScaleSchedule
+
+# Read once: checks of values wait for the device, which nobody wants unasked.
+DEBUG = os.environ.get("FASTVAR_DEBUG") == "1"
 
 
 def fail(op: str, argument: str, expected: str, got: object) -> None:
@@ -43,6 +48,12 @@ def floating(op: str, argument: str, tensor: torch.Tensor) -> None:
     """Check that a tensor holds floating-point numbers."""
     if not tensor.is_floating_point():
         fail(op, argument, "a floating-point tensor", tensor.dtype)
+
+
+def finite(op: str, argument: str, tensor: torch.Tensor) -> None:
+    """With FASTVAR_DEBUG=1, outside of torch.compile: check that a tensor holds neither infinities nor NaN."""
+    if DEBUG and not torch.compiler.is_compiling() and not torch.isfinite(tensor).all():
+        fail(op, argument, "finite numbers", f"{int((~torch.isfinite(tensor)).sum())} that are not")
 
 
 def integer(op: str, argument: str, tensor: torch.Tensor) -> None:

@@ -9,11 +9,21 @@ import torch
 
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
+from fastvar.ops._extension import extension_implementation
 from fastvar.ops._operator import Operator
 from fastvar.ops.residual_quantize import AccumulatedScale, check_features, check_scale, next_grid
 from fastvar.schedule import ScaleSchedule
 
 _MODULE = "fastvar.kernels.residual_quantize.bitwise"
+_EXTENSION = "fastvar.kernels.residual_quantize.bitwise_extension"
+
+
+def _implementations(op: str) -> list[Implementation]:
+    return [
+        extension_implementation("cuda", _EXTENSION, op=op),
+        extension_implementation("cpu", _EXTENSION, op=op, auto=True, verified=("CPU",)),
+        Implementation("reference", _MODULE, verified=("CPU",)),
+    ]
 
 
 class QuantizedBits(NamedTuple):
@@ -68,7 +78,7 @@ _QUANTIZE = Operator(
     "Tensor features, Tensor? flip_probability, int[] grids, str next_input, SymInt seed, SymInt first_image",
     "(Tensor, Tensor, Tensor)",
     fake=_fake_quantize,
-    implementations=[Implementation("reference", _MODULE, verified=("CPU",))],
+    implementations=_implementations("bitwise_residual_quantize"),
     differentiable=False,
 )
 _ACCUMULATE = Operator(
@@ -77,7 +87,7 @@ _ACCUMULATE = Operator(
     "str next_input",
     "(Tensor, Tensor)",
     fake=_fake_accumulate,
-    implementations=[Implementation("reference", _MODULE, verified=("CPU",))],
+    implementations=_implementations("accumulate_bits"),
     function="accumulate_bits",
 )
 
@@ -119,12 +129,14 @@ def bitwise_residual_quantize(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a schedule that does not end at (H, W), a probability
-            outside 0 to 1, an unknown next_input.
+            outside 0 to 1, an unknown next_input. With FASTVAR_DEBUG=1 also features that are not finite; without, a
+            residual that is not a number gives the bit 0.
 
     Source: BSQ (arXiv 2406.07548); Infinity (arXiv 2412.04431), its bitwise self-correction.
     """
     op = "bitwise_residual_quantize"
     check_features(op, "features", features, schedule)
+    _checks.finite(op, "features", features)
     _check_next_input(op, next_input)
     if flip_probability is not None:
         if not isinstance(flip_probability, torch.Tensor):
@@ -167,10 +179,12 @@ def accumulate_bits(
         in float32 (float64 for a float64 feature map). Differentiable in feature_map.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a scale that does not exist, an unknown next_input.
+        ValueError: shapes, dtypes or devices that do not fit, a scale that does not exist, an unknown next_input. With
+            FASTVAR_DEBUG=1 also a feature map that is not finite.
     """
     op = "accumulate_bits"
     check_features(op, "feature_map", feature_map, schedule)
+    _checks.finite(op, "feature_map", feature_map)
     check_scale(op, schedule, scale)
     _check_next_input(op, next_input)
     _checks.shape(op, "bits", bits, feature_map.shape[0], schedule.lengths[scale], feature_map.shape[1])

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import runpy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from golden.golden import load_case
+from golden.golden import GoldenCase, load_case
 from samples import noise
 
-from fastvar.ops import accumulate_bits, bitwise_residual_quantize
+from fastvar.ops import _checks, accumulate_bits, bitwise_residual_quantize
+from fastvar.ops._extension import missing
 from fastvar.random import uniform
 from fastvar.schedule import ScaleSchedule, infinity_schedule
 
 RECTANGLES = ScaleSchedule((1, (2, 3), (2, 5), (5, 7)))
+# planes of every kind: one token, rows or columns of one, more than 32 columns, cells that eight do not divide
+SHAPES = [
+    RECTANGLES,
+    ScaleSchedule((1,)),
+    ScaleSchedule((1, (1, 4), (1, 37))),
+    ScaleSchedule(((2, 1), (40, 1))),
+    ScaleSchedule((3, 3, (5, 34))),
+]
+built = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+BACKENDS = ["reference", pytest.param("cpu", marks=built)]
 
 
-def accumulated(bits: torch.Tensor, schedule: ScaleSchedule, next_input: str) -> tuple[torch.Tensor, torch.Tensor]:
+def accumulated(
+    bits: torch.Tensor, schedule: ScaleSchedule, next_input: str, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The feature map and all inputs after accumulate_bits over all scales."""
     feature_map = torch.zeros(bits.shape[0], bits.shape[2], *schedule.finest)
     inputs = [feature_map.new_zeros(bits.shape[0], 0, bits.shape[2])]
     for k, part in enumerate(bits.split(schedule.lengths, 1)):
-        feature_map, following = accumulate_bits(part, feature_map, schedule, k, next_input=next_input)
+        feature_map, following = accumulate_bits(part, feature_map, schedule, k, next_input=next_input, backend=backend)
         assert (following is None) == (k + 1 == len(schedule))
         if following is not None:
             inputs.append(following)
@@ -74,25 +89,158 @@ def test_definition(next_input: str, probability: list[float] | None) -> None:
     torch.testing.assert_close(steps[1], got.teacher_forcing.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_golden() -> None:
+@pytest.fixture(scope="module")
+def case() -> GoldenCase:
+    return load_case("infinity_tiny")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_golden(case: GoldenCase, backend: str) -> None:
     """Infinity's own tokenizer and the training path without flips; its next input is the bilinear one."""
-    case = load_case("infinity_tiny")
-    schedule = ScaleSchedule(case.config["scale_schedule"])
-    for flip_probability in (None, [0.0] * len(schedule)):
-        result = bitwise_residual_quantize(case.tensors["features"], schedule, flip_probability=flip_probability)
+    schedule, features = ScaleSchedule(case.config["scale_schedule"]), case.tensors["features"]
+    for probability in (None, [0.0] * len(schedule)):
+        result = bitwise_residual_quantize(features, schedule, flip_probability=probability, backend=backend)
         assert torch.equal(result.bits, case.tensors["bits"].bool())
         assert torch.equal(result.bits, case.tensors["tokenizer_bits"].bool())
         torch.testing.assert_close(result.teacher_forcing, case.tensors["next_scale_input"], rtol=1e-5, atol=1e-5)
-    other = bitwise_residual_quantize(case.tensors["features"], schedule, next_input="area").teacher_forcing
+    other = bitwise_residual_quantize(features, schedule, next_input="area", backend=backend).teacher_forcing
     assert (other - case.tensors["next_scale_input"]).abs().max() > 0.1
-    steps = accumulated(result.bits, schedule, "bilinear")
+    steps = accumulated(result.bits, schedule, "bilinear", backend)
     torch.testing.assert_close(steps[0], result.feature_map, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(steps[1], case.tensors["next_scale_input"], rtol=1e-5, atol=1e-5)
 
 
-def test_flips_do_not_depend_on_the_batch() -> None:
+def residuals(
+    features: torch.Tensor, sent: torch.Tensor, schedule: ScaleSchedule, next_input: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """In float64: the residuals (B, L, d) that the bits sent before leave, the feature map and the inputs."""
+    depth, found, inputs = features.shape[1], [], []
+    feature_map = torch.zeros_like(features, dtype=torch.float64)
+    for k, (h, w) in enumerate(schedule):
+        found.append(F.adaptive_avg_pool2d(features - feature_map, (h, w)).flatten(2).mT)
+        bits = sent[:, schedule.starts[k] : schedule.ends[k]].mT.unflatten(2, (h, w))
+        codes = torch.where(bits, depth**-0.5, -(depth**-0.5)).double()
+        feature_map = feature_map + F.interpolate(codes, schedule.finest, mode="bilinear")
+        if k + 1 < len(schedule):
+            inputs.append(F.interpolate(feature_map, schedule[k + 1], mode=next_input).flatten(2).mT)
+    empty = feature_map.new_zeros(features.shape[0], 0, depth)
+    return torch.cat(found, 1), feature_map, torch.cat([empty, *inputs], 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("schedule", [*SHAPES, infinity_schedule("1M", "2.500")], ids=str)
+def test_every_bit_is_the_sign_of_its_residual(schedule: ScaleSchedule, backend: str) -> None:
+    """Up to roundings of the residual, in which hardly a bit lies; flips are the generator's, bit for bit."""
+    probability = [0.1] * len(schedule)
+    for next_input in ("bilinear", "area"):
+        features = noise(2, 11, *schedule.finest).transpose(2, 3).contiguous().transpose(2, 3)  # columns lie adjacent
+        got = bitwise_residual_quantize(
+            features, schedule, next_input=next_input, flip_probability=probability, seed=-3, first_image=7,
+            backend=backend,
+        )  # fmt: skip
+        sent = got.bits ^ flips(schedule, probability, -3, torch.arange(7, 9), 11)
+        residual, feature_map, inputs = residuals(features.double(), sent, schedule, next_input)
+        wrong = got.bits != (residual > 0)
+        # of a mean of up to 4000 features of order 1, and a sum of as many codes as there are scales
+        assert not wrong[residual.abs() > 1e-6 * len(schedule)].any()
+        assert wrong.sum() <= 1e-4 * wrong.numel()
+        torch.testing.assert_close(got.feature_map.double(), feature_map, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got.teacher_forcing.double(), inputs, rtol=1e-5, atol=1e-5)
+
+
+@built
+@pytest.mark.parametrize("ranks", [1, 3, 32, 64])
+@pytest.mark.parametrize("schedule", SHAPES, ids=str)
+def test_blocks_of_threads_find_the_same(schedule: ScaleSchedule, ranks: int) -> None:
+    """The CUDA kernels' arithmetic, index by index, by threads that stand for those of a block: bit-equal to what a
+    thread makes of eight channels at a time."""
+    library, (height, width), depth = torch.ops.fastvar_cpu, schedule.finest, 9
+    features, probability = noise(2, depth, height, width), torch.full((len(schedule),), 0.2)
+    for next_input in ("bilinear", "area"):
+        expected = bitwise_residual_quantize(
+            features, schedule, next_input=next_input, flip_probability=probability, seed=4, backend="cpu"
+        )
+        results = [torch.full_like(tensor, 1) for tensor in expected]
+        area = next_input == "area"
+        library.bitwise_residual_quantize(features, probability, schedule.flat, area, 4, 0, *results, ranks)
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+        for k, grid in enumerate(schedule):
+            following = schedule[k + 1] if k + 1 < len(schedule) else (0, 0)
+            bits = expected.bits[:, schedule.starts[k] : schedule.ends[k]].contiguous()
+            step = accumulate_bits(bits, features, schedule, k, next_input=next_input, backend="cpu")
+            made = torch.empty_like(features), torch.empty(2, following[0] * following[1], depth)
+            library.accumulate_bits(features, bits, *grid, *following, area, *made, ranks)
+            assert torch.equal(made[0], step.feature_map)
+            assert step.next_input is None or torch.equal(made[1], step.next_input)
+
+
+@built
+@pytest.mark.parametrize("next_input", ["bilinear", "area"])
+def test_step_in_cpp(next_input: str) -> None:
+    """Results and gradients are the reference's, also of infinite maps and half precision."""
+    for schedule in SHAPES:
+        for k, length in enumerate(schedule.lengths):
+            bits = noise(2, length, 11, seed=k) > 0
+            found = []
+            for backend in ("reference", "cpu"):
+                feature_map = noise(2, 11, *schedule.finest, dtype=torch.bfloat16).requires_grad_()
+                step = accumulate_bits(bits, feature_map, schedule, k, next_input=next_input, backend=backend)
+                results = [result for result in step if result is not None]
+                weights = [noise(*result.shape, seed=5) for result in results]
+                found.append([*results, *torch.autograd.grad(results, feature_map, weights)])
+            for plain, own in zip(*found, strict=True):
+                # the gradient is a rounded bfloat16
+                torch.testing.assert_close(own, plain, **({} if own.dtype == torch.bfloat16 else CLOSE))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_finite(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays within its channel and writes nowhere else; in debug mode it is an error."""
+    features = noise(2, 9, 5, 7)
+    features[0, 1, 2, 3], features[1, 4], features[1, 5, 0, 0] = float("nan"), float("inf"), -float("inf")
+    broken = ~features.isfinite().all(-1).all(-1)
+    bits, feature_map, inputs = bitwise_residual_quantize(features, RECTANGLES, backend=backend)
+    expected = bitwise_residual_quantize(features.nan_to_num(0, 0, 0), RECTANGLES, backend=backend)
+    assert torch.isfinite(feature_map).all() and torch.isfinite(inputs).all()
+    assert torch.equal(bits.mT[~broken], expected.bits.mT[~broken])
+    assert torch.equal(feature_map[~broken], expected.feature_map[~broken])
+    assert bits[1, :, 4].all() and not bits[0, 0, 1]
+    step = accumulate_bits(bits[:, :1], features, RECTANGLES, 0, backend=backend)
+    assert torch.equal(step.feature_map.isfinite(), features.isfinite())
+
+    monkeypatch.setattr(_checks, "DEBUG", True)
+    with pytest.raises(ValueError, match="bitwise_residual_quantize: features: expected finite numbers, got 37 that"):
+        bitwise_residual_quantize(features, RECTANGLES, backend=backend)
+    with pytest.raises(ValueError, match="accumulate_bits: feature_map: expected finite numbers, got 37 that"):
+        accumulate_bits(bits[:, :1], features, RECTANGLES, 0, backend=backend)
+    bitwise_residual_quantize(features.nan_to_num(0, 0, 0), RECTANGLES, backend=backend)
+
+
+def test_debug_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, expected in (("1", True), ("0", False)):
+        monkeypatch.setenv("FASTVAR_DEBUG", value)
+        assert runpy.run_path(str(_checks.__file__))["DEBUG"] is expected
+
+
+@built
+def test_results_end_where_they_end() -> None:
+    """Written into the middle of larger tensors, with a number of channels that eight does not divide."""
+    schedule, depth = ScaleSchedule((1, (2, 3), (5, 7))), 9
+    features = noise(2, depth, 5, 7)
+    features[0, 0, 0, 0] = float("nan")
+    shapes = [(2, 42, depth), (2, depth, 5, 7), (2, 41, depth)]
+    room = [torch.full((4, *shape[1:]), 3, dtype=dtype) for shape, dtype in zip(
+        shapes, (torch.uint8, torch.float32, torch.float32), strict=True)]  # fmt: skip
+    results = [room[0][1:3].view(torch.bool), room[1][1:3], room[2][1:3]]
+    torch.ops.fastvar_cpu.bitwise_residual_quantize(features, torch.empty(0), schedule.flat, False, 0, 0, *results)
+    for tensor in room:
+        assert (tensor[[0, 3]] == 3).all() and not (tensor[1:3] == 3).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_flips_do_not_depend_on_the_batch(backend: str) -> None:
     features, schedule = noise(4, 8, 16, 16), infinity_schedule("0.06M")
-    arguments: dict[str, Any] = {"flip_probability": [0.2] * 7, "seed": 1 << 40}
+    arguments: dict[str, Any] = {"flip_probability": [0.2] * 7, "seed": 1 << 40, "backend": backend}
     whole = bitwise_residual_quantize(features, schedule, **arguments)
     part = bitwise_residual_quantize(features[2:3], schedule, first_image=2, **arguments)
     for a, b in zip(part, whole, strict=True):

@@ -1,0 +1,71 @@
+// How the operators on bits are run on a CPU: eight channels a thread; or, for tests, as a GPU does it.
+#pragma once
+
+#include <algorithm>
+#include <barrier>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "bitwise_planes.h"
+
+namespace fastvar::bitwise {
+
+// Memory of a group's scratch, not initialised.
+class ScratchMemory {
+ public:
+  explicit ScratchMemory(int64_t bytes) : memory_(::operator new(bytes, std::align_val_t(64))) {}
+  void* get() const { return memory_.get(); }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+  };
+  std::unique_ptr<void, Free> memory_;
+};
+
+// One of the threads that stand for those of a block.
+struct Rank {
+  int32_t own, all;
+  std::barrier<>* barrier;
+
+  int32_t rank() const { return own; }
+  int32_t size() const { return all; }
+  void sync() const { barrier->arrive_and_wait(); }
+};
+
+// f(image, channel, channels, scratch) for all groups of eight channels, with scratch of so many planes. A thread has
+// at least `grain` groups.
+template <typename F>
+void each_eight(int64_t batch, int32_t depth, Size finest, int32_t planes, int64_t grain, const F& f) {
+  const int64_t groups = (depth + 7) / 8;
+  parallel_for(0, batch * groups, grain, [&](int64_t begin, int64_t end) {
+    const ScratchMemory memory(Scratch<Eight>::bytes(finest, planes));
+    const Scratch<Eight> scratch(memory.get(), finest);
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t channel = int32_t(i % groups) * 8;
+      f(i / groups, channel, std::min(8, depth - channel), scratch);
+    }
+  });
+}
+
+// f(team, image, channel, scratch) for all channels, each by a team of `ranks` threads.
+template <typename F>
+void each_by_team(int64_t batch, int32_t depth, Size finest, int32_t planes, int32_t ranks, const F& f) {
+  const ScratchMemory memory(Scratch<float>::bytes(finest, planes));
+  const Scratch<float> scratch(memory.get(), finest);
+  std::barrier<> barrier(ranks);
+  std::vector<std::thread> threads;
+  for (int32_t rank = 0; rank < ranks; ++rank) {
+    threads.emplace_back([&, rank] {
+      for (int64_t i = 0; i < batch * depth; ++i) {
+        f(Rank{rank, ranks, &barrier}, i / depth, int32_t(i % depth), scratch);
+        barrier.arrive_and_wait();  // before the next channel takes the memory
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace fastvar::bitwise
