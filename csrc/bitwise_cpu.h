@@ -2,11 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <barrier>
 #include <memory>
 #include <new>
-#include <thread>
-#include <vector>
 
 #include "bitwise_planes.h"
 
@@ -23,16 +20,6 @@ class ScratchMemory {
     void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
   };
   std::unique_ptr<void, Free> memory_;
-};
-
-// One of the threads that stand for those of a block.
-struct Rank {
-  int32_t own, all;
-  std::barrier<>* barrier;
-
-  int32_t rank() const { return own; }
-  int32_t size() const { return all; }
-  void sync() const { barrier->arrive_and_wait(); }
 };
 
 // f(image, channel, channels, scratch) for all groups of eight channels, with scratch of so many planes. A thread has
@@ -55,17 +42,12 @@ template <typename F>
 void each_by_team(int64_t batch, int32_t depth, Size finest, int32_t planes, int32_t ranks, const F& f) {
   const ScratchMemory memory(Scratch<float>::bytes(finest, planes));
   const Scratch<float> scratch(memory.get(), finest);
-  std::barrier<> barrier(ranks);
-  std::vector<std::thread> threads;
-  for (int32_t rank = 0; rank < ranks; ++rank) {
-    threads.emplace_back([&, rank] {
-      for (int64_t i = 0; i < batch * depth; ++i) {
-        f(Rank{rank, ranks, &barrier}, i / depth, int32_t(i % depth), scratch);
-        barrier.arrive_and_wait();  // before the next channel takes the memory
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
+  as_team(ranks, [&](const Rank& team) {
+    for (int64_t i = 0; i < batch * depth; ++i) {
+      f(team, i / depth, int32_t(i % depth), scratch);
+      team.sync();  // before the next channel takes the memory
+    }
+  });
 }
 
 }  // namespace fastvar::bitwise

@@ -5,10 +5,23 @@
 #pragma once
 
 #include "bitwise_lanes.h"
-#include "bitwise_team.h"
 #include "resample.h"
+#include "team.h"
 
 namespace fastvar::bitwise {
+
+// A member's share of an image: the rows row, row + rows, ... and in them the columns column, column + columns, ... A
+// team of more than 32 is a multiple of 32.
+struct Share {
+  int32_t row, rows, column, columns;
+
+  template <typename Team>
+  FASTVAR_HOST_DEVICE inline explicit Share(const Team& team)
+      : row(team.rank() / (team.size() < 32 ? team.size() : 32)),
+        rows(team.size() < 32 ? 1 : team.size() / 32),
+        column(team.rank() % (team.size() < 32 ? team.size() : 32)),
+        columns(team.size() < 32 ? team.size() : 32) {}
+};
 
 struct Size {
   int32_t height, width;
