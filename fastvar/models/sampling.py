@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from fastvar.models.graphs import replayed
+from fastvar.models.graphs import replay_scales
 from fastvar.models.kv_cache import KVCache
 from fastvar.ops import PrefixKV, accumulate_scale, sample_tokens
 from fastvar.profiling import annotate
@@ -252,7 +252,7 @@ def generate(
         decode: whether to decode the feature map to images.
         graphs: sample by a CUDA graph, which spares the launches of a few thousand small kernels an image. The first
             call with these shapes and options captures it and takes longer than others; it keeps the memory of a cache
-            until `fastvar.models.clear_graphs`. Not yet run on a GPU.
+            until `fastvar.models.clear_graphs`. One stream at a time; not with FSDP. Not yet run on a GPU.
 
     Raises:
         ValueError: arguments that do not fit each other.
@@ -286,7 +286,7 @@ def generate(
     options = SamplingOptions(tuple(weights), temperature, top_k, top_p, log_probs, stop)
     seeds = sample_seeds(seed, batch, first_sample, var.device)
     if graphs:
-        state = replayed(var, state, seeds, options, sample_scales)
+        replay_scales(var, state, seeds, options, sample_scales)
     else:
         sample_scales(var, state, seeds, options)
     images = None

@@ -23,9 +23,11 @@ from fastvar.models.var_block import Block, Modulations, attend_to_cache, attend
 from fastvar.models.var_config import VARConfig
 from fastvar.models.vq_tokenizer import VQTokenizer
 from fastvar.ops import (
+    CrossEntropy,
     PrefixKV,
     TokenLogProbs,
     adaptive_layer_norm,
+    cross_entropy,
     token_log_probs,
 )
 from fastvar.schedule import ScaleSchedule
@@ -280,6 +282,11 @@ class VAR(PretrainedModel):
                 x, k, v = self._run(partial(_prefill_block, block, schedule), x, modulation)
             else:
                 k, v, _ = block.keys_and_values(x, modulation)
+            if self.gradient_checkpointing or not torch.is_grad_enabled():
+                k, v = (
+                    k.contiguous(),
+                    v.contiguous(),
+                )  # slices would keep the whole projection, of which nothing is left
             prefix.append(PrefixKV(k, v, lengths))
         return prefix
 
@@ -368,8 +375,10 @@ class VAR(PretrainedModel):
         subject: torch.Tensor | None = None,
         tokens: torch.Tensor | None = None,
         temperature: float = 1.0,
-    ) -> torch.Tensor | TokenLogProbs:
-        """Logits of every token given the true coarser scales, or the log-probabilities of given tokens.
+        label_smoothing: float | None = None,
+        token_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor | TokenLogProbs | CrossEntropy:
+        """Logits of every token given the true coarser scales, or log-probabilities or cross-entropy of given tokens.
 
         Args:
             labels: (B,) class indices, or texts, or characters (B, text_length).
@@ -379,16 +388,20 @@ class VAR(PretrainedModel):
                 by G adjacent rows.
             tokens: (B, L') int64.
             temperature: divides the logits of the log-probabilities; the one that the tokens were sampled with.
+            label_smoothing, token_weights: of the cross-entropy; see `fastvar.ops.cross_entropy`.
 
         Returns:
-            without `tokens` the logits (B, L', V) float32; with them their `TokenLogProbs`, for which the logits are
-            never held as a whole.
+            without `tokens` the logits (B, L', V) float32; with them their `TokenLogProbs` or, if `label_smoothing` is
+            a number, 0 included, their `CrossEntropy`, for which the logits are never held as a whole.
 
         In training mode conditions and subjects are dropped at the config's rates.
         """
         hidden = self.hidden(labels, inputs, subject=subject)
         if tokens is None:
             return self.head(hidden).float()
+        if label_smoothing is not None:
+            head = (self.head.weight, self.head.bias)
+            return cross_entropy(hidden, *head, tokens, label_smoothing=label_smoothing, weights=token_weights)
         return token_log_probs(hidden, self.head.weight, self.head.bias, tokens, temperature=temperature)
 
     # -- sampling ----------------------------------------------------------------------------------------------------

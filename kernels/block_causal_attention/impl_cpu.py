@@ -18,8 +18,6 @@ from fastvar.schedule import ScaleSchedule
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 DENSE = 128  # tokens up to which all scales are one rectangle
-
-
 _ALL = slice(None)
 
 
@@ -121,7 +119,7 @@ def _gradients(
     assert grad is not None and some_q is not None and out is not None and lse is not None
     keys, values = _heads_first(k, compute), _heads_first(v, compute)
     totals = (
-        None if len(parts) == 1 and parts[0].whole else [torch.zeros_like(t, dtype=compute) for t in (queries, k, v)]
+        None if len(parts) == 1 and parts[0].whole else [torch.zeros(t.shape, dtype=compute) for t in (queries, k, v)]
     )
     for part in parts:
         rows, columns = part.rows, part.keys
@@ -155,8 +153,10 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse:
 
 
 def _heads_first(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(., ., H, ...) -> (., H, ., ...)"""
-    return tensor.to(dtype).transpose(1, 2)
+    """(., ., H, ...) -> (., H, ., ...). The kernel takes its result's layout from q's, and writes it as if the elements
+    of a head were adjacent: here they are."""
+    tensor = tensor.to(dtype)
+    return (tensor if tensor.ndim < 4 or tensor.stride(-1) == 1 else tensor.contiguous()).transpose(1, 2)
 
 
 def _packed(tensor: torch.Tensor, groups: int) -> torch.Tensor:
@@ -177,7 +177,7 @@ def _own_parts(schedule: ScaleSchedule, block_diagonal: bool, dtype: torch.dtype
 def _prefix_parts(groups: int, length: int, lengths: torch.Tensor | None) -> list[_Part]:
     if lengths is None:
         return [_Part((_ALL,), (_ALL,))] if length else []
-    rows = [(slice(group, group + 1), valid) for group, valid in enumerate(lengths.tolist()) if valid]
+    rows = [(slice(group, group + 1), valid) for group, valid in enumerate(lengths.tolist()) if valid > 0]
     return [_Part((row,), (row, _ALL, slice(0, valid))) for row, valid in rows]
 
 

@@ -15,4 +15,4 @@ def forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    return flash_attn_func(q, k, v, softmax_scale=scale)
+    return flash_attn_func(q, k, v, softmax_scale=scale, deterministic=True)

@@ -59,6 +59,7 @@ class _Tiles(NamedTuple):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # it may be made there, and is kept
 def block_mask(schedule: ScaleSchedule, prefix: int, block_diagonal: bool, device: torch.device) -> BlockMask:
     """Of a prefix that is valid as a whole."""
     tiles = _tiles(schedule, prefix, block_diagonal, False, device)
@@ -88,6 +89,7 @@ def _visible(
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # it may be made there, and is kept
 def _tiles(schedule: ScaleSchedule, prefix: int, block_diagonal: bool, ragged: bool, device: torch.device) -> _Tiles:
     """First and end of the visible keys rise with the row: a tile's first and last row decide."""
     scales = torch.tensor(schedule.scale_of_token, device="cpu")
@@ -117,4 +119,5 @@ def _block_mask(tiles: _Tiles, prefix: int, visible: Callable[..., torch.Tensor]
 
 @cache
 def _attend() -> Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
-    return torch.compile(flex_attention, dynamic=False)
+    # fullgraph: past the limit of shapes an error, not the form that holds all scores
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)

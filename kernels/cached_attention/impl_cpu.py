@@ -1,15 +1,27 @@
 """Attention of new queries to a cache for CPUs: PyTorch's flash attention to each of the three parts.
 
-The queries of the rows that share a part are the rows of one matrix, so that nothing shared is copied; the parts are
-merged by log-sum-exp. Only of few keys a copy for every row costs less.
+Rows that share a part attend to it one after the other, so that nothing shared is copied and no row's result depends on
+how many there are; the parts are merged by log-sum-exp. Only of few keys a copy for every row costs less. In half
+precision a part's result is rounded before it is merged: float32 copies of the cache would cost more than attention.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 FEW = 256  # keys of a row that are copied rather than merged
 _ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+class _Part(NamedTuple):
+    """Keys and values (B / share, N, H, D), and how many of a row's are visible, or all."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    lengths: torch.Tensor | None
 
 
 def forward(
@@ -24,47 +36,57 @@ def forward(
     softmax_scale: float,
 ) -> torch.Tensor:
     """See the reference."""
-    if not q.numel():
-        return torch.empty(q.shape, dtype=q.dtype)
-    shared = [
-        (keys, values, lengths)
-        for keys, values, lengths in ((prefix_k, prefix_v, prefix_lengths), (trunk_k, trunk_v, None))
-        if keys is not None and values is not None and keys.shape[1]
-    ]
-    if not shared:
-        return _attend(q, k, v, softmax_scale)[0].contiguous()
-    if prefix_lengths is None and k.shape[1] + sum(keys.shape[1] for keys, _, _ in shared) <= FEW:
-        k, v = (
-            torch.cat([*(part[i].repeat_interleave(len(q) // len(part[i]), 0) for part in shared), own], 1)
-            for i, own in enumerate((k, v))
-        )
-        return _attend(q, k, v, softmax_scale)[0].contiguous()
+    given = ((prefix_k, prefix_v, prefix_lengths), (trunk_k, trunk_v, None), (k, v, None))
+    parts = [_Part(keys, values, n) for keys, values, n in given if keys is not None and values is not None]
+    parts = [part for part in parts if part.k.shape[1]]
+    if not q.numel() or not parts:
+        return torch.zeros(q.shape, dtype=q.dtype)
+    if q.stride(-1) != 1:  # the kernel takes its result's layout from q's, and writes it as if that were so
+        q = q.contiguous()
+    if len(parts) == 1 and parts[0].lengths is None and parts[0].k.shape[0] == q.shape[0]:
+        return _attend(q, *parts[0][:2], softmax_scale)[0].contiguous()
+    if sum(part.k.shape[1] for part in parts) <= FEW:
+        return _copied(q, parts, softmax_scale)
     compute = torch.promote_types(q.dtype, torch.float32)
-    if k.shape[1]:
-        out, lse = (t.to(compute).contiguous() for t in _attend(q, k, v, softmax_scale))
-    else:
-        out = torch.zeros(q.shape, dtype=compute)
-        lse = torch.full(q.shape[:3], -torch.inf, dtype=compute)
-    for keys, values, lengths in shared:
-        groups = keys.shape[0]
-        queries, packed_out, packed_lse = (t.reshape(groups, -1, *t.shape[2:]) for t in (q, out, lse))
-        for rows, valid in _valid(groups, keys.shape[1], lengths):
-            found = _attend(queries[rows], keys[rows, :valid], values[rows, :valid], softmax_scale)
-            _merge(packed_out[rows], packed_lse[rows], *found)
+    out = torch.zeros(q.shape, dtype=compute)
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=compute)
+    for part in reversed(parts):  # a row's own keys first
+        for rows, keys, count in _shares(part, q.shape[0]):
+            _merge(out[rows], lse[rows], *_attend(q[rows], part.k[keys, :count], part.v[keys, :count], softmax_scale))
     return out.to(q.dtype)
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Result (B, n, H, D) and log-sum-exp (B, n, H)."""
-    out, lse = _ATTEND(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    out, lse = _ATTEND(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _valid(groups: int, length: int, lengths: torch.Tensor | None) -> list[tuple[slice, int]]:
-    """Rows of shared keys and how many of their tokens are visible."""
-    if lengths is None:
-        return [(slice(None), length)]
-    return [(slice(row, row + 1), valid) for row, valid in enumerate(lengths.tolist()) if valid]
+def _copied(q: torch.Tensor, parts: list[_Part], scale: float) -> torch.Tensor:
+    """By one call on a copy of all keys for each row."""
+    batch, mask = q.shape[0], None
+    k, v = (torch.cat([part[i].repeat_interleave(batch // len(part[i]), 0) for part in parts], 1) for i in range(2))
+    if parts[0].lengths is not None:  # of the prefix, which comes first
+        lengths = parts[0].lengths.repeat_interleave(batch // len(parts[0].lengths))[:, None]
+        column = torch.arange(k.shape[1])
+        hidden = (column >= lengths) & (column < parts[0].k.shape[1])
+        mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
+    return _attend(q, k, v, scale, mask)[0].contiguous()
+
+
+def _shares(part: _Part, batch: int) -> Iterator[tuple[slice, slice, int]]:
+    """Rows of q, the rows of keys that they see, row for row, and how many keys."""
+    groups = part.k.shape[0]
+    times = batch // groups
+    if part.lengths is None:
+        for member in range(times):
+            yield slice(member, None, times), slice(None), part.k.shape[1]
+        return
+    for group, valid in enumerate(part.lengths.tolist()):
+        for row in range(group * times, (group + 1) * times) if valid > 0 else ():
+            yield slice(row, row + 1), slice(group, group + 1), valid
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:

@@ -123,6 +123,8 @@ def forward(
         for keys, values, lengths in given
         if keys is not None and values is not None and keys.shape[1]
     ]
+    if not parts:
+        return out.zero_()
     count = sum(part.divisions for part in parts)
     found, merged = out, torch.empty(0, dtype=torch.float32, device=q.device)
     if count > 1:

@@ -13,8 +13,9 @@ from tiny import some_subjects, tiny_var
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastvar.models import VAR, Generation, clear_graphs, graphs
+from fastvar.models import VAR, Generation, SamplingState, clear_graphs, graphs
 from fastvar.models.sampling import generate
+from fastvar.rl.adapters import add_adapters, without_adapters
 
 
 class Tape(TorchDispatchMode):
@@ -56,12 +57,15 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     """Graphs on a CPU; the tapes recorded so far."""
     tapes: list[Tape] = []
 
-    def capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    def capture(run: Callable[[], SamplingState], device: torch.device, pool: Any) -> tuple[SamplingState, Any, Any]:
+        run()
+        torch.clear_autocast_cache()
         with Tape() as tape:
-            run()
+            after = run()
+        torch.clear_autocast_cache()
         tape.forget()
         tapes.append(tape)
-        return tape.replay
+        return after, tape.replay, pool
 
     monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr("fastvar.models.sampling._graphs_run_on", lambda device: True)
@@ -144,6 +148,50 @@ def test_what_is_captured_apart_and_forgotten(captures: list[Tape]) -> None:
     before = len(captures)
     generate(var, LABELS, graphs=True)  # the oldest is gone
     assert len(captures) == before + 1
+
+
+def test_a_state_is_consumed() -> None:
+    var = tiny_var()
+    state = generate(var, LABELS, stop=1, decode=False).state
+    generate(var, state=state, graphs=True)
+    with pytest.raises(ValueError, match="it was continued before"):
+        generate(var, state=state, graphs=True)
+
+
+def test_adapters(captures: list[Tape]) -> None:
+    """Switching them off is noticed."""
+    pytest.importorskip("peft")
+    var = tiny_var()
+    add_adapters(var, 2)
+    with torch.no_grad():
+        for name, parameter in var.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    same(generate(var, LABELS, graphs=True), generate(var, LABELS))
+    with without_adapters(var):
+        same(generate(var, LABELS, graphs=True), generate(var, LABELS))
+    same(generate(var, LABELS, graphs=True), generate(var, LABELS))
+    assert len(captures) == 2
+
+
+def test_autocast_and_inference_mode(captures: list[Tape]) -> None:
+    var = tiny_var()
+    with torch.inference_mode():
+        generate(var, LABELS, graphs=True)
+    same(generate(var, LABELS, graphs=True, seed=1), generate(var, LABELS, seed=1))
+    with torch.autocast("cpu", torch.bfloat16):
+        first = generate(var, LABELS, graphs=True)
+        same(first, generate(var, LABELS))
+        with torch.no_grad():
+            var.head.weight.mul_(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        same(generate(var, LABELS, graphs=True), generate(var, LABELS))
+    assert len(captures) == 2
+
+
+def test_no_images() -> None:
+    var = tiny_var()
+    same(generate(var, LABELS[:0], graphs=True), generate(var, LABELS[:0]))
 
 
 def test_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

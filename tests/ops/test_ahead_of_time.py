@@ -69,11 +69,14 @@ def small_launches(dtype: torch.dtype, width: int, head_dim: int) -> Iterator[La
     ("capability", "head_dim", "dtype"),
     [
         (80, 64, torch.bfloat16),
+        (80, 128, torch.bfloat16),
         (90, 64, torch.bfloat16),
         (90, 128, torch.bfloat16),
         (90, 104, torch.float16),
         (90, 64, torch.float32),
+        (90, 96, torch.bfloat16),
         (100, 64, torch.bfloat16),
+        (100, 128, torch.bfloat16),
     ],
 )
 def test_attention(capability: int, head_dim: int, dtype: torch.dtype) -> None:
@@ -90,9 +93,9 @@ def test_attention(capability: int, head_dim: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("n", [1, 256])
-def test_cached_attention(n: int, capability: int) -> None:
-    for launch in cached_launches(64, n, torch.bfloat16):
+@pytest.mark.parametrize(("n", "head_dim"), [(1, 64), (256, 64), (256, 128)])
+def test_cached_attention(n: int, head_dim: int, capability: int) -> None:
+    for launch in cached_launches(head_dim, n, torch.bfloat16):
         found = compile_for(launch, capability)
         where = f"{launch.kernel.__name__}, sm_{capability}: {found._replace(ptx='')}"
         assert found.stack <= STACK[capability] and found.shared <= SHARED[capability], where

@@ -135,6 +135,43 @@ def test_gradients(name: str, backend: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
+ORDERS = {"heads first": (0, 2, 1, 3), "heads last": (0, 1, 3, 2), "all turned": (3, 2, 1, 0)}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", PREFIXES)
+def test_layouts(name: str, order: str, backend: str) -> None:
+    """As with contiguous tensors; gradients are contiguous."""
+    batch, prefix = PREFIXES[name]
+    back = tuple(sorted(range(4), key=ORDERS[order].__getitem__))
+    plain = [x.contiguous() for x in projections(batch, SQUARES.num_tokens)]
+    turned = [x.permute(ORDERS[order]).contiguous().permute(back).requires_grad_() for x in plain]
+    assert not turned[0].is_contiguous()
+    got = block_causal_attention(*turned, SQUARES, prefix=prefix, backend=backend)
+    torch.testing.assert_close(got, dense(*plain, SQUARES, prefix=prefix), rtol=1e-10, atol=1e-10)
+    assert all(gradient.is_contiguous() for gradient in torch.autograd.grad(got.sum(), turned))
+    got = cached_attention(*(x.detach() for x in turned), prefix=prefix, backend=backend)
+    expected = dense(*plain, ScaleSchedule(((1, SQUARES.num_tokens),)), prefix=prefix)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("alone", [1, 2])
+def test_cached_rows_do_not_depend_on_others(alone: int, backend: str) -> None:
+    """A row of a group gives the same bits as without the others."""
+    q, k, v = projections(6, 40, torch.float32, dim=64)
+    prefix, trunk = (PrefixKV(*noise(2, rows, 300, HEADS, 64, seed=rows)) for rows in (2, 3))
+    whole = cached_attention(q, k, v, prefix=prefix, trunk=trunk, backend=backend)
+    row = slice(alone, alone + 1)
+    own = [PrefixKV(part.k[i : i + 1], part.v[i : i + 1]) for part, i in ((prefix, alone // 3), (trunk, alone // 2))]
+    single = cached_attention(q[row], k[row], v[row], prefix=own[0], trunk=own[1], backend=backend)
+    assert torch.equal(single, whole[row])
+
+
+def test_cached_without_keys(backend: str) -> None:
+    q, k, v = projections(2, 3)
+    assert not cached_attention(q, k[:, :0], v[:, :0], backend=backend).any()
+
+
 def test_any_strides() -> None:
     q, k, v = projections(4, SQUARES.num_tokens)
     prefix = shared(2, [4, 7])

@@ -40,7 +40,7 @@ def forward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(module, "_attend", lambda: module.flex_attention)
         return module.forward
     package = ModuleType(request.param)
-    package.flash_attn_func = lambda q, k, v, *, softmax_scale: attention(q, k, v, softmax_scale)  # type: ignore[attr-defined]
+    package.flash_attn_func = lambda q, k, v, *, softmax_scale, deterministic: attention(q, k, v, softmax_scale)  # type: ignore[attr-defined]
     package.ops = SimpleNamespace(memory_efficient_attention=attention)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, request.param, package)
     monkeypatch.setitem(sys.modules, f"{request.param}.ops", package.ops)

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from fastvar import ScaleSchedule, ops
 
-SCHEDULE = ScaleSchedule.parse("var-256").truncated(6)
+SCHEDULE = ScaleSchedule.parse("var-256")
 
 
 def attention(qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int) -> torch.Tensor:
