@@ -5,7 +5,8 @@
 #   bash benchmarks/on_gpu.sh --fetch               download the wheels that such a machine may lack
 #
 # Needs Python with torch, pytest and pytest-benchmark, and no network: what else is missing is taken from
-# benchmarks/wheels/, upstream's code from benchmarks/checkouts/VAR and Infinity. Every result is written as it comes, into
+# benchmarks/wheels/, upstream's code from benchmarks/checkouts/VAR and Infinity. Where there is no nvcc, the libraries
+# that `fastvar build` made elsewhere have to lie in fastvar/. Every result is written as it comes, into
 # the folder OUT (outputs/on_gpu by default), so that a run that is cut off loses nothing; a short table comes last. --dry
 # does the same on a CPU, at tiny sizes. In a copy without .git set FASTVAR_COMMIT to the commit.
 set -uo pipefail
@@ -79,12 +80,16 @@ fi
     >"$OUT/machine.json"
 
 # 1. The extension, the tests that need a GPU, and what compute-sanitizer says of our CUDA code.
-if [ -d csrc ]; then
-    echo "build: csrc is there, and this script does not know how to build it"
-    failed=1
-else
-    echo "build: there is no csrc yet"
+if [ $dry = 0 ] && command -v "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" nvcc >/dev/null; then
+    step build 120 "$PYTHON" -m fastvar build
 fi
+for target in cpu cuda; do
+    if [ -f fastvar/_$target.abi3.so ]; then
+        echo "build: _$target.abi3.so is there"
+    elif [ $dry = 0 ]; then
+        echo "build: no _$target.abi3.so; without nvcc here, build it elsewhere and bring it along" && failed=1
+    fi
+done
 step tests $(($(left) / 3)) "$PYTHON" -m pytest tests -m gpu -q -p no:cacheprovider --continue-on-collection-errors
 tail -n 1 "$OUT/tests.log"
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
@@ -92,7 +97,7 @@ if [ $dry = 1 ] || [ ! -x "$sanitizer" ]; then
     echo "sanitizer: left out, $([ $dry = 1 ] && echo "no device" || echo "no compute-sanitizer")"
 else
     step sanitizer $(($(left) / 4)) "$sanitizer" --tool memcheck --error-exitcode 9 \
-        "$PYTHON" -m pytest tests/ops/test_gpu.py -q -p no:cacheprovider -k "triton or cuda"
+        "$PYTHON" -m pytest tests/ops/test_gpu.py tests/ops/test_gpu_sampling.py -q -p no:cacheprovider -k "triton or cuda"
 fi
 
 # 2. The benchmarks within what is left. First one setting of every suite, each in a process of its own, so that one which
