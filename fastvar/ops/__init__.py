@@ -5,6 +5,7 @@ from fastvar.ops.adaptive_layer_norm import adaptive_layer_norm, gated_residual
 from fastvar.ops.bitwise_residual_quantize import QuantizedBits, accumulate_bits, bitwise_residual_quantize
 from fastvar.ops.block_causal_attention import PrefixKV, block_causal_attention, block_causal_attention_with_lse
 from fastvar.ops.cached_attention import cached_attention
+from fastvar.ops.cross_entropy import CrossEntropy, cross_entropy
 from fastvar.ops.policy_loss import PolicyLoss, group_advantages, policy_loss
 from fastvar.ops.propagate_mask import boxes_to_mask, propagate_mask
 from fastvar.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_into_cache, rope_tables
@@ -21,6 +22,7 @@ from fastvar.ops.token_log_probs import TokenLogProbs, token_log_probs
 
 __all__ = [
     "AccumulatedScale",
+    "CrossEntropy",
     "PolicyLoss",
     "PrefixKV",
     "QuantizedBits",
@@ -37,6 +39,7 @@ __all__ = [
     "block_causal_attention_with_lse",
     "boxes_to_mask",
     "cached_attention",
+    "cross_entropy",
     "explain",
     "gated_residual",
     "group_advantages",

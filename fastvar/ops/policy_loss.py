@@ -10,9 +10,11 @@ import torch
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation, resolve
 from fastvar.ops._operator import Operator
+from fastvar.ops._triton import triton_implementation
 from fastvar.ops.token_log_probs import Head, score
 from fastvar.schedule import ScaleSchedule
 
+_REFERENCE = "fastvar.kernels.policy_loss.reference"
 NORMALISATIONS = ("group", "batch", "none")
 PANW_NORMALISATIONS = ("per_segment", "per_scale", "none")
 RATIO_LEVELS = ("token", "scale", "sample")
@@ -51,7 +53,8 @@ def _fake(log_probs: torch.Tensor, *rest: object) -> tuple[torch.Tensor, ...]:
     grids = rest[7]
     assert isinstance(grids, list | tuple)
     scales = (len(grids) // 2,)
-    return tuple(log_probs.new_empty(shape) for shape in (*[()] * 5, *[scales] * 3))
+    shapes = (*[()] * 5, *[scales] * 3, *[log_probs.shape] * 2)
+    return tuple(log_probs.new_empty(shape) for shape in shapes)
 
 
 _LOSS = Operator(
@@ -60,9 +63,16 @@ _LOSS = Operator(
     "Tensor advantages, Tensor? token_mask, Tensor? mask_totals, int[] grids, int first_scale, float panw_alpha, "
     "str panw_normalisation, float clip_low, float clip_high, str ratio_level, float kl_weight, str kl_estimator, "
     "float entropy_weight",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # the loss, seven measurements; for the backward pass each token's slope and share
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
-    implementations=[Implementation("reference", "fastvar.kernels.policy_loss.reference", verified=("CPU",))],
+    implementations=[
+        triton_implementation("policy_loss"),
+        # few numbers a token: what costs time is token_log_probs, which has a CPU implementation of its own
+        Implementation("cpu", _REFERENCE, devices=("cpu",), verified=("CPU",)),
+        Implementation("reference", _REFERENCE, verified=("CPU",)),
+    ],
+    keeps_results=True,
 )
 
 
@@ -282,7 +292,7 @@ def policy_loss(
         kl_estimator,
         entropy_weight,
     )
-    kl, clip_fraction, entropy, *by_scale = (value.detach() for value in measured)
+    kl, clip_fraction, entropy, *by_scale = (value.detach() for value in measured[:7])
     return PolicyLoss(loss, kl, clip_fraction, entropy, scored.log_probs.detach(), *by_scale)
 
 

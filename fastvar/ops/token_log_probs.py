@@ -10,8 +10,19 @@ import torch
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
+from fastvar.ops._triton import triton_implementation
 
 Head = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+class Scores(NamedTuple):
+    """What the operators on top of these kernels take: a `TokenLogProbs` and, if asked for, the mean log-probability of
+    the vocabulary (B, L)."""
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+    kl: torch.Tensor | None
+    mean: torch.Tensor | None
 
 
 class TokenLogProbs(NamedTuple):
@@ -28,23 +39,31 @@ def _fake(
     bias: torch.Tensor | None,
     tokens: torch.Tensor,
     reference_hidden: torch.Tensor | None,
-    *_: object,
+    reference_weight: torch.Tensor | None,
+    reference_bias: torch.Tensor | None,
+    temperature: float,
+    mean: bool,
 ) -> tuple[torch.Tensor, ...]:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     shape = tokens.shape[:2]
-    shapes = (shape, shape, (0,) if reference_hidden is None else shape)
+    none = (0,)
+    sums = 0 if tokens.ndim == 3 else 1 if reference_hidden is None else 2
+    shapes = (shape, shape, none if reference_hidden is None else shape, shape if mean else none, (sums, *shape))
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 _LOG_PROBS = Operator(
     "token_log_probs",
     "Tensor hidden, Tensor? weight, Tensor? bias, Tensor tokens, Tensor? reference_hidden, Tensor? reference_weight, "
-    "Tensor? reference_bias, float temperature",
-    "(Tensor, Tensor, Tensor)",
+    "Tensor? reference_bias, float temperature, bool mean",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",  # log_probs, entropy, kl, mean, log-sum-exp for the backward pass
     fake=_fake,
     implementations=[
+        triton_implementation("token_log_probs"),
+        Implementation("cpu", "fastvar.kernels.token_log_probs.impl_cpu", devices=("cpu",), verified=("CPU",)),
         Implementation("reference", "fastvar.kernels.token_log_probs.reference", verified=("CPU",)),
     ],
+    keeps_results=True,
 )
 
 
@@ -65,7 +84,8 @@ def token_log_probs(
     Args:
         hidden: (B, L, E), the states that the head reads. Without a weight they are the logits themselves: (B, L, V),
             or (B, L, d) for bits.
-        weight: (V, E), the head; (d, E) for bits, where it gives difference logits (of 1 minus of 0). Or None.
+        weight: (V, E), the head; (d, E) for bits, where it gives difference logits (of 1 minus of 0). Or None. In
+            hidden's dtype, or float32 beside hidden states in 16 bits: then the product is one of float32.
         bias: (V,), (d,) for bits, or None.
         tokens: (B, L) int64 or int32 in 0..V-1; or (B, L, d) bits, bool or integers 0 and 1, whose log-probabilities
             and entropies are summed over d.
@@ -85,7 +105,8 @@ def token_log_probs(
         ValueError: shapes or dtypes that do not fit, temperature not above 0; on a CPU also tokens out of range (on
             other devices that would need a synchronisation, and the result is undefined).
     """
-    return score("token_log_probs", backend, hidden, weight, bias, tokens, temperature, reference_head)
+    found = score("token_log_probs", backend, hidden, weight, bias, tokens, temperature, reference_head)
+    return TokenLogProbs(*found[:3])
 
 
 def score(
@@ -96,8 +117,9 @@ def score(
     bias: torch.Tensor | None,
     tokens: torch.Tensor,
     temperature: float,
-    reference_head: Head | None,
-) -> TokenLogProbs:
+    reference_head: Head | None = None,
+    mean: bool = False,
+) -> Scores:
     """`token_log_probs` on behalf of the operator `op`, which its errors name."""
     _checks.shape(op, "hidden", hidden, "B", "L", "V" if weight is None else "E")
     if not 0 < temperature < math.inf:
@@ -125,8 +147,9 @@ def score(
         other = _checked_head(op, "reference_head ", states, matrix, offset, size)
         if (other[0].dtype == torch.float64) != (hidden.dtype == torch.float64):
             _checks.fail(op, "reference_head hidden", f"a dtype that goes with {hidden.dtype}", other[0].dtype)
-    log_probs, entropy, kl = _LOG_PROBS(backend, hidden, weight, bias, tokens, *other, temperature)
-    return TokenLogProbs(log_probs, entropy, None if reference_head is None else kl)
+    found = _LOG_PROBS(backend, hidden, weight, bias, tokens, *other, temperature, mean)
+    kl, average = None if reference_head is None else found[2], found[3] if mean else None
+    return Scores(found[0], found[1], kl, average)
 
 
 def _checked_head(
@@ -150,6 +173,10 @@ def _checked_head(
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    named = {f"{prefix}weight": weight, f"{prefix}bias": bias}
-    _checks.same_dtype_and_device(op, f"{prefix}hidden", hidden, **named)
+    half = hidden.dtype in (torch.float16, torch.bfloat16)
+    if half and weight.dtype == torch.float32 and weight.device == hidden.device:
+        _checks.same_dtype_and_device(op, f"{prefix}weight", weight, **{f"{prefix}bias": bias})
+    else:
+        named = {f"{prefix}weight": weight, f"{prefix}bias": bias}
+        _checks.same_dtype_and_device(op, f"{prefix}hidden", hidden, **named)
     return hidden, weight, bias

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -25,14 +25,35 @@ class VARTask:
     Args:
         model: a VAR with its tokenizer attached, which stays frozen.
         draw: called with the averaged model for a picture of samples.
+        label_smoothing: of the loss; see `fastvar.ops.cross_entropy`.
+        scale_weights: (K,) how much a token of each scale counts; all alike by default.
+
+    Raises:
+        ValueError: another number of weights than of scales.
     """
 
     name = "var"
 
-    def __init__(self, model: VAR, draw: Callable[[VAR], Image] | None = None) -> None:
+    def __init__(
+        self,
+        model: VAR,
+        draw: Callable[[VAR], Image] | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        scale_weights: Sequence[float] | None = None,
+    ) -> None:
+        if scale_weights is not None and len(scale_weights) != len(model.schedule):
+            raise ValueError(
+                f"VARTask: scale_weights: expected {len(model.schedule)} numbers, one for each scale, "
+                f"got {len(scale_weights)}"
+            )
         self.model = model
         self.identity = {"tokenizer": crc32(model.tokenizer.codebook.detach().cpu().numpy().tobytes())}
         self.draw = draw
+        self.label_smoothing = label_smoothing
+        self.token_weights: torch.Tensor | None = None
+        if scale_weights is not None:
+            self.token_weights = torch.tensor(scale_weights, dtype=torch.float32)[model.scale_index.cpu()]  # [L]
         model.tokenizer.requires_grad_(False).eval()
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -43,13 +64,14 @@ class VARTask:
         if var.config.subject != "none":
             subject = var.tokenizer.pyramid(self._tokens(batch, "reference_tokens", "reference", device))
         labels = batch["text" if var.config.text_length else "label"]
-        found = model(labels, inputs, subject=subject, tokens=tokens)
-        scale = var.scale_index.expand_as(tokens)
-        loss = -found.log_probs.mean()
-        return loss, {
-            "entropy": found.entropy.detach().mean(),
-            "loss_coarsest": -found.log_probs.detach()[scale == 0].mean(),
-            "loss_finest": -found.log_probs.detach()[scale == len(var.schedule) - 1].mean(),
+        if self.token_weights is not None:
+            self.token_weights = self.token_weights.to(device)
+        options = {"label_smoothing": self.label_smoothing, "token_weights": self.token_weights}
+        found = model(labels, inputs, subject=subject, tokens=tokens, **options)
+        return found.loss, {
+            "entropy": found.entropy.mean(),
+            "loss_coarsest": found.losses[:, : var.schedule.ends[0]].mean(),
+            "loss_finest": found.losses[:, var.schedule.starts[-1] :].mean(),
         }
 
     def _tokens(self, batch: Any, cached: str, image: str, device: torch.device) -> torch.Tensor:

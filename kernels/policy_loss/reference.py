@@ -27,7 +27,8 @@ class _Terms(NamedTuple):
 
 
 def forward(*args: Any) -> tuple[torch.Tensor, ...]:
-    """loss, kl, clip fraction, entropy, ratio, scalars; then gradient share, entropy and ratio of each scale (K,)."""
+    """loss, kl, clip fraction, entropy, ratio, scalars; gradient share, entropy and ratio of each scale (K,); for the
+    backward pass d loss / d log_probs and w / D of each token (B, L)."""
     entropy, grids = args[1], args[8]
     terms = _terms(*args)
 
@@ -51,17 +52,19 @@ def forward(*args: Any) -> tuple[torch.Tensor, ...]:
         _divide(norms, norms.sum()),
         scale_means(entropy),
         scale_means(terms.ratio),
+        terms.slope,
+        terms.share,
     )
 
 
 def backward(grads: Sequence[torch.Tensor | None], *args: Any) -> list[torch.Tensor]:
     """Gradients of log_probs, entropy and exact_kl, through the loss alone; the other results are measurements."""
-    *rest, needs = args
-    terms = _terms(*rest)
-    kl_weight, _, entropy_weight = rest[-3:]
-    scale = torch.zeros_like(terms.loss) if grads[0] is None else grads[0]
-    slopes = (terms.slope, -entropy_weight * terms.share, kl_weight * terms.share)
-    return [scale * slope for slope, need in zip(slopes, needs, strict=False) if need]
+    *_, kl_weight, _, entropy_weight, results, needs = args
+    slope, share = results[-2:]
+    if grads[0] is None:
+        return [torch.zeros_like(slope) for need in needs if need]
+    slopes = ((slope, 1.0), (share, -entropy_weight), (share, kl_weight))
+    return [grads[0] * factor * each for (each, factor), need in zip(slopes, needs, strict=False) if need]
 
 
 def _terms(

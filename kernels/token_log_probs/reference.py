@@ -1,5 +1,7 @@
 """Log-probability, entropy and KL of tokens from hidden states in plain PyTorch, a chunk of rows at a time."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 
 _ROWS = 256  # of a chunk: 4 MiB of float32 logits at V = 4096
 _STEP = 16  # chunks are padded to a multiple: matrix products of very few rows may sum in another order
-_IMPOSSIBLE = -1e30  # log-probability of a token whose logit is minus infinity
+IMPOSSIBLE = -1e30  # log-probability of a token whose logit is minus infinity
 
 
 def forward(
@@ -19,24 +21,24 @@ def forward(
     reference_weight: torch.Tensor | None,
     reference_bias: torch.Tensor | None,
     temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(B, L) log-probabilities, entropies and KL(policy || reference), the last one empty without a reference."""
+    mean: bool,
+) -> tuple[torch.Tensor, ...]:
+    """(B, L) log-probabilities, entropies, KL(policy || reference), mean log-probability of the vocabulary; (n, B, L)
+    log-sum-exp of the logits, of the reference's too. Empty are the KL without a reference, the mean if not asked for
+    and the log-sum-exp of bits."""
     head = _Head(hidden, weight, bias, temperature)
     reference = None
     if reference_hidden is not None:
         reference = _Head(reference_hidden, reference_weight, reference_bias, temperature)
-    _check_range(tokens, head.size)
+    check_range(tokens, head.size)
     picked = tokens.flatten(0, 1)  # [M] tokens or [M, d] bits
     score = _score_tokens if tokens.ndim == 2 else _score_bits
-    results = [head.rows.new_empty(len(picked), dtype=head.dtype) for _ in range(2 if reference is None else 3)]
-    for rows in _chunks(len(picked)):
+    results = new_results(hidden, tokens, reference is not None, mean)
+    for rows in chunks(len(picked), _ROWS):
         logits = head.logits(rows)[1]
         others = None if reference is None else reference.logits(rows)[1]
-        found = score(logits, _padded(picked[rows]), others)
-        for result, values in zip(results, found, strict=True):
-            result[rows] = values[: rows.stop - rows.start]
-    results = [result.view(tokens.shape[:2]) for result in results]
-    return results[0], results[1], results[2] if reference is not None else results[0].new_empty(0)
+        write(results, rows, score(logits, padded(picked[rows]), others))
+    return results
 
 
 def backward(
@@ -49,6 +51,8 @@ def backward(
     reference_weight: torch.Tensor | None,
     reference_bias: torch.Tensor | None,
     temperature: float,
+    mean: bool,
+    results: Sequence[torch.Tensor],
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
     """Gradients of hidden, weight and bias, those that `needs` asks for; the logits of each chunk are computed anew."""
@@ -58,17 +62,18 @@ def backward(
         reference = _Head(reference_hidden, reference_weight, reference_bias, temperature)
     picked = tokens.flatten(0, 1)
     slopes = _slopes_tokens if tokens.ndim == 2 else _slopes_bits
-    incoming = [None if g is None else g.reshape(-1, 1).to(head.dtype) for g in grads]
+    # under torch.compile results that nobody used, even empty ones, have gradients of zeros
+    incoming = [None if g is None or not g.numel() else g.reshape(-1, 1).to(head.dtype) for g in grads[:4]]
     of_hidden = head.rows.new_empty(head.rows.shape) if needs[0] else None
     of_weight = (
         head.rows.new_zeros(head.weight.shape, dtype=head.dtype) if needs[1] and head.weight is not None else None
     )
     of_bias = head.rows.new_zeros(head.bias.shape, dtype=head.dtype) if needs[2] and head.bias is not None else None
-    for rows in _chunks(len(picked)):
+    for rows in chunks(len(picked), _ROWS):
         states, logits = head.logits(rows)
         others = None if reference is None else reference.logits(rows)[1]
-        parts = [None if g is None else _padded(g[rows]) for g in incoming]
-        slope = slopes(logits, _padded(picked[rows]), others, *parts)  # [m, V]; 0 in padded rows, as their gradients
+        parts = [None if g is None else padded(g[rows]) for g in incoming]
+        slope = slopes(logits, padded(picked[rows]), others, *parts)  # [m, V]; 0 in padded rows, as their gradients
         if temperature != 1:
             slope = slope / temperature
         if of_hidden is not None:
@@ -103,22 +108,38 @@ class _Head:
 
     def logits(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Of a chunk: its padded rows (m, E) and the logits (m, V) divided by the temperature, both in `dtype`."""
-        states = _padded(self.rows[rows].to(self.dtype))
+        states = padded(self.rows[rows].to(self.dtype))
         out = states if self.weight is None else F.linear(states, self.weight, self.bias)
         return states, out / self.temperature if self.temperature != 1 else out
 
 
-def _chunks(count: int) -> Iterator[slice]:
-    for start in range(0, count, _ROWS):
-        yield slice(start, min(start + _ROWS, count))
+def new_results(hidden: torch.Tensor, tokens: torch.Tensor, reference: bool, mean: bool) -> tuple[torch.Tensor, ...]:
+    """What `forward` returns, yet to be filled."""
+    shape = tokens.shape[:2]
+    sums = 0 if tokens.ndim == 3 else 1 + reference
+    shapes = (shape, shape, shape if reference else (0,), shape if mean else (0,), (sums, *shape))
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return tuple(torch.empty(each, dtype=dtype, device=hidden.device) for each in shapes)
 
 
-def _padded(rows: torch.Tensor) -> torch.Tensor:
+def write(results: Sequence[torch.Tensor], rows: slice, found: Sequence[torch.Tensor | None]) -> None:
+    """Put what was found for a padded chunk into its rows of the results."""
+    for result, values in zip(results, found, strict=True):
+        if values is not None and result.numel():
+            result.flatten(-2)[..., rows] = values[..., : rows.stop - rows.start]
+
+
+def chunks(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def padded(rows: torch.Tensor) -> torch.Tensor:
     missing = -len(rows) % _STEP
     return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
 
-def _check_range(tokens: torch.Tensor, size: int) -> None:
+def check_range(tokens: torch.Tensor, size: int) -> None:
     # On another device the check would wait for it; there a token out of range is the caller's to avoid.
     if tokens.device.type != "cpu" or tokens.dtype == torch.bool or tokens.numel() == 0:
         return
@@ -128,23 +149,28 @@ def _check_range(tokens: torch.Tensor, size: int) -> None:
         raise ValueError(f"token_log_probs: tokens: expected values from 0 to {last}, got {low} to {high}")
 
 
-# Of tokens: z_j logits, l_j log-probabilities, p_j = exp(l_j), y the token, H entropy, q_j the reference's l_j.
-#   l_y: dl_y/dz_j = [j = y] - p_j      H: dH/dz_j = -p_j (l_j + H)      KL: dKL/dz_j = p_j (l_j - q_j - KL)
+# Of tokens: z_j logits, l_j log-probabilities, p_j = exp(l_j), y the token, H entropy, q_j the reference's l_j, A the
+# mean of the l_j over a vocabulary of V.
+#   l_y: dl_y/dz_j = [j = y] - p_j      H: dH/dz_j = -p_j (l_j + H)
+#   KL: dKL/dz_j = p_j (l_j - q_j - KL)      A: dA/dz_j = 1 / V - p_j
 
 
 def _log_probs(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities, with `_IMPOSSIBLE` for minus infinity so that 0 * log 0 is 0, and probabilities."""
-    log_probs = logits.log_softmax(-1).clamp_min_(_IMPOSSIBLE)
+    """Log-probabilities, with `IMPOSSIBLE` for minus infinity so that 0 * log 0 is 0, and probabilities."""
+    log_probs = logits.log_softmax(-1).clamp_min_(IMPOSSIBLE)
     return log_probs, log_probs.exp()
 
 
-def _score_tokens(logits: torch.Tensor, tokens: torch.Tensor, others: torch.Tensor | None) -> list[torch.Tensor]:
+def _score_tokens(
+    logits: torch.Tensor, tokens: torch.Tensor, others: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
     log_probs, probs = _log_probs(logits)
     own = log_probs.gather(-1, tokens.long()[:, None])[:, 0]
-    found = [own, -(probs * log_probs).sum(-1)]
+    entropy, kl = -(probs * log_probs).sum(-1), None
     if others is not None:
-        found.append((probs * (log_probs - _log_probs(others)[0])).sum(-1))
-    return found
+        kl = (probs * (log_probs - _log_probs(others)[0])).sum(-1)
+    sums = torch.stack([z.logsumexp(-1) for z in (logits, others) if z is not None])
+    return own, entropy, kl, log_probs.mean(-1), sums
 
 
 def _slopes_tokens(
@@ -154,6 +180,7 @@ def _slopes_tokens(
     of_own: torch.Tensor | None,
     of_entropy: torch.Tensor | None,
     of_kl: torch.Tensor | None,
+    of_mean: torch.Tensor | None,
 ) -> torch.Tensor:
     log_probs, probs = _log_probs(logits)
     factor = torch.zeros_like(probs) if of_own is None else (-of_own).expand_as(probs)
@@ -163,23 +190,29 @@ def _slopes_tokens(
     if of_kl is not None and others is not None:
         gap = log_probs - _log_probs(others)[0]
         factor = factor + of_kl * (gap - (probs * gap).sum(-1, keepdim=True))
+    if of_mean is not None:
+        factor = factor - of_mean
     slope = probs * factor
+    if of_mean is not None:
+        slope = slope + of_mean / slope.shape[-1]
     return slope if of_own is None else slope.scatter_add_(-1, tokens.long()[:, None], of_own)
 
 
 # Of bits: z the difference logit, s = sigmoid(z), y the difference logit of the reference. Not torch.sigmoid, whose
 # last digit depends on an element's place in the tensor.
-#   l: dl/dz = bit - s      H: dH/dz = -z s (1 - s)      KL: dKL/dz = (z - y) s (1 - s)
+#   l: dl/dz = bit - s      H: dH/dz = -z s (1 - s)      KL: dKL/dz = (z - y) s (1 - s)      A: dA/dz = (1 - s - s) / 2
 
 
-def _score_bits(logits: torch.Tensor, bits: torch.Tensor, others: torch.Tensor | None) -> list[torch.Tensor]:
+def _score_bits(
+    logits: torch.Tensor, bits: torch.Tensor, others: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
     sign = (bits != 0).to(logits.dtype) * 2 - 1
     one, zero = F.logsigmoid(logits), F.logsigmoid(-logits)
-    found = [F.logsigmoid(sign * logits).sum(-1), -(one.exp() * one + zero.exp() * zero).sum(-1)]
+    own, entropy, kl = F.logsigmoid(sign * logits).sum(-1), -(one.exp() * one + zero.exp() * zero).sum(-1), None
     if others is not None:
         gap = one.exp() * (one - F.logsigmoid(others)) + zero.exp() * (zero - F.logsigmoid(-others))
-        found.append(gap.sum(-1))
-    return found
+        kl = gap.sum(-1)
+    return own, entropy, kl, (one + zero).sum(-1) / 2, None
 
 
 def _slopes_bits(
@@ -189,6 +222,7 @@ def _slopes_bits(
     of_own: torch.Tensor | None,
     of_entropy: torch.Tensor | None,
     of_kl: torch.Tensor | None,
+    of_mean: torch.Tensor | None,
 ) -> torch.Tensor:
     one, zero = 1 / (1 + (-logits).exp()), 1 / (1 + logits.exp())
     slope = torch.zeros_like(logits) if of_own is None else of_own * torch.where(bits != 0, zero, -one)
@@ -196,4 +230,6 @@ def _slopes_bits(
         slope = slope - of_entropy * (logits * (one * zero))
     if of_kl is not None and others is not None:
         slope = slope + of_kl * ((logits - others) * (one * zero))
+    if of_mean is not None:
+        slope = slope + of_mean * ((zero - one) / 2)
     return slope

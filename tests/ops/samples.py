@@ -249,6 +249,9 @@ def _token_log_probs(dtype: torch.dtype) -> Iterator[Sample]:
         yield ops.token_log_probs, {**head, "tokens": bits, "reference_head": other, "temperature": 0.7}, names
         yield ops.token_log_probs, {**head, "bias": None, "tokens": bits.int()}, ("hidden", "weight")
         yield ops.token_log_probs, {**logits, "tokens": tokens.int()}, ("hidden",)
+        smooth = {"label_smoothing": 0.2, "weights": torch.arange(length) + torch.ones((), dtype=dtype)}
+        yield ops.cross_entropy, {**head, "tokens": tokens, **smooth}, names
+        yield ops.cross_entropy, {**head, "tokens": bits, **smooth}, names
 
 
 @sample("policy_loss")

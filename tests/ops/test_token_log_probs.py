@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from samples import noise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvar.ops import sample_bits, sample_tokens, token_log_probs
+
+BACKENDS = ["cpu", "reference"]
 
 
 def naive(
@@ -45,9 +48,19 @@ def problem(
     return hidden, weight, bias, tokens
 
 
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's tiles are 64 rows by 4 logits."""
+    module = importlib.import_module("fastvar.kernels.token_log_probs.impl_cpu")
+    monkeypatch.setattr(module, "COLUMNS", 4)
+    monkeypatch.setattr(module, "TILE", 256)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", [False, True])
 @pytest.mark.parametrize("kind", ["hidden", "without bias", "logits"])
-def test_equals_the_definition(bits: bool, kind: str) -> None:
+def test_equals_the_definition(kind: str, bits: bool, backend: str) -> None:
     """Values and gradients of all three results, over several chunks and a padded one."""
     hidden, weight, bias, tokens = problem(3, 201, 8, 11)
     if bits:
@@ -63,27 +76,36 @@ def test_equals_the_definition(bits: bool, kind: str) -> None:
         results = function(*head, tokens, temperature=0.7, reference_head=other)
         return results, torch.autograd.grad(tuple(results), own, gradients)
 
-    for got, expected in zip(run(token_log_probs), run(naive), strict=True):
+    for got, expected in zip(run(partial(token_log_probs, backend=backend)), run(naive), strict=True):
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_inputs_float32_statistics(dtype: torch.dtype) -> None:
+def test_low_precision_inputs_float32_statistics(dtype: torch.dtype, backend: str) -> None:
     """Products of rounded inputs are exact in float32: results are those of float32 on the rounded inputs."""
     hidden, weight, bias, tokens = problem(2, 20, 16, 40, dtype)
-    got = token_log_probs(hidden, weight, bias, tokens)
-    expected = token_log_probs(hidden.float(), weight.float(), bias.float(), tokens)
+    score = partial(token_log_probs, backend=backend)
+    got = score(hidden, weight, bias, tokens)
+    expected = score(hidden.float(), weight.float(), bias.float(), tokens)
     assert got.log_probs.dtype == torch.float32
     assert torch.equal(got.log_probs, expected.log_probs)
     assert torch.equal(got.entropy, expected.entropy)
+    float32_head = score(hidden, weight.float(), bias.float(), tokens)
+    assert torch.equal(float32_head.log_probs, expected.log_probs)
     leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
-    grads = torch.autograd.grad(token_log_probs(*leaves, tokens).log_probs.sum(), leaves)
+    grads = torch.autograd.grad(score(*leaves, tokens).log_probs.sum(), leaves)
     exact = [t.double().requires_grad_() for t in (hidden, weight, bias)]
     wanted = torch.autograd.grad(naive(*exact, tokens)[0].sum(), exact)
     for g, w in zip(grads, wanted, strict=True):
         assert g.dtype == dtype
         torch.testing.assert_close(g.double(), w, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+    leaves = [hidden.clone().requires_grad_(), weight.float().requires_grad_(), bias.float().requires_grad_()]
+    grads = torch.autograd.grad(score(*leaves, tokens).log_probs.sum(), leaves)
+    assert [g.dtype for g in grads] == [dtype, torch.float32, torch.float32]
+    for g, w in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=2 * torch.finfo(g.dtype).eps, atol=1e-4)
 
 
 def test_autocast_rounds_the_product_only() -> None:
@@ -116,26 +138,28 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("bits", [False, True])
-def test_whole_logits_never_exist(bits: bool) -> None:
-    reference = importlib.import_module("fastvar.kernels.token_log_probs.reference")
-    batch, length, width, size = 16, 128, 8, 64
+@pytest.mark.parametrize("name", ["impl_cpu", "reference"])
+def test_whole_logits_never_exist(name: str, bits: bool) -> None:
+    module = importlib.import_module(f"fastvar.kernels.token_log_probs.{name}")
+    batch, length, width, size = 16, 128, 8, 64 if bits else 4096
     hidden, weight, bias, tokens = problem(batch, length, width, size, torch.float32)
     if bits:
         hidden, tokens = hidden.bfloat16(), noise(batch, length, size) > 0
         weight, bias = weight.bfloat16(), bias.bfloat16()
-    arguments = (hidden, weight, bias, tokens, hidden, weight, bias, 1.0)
-    gradients = [torch.ones(batch, length)] * 3
+    arguments = (hidden, weight, bias, tokens, hidden, weight, bias, 1.0, True)
+    gradients = [torch.ones(batch, length)] * 4
     with LargestTensor() as largest:
-        reference.forward(*arguments)
-        reference.backward(gradients, *arguments, [True] * 3 + [False] * 4)
+        results = module.forward(*arguments)
+        module.backward(gradients, *arguments, results, [True] * 3 + [False] * 4)
     inputs = max(hidden.numel(), weight.numel(), tokens.numel() if bits else 0)
-    assert largest.numel <= max(inputs, 256 * size)
+    assert largest.numel <= max(inputs, module.TILE if name == "impl_cpu" and not bits else 256 * size)
     assert bits or largest.numel < batch * length * size / 4
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", [False, True])
-@pytest.mark.parametrize(("width", "size"), [(64, 100), (33, 257)])
-def test_rows_do_not_depend_on_the_batch(bits: bool, width: int, size: int) -> None:
+@pytest.mark.parametrize(("width", "size"), [(64, 100), (33, 257), (16, 1500)])
+def test_rows_do_not_depend_on_the_batch(width: int, size: int, bits: bool, backend: str) -> None:
     """A row alone is bit-equal to the same row anywhere in a batch, and so is its gradient."""
     hidden, weight, bias, tokens = problem(7, 90, width, size, torch.float32)
     if bits:
@@ -145,7 +169,7 @@ def test_rows_do_not_depend_on_the_batch(bits: bool, width: int, size: int) -> N
     def run(rows: slice, columns: slice) -> list[torch.Tensor]:
         leaf = hidden[rows, columns].clone().requires_grad_()
         reference = (other[0][rows, columns], *other[1:])
-        results = token_log_probs(leaf, weight, bias, tokens[rows, columns], reference_head=reference)
+        results = token_log_probs(leaf, weight, bias, tokens[rows, columns], reference_head=reference, backend=backend)
         (gradient,) = torch.autograd.grad(sum(r.sum() for r in results), leaf)
         return [*(r.detach() for r in results), gradient]
 
@@ -164,15 +188,26 @@ def test_agrees_with_the_samplers() -> None:
     torch.testing.assert_close(token_log_probs(logits, None, None, bits, temperature=0.8).log_probs, log_probs)
 
 
-def test_equal_policies_have_no_kl() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_policies_have_no_kl(backend: str) -> None:
     """Exactly zero, value and gradient, for tokens and bits."""
     hidden, weight, bias, tokens = problem(2, 20, 16, 40, torch.float32)
     for picked in (tokens, noise(2, 20, 40) > 0):
         leaf = hidden.clone().requires_grad_()
-        kl = token_log_probs(leaf, weight, bias, picked, reference_head=(hidden, weight, bias)).kl
+        reference = (hidden, weight, bias)
+        kl = token_log_probs(leaf, weight, bias, picked, reference_head=reference, backend=backend).kl
         assert kl is not None and (kl == 0).all()
         kl.sum().backward()
         assert leaf.grad is not None and (leaf.grad == 0).all()
+
+
+def test_nan_stays_nan_and_alone() -> None:
+    hidden, weight, bias, tokens = problem(1, 20, 4, 9, torch.float32)
+    hidden[0, 3] = math.nan
+    for backend in BACKENDS:
+        result = token_log_probs(hidden, weight, bias, tokens, backend=backend)
+        for values in result[:2]:
+            assert values[0].isnan().nonzero().tolist() == [[3]]
 
 
 def test_reference_gets_no_gradient() -> None:
@@ -185,17 +220,19 @@ def test_reference_gets_no_gradient() -> None:
     assert leaf.grad is not None and all(t.grad is None for t in other)
 
 
-def test_extreme_logits_stay_finite() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_logits_stay_finite(backend: str) -> None:
+    score = partial(token_log_probs, backend=backend)
     logits = torch.tensor([[[-math.inf, 0.0, 1.0, -math.inf], [1e4, -1e4, 0.0, 0.0]]])
     leaf = logits.clone().requires_grad_()
-    result = token_log_probs(leaf, None, None, torch.tensor([[2, 0]]), reference_head=(logits, None, None))
+    result = score(leaf, None, None, torch.tensor([[2, 0]]), reference_head=(logits, None, None))
     pair = torch.tensor([0.0, 1.0]).log_softmax(0)
     torch.testing.assert_close(result.entropy[0, 0], -(pair.exp() * pair).sum())
     (gradient,) = torch.autograd.grad(sum(r.sum() for r in result), leaf)
     assert torch.isfinite(gradient).all()
     bits = torch.tensor([[[True, False], [True, False]]])
     leaf = torch.tensor([[[200.0, 200.0], [-200.0, 0.0]]], requires_grad=True)
-    result = token_log_probs(leaf, None, None, bits, reference_head=(-leaf.detach(), None, None))
+    result = score(leaf, None, None, bits, reference_head=(-leaf.detach(), None, None))
     torch.testing.assert_close(result.log_probs, torch.tensor([[-200.0, -200.0 - math.log(2)]]))
     torch.testing.assert_close(result.kl, torch.tensor([[400.0, 200.0]]))
     (gradient,) = torch.autograd.grad(sum(r.sum() for r in result), leaf)

@@ -1,0 +1,202 @@
+"""Log-probabilities and the policy loss in Triton over several tiles, parts of the vocabulary and parts of the rows."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from samples import noise
+from test_kernels import check
+
+from fastvar import ScaleSchedule, ops
+
+scores = importlib.import_module("fastvar.kernels.token_log_probs.impl_triton")
+
+
+def problem(rows: int, size: int, width: int, *, bits: bool = False, seed: int = 0) -> dict[str, Any]:
+    tokens = torch.randint(size, (1, rows), generator=torch.Generator().manual_seed(0))
+    return {
+        "hidden": noise(1, rows, width, seed=seed),
+        "weight": noise(width, size, seed=seed + 1).T / width**0.5,
+        "bias": noise(size, seed=seed + 2),
+        "tokens": noise(1, rows, size, seed=9) > 0 if bits else tokens,
+    }
+
+
+def with_reference(rows: int, size: int, **options: Any) -> dict[str, Any]:
+    other = problem(rows, size, 20, seed=4)
+    head = (other["hidden"], other["weight"], other["bias"])
+    return problem(rows, size, 36, **options) | {"reference_head": head, "temperature": 0.8}
+
+
+NAMES = ("hidden", "weight", "bias")
+
+
+@pytest.mark.parametrize("bits", [False, True])
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize(("rows", "size", "parts"), [(70, 300, 2), (3, 520, 16), (65, 128, 16)])
+def test_several_tiles(
+    rows: int, size: int, parts: int, reference: bool, bits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ragged tiles of rows and of the vocabulary, several tiles in a part, hidden sizes that are no power of two."""
+    monkeypatch.setattr(scores, "PARTS", parts)
+    make = with_reference if reference else lambda *a, **o: problem(*a, 36, **o)
+    check(ops.token_log_probs, make(rows, size, bits=bits), NAMES)
+
+
+@pytest.mark.parametrize("bits", [False, True])
+def test_slopes_of_some_rows_at_a_time(bits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same gradients as of all rows at once, to rounding, and memory for these rows alone."""
+    arguments = with_reference(150, 40, bits=bits)
+    monkeypatch.setattr(scores, "SLOPES", 1)
+    monkeypatch.setattr(scores, "ROWS", (64, 64))
+    empty, largest = torch.empty, 0
+
+    def recorded(*shape: Any, **options: Any) -> torch.Tensor:
+        nonlocal largest
+        tensor = empty(*shape, **options)
+        largest = max(largest, tensor.numel() if tensor.ndim == 2 and tensor.shape[1] == 40 else 0)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", recorded)
+    check(ops.token_log_probs, arguments, NAMES)
+    assert largest == 64 * 40
+
+
+def test_smoothed_and_weighted() -> None:
+    for bits in (False, True):
+        arguments = problem(70, 300, 20, bits=bits)
+        check(ops.cross_entropy, {**arguments, "label_smoothing": 0.3, "weights": torch.arange(70.0)}, NAMES)
+
+
+def test_logits_of_several_tiles() -> None:
+    arguments = {"hidden": 3 * noise(2, 20, 300), "weight": None, "bias": None}
+    other = (noise(2, 20, 300, seed=1), None, None)
+    tokens = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(0))
+    check(ops.token_log_probs, {**arguments, "tokens": tokens, "reference_head": other}, ("hidden",))
+    sliced = noise(300, 2, 21)[:, :, 1:].permute(1, 2, 0)
+    check(ops.token_log_probs, {**arguments, "hidden": sliced, "tokens": tokens}, ("hidden",))
+
+
+def test_a_float32_head_of_half_precision_states() -> None:
+    arguments = problem(40, 200, 36)
+    arguments["hidden"] = arguments["hidden"].half()
+    leaves = {n: arguments[n].clone().requires_grad_() for n in NAMES}
+    wide = {n: arguments[n].double().requires_grad_() for n in NAMES}
+    found = ops.token_log_probs(**arguments | leaves, backend="triton")
+    expected = ops.token_log_probs(**arguments | wide, backend="reference")
+    torch.testing.assert_close(found.log_probs.double(), expected.log_probs, rtol=1e-5, atol=1e-5)
+    found.log_probs.sum().backward()
+    expected.log_probs.sum().backward()
+    for name in NAMES:
+        assert leaves[name].grad.dtype == arguments[name].dtype
+        eps = torch.finfo(arguments[name].dtype).eps
+        torch.testing.assert_close(leaves[name].grad.double(), wide[name].grad, rtol=2 * eps, atol=1e-4)
+
+
+def test_a_row_depends_on_itself_alone() -> None:
+    """Bit for bit: alone, among other rows, and without a reference. Rows keep their place in a tile: numpy's product,
+    unlike that of a GPU's matrix unit, depends on it."""
+    arguments = with_reference(150, 300)
+    whole = ops.token_log_probs(**arguments, backend="triton")
+    plain = {n: v for n, v in arguments.items() if n != "reference_head"}
+    assert torch.equal(ops.token_log_probs(**plain, backend="triton").log_probs, whole.log_probs)
+    for rows in (slice(0, 1), slice(64, 65), slice(64, 150)):
+        head = (arguments["reference_head"][0][:, rows], *arguments["reference_head"][1:])
+        part = {n: arguments[n][:, rows] for n in ("hidden", "tokens")} | {"reference_head": head}
+        for alone, of_all in zip(ops.token_log_probs(**arguments | part, backend="triton"), whole, strict=True):
+            assert torch.equal(alone, of_all[:, rows])
+
+
+def test_equal_policies_and_impossible_tokens() -> None:
+    arguments = problem(20, 300, 36)
+    arguments["bias"][:150] = -torch.inf  # a whole tile
+    arguments["tokens"] = arguments["tokens"] // 2 + 150
+    leaf = arguments["hidden"].clone().requires_grad_()
+    head = tuple(arguments[n] for n in NAMES)
+    found = ops.token_log_probs(**arguments | {"hidden": leaf}, reference_head=head, backend="triton")
+    assert (found.kl == 0).all()
+    expected = ops.token_log_probs(**arguments, backend="reference")
+    torch.testing.assert_close(found.log_probs, expected.log_probs)
+    torch.testing.assert_close(found.entropy, expected.entropy)
+    (gradient,) = torch.autograd.grad(found.kl.sum(), leaf, retain_graph=True)
+    assert (gradient == 0).all()
+    (gradient,) = torch.autograd.grad(found.log_probs.sum() + found.entropy.sum(), leaf)
+    assert gradient.isfinite().all() and (gradient != 0).any()
+
+
+def loss_arguments(batch: int, grids: tuple[int, ...]) -> dict[str, Any]:
+    schedule = ScaleSchedule(grids)
+    length = schedule.num_tokens
+    logits = noise(batch, length, 5)
+    tokens = torch.randint(5, (batch, length), generator=torch.Generator().manual_seed(0))
+    now = ops.token_log_probs(logits, None, None, tokens).log_probs
+    return {
+        "hidden": logits,
+        "weight": None,
+        "bias": None,
+        "tokens": tokens,
+        "rewards": None,
+        "advantages": noise(batch, seed=1),
+        "schedule": schedule,
+        "old_log_probs": now + 0.3 * noise(batch, length, seed=2),
+        "reference_log_probs": now + 0.3 * noise(batch, length, seed=3),
+        "panw_alpha": 0.6,
+        "clip_low": 0.1,
+        "clip_high": 0.3,
+    }
+
+
+@pytest.mark.parametrize("level", ["token", "scale", "sample"])
+@pytest.mark.parametrize("normalisation", ["per_segment", "per_scale", "none"])
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_settings_of_the_loss(estimator: str, normalisation: str, level: str) -> None:
+    """With soft masks, an untrained scale, and a sample and a scale that are not trained at all."""
+    arguments = loss_arguments(5, (1, 2, 3))
+    mask = noise(5, 14, seed=5).clamp(0, 1)
+    mask[2] = 0
+    mask[:, 1:5] = 0
+    settings = {"kl_estimator": estimator, "panw_normalisation": normalisation, "ratio_level": level}
+    settings |= {"kl_weight": 0.2, "entropy_weight": 0.1}
+    check(ops.policy_loss, arguments | settings | {"token_mask": mask}, ("hidden",))
+    check(ops.policy_loss, arguments | settings | {"token_mask": mask > 0.1, "first_scale": 2}, ("hidden",))
+    totals = torch.tensor([5.0, 3.0, 9.0])
+    check(ops.policy_loss, arguments | settings | {"token_mask": mask, "mask_totals": totals}, ("hidden",))
+
+
+def test_more_samples_and_tokens_than_a_program_takes_at_a_time() -> None:
+    check(ops.policy_loss, loss_arguments(40, (1, 2)), ("hidden",))
+    check(ops.policy_loss, loss_arguments(1, (1, 24)), ("hidden",))
+
+
+def test_what_stands_at_untrained_tokens_has_no_effect() -> None:
+    arguments = loss_arguments(4, (1, 2, 3))
+    mask = torch.arange(56).view(4, 14) % 3 > 0
+    arguments |= {"token_mask": mask, "kl_weight": 0.2, "backend": "triton"}
+    whole = ops.policy_loss(**arguments)
+    spoiled = {n: arguments[n].masked_fill(~mask, torch.nan) for n in ("old_log_probs", "reference_log_probs")}
+    for one, other in zip(ops.policy_loss(**arguments | spoiled), whole, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_nothing_to_train() -> None:
+    arguments = loss_arguments(3, (1, 2)) | {"token_mask": torch.zeros(3, 5)}
+    arguments["hidden"].requires_grad_()
+    result = ops.policy_loss(**arguments, backend="triton")
+    (gradient,) = torch.autograd.grad(result.loss, arguments["hidden"])
+    assert result.loss == 0 and (gradient == 0).all()
+
+
+def test_on_policy_ratios_are_one() -> None:
+    """Log-probabilities of a rollout are those of the loss, to the bit, also beside a reference."""
+    arguments = with_reference(14, 300)
+    head, temperature = arguments.pop("reference_head"), arguments.pop("temperature")
+    now = ops.token_log_probs(**arguments, temperature=temperature, backend="triton").log_probs
+    settings = {"advantages": torch.ones(1), "reference_head": head, "kl_estimator": "exact", "kl_weight": 0.1}
+    loss = ops.policy_loss(
+        **arguments, rewards=None, schedule=ScaleSchedule((1, 2, 3)), old_log_probs=now, temperature=temperature,
+        backend="triton", **settings,
+    )  # fmt: skip
+    assert loss.ratio == 1 and torch.equal(loss.log_probs, now)

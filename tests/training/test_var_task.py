@@ -1,0 +1,51 @@
+"""The loss of VARTask: PyTorch's cross-entropy of the model's logits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.training import VARTask
+
+GRIDS = ((1, 1), (2, 2), (3, 3))
+
+
+def model() -> VAR:
+    torch.manual_seed(0)
+    sizes = {"channels": 8, "channel_multipliers": (1, 2), "blocks_per_level": 1, "norm_groups": 4}
+    tokenizer = VQTokenizer(VQTokenizerConfig(grids=GRIDS, vocab_size=16, code_channels=4, **sizes))
+    config = VARConfig(grids=GRIDS, depth=1, embed_dim=16, num_heads=2, vocab_size=16, code_channels=4, num_classes=3)
+    var = VAR(replace(config, condition_dropout=0.0, gate_init=1.0), tokenizer)
+    torch.nn.init.normal_(var.head.weight)
+    return var
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("scale_weights", [None, (1.0, 0.5, 0.0)])
+def test_equals_pytorch(scale_weights: tuple[float, ...] | None, smoothing: float) -> None:
+    var = model()
+    tokens, labels = torch.randint(16, (5, 14)), torch.arange(5) % 3
+    task = VARTask(var, label_smoothing=smoothing, scale_weights=scale_weights)
+    loss, logged = task.loss(var, {"tokens": tokens, "label": labels})
+    logits = var(labels, var.tokenizer.teacher_forcing(tokens))
+    each = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none", label_smoothing=smoothing)
+    each = each.view(tokens.shape)
+    counts = torch.ones(14) if scale_weights is None else torch.tensor(scale_weights)[var.scale_index]
+    expected = (each * counts).sum() / (5 * counts.sum())
+    torch.testing.assert_close(loss, expected)
+    gradient, wanted = (torch.autograd.grad(value, var.head.weight)[0] for value in (loss, expected))
+    torch.testing.assert_close(gradient, wanted)
+    torch.testing.assert_close(logged["loss_coarsest"], each[:, :1].detach().mean())
+    torch.testing.assert_close(logged["loss_finest"], each[:, 5:].detach().mean())
+    torch.testing.assert_close(
+        logged["entropy"], -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean().detach()
+    )
+
+
+def test_wrong_number_of_weights() -> None:
+    with pytest.raises(ValueError, match="VARTask: scale_weights: expected 3 numbers, one for each scale, got 2"):
+        VARTask(model(), scale_weights=(1.0, 2.0))
