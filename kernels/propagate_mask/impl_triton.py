@@ -6,7 +6,7 @@ that is made once for a schedule.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -35,8 +35,8 @@ def _propagate(
     mask_ptr, footprints_ptr, out_ptr, mask_b, mask_h, mask_w, L,
     TOKENS: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]  # [TOKENS, 1]
+    b = tl.program_id(0).to(tl.int64)  # of which there may be more than the second axis takes
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]  # [TOKENS, 1]
     valid = token < L
     top = tl.load(footprints_ptr + token, valid, 0)
     left = tl.load(footprints_ptr + L + token, valid, 0)
@@ -62,16 +62,18 @@ def forward(mask: torch.Tensor, schedule: ScaleSchedule, footprint: str, soft: b
     out = torch.empty(batch, length, dtype=torch.float32 if soft else torch.bool, device=mask.device)
     if batch:
         values = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        _propagate[(triton.cdiv(length, TOKENS), batch)](
+        _propagate[(batch, triton.cdiv(length, TOKENS))](
             values, footprints(schedule, footprint, mask.device), out, *mask.stride(), length,
             TOKENS=TOKENS, FEW=FEW, MANY=MANY, SOFT=soft,
         )  # fmt: skip
     return out
 
 
-@lru_cache
+@cache  # nothing is ever dropped: a CUDA graph may read it
+@torch.inference_mode(False)
 def footprints(schedule: ScaleSchedule, footprint: str, device: torch.device) -> torch.Tensor:
-    """(4, L) int32 on the device: the top row, the left column, the height and the width of every footprint."""
+    """(4, L) int32 on the device: the top row, the left column, the height and the width of every footprint. It is
+    copied there at the first call, which waits for the device and cannot be captured."""
     columns: list[tuple[int, int, int, int]] = []
     height, width = schedule.finest
     for h, w in schedule:

@@ -158,7 +158,7 @@ def _tokens(
     peak = tl.max(z)
     weights, bound = _kept(z, peak, top_k, rest, ONE, FEW, SHARE)
     sums = tl.cumsum(tl.sum(weights, 1).to(tl.float64), 0)  # [BLOCKS]
-    total = tl.max(sums)
+    total = tl.sum(tl.where(block == BLOCKS - 1, sums, 0.0))  # the last one: a maximum would leave NaN out
     target = uniform(tl.load(seeds_ptr + b * seeds_b), STREAM, position + i).to(tl.float64) * total  # below the total
     chosen = tl.sum((sums <= target).to(tl.int32))
     start = tl.max(tl.where(block < chosen, sums, 0.0))

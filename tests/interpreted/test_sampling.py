@@ -180,6 +180,14 @@ def test_rows_that_make_no_sense_end(bad: float) -> None:
     assert bool(result.sampled_log_probs[0, 0].isfinite()) == (bad == -math.inf)
 
 
+def test_nan_after_the_first_block() -> None:
+    """It is not as if the row ended there."""
+    logits = noise(1, 3, 1000)
+    logits[..., 900] = math.nan
+    result = sample_tokens(logits, seeds=torch.arange(1), log_probs=True, backend="triton")
+    assert not result.sampled_log_probs.isfinite().any() and not result.log_probs.isfinite().any()
+
+
 def test_bits_over_several_programs() -> None:
     arguments = {"unconditional": noise(3, 50, 33, seed=1), "guidance": 1.5, "temperature": 0.5, "log_probs": True}
     for options in ({"top_p": 0.97}, {"top_k": 1}, {}):
