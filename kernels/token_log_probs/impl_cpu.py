@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from fastvar.kernels.token_log_probs import reference
 from fastvar.kernels.token_log_probs.reference import IMPOSSIBLE, check_range, chunks, padded
 
-# Larger ones are little faster. What a tile takes is of equal size, 1 MiB, so that malloc can use it again.
+# Larger ones are little faster. What a tile takes is of about equal size, 768 KiB, so that malloc can use it again:
+# from 1 MiB on it needs twice the memory.
 COLUMNS = 1024  # of a tile, at most
-TILE = 2**18  # logits of a tile, 256 rows
+TILE = 3 * 2**16  # logits of a tile, 192 rows
 ROWS = 1024  # of a tile, at most
-PIECE = 2**18  # elements of the weight's gradient that a product gives at a time, or 128 rows
+PIECE = 3 * 2**16  # elements of the weight's gradient that a product gives at a time, or 128 rows
 
 
 def forward(
