@@ -35,7 +35,8 @@ TARGETS = [target for target, reason in REASONS.items() if not reason]
 
 
 class Distribution(setuptools.Distribution):
-    """With a library inside, a wheel is for one platform."""
+    """With a library inside, a wheel is for one platform. This is asked before the compilers run: with "auto", a wheel
+    whose compilation failed has a platform's name too. It is right there, only less general than it could be."""
 
     def has_ext_modules(self) -> bool:
         return bool(TARGETS)
@@ -47,6 +48,9 @@ class BuildPython(build_py):
     def run(self) -> None:
         super().run()
         package = PACKAGE if self.editable_mode else Path(self.build_lib) / "fastvar"
+        if not self.editable_mode:  # what an earlier build left there is not of these sources, or not wished for
+            for name in (build.RECORD, *map(build.file_name, build.TARGETS)):
+                (package / name).unlink(missing_ok=True)
         reasons = dict(REASONS)
         for target in TARGETS:
             try:

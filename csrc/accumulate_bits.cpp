@@ -1,8 +1,6 @@
 // accumulate_bits on a CPU.
 #include "accumulate_bits.h"
 
-#include <cmath>
-
 #include "bitwise_cpu.h"
 
 namespace fastvar::bitwise {
@@ -13,22 +11,13 @@ FASTVAR_CLONES void accumulate_eight(const AccumulateCall& call, int64_t image, 
   accumulate(Solo{}, call, image, channel, channels, scratch);
 }
 
-// feature_map (B, d, H, W), bits (B, h w, d) of a grid; the results are written, an input of `next_height` times
-// `next_width` tokens. `ranks` simulates blocks of so many CUDA threads, for tests; 0 does not.
+// See accumulate_call. `ranks` simulates blocks of so many CUDA threads, for tests; 0 does not.
 void accumulate_bits(const Tensor feature_map, const Tensor bits, int64_t height, int64_t width, int64_t next_height,
                      int64_t next_width, bool area, Tensor accumulated, Tensor next_input, int64_t ranks) {
+  const AccumulateCall call =
+      accumulate_call(feature_map, bits, height, width, next_height, next_width, area, accumulated, next_input);
+  check_ranks("accumulate_bits", feature_map, ranks);
   const int64_t batch = feature_map.size(0);
-  AccumulateCall call{};
-  call.feature_map = input<float>(feature_map);
-  call.bits = input<uint8_t>(bits);
-  call.grid = {int32_t(height), int32_t(width)};
-  call.next = {int32_t(next_height), int32_t(next_width)};
-  call.finest = {int32_t(feature_map.size(2)), int32_t(feature_map.size(3))};
-  call.depth = int32_t(feature_map.size(1));
-  call.area = area;
-  call.size = float(1.0 / std::sqrt(double(call.depth)));
-  call.accumulated = output<float>(accumulated);
-  call.input = output<float>(next_input);
   if (ranks > 0) {
     each_by_team(batch, call.depth, call.finest, kAccumulatePlanes, int32_t(ranks),
                  [&](const Rank& team, int64_t image, int32_t channel, const Scratch<float>& scratch) {

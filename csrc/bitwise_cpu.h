@@ -6,8 +6,15 @@
 #include <new>
 
 #include "bitwise_planes.h"
+#include "checks.h"
 
 namespace fastvar::bitwise {
+
+// `ranks` are 0 or such as a CUDA block could have.
+inline void check_ranks(const char* op, const Tensor& lead, int64_t ranks) {
+  Checks(op, lead).number("ranks", ranks, 0, MOST_THREADS);
+  STD_TORCH_CHECK(ranks <= 32 || ranks % 32 == 0, op, ": ranks: expected up to 32 or a multiple of it, got ", ranks);
+}
 
 // Memory of a group's scratch, not initialised.
 class ScratchMemory {

@@ -10,6 +10,9 @@
 
 namespace fastvar::bitwise {
 
+constexpr int64_t MOST_CHANNELS = INT32_MAX - 8;  // counted in eights
+constexpr int32_t kThreads = 512;                 // of a CUDA block, at most
+
 // A member's share of an image: the rows row, row + rows, ... and in them the columns column, column + columns, ... A
 // team of more than 32 is a multiple of 32.
 struct Share {
@@ -31,6 +34,12 @@ struct Size {
     return height == other.height && width == other.width;
   }
 };
+
+// A CUDA block has a thread for each cell, up to a limit: a multiple of 32.
+inline int32_t block_threads(Size finest) {
+  const int32_t threads = (finest.cells() + 31) / 32 * 32;
+  return threads < kThreads ? threads : kThreads;
+}
 
 // Taps and bins between the finest grid and one of the others, which is no larger.
 struct Tables {

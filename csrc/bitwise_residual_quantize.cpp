@@ -1,8 +1,6 @@
 // bitwise_residual_quantize on a CPU.
 #include "bitwise_residual_quantize.h"
 
-#include <cmath>
-
 #include "bitwise_cpu.h"
 
 namespace fastvar::bitwise {
@@ -13,29 +11,18 @@ FASTVAR_CLONES void quantize_eight(const QuantizeCall& call, int64_t image, int3
   quantize(Solo{}, call, image, channel, channels, scratch);
 }
 
-// features (B, d, H, W), flip_probability (K,) or (0,), grids (h_1, w_1, h_2, ...); the results are written. `ranks`
-// simulates blocks of so many CUDA threads, for tests; 0 does not.
-void bitwise_residual_quantize(const Tensor features, const Tensor flip_probability, std::vector<int64_t> grids,
+// See quantize_call. `ranks` simulates blocks of so many CUDA threads, for tests; 0 does not.
+void bitwise_residual_quantize(const Tensor features, const Tensor flip_probability, const std::vector<int64_t> sides,
                                bool area, int64_t seed, int64_t first_image, Tensor bits, Tensor feature_map,
                                Tensor inputs, int64_t ranks) {
-  std::vector<Size> sizes;
-  for (size_t k = 0; k < grids.size(); k += 2) sizes.push_back({int32_t(grids[k]), int32_t(grids[k + 1])});
-  const Size finest = sizes.back();
+  QuantizeCall call =
+      quantize_call(features, flip_probability, sides, area, seed, first_image, bits, feature_map, inputs);
+  check_ranks("bitwise_residual_quantize", features, ranks);
+  std::vector<Size> grids;
+  for (size_t k = 0; k < sides.size(); k += 2) grids.push_back({int32_t(sides[k]), int32_t(sides[k + 1])});
+  call.grids = grids.data();
+  const Size finest = grids.back();
   const int64_t batch = features.size(0);
-  QuantizeCall call{};
-  call.features = input<float>(features);
-  call.flip_probability = flip_probability.numel() ? input<float>(flip_probability) : nullptr;
-  call.grids = sizes.data();
-  call.scales = int32_t(sizes.size());
-  call.depth = int32_t(features.size(1));
-  call.tokens = bits.size(1);
-  call.area = area;
-  call.size = float(1.0 / std::sqrt(double(call.depth)));
-  call.seed = seed;
-  call.first_image = first_image;
-  call.bits = output<uint8_t>(bits);
-  call.feature_map = output<float>(feature_map);
-  call.inputs = output<float>(inputs);
   if (ranks > 0) {
     each_by_team(batch, call.depth, finest, kQuantizePlanes, int32_t(ranks),
                  [&](const Rank& team, int64_t image, int32_t channel, const Scratch<float>& scratch) {

@@ -1,7 +1,11 @@
 // All scales of a tokenizer of bits for one group of channels: channels do not depend on each other.
 #pragma once
 
+#include <cmath>
+#include <vector>
+
 #include "bitwise_planes.h"
+#include "checks.h"
 
 namespace fastvar::bitwise {
 
@@ -23,6 +27,36 @@ struct QuantizeCall {
 
   FASTVAR_HOST_DEVICE inline Size finest() const { return grids[scales - 1]; }
 };
+
+// features (B, d, H, W), flip_probability (K,) or (0,), sides (h_1, w_1, h_2, ...); the results are written. The call's
+// `grids` are left to the caller.
+inline QuantizeCall quantize_call(const Tensor& features, const Tensor& flip_probability,
+                                  const std::vector<int64_t>& sides, bool area, int64_t seed, int64_t first_image,
+                                  const Tensor& bits, const Tensor& feature_map, const Tensor& inputs) {
+  const Checks check("bitwise_residual_quantize", features);
+  const int64_t tokens = check.grids(sides), height = sides[sides.size() - 2], width = sides.back();
+  check.tensor("features", features, ScalarType::Float, {ANY, ANY, height, width});
+  const int64_t batch = features.size(0), depth = features.size(1), scales = int64_t(sides.size() / 2);
+  check.number("channels", depth, 0, MOST_CHANNELS);
+  check.tensor("flip_probability", flip_probability, ScalarType::Float, {flip_probability.numel() ? scales : 0});
+  check.tensor("bits", bits, ScalarType::Bool, {batch, tokens, depth});
+  check.tensor("feature_map", feature_map, ScalarType::Float, {batch, depth, height, width});
+  check.tensor("inputs", inputs, ScalarType::Float, {batch, tokens - sides[0] * sides[1], depth});
+  QuantizeCall call{};
+  call.features = input<float>(features);
+  call.flip_probability = flip_probability.numel() ? input<float>(flip_probability) : nullptr;
+  call.scales = int32_t(scales);
+  call.depth = int32_t(depth);
+  call.tokens = tokens;
+  call.area = area;
+  call.size = float(1.0 / std::sqrt(double(call.depth)));
+  call.seed = seed;
+  call.first_image = first_image;
+  call.bits = output<uint8_t>(bits);
+  call.feature_map = output<float>(feature_map);
+  call.inputs = output<float>(inputs);
+  return call;
+}
 
 // codes (h, w) and the bits of one scale, from the sums over rows in wide. The sum over a bin has the mean's sign.
 template <typename V>

@@ -39,10 +39,10 @@ void images(const Tensor& mask, const std::vector<int32_t>& grids, bool support,
   });
 }
 
-// mask (B, H, W) bool or float -> out (B, L): bool whether a token is on, or float how much of it is. With more than
-// one of `threads` they share an image as those of a CUDA block do, for tests.
+// See checked. With more than one of `threads` they share an image as those of a CUDA block do, for tests.
 void run(const Tensor mask, const std::vector<int64_t> grids, bool support, int64_t threads, Tensor out) {
-  const std::vector<int32_t> sides(grids.begin(), grids.end());
+  const std::vector<int32_t> sides = checked(mask, grids, out);
+  Checks("propagate_mask", mask).number("threads", threads, 1, MOST_THREADS);
   const auto team = static_cast<int32_t>(threads);
   if (is_bool(mask)) {
     is_bool(out) ? images<int32_t, uint8_t, uint8_t>(mask, sides, support, team, out)

@@ -3,6 +3,9 @@
 // A team (team.h) works on one image.
 #pragma once
 
+#include <vector>
+
+#include "checks.h"
 #include "team.h"
 
 namespace fastvar::propagate_mask {
@@ -11,6 +14,16 @@ namespace fastvar::propagate_mask {
 struct Interval {
   int32_t low, high;
 };
+
+// mask (B, H, W) bool or float -> out (B, L): bool whether a token is on, or float how much of it is. Returns grids.
+inline std::vector<int32_t> checked(const Tensor& mask, const std::vector<int64_t>& grids, const Tensor& out) {
+  const Checks check("propagate_mask", mask);
+  const int64_t tokens = check.grids(grids);
+  check.tensor("mask", mask, is_bool(mask) ? ScalarType::Bool : ScalarType::Float,
+               {ANY, grids[grids.size() - 2], grids.back()});
+  check.tensor("out", out, is_bool(out) ? ScalarType::Bool : ScalarType::Float, {mask.size(0), tokens});
+  return {grids.begin(), grids.end()};
+}
 
 FASTVAR_HOST_DEVICE inline int32_t ceil_div(int32_t a, int32_t b) { return a > 0 ? (a + b - 1) / b : -(-a / b); }
 

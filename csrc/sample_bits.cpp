@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 
+#include "checks.h"
 #include "elementary.h"
 #include "philox.h"
 
@@ -80,16 +81,26 @@ FASTVAR_CLONES float sum(const float* values, int64_t count) {
 // `first` is the counter of the first bit of each sample.
 void run(const Tensor logits, const std::optional<Tensor> unconditional, const Tensor seeds, double guidance,
          double temperature, double cutoff, int64_t first, Tensor bits, Tensor own, Tensor sampled) {
+  const Checks check("sample_bits", logits);
+  check.tensor("logits", logits, ScalarType::Float, {ANY, ANY, ANY});
+  const int64_t batch = logits.size(0), count = logits.size(1), depth = logits.size(2), rows = batch * count;
+  check.number("bits of a token", depth, 1, INT32_MAX);
+  if (unconditional) check.tensor("unconditional", *unconditional, ScalarType::Float, {batch, count, depth});
+  check.tensor("seeds", seeds, ScalarType::Long, {batch});
+  check.tensor("bits", bits, ScalarType::Bool, {batch, count, depth});
+  const bool scored = own.numel() > 0;
+  if (scored) {
+    check.tensor("own", own, ScalarType::Float, {batch, count});
+    check.tensor("sampled", sampled, ScalarType::Float, {batch, count});
+  }
   const Settings settings{static_cast<float>(1 + guidance), static_cast<float>(guidance),
                           static_cast<float>(temperature), static_cast<float>(cutoff)};
-  const int64_t count = logits.size(1), depth = logits.size(2), rows = logits.size(0) * count;
-  const bool scored = own.numel() > 0;
   const float* from = input<float>(logits);
   const float* others = unconditional ? input<float>(*unconditional) : nullptr;
   const int64_t* seed = input<int64_t>(seeds);
   uint8_t* drawn = output<uint8_t>(bits);
-  float* own_out = output<float>(own);
-  float* sampled_out = output<float>(sampled);
+  float* own_out = scored ? output<float>(own) : nullptr;
+  float* sampled_out = scored ? output<float>(sampled) : nullptr;
   const int64_t together = std::max<int64_t>(1, ELEMENTS / depth);  // rows
   parallel_for(0, rows, std::max<int64_t>(1, 16384 / depth), [&](int64_t begin, int64_t end) {
     const auto scratch = [&] { return std::unique_ptr<float[]>(new float[together * depth]); };

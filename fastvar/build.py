@@ -4,7 +4,8 @@ One way for both occasions: setup.py does it ahead of time (it loads this file b
 yet: only the standard library may be imported here), `fastvar build` just in time. The libraries use torch's stable
 ABI: one file serves every torch from 2.11 on, whatever the version of Python.
 
-Objects are kept in the cache folder under a digest of all that went into them. Files appear whole.
+Objects are kept in the cache folder under a digest of all that went into them. Files appear whole. The build id of a
+library (a note in its file) is the digest of its sources: one that was built from others is known without loading it.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 TARGETS = ("cpu", "cuda")
-WISHES = ("auto", "none", *TARGETS)
-RECORD = "_build.json"  # in the package: what a build decided and why
+WISHES = ("auto", "none", "all", *TARGETS)
+RECORD = "_build.json"  # in the package: what a build decided and why, for people to read
 
 _SUFFIXES = {"cpu": ".cpp", "cuda": ".cu"}
 _ARCHITECTURES = (80, 90, 100)
+_OLDEST_TORCH = (2, 11)
 _COMMON = ("-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000")  # torch 2.11
 # Without traps and errno, which nobody looks at, loops with choices between floats can be vectorised; results stay.
 _CPP = (
@@ -75,8 +77,16 @@ def source_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/fastvar, by default ~/.cache/fastvar: objects, and libraries of installed packages."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvar"
+    """$XDG_CACHE_HOME/fastvar, by default ~/.cache/fastvar: objects, and libraries of installed packages.
+
+    Raises:
+        BuildError: there is neither an absolute XDG_CACHE_HOME nor a home.
+    """
+    wish = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (wish if wish.is_absolute() else Path.home() / ".cache") / "fastvar"
+    except RuntimeError as error:
+        raise BuildError(f"no cache folder: {error}; set XDG_CACHE_HOME") from None
 
 
 def sources_digest(target: str) -> str:
@@ -85,20 +95,30 @@ def sources_digest(target: str) -> str:
     return _digest(part for file in sorted(files) for part in (file.name, file.read_bytes()))
 
 
-def library_path(target: str) -> Path | None:
-    """The built library: in the cache folder, built from just these sources, or in the package."""
-    places = [PACKAGE]
-    with suppress(BuildError, OSError, RuntimeError):  # without sources, or without a home, there is no cached one
-        places.insert(0, cache_folder() / sources_digest(target))
-    return next((folder / file_name(target) for folder in places if (folder / file_name(target)).is_file()), None)
+def libraries(target: str) -> list[Path]:
+    """The libraries of a target that are there, in the order in which to try them: in the package (of whatever
+    sources, see `is_current`), and in the cache folder, built from just these sources."""
+    folders = [PACKAGE]
+    with suppress(BuildError, OSError):  # no sources, no home, nothing cached, or not by this user alone
+        cached = cache_folder() / sources_digest(target)
+        _check_private(cached.parent)
+        _check_private(cached)
+        folders.append(cached)
+    return [folder / file_name(target) for folder in folders if (folder / file_name(target)).is_file()]
+
+
+def is_current(library: Path, target: str) -> bool:
+    """Whether a library was built from the sources that are here. Without sources nobody can tell: then it passes."""
+    try:
+        return bytes.fromhex(sources_digest(target)) in library.read_bytes()
+    except BuildError:
+        return True
 
 
 def record() -> dict[str, dict[str, str]]:
-    """What the builds whose results this package has decided: for each target "state", "reason" and "sources"."""
-    try:
-        return json.loads((PACKAGE / RECORD).read_text())
-    except (OSError, ValueError):
-        return {}
+    """What the builds whose results this package has decided: for each target "state" and "reason". For information
+    only: of two builds at the same time one may be left out."""
+    return _read_record(PACKAGE)
 
 
 def wish_of_environment() -> str:
@@ -117,13 +137,13 @@ def plan(wish: str) -> dict[str, str]:
     """For each target an empty string if it is to be built for that wish, otherwise the reason why not."""
     reasons = {}
     for target in TARGETS:
-        if wish in ("none", "cpu", "cuda"):
+        if wish != "auto":
             # a CUDA library is of little use without its sibling, but whoever asks for one target gets that one
-            reasons[target] = "" if wish == target else f"FASTVAR_BUILD={wish}"
+            reasons[target] = "" if wish in ("all", target) else f"FASTVAR_BUILD={wish}"
             continue
         try:
             torch = find_torch()
-            (find_nvcc if target == "cuda" else find_cxx)()
+            _compiler(target)
             reasons[target] = "this torch is a CPU build" if target == "cuda" and not torch.has_cuda else ""
         except BuildError as error:
             reasons[target] = str(error)
@@ -134,7 +154,7 @@ def find_torch() -> Torch:
     """The torch that this Python would import.
 
     Raises:
-        BuildError: there is none, or one without the headers.
+        BuildError: there is none, or it is too old.
     """
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
@@ -143,21 +163,24 @@ def find_torch() -> Torch:
             "(pip install --no-build-isolation .) or run `fastvar build`"
         )
     folder = Path(spec.origin).parent
+    found = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", (folder / "version.py").read_text())
+    version = found[1] if found else "of unknown version"
+    if found and (int(found[2]), int(found[3])) < _OLDEST_TORCH:
+        raise BuildError(f"torch {version} in {folder} is too old; the extension needs torch 2.11 or newer")
     include = folder / "include"
     if not (include / "torch/csrc/stable/library.h").is_file():
-        raise BuildError(f"torch in {folder} has no headers of the stable ABI; fastvar needs torch 2.11 or newer")
-    version = re.search(r"__version__ = '([^']*)'", (folder / "version.py").read_text())
-    return Torch(version[1] if version else "unknown", include, (folder / "lib/libtorch_cuda.so").is_file())
+        raise BuildError(f"torch {version} in {folder} has no headers of the stable ABI; reinstall it")
+    return Torch(version, include, (folder / "lib/libtorch_cuda.so").is_file())
 
 
 def find_cxx() -> list[str]:
-    """The C++ compiler: $CXX, else g++, c++ or clang++ on the path.
+    """The C++ compiler: $CXX, which may hold a wrapper and options, else g++ or c++ on the path.
 
     Raises:
         BuildError: there is none.
     """
     wish = shlex.split(os.environ.get("CXX", ""))
-    for command in [wish] if wish else [["g++"], ["c++"], ["clang++"]]:
+    for command in [wish] if wish else [["g++"], ["c++"]]:
         if shutil.which(command[0]):
             return command
     if wish:
@@ -207,12 +230,12 @@ def build(targets: Sequence[str], output: Path | None = None, *, verbose: bool =
     built = {}
     for target in targets:
         digest = sources_digest(target)
-        cached = cache_folder() / digest
+        cached = _private(cache_folder()) / digest
         checkout = source_folder().parent != PACKAGE
-        folder = output or _writable(*[PACKAGE] * checkout, cached)
-        built[target] = _build(target, folder / file_name(target), verbose)
+        folder = output or (PACKAGE if checkout and _writable(PACKAGE) else _private(cached))
+        built[target] = _build(target, folder / file_name(target), digest, verbose)
         if folder != cached:
-            write_record(folder, {target: {"state": "built", "reason": _tools(target), "sources": digest}})
+            write_record(folder, {target: {"state": "built", "reason": _tools(target)}})
     extension = sys.modules.get("fastvar.ops._extension")
     if extension is not None and output is None:
         extension.look_again()
@@ -221,35 +244,39 @@ def build(targets: Sequence[str], output: Path | None = None, *, verbose: bool =
 
 def write_record(folder: Path, entries: dict[str, dict[str, str]]) -> None:
     """Add what was decided about some targets to the record in a package's folder."""
-    path = folder / RECORD
-    with suppress(OSError, ValueError):
-        entries = json.loads(path.read_text()) | entries
-    _replace(path, (json.dumps(entries, indent=2) + "\n").encode())
+    _replace(folder / RECORD, (json.dumps(_read_record(folder) | entries, indent=2) + "\n").encode())
 
 
-def _build(target: str, library: Path, verbose: bool) -> Path:
+def _read_record(folder: Path) -> dict[str, dict[str, str]]:
+    try:
+        found = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+    entries = found.items() if isinstance(found, dict) else ()
+    return {target: entry for target, entry in entries if isinstance(entry, dict) and {"state", "reason"} <= set(entry)}
+
+
+def _build(target: str, library: Path, digest: str, verbose: bool) -> Path:
     torch = find_torch()
     sources = _sources(target)
     if not sources:
         raise BuildError(f"{target}: no sources (*{_SUFFIXES[target]}) in {source_folder()}")
-    objects = cache_folder() / "objects"
-    objects.mkdir(parents=True, exist_ok=True)
+    objects = _private(cache_folder() / "objects")
     # Threads suffice: each waits for a compiler.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         compiled = list(pool.map(lambda source: _compile(target, source, torch, objects, verbose), sources))
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build") as scratch:
-        made = Path(scratch) / library.name
-        _run([*_linker(target, Path(scratch)), *map(str, compiled), "-o", str(made)], f"{target}: linking", verbose)
-        os.replace(made, library)
+        stubs = _stubs(target, Path(scratch))
+        command = [*_linker(target, stubs, digest), *map(str, compiled), "-o", library.name]
+        _run(command, f"{target}: linking", verbose, Path(scratch))
+        os.replace(Path(scratch, library.name), library)
     return library
 
 
 def _compile(target: str, source: Path, torch: Torch, objects: Path, verbose: bool) -> Path:
-    command = [*_compiler(target, source), f"-isystem{torch.include}"]
-    if target == "cuda":
-        command[-1:] = ["-isystem", str(torch.include)]
-    parts: list[str | bytes] = [_version(command[0]), *command, torch.version]
+    command = [*_compiler(target), *_flags(target), "-isystem", str(torch.include)]
+    parts: list[str | bytes] = [*_versions(target), *command, torch.version]
     parts += [part for file in (source, *_headers(source)) for part in (file.name, file.read_bytes())]
     made = objects / f"{source.stem}-{_digest(parts)}.o"
     if not made.is_file():
@@ -260,19 +287,25 @@ def _compile(target: str, source: Path, torch: Torch, objects: Path, verbose: bo
     return made
 
 
-def _compiler(target: str, source: Path) -> list[str]:
-    cxx = find_cxx()
+def _compiler(target: str) -> list[str]:
+    """The command without options of ours, for compiling and for linking."""
     if target == "cpu":
-        return [*cxx, *_COMMON, *_CPP]
-    nvcc = find_nvcc()
-    known = _architectures(nvcc)
-    # wgmma and bulk copies are there only with the suffix, which no later GPU runs: only where a source asks for it
-    suffixed = "__CUDA_ARCH_FEAT_SM90_ALL" in source.read_text()
-    names = [f"{n}a" if n == 90 and suffixed else str(n) for n in _ARCHITECTURES if n in known]
-    codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
-    newest = names[-1]
-    codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # for GPUs to come
-    return [nvcc, f"-ccbin={cxx[0]}", *_COMMON, *_CUDA, *_SPILLS, *codes]
+        return find_cxx()
+    nvcc, cxx = find_nvcc(), find_cxx()
+    if len(cxx) > 1:
+        raise BuildError(
+            f"CXX: nvcc takes the name of a compiler alone, without wrapper or options, got {shlex.join(cxx)!r}"
+        )
+    return [nvcc, f"-ccbin={cxx[0]}"]
+
+
+def _flags(target: str) -> list[str]:
+    if target == "cpu":
+        return [*_COMMON, *_CPP]
+    numbers = [number for number in _ARCHITECTURES if number in _architectures(find_nvcc())]
+    codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+    codes.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")  # for GPUs to come
+    return [*_COMMON, *_CUDA, *_SPILLS, *codes]
 
 
 @cache
@@ -284,26 +317,29 @@ def _architectures(nvcc: str) -> frozenset[int]:
     return known
 
 
-def _linker(target: str, scratch: Path) -> list[str]:
-    """The command without objects. Names of torch's libraries stand in for the files: they are in the process when the
-    library is loaded, and a CPU build of torch lacks some of them."""
-    cxx = find_cxx()
-    stubs = []
-    for name in ("torch_cpu", "torch_cuda")[: 1 + TARGETS.index(target)]:
-        stub = scratch / f"lib{name}.so"
-        _run([*cxx, "-shared", "-fPIC", f"-Wl,-soname,{stub.name}", "-xc++", os.devnull, "-o", str(stub)], name, False)
-        stubs.append(str(stub))
+def _stubs(target: str, scratch: Path) -> list[str]:
+    """Names of empty libraries in `scratch` that stand in for torch's: those are in the process when ours is loaded,
+    and a CPU build of torch lacks some of them."""
+    stubs = [f"lib{name}.so" for name in ("torch_cpu", "torch_cuda")[: 1 + TARGETS.index(target)]]
+    for stub in stubs:
+        command = [*find_cxx(), "-shared", "-fPIC", f"-Wl,-soname,{stub}", "-xc++", os.devnull, "-o", stub]
+        _run(command, stub, False, scratch)
+    return stubs
+
+
+def _linker(target: str, stubs: list[str], digest: str) -> list[str]:
+    """The command without objects, to be run in the folder of the stubs."""
+    # Stubs go to the linker itself: nvcc would put them before the option that keeps them.
+    options = ",".join([f"--build-id=0x{digest}", "--no-as-needed", *stubs])
     if target == "cpu":
-        return [*cxx, "-shared", "-Wl,--no-as-needed", *stubs]
-    # stubs go to the linker itself: nvcc would put them before the option that keeps them
-    keep = f"-Xlinker=--no-as-needed,{','.join(stubs)}"
-    return [find_nvcc(), f"-ccbin={cxx[0]}", "-shared", "-cudart=static", "--no-device-link", keep]
+        return [*_compiler(target), "-shared", f"-Wl,{options}"]
+    return [*_compiler(target), "-shared", "-cudart=static", "--no-device-link", f"-Xlinker={options}"]
 
 
-def _run(command: list[str], what: str, verbose: bool) -> None:
+def _run(command: list[str], what: str, verbose: bool, folder: Path | None = None) -> None:
     if verbose:
         print(shlex.join(command), flush=True)
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     output = done.stdout + done.stderr
     if done.returncode:
         raise BuildError(f"{what} failed:\n{shlex.join(command)}\n{output}")
@@ -329,15 +365,19 @@ def _headers(source: Path) -> list[Path]:
 
 
 def _tools(target: str) -> str:
-    tool = find_nvcc() if target == "cuda" else find_cxx()[0]
-    return f"{_version(tool)}, torch {find_torch().version}"
+    shown = _versions(target)[0].splitlines()
+    release = [line for line in shown if "release" in line] or shown or _compiler(target)
+    return f"{release[0]}, torch {find_torch().version}"
+
+
+def _versions(target: str) -> list[str]:
+    """What the compilers of a target say of themselves; for CUDA nvcc and the host's."""
+    return [_version(tuple(find_cxx()))] if target == "cpu" else [_version((find_nvcc(),)), _version(tuple(find_cxx()))]
 
 
 @cache
-def _version(compiler: str) -> str:
-    shown = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.strip().splitlines()
-    release = [line for line in shown if "release" in line] or shown or [compiler]
-    return release[0]
+def _version(command: tuple[str, ...]) -> str:
+    return subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.strip()
 
 
 def _digest(parts: Iterable[str | bytes]) -> str:
@@ -348,15 +388,31 @@ def _digest(parts: Iterable[str | bytes]) -> str:
     return total.hexdigest()[:24]
 
 
-def _writable(*folders: Path) -> Path:
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-        except OSError:
-            continue
-    raise BuildError(f"none of {', '.join(map(str, folders))} can be written to; set XDG_CACHE_HOME")
+def _writable(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _private(folder: Path) -> Path:
+    """Create a folder of the cache for this user alone."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_private(folder)
+    except OSError as error:
+        raise BuildError(f"no cache folder: {error}; set XDG_CACHE_HOME") from None
+    if not _writable(folder):
+        raise BuildError(f"{folder} cannot be written to; set XDG_CACHE_HOME")
+    return folder
+
+
+def _check_private(folder: Path) -> None:
+    """What lies there is linked or loaded: nobody else may put anything into it."""
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise BuildError(f"{folder}: others own it or may write to it; change that, or set XDG_CACHE_HOME")
 
 
 def _replace(path: Path, content: bytes) -> None:

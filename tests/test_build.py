@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -32,16 +33,18 @@ needs_compiler = pytest.mark.skipif("cpu" not in POSSIBLE, reason="no C++ compil
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """fastvar/build.py in a tree of its own with one small source, loaded as setup.py does."""
-    (tmp_path / "fastvar").mkdir()
-    (tmp_path / "csrc").mkdir()
-    shutil.copy(ROOT / "fastvar/build.py", tmp_path / "fastvar")
+    """fastvar/build.py in a tree of its own with one small source, loaded as setup.py does. Compilers and linkers that
+    take options apart at spaces and commas find both in its path."""
+    folder = tmp_path / "tree, with a space"
+    (folder / "fastvar").mkdir(parents=True)
+    (folder / "csrc").mkdir()
+    shutil.copy(ROOT / "fastvar/build.py", folder / "fastvar")
     for name in ("common.h", "philox.h", "random.cpp"):
-        shutil.copy(ROOT / "csrc" / name, tmp_path / "csrc")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        shutil.copy(ROOT / "csrc" / name, folder / "csrc")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     for name in ("CXX", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
-    spec = importlib.util.spec_from_file_location("build_of_tree", tmp_path / "fastvar/build.py")
+    spec = importlib.util.spec_from_file_location("build_of_tree", folder / "fastvar/build.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "build_of_tree", module)
@@ -55,9 +58,9 @@ def steps(tree: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     called: list[str] = []
     run = tree._run
 
-    def noted(command: list[str], what: str, verbose: bool) -> None:
+    def noted(command: list[str], what: str, *rest: Any) -> None:
         called.append(what)
-        run(command, what, verbose)
+        run(command, what, *rest)
 
     monkeypatch.setattr(tree, "_run", noted)
     return called
@@ -65,13 +68,13 @@ def steps(tree: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @needs_compiler
 def test_builds_and_keeps_objects(tree: ModuleType, steps: list[str]) -> None:
-    assert tree.library_path("cpu") is None and tree.record() == {}
+    assert tree.libraries("cpu") == [] and tree.record() == {}
     library = tree.build(["cpu"])["cpu"]
-    assert library == tree.PACKAGE / "_cpu.abi3.so" == tree.library_path("cpu")
+    assert library == tree.PACKAGE / "_cpu.abi3.so" and tree.libraries("cpu") == [library]
     assert steps.count("cpu: compiling random.cpp") == 1
     note = tree.record()["cpu"]
     assert note["state"] == "built" and torch.__version__ in note["reason"]
-    assert note["sources"] == tree.sources_digest("cpu")
+    assert tree.is_current(library, "cpu")
     leftovers = [path.name for path in tree.PACKAGE.iterdir() if path.name.startswith(".")]
     assert leftovers == []
 
@@ -81,7 +84,7 @@ def test_builds_and_keeps_objects(tree: ModuleType, steps: list[str]) -> None:
 
     header = tree.source_folder() / "philox.h"  # included by the source
     header.write_text(header.read_text().replace("namespace fastvar {", "namespace fastvar {\n#error no such luck", 1))
-    assert tree.sources_digest("cpu") != note["sources"]
+    assert not tree.is_current(library, "cpu")
     before = library.read_bytes()
     with pytest.raises(tree.BuildError, match=r"(?s)cpu: compiling random.cpp failed:.*no such luck"):
         tree.build(["cpu"])
@@ -92,22 +95,90 @@ def test_builds_and_keeps_objects(tree: ModuleType, steps: list[str]) -> None:
 def test_installed_packages_build_into_the_cache(tree: ModuleType) -> None:
     """What pip brought stays as it is: it would neither remove nor replace a library that it did not bring."""
     (tree.PACKAGE.parent / "csrc").rename(tree.PACKAGE / "csrc")  # as in a wheel
-    (tree.PACKAGE / "_cpu.abi3.so").write_text("brought by the wheel, does not load")
-    assert tree.library_path("cpu") == tree.PACKAGE / "_cpu.abi3.so"
+    brought = tree.PACKAGE / "_cpu.abi3.so"
+    brought.write_text("by the wheel, does not load")
+    assert tree.libraries("cpu") == [brought]
     before = sorted(tree.PACKAGE.iterdir())
     library = tree.build(["cpu"])["cpu"]
-    assert library.parent.parent == tree.cache_folder() and library == tree.library_path("cpu")
+    assert library.parent.parent == tree.cache_folder() and tree.libraries("cpu") == [brought, library]
     assert sorted(tree.PACKAGE.iterdir()) == before and tree.record() == {}
+
+    assert tree.cache_folder().stat().st_mode & 0o777 == library.parent.stat().st_mode & 0o777 == 0o700
+    for folder in (tree.cache_folder(), library.parent):  # nobody else may bring what is loaded or linked
+        folder.chmod(0o777)
+        assert tree.libraries("cpu") == [brought]
+        with pytest.raises(tree.BuildError, match="others own it or may write to it"):
+            tree.build(["cpu"])
+        folder.chmod(0o700)
+    assert tree.libraries("cpu") == [brought, library]
     source = tree.source_folder() / "random.cpp"
     source.write_text(source.read_text() + "\n// changed\n")
-    assert tree.library_path("cpu") == tree.PACKAGE / "_cpu.abi3.so"
+    assert tree.libraries("cpu") == [brought]
 
 
-def test_read_only_checkout(tree: ModuleType, tmp_path: Path) -> None:
+def test_cache_folder(tree: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tree._private(tmp_path / "new/folder").stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(tree.os, "getuid", lambda: -1)
+    with pytest.raises(tree.BuildError, match="others own it"):
+        tree._private(tmp_path / "new/folder")
     (tmp_path / "file").write_text("")
-    assert tree._writable(tmp_path / "file", tmp_path / "new") == tmp_path / "new"
-    with pytest.raises(tree.BuildError, match="can be written to; set XDG_CACHE_HOME"):
-        tree._writable(tmp_path / "file")
+    with pytest.raises(tree.BuildError, match=r"no cache folder: .* set XDG_CACHE_HOME"):
+        tree._private(tmp_path / "file/folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tree.cache_folder() == tmp_path / ".cache/fastvar"
+
+
+def test_records_that_nobody_can_read(tree: ModuleType) -> None:
+    for text in ("", "{", "7", '{"cpu": []}', '{"cpu": {"state": "built"}}'):
+        (tree.PACKAGE / build.RECORD).write_text(text)
+        assert tree.record() == {}
+        tree.write_record(tree.PACKAGE, {"cpu": {"state": "built", "reason": "g++"}})
+        assert tree.record() == {"cpu": {"state": "built", "reason": "g++"}}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None or "cpu" not in POSSIBLE, reason="no nvcc or no C++ compiler")
+def test_cuda_is_linked(tree: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "_ARCHITECTURES", (90,))
+    source = tree.source_folder() / "tiny.cu"
+    source.write_text('extern "C" __global__ void nothing() {}\n')
+    library = tree.build(["cuda"])["cuda"]
+    assert tree.libraries("cuda") == [library] and tree.is_current(library, "cuda")
+    shown = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    assert {"libtorch_cpu.so", "libtorch_cuda.so"} <= set(re.findall(r"NEEDED.*\[(.*)\]", shown))
+
+
+@needs_compiler
+def test_compilers_behind_wrappers(tree: ModuleType, steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects belong to the compiler that made them, not to the wrapper. nvcc is not given a wrapper in its place."""
+    monkeypatch.setenv("CXX", "env g++ -O1")
+    plain = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    assert tree._versions("cpu") == [plain]
+    monkeypatch.setattr(tree, "find_nvcc", lambda: "nvcc")
+    for wish in (lambda: tree._compiler("cuda"), lambda: tree.build(["cuda"])):
+        (tree.source_folder() / "tiny.cu").write_text("")
+        with pytest.raises(
+            tree.BuildError, match=r"CXX: nvcc takes the name of a compiler alone, .* got 'env g\+\+ -O1'"
+        ):
+            wish()
+    reasons = tree.plan("auto")
+    assert reasons["cpu"] == "" and "CXX: nvcc takes" in reasons["cuda"]
+    monkeypatch.setenv("CXX", "g++")
+    monkeypatch.setattr(tree, "_version", " ".join)
+    assert tree._versions("cuda") == ["nvcc", "g++"]
+
+
+def test_old_torch(tree: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("__init__.py", "version.py"):
+        (tmp_path / "torch").mkdir(exist_ok=True)
+        (tmp_path / "torch" / name).write_text("__version__ = '2.9.1+cu128'")
+    spec = importlib.util.spec_from_file_location("torch", tmp_path / "torch/__init__.py")
+    monkeypatch.setattr(tree, "find_spec", lambda name: spec)
+    with pytest.raises(tree.BuildError, match=r"torch 2\.9\.1\+cu128 in .* is too old; .* 2\.11 or newer"):
+        tree.find_torch()
+    (tmp_path / "torch/version.py").write_text("__version__ = '2.11.0'")
+    with pytest.raises(tree.BuildError, match=r"torch 2\.11\.0 in .* has no headers"):
+        tree.find_torch()
 
 
 def test_without_compilers(tree: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +200,7 @@ def test_without_compilers(tree: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_plans(tree: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tree.plan("none") == {"cpu": "FASTVAR_BUILD=none", "cuda": "FASTVAR_BUILD=none"}
+    assert tree.plan("all") == {"cpu": "", "cuda": ""}
     assert tree.plan("cpu") == {"cpu": "", "cuda": "FASTVAR_BUILD=cpu"}
     monkeypatch.setattr(tree, "find_cxx", lambda: ["g++"])
     monkeypatch.setattr(tree, "find_nvcc", lambda: "nvcc")
@@ -162,13 +234,14 @@ def wheel(tree: ModuleType, target: Path, **environment: str) -> subprocess.Comp
     [
         ({"FASTVAR_BUILD": "cpu", "CXX": "nonsense++"}, "FASTVAR_BUILD=cpu: CXX: expected a C++ compiler"),
         ({"FASTVAR_BUILD": "cuda", "CUDA_HOME": "/nonsense"}, "FASTVAR_BUILD=cuda: "),
-        ({"FASTVAR_BUILD": "all"}, "FASTVAR_BUILD: expected one of ('auto', 'none', 'cpu', 'cuda'), got 'all'"),
+        ({"FASTVAR_BUILD": "all", "CUDA_HOME": "/nonsense"}, "FASTVAR_BUILD=all: "),
+        ({"FASTVAR_BUILD": "no"}, "FASTVAR_BUILD: expected one of ('auto', 'none', 'all', 'cpu', 'cuda'), got 'no'"),
     ],
 )
 def test_an_explicit_wish_fails_hard(
     tree: ModuleType, tmp_path: Path, environment: dict[str, str], message: str
 ) -> None:
-    if "cuda" in environment.values():
+    if "CUDA_HOME" in environment:
         (tree.source_folder() / "empty.cu").write_text("")
     done = wheel(tree, tmp_path / "wheels", **environment)
     assert done.returncode != 0
@@ -198,6 +271,17 @@ def test_wheel_with_the_extension(tree: ModuleType, tmp_path: Path) -> None:
     note = json.loads((tmp_path / "site/fastvar" / build.RECORD).read_text())
     assert note["cpu"]["state"] == "built" and note["cuda"]["reason"] == "FASTVAR_BUILD=cpu"
 
+    # another one from the same tree, which keeps build/, without what the first one made
+    (tree.source_folder() / "random.cpp").write_text("#error no such luck\n")
+    done = wheel(tree, tmp_path / "second", FASTVAR_BUILD="auto", CUDA_HOME="/nonsense")
+    assert done.returncode == 0, done.stderr
+    assert list((tree.PACKAGE.parent / "build").glob("lib*"))
+    (made,) = tmp_path.glob("second/*.whl")
+    shutil.unpack_archive(made, tmp_path / "second/site", "zip")
+    assert not (tmp_path / "second/site/fastvar/_cpu.abi3.so").exists()
+    note = json.loads((tmp_path / "second/site/fastvar" / build.RECORD).read_text())
+    assert note["cpu"]["state"] == note["cuda"]["state"] == "not built"
+
 
 @pytest.mark.parametrize("target", POSSIBLE)
 def test_extension_is_built_and_current(target: str) -> None:
@@ -205,8 +289,7 @@ def test_extension_is_built_and_current(target: str) -> None:
     assert _extension.missing(target) is None
     if target == "cpu" or torch.version.cuda is not None:
         assert _extension.load_error(target) is None
-    if build.library_path(target).parent == build.PACKAGE:  # type: ignore[union-attr]
-        assert build.record()[target]["sources"] == build.sources_digest(target)
+    assert build.is_current(build.libraries(target)[0], target)
 
 
 def undefined(library: Path) -> set[str]:
@@ -217,13 +300,14 @@ def undefined(library: Path) -> set[str]:
 @pytest.mark.parametrize("target", POSSIBLE)
 def test_needs_only_what_torch_keeps_stable(target: str) -> None:
     """Undefined symbols are those of C shims as old as torch 2.11, of libc and of libstdc++."""
-    library = build.library_path(target)
-    assert library is not None
-    names = undefined(library)
+    names = undefined(build.libraries(target)[0])
     foreign = {name for name in names if "@GLIBC" not in name and "@CXXABI" not in name and "@GCC" not in name}
     foreign -= {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
     assert foreign and all(re.fullmatch(r"(aoti_)?torch_\w+", name) for name in foreign), foreign
     assert not foreign & newer_shims(build.find_torch().include)
+    for family, newest in (("GLIBC", (2, 34)), ("GLIBCXX", (3, 4, 29))):  # so that a wheel can be carried
+        versions = re.findall(rf"@{family}_([\d.]+)", " ".join(names))
+        assert versions and max(tuple(map(int, version.split("."))) for version in versions) <= newest
 
 
 def newer_shims(include: Path) -> set[str]:
@@ -263,11 +347,11 @@ def test_philox_in_cpp_is_that_of_python() -> None:
 
 
 @pytest.fixture
-def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path | None], None]:
-    """Let the library for CPUs be that file, or not there."""
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let these be the libraries for CPUs, in the order in which they are tried."""
 
-    def pretend(path: Path | None) -> None:
-        monkeypatch.setattr(build, "library_path", lambda target: path)
+    def pretend(*paths: Path) -> None:
+        monkeypatch.setattr(build, "libraries", lambda target: list(paths))
         monkeypatch.setattr(_extension, "_LIBRARIES", {t: _extension._Library(t) for t in build.TARGETS})
         monkeypatch.setattr(_dispatch, "_warned", set())
         monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "auto")
@@ -276,12 +360,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path | None], None]:
 
 
 def test_an_extension_that_is_not_built_is_no_downgrade(
-    pretend: Callable[[Path | None], None],
+    pretend: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pretend(None)
+    pretend()
     with caplog.at_level(logging.DEBUG, "fastvar"):
         assert propagate_mask(MASK, SCHEDULE).all()
     assert caplog.records == []
@@ -296,16 +380,22 @@ def test_an_extension_that_is_not_built_is_no_downgrade(
     assert "extension cpu: the cpu extension is not built (fastvar build --cpu); FASTVAR_BUILD=none\n" in shown
 
 
-def test_a_load_error_is_kept_and_shown(
-    pretend: Callable[[Path | None], None],
+@pytest.mark.parametrize("current", [True, False])
+def test_why_a_library_is_not_taken_is_kept_and_shown(
+    current: bool,
+    pretend: Callable[..., None],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    broken = tmp_path / "_cpu.abi3.so"
-    broken.write_text("not a library")
-    pretend(broken)
-    message = rf"{broken} failed to load \(fastvar build --cpu makes a new one\): {broken}: file too short"
+    library = tmp_path / "_cpu.abi3.so"
+    if current:
+        library.write_bytes(bytes.fromhex(build.sources_digest("cpu")))
+        message = rf"{library} failed to load \(fastvar build --cpu makes a new one\): {library}: file too short"
+    else:
+        library.write_text("of other sources")
+        message = rf"{library} was built from other sources than these \(fastvar build --cpu\)"
+    pretend(library)
     with pytest.raises(RuntimeError, match=f"propagate_mask: backend='cpu' cannot run: {message}"):
         propagate_mask(MASK, SCHEDULE, backend="cpu")
     with caplog.at_level(logging.WARNING, "fastvar"):
@@ -320,11 +410,34 @@ def test_a_load_error_is_kept_and_shown(
 
 
 @needs_compiler
-def test_a_library_of_older_sources_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("current", [True, False])
+def test_the_next_library_is_tried(current: bool, pretend: Callable[..., None], tmp_path: Path) -> None:
+    """So `fastvar build` helps where the one of the wheel does not load, or is not of these sources."""
+    broken = tmp_path / "_cpu.abi3.so"
+    broken.write_bytes(bytes.fromhex(build.sources_digest("cpu")) if current else b"")
+    good = build.libraries("cpu")[0]
+    pretend(broken, good)
+    assert _extension.load_error("cpu") is None and _extension.loaded_from("cpu") == good
+    pretend(good, broken)
+    assert _extension.load_error("cpu") is None and _extension.loaded_from("cpu") == good
+
+
+@needs_compiler
+def test_a_library_of_older_sources_is_an_obstacle(
+    pretend: Callable[..., None], tree: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that has the ops that are asked for."""
     assert _extension._lack("cpu", "philox") is None
-    assert _extension._lack("cpu", "to_come") == (
-        "the cpu extension was built from older sources, without to_come (fastvar build --cpu)"
+    assert _extension._lack("cpu", "to_come") == "the cpu extension has no to_come (fastvar build --cpu)"
+    library = build.libraries("cpu")[0]
+    pretend(library)
+    monkeypatch.setattr(build, "sources_digest", lambda target: "0123456789abcdef" * 2)
+    assert _extension._lack("cpu", "philox") == (
+        f"{library} was built from other sources than these (fastvar build --cpu)"
     )
+    assert not tree.is_current(library, "cpu")
+    shutil.rmtree(tree.source_folder())
+    assert tree.is_current(library, "cpu")  # nobody can tell
 
 
 @needs_compiler
@@ -337,6 +450,19 @@ def test_first_call_may_be_a_compiled_one() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "fine", done.stderr
+
+
+@needs_compiler
+def test_ops_are_called_directly() -> None:
+    """As in a program of torch.export in a fresh process, which does not ask which backend can run."""
+    code = (
+        "import torch, fastvar.ops; mask = torch.ones(1, 2, 2)\n"
+        "assert torch.ops.fastvar.propagate_mask(mask, [1, 1, 2, 2], 'area', False, 'cpu').all(); print('fine')\n"
+        "torch.ops.fastvar.propagate_mask(mask, [1, 1, 2, 2], 'area', False, 'cuda')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "fine", done.stderr
+    assert "propagate_mask: backend='cuda' cannot run: runs on cuda, the tensor is on cpu" in done.stderr
 
 
 def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,7 @@ def eager(
         residual = residual - codes
         if k + 1 < len(schedule):
             inputs.append(to_rows(resampled(feature_map, schedule[k + 1], "area")))
-    return QuantizedResidual(torch.cat(tokens, 1), feature_map, torch.cat(inputs, 1))
+    return QuantizedResidual(torch.cat(tokens, 1), feature_map, torch.cat(inputs, 1), None)  # type: ignore[arg-type]
 
 
 def upsampled(
@@ -74,7 +74,7 @@ def upstream(codebook: torch.Tensor, phi: ResidualConv, schedule: ScaleSchedule)
     def run(features: torch.Tensor, codebook: torch.Tensor, phi: ResidualConv) -> QuantizedResidual:
         tokens = quantizer.f_to_idxBl_or_fhat(features, to_fhat=False)
         inputs = quantizer.idxBl_to_var_input(tokens)
-        return QuantizedResidual(torch.cat(tokens, 1), None, inputs)  # type: ignore[arg-type]
+        return QuantizedResidual(torch.cat(tokens, 1), None, inputs, None)  # type: ignore[arg-type]
 
     return run
 
@@ -156,7 +156,7 @@ def build(setting: Setting, device: torch.device) -> Problem:
         "eager": plain,
         "torch.compile": compiled(plain, setting),
     }
-    # features, codebook and phi are read; tokens, feature map and next inputs written
+    # features, codebook and phi are read; tokens, feature map, next inputs and uses of codes written
     read = features.numel() + codebook.numel() + phi.weight.numel()
     written = features.numel() + batch * (shape.tokens - schedule.lengths[0]) * shape.channels
     return Problem(
@@ -167,7 +167,7 @@ def build(setting: Setting, device: torch.device) -> Problem:
         check=nearest_code_error(features, codebook, phi, schedule, slack=1e-3 if device.type == "cuda" else 1e-5),
         limit=LIMIT,
         flops=quantize_flops(shape, batch),
-        bytes=4 * (read + written) + 8 * batch * shape.tokens,
+        bytes=4 * (read + written) + 8 * (batch * shape.tokens + shape.vocab_size),
     )
 
 
@@ -175,7 +175,10 @@ SUITE = Suite(
     OP,
     {
         "tiny": [{"model": "tiny", "batch": 2, "dtype": "float32"}],
-        "cpu": [{"model": "VAR-d16", "batch": 2, "dtype": "float32"}],
+        "cpu": [
+            {"model": "VAR-d16", "batch": 2, "dtype": "float32"},
+            {"model": "VAR-d16", "batch": 8, "dtype": "float32"},
+        ],
         "gpu": [
             {"model": "VAR-d16", "batch": 64, "dtype": "float32"},
             {"model": "VAR-d36-512", "batch": 32, "dtype": "float32"},

@@ -63,7 +63,7 @@ def build(setting: Setting, device: torch.device) -> Problem:
     )
 
     def check(tokens: torch.Tensor, expected: Any) -> float:
-        return nearest(QuantizedResidual(tokens, None, None), expected)  # type: ignore[arg-type]
+        return nearest(QuantizedResidual(tokens, None, None, None), expected)  # type: ignore[arg-type]
 
     weights = sum(t.numel() for part in (tokenizer.encoder, tokenizer.quant_conv) for t in part.parameters())
     weights += tokenizer.codebook.numel() + phi.weight.numel()

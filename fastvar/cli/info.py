@@ -61,12 +61,9 @@ def _extension(target: str) -> str:
         return f"{missing}; {note['reason']}" if note.get("state") == "not built" else missing
     if error is not None:
         return error
-    library = build.library_path(target)
-    if library is None or library.parent != build.PACKAGE or "sources" not in note:
-        return str(library)
-    stale = note["sources"] != build.sources_digest(target)
-    advice = f", built from other sources than these (fastvar build --{target})" if stale else ""
-    return f"{library} ({note['reason']}){advice}"
+    library = _extension.loaded_from(target)
+    in_package = library is not None and library.parent == build.PACKAGE
+    return f"{library} ({note['reason']})" if in_package and note.get("state") == "built" else str(library)
 
 
 def _version(package: str) -> str:

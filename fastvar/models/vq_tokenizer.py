@@ -96,11 +96,13 @@ class TokenizerOutput(NamedTuple):
         reconstruction: (B, 3, H, W), not clamped.
         quantization_loss: scalar, commitment and codebook loss, mean over scales.
         tokens: (B, L) int64.
+        usage: (V,) int64, how often each code is among the tokens.
     """
 
     reconstruction: torch.Tensor
     quantization_loss: torch.Tensor
     tokens: torch.Tensor
+    usage: torch.Tensor
 
 
 class VQTokenizer(PretrainedModel):
@@ -230,13 +232,13 @@ class VQTokenizer(PretrainedModel):
         """
         features = self.encode_features(images)
         frozen = features.detach()
-        tokens = self._quantize(frozen).tokens
-        maps, _ = self._accumulate(tokens)
+        quantized = self._quantize(frozen)
+        maps, _ = self._accumulate(quantized.tokens)
         weight = self.config.commitment_weight
         losses = [weight * F.mse_loss(m.detach(), features) + F.mse_loss(m, frozen) for m in maps]
         straight_through = features + (maps[-1] - features).detach()
         reconstruction = self.decode_features(straight_through)
-        return TokenizerOutput(reconstruction, torch.stack(losses).mean(), tokens)
+        return TokenizerOutput(reconstruction, torch.stack(losses).mean(), quantized.tokens, quantized.usage)
 
 
 def _scaled_chroma(images: torch.Tensor, factor: float) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -13,28 +14,34 @@ _DEVICES = {"cpu": "cpu", "cuda": "cuda"}  # backend and target of the build: de
 
 
 class _Library:
-    """One of the two libraries. `missing` says why there is none, `error` why one that is there did not load."""
+    """One of the two libraries. `missing` says why there is none, `error` why one that is there is not taken; `path` is
+    the one that was loaded."""
 
     def __init__(self, target: str) -> None:
         self.target = target
         self.looked = False
         self.missing: str | None = None
         self.error: str | None = None
+        self.path: Path | None = None
 
     def look(self) -> _Library:
         if not self.looked:
             from fastvar import build
 
-            path = build.library_path(self.target)
-            self.missing = self.error = None
-            if path is None:
-                self.missing = f"the {self.target} extension is not built (fastvar build --{self.target})"
-            else:
+            paths = build.libraries(self.target)
+            remedy = f"fastvar build --{self.target}"
+            self.missing = None if paths else f"the {self.target} extension is not built ({remedy})"
+            self.error = None
+            for path in paths:
                 try:
-                    torch.ops.load_library(path)
+                    if build.is_current(path, self.target):
+                        torch.ops.load_library(path)
+                        self.path, self.error = path, None
+                        break
+                    self.error = f"{path} was built from other sources than these ({remedy})"
                 except Exception as error:  # whatever it is, it is shown and not raised
                     reason = error.__cause__ or error  # torch hides the loader's own words behind others
-                    self.error = f"{path} failed to load (fastvar build --{self.target} makes a new one): {reason}"
+                    self.error = f"{path} failed to load ({remedy} makes a new one): {reason}"
             self.looked = True
         return self
 
@@ -61,8 +68,13 @@ def missing(target: str) -> str | None:
 
 
 def load_error(target: str) -> str | None:
-    """What loading the library of this target ended with, or None if it loaded or is not there."""
+    """Why the library of this target was not taken, or None if it was, or is not there."""
     return _LIBRARIES[target].look().error
+
+
+def loaded_from(target: str) -> Path | None:
+    """The library of this target, or None if there is none, or none that could be taken."""
+    return _LIBRARIES[target].look().path
 
 
 @_constant
@@ -72,7 +84,7 @@ def _lack(target: str, op: str) -> str | None:
     if library.missing or library.error:
         return library.missing or library.error
     if not hasattr(getattr(torch.ops, f"fastvar_{target}"), op):
-        return f"the {target} extension was built from older sources, without {op} (fastvar build --{target})"
+        return f"the {target} extension has no {op} (fastvar build --{target})"
     return None
 
 

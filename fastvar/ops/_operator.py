@@ -53,6 +53,7 @@ class Operator:
         self.name = name
         self.function = function
         self._keeps_results = keeps_results
+        self._ready: set[str] = set()  # backends that were seen to be able to run
         REGISTRY[name] = tuple(implementations)
         fields = [field.split("=")[0].split() for field in _split_arguments(arguments)]
         self._schedule_at = next((i for i, field in enumerate(fields) if field[-1] == "grids"), None)
@@ -81,9 +82,14 @@ class Operator:
                     return self._function.apply(*args, chosen)
         return self.op(*args, chosen)
 
-    def _implementation(self, backend: str) -> Any:
+    def _implementation(self, backend: str, tensor: torch.Tensor) -> Any:
         for implementation in REGISTRY[self.name]:
             if implementation.backend == backend:
+                # An exported program, or a direct call of the op, has not been through `resolve`, which would have
+                # loaded the extension and said what stands in the way.
+                if backend not in self._ready:
+                    resolve(self.name, backend, tensor)
+                    self._ready.add(backend)
                 return importlib.import_module(implementation.module)
         raise RuntimeError(f"{self.name}: backend={backend!r} does not exist for this operator")
 
@@ -94,13 +100,13 @@ class Operator:
         return args
 
     def _run(self, *args: Any) -> Any:
-        forward = getattr(self._implementation(args[-1]), self.function)
+        forward = getattr(self._implementation(args[-1], args[0]), self.function)
         with annotate(self.name), _plain(args[0].device.type), guard(args[0].device), torch.no_grad():
             return forward(*self._with_schedule(args[:-1]))
 
     def _run_backward(self, grads: list[torch.Tensor | None], *rest: Any) -> list[torch.Tensor]:
         *args, needs, backend = rest
-        module = self._implementation(backend)
+        module = self._implementation(backend, args[0])
         results = [args.pop()] if self._keeps_results else []
         args = self._with_schedule(args)
         own = getattr(module, "backward" if self.function == "forward" else f"{self.function}_backward", None)

@@ -106,7 +106,8 @@ def bitwise_residual_quantize(
 
     From coarse to fine: the residual is averaged over the grid's bins, a bit is residual > 0 (a zero gives 0), the code
     +-1 / sqrt(d) is upsampled (bilinear, align_corners False), subtracted from the residual and added to the feature
-    map. The L2 normalisation of the residual that the public code does first changes no bit.
+    map. Where a residual is zero but for roundings, as features of zeros make them, implementations may differ in
+    its bit. The L2 normalisation of the residual that the public code does first changes no bit.
 
     With flips (bitwise self-correction) each bit is flipped with its scale's probability before its code is added, so
     that the later labels correct the mistakes of the earlier scales; the labels returned are the bits before the flip.

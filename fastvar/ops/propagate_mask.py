@@ -66,7 +66,8 @@ def propagate_mask(
         mask over the footprint. It carries no gradient.
 
     Raises:
-        ValueError: a mask of another shape or dtype, an unknown footprint.
+        ValueError: a mask of another shape or dtype, an unknown footprint. With FASTVAR_DEBUG=1 also a mask that is not
+            finite; without, what is not may spread with `soft` to tokens whose footprint does not hold it.
 
     Source: VAR RL Done Right (arXiv 2601.02256), mask propagation.
     """
@@ -75,6 +76,7 @@ def propagate_mask(
     _checks.shape(op, "mask", mask, "B", *schedule.finest)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         _checks.fail(op, "mask", "a bool or floating-point tensor", mask.dtype)
+    _checks.finite(op, "mask", mask)
     if footprint not in ("area", "support"):
         _checks.fail(op, "footprint", "'area' or 'support'", repr(footprint))
     return _OPERATOR(backend, mask.detach(), schedule.flat, footprint, soft)

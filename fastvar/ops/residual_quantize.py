@@ -9,10 +9,18 @@ import torch
 
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
+from fastvar.ops._extension import extension_implementation
 from fastvar.ops._operator import Operator
+from fastvar.ops._triton import triton_implementation
 from fastvar.schedule import ScaleSchedule
 
 _MODULE = "fastvar.kernels.residual_quantize.reference"
+
+
+def _extension(backend: str, op: str) -> Implementation:
+    module = f"fastvar.kernels.residual_quantize.impl_{'cpp' if backend == 'cpu' else 'cuda'}"
+    on_cpu = backend == "cpu"
+    return extension_implementation(backend, module, op=op, auto=on_cpu, verified=("CPU",) if on_cpu else ())
 
 
 class ResidualConv(NamedTuple):
@@ -38,11 +46,13 @@ class QuantizedResidual(NamedTuple):
         tokens: (B, L) int64.
         feature_map: (B, C, H, W), the sum of what all scales add: the decoder's input.
         teacher_forcing: (B, L - n_1, C), the inputs of scales 2 to K.
+        usage: (V,) int64, how often each code is among the tokens.
     """
 
     tokens: torch.Tensor
     feature_map: torch.Tensor
     teacher_forcing: torch.Tensor
+    usage: torch.Tensor
 
 
 class AccumulatedScale(NamedTuple):
@@ -101,7 +111,7 @@ def _fake_quantize(
     phi_index: Sequence[int],
     grids: Sequence[int],
     znorm: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     schedule = ScaleSchedule.from_flat(grids)
     batch, channels = features.shape[:2]
     compute = torch.promote_types(features.dtype, torch.float32)
@@ -109,6 +119,7 @@ def _fake_quantize(
         features.new_empty(batch, schedule.num_tokens, dtype=torch.int64),
         features.new_empty(features.shape, dtype=compute),
         features.new_empty(batch, schedule.num_tokens - schedule.lengths[0], channels, dtype=compute),
+        features.new_empty(codebook.shape[0], dtype=torch.int64),
     )
 
 
@@ -134,9 +145,14 @@ _QUANTIZE = Operator(
     "residual_quantize",
     "Tensor features, Tensor codebook, Tensor? phi_weight, Tensor? phi_bias, float phi_ratio, int[] phi_index, "
     "int[] grids, bool znorm",
-    "(Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_quantize,
-    implementations=[Implementation("reference", _MODULE, verified=("CPU",))],
+    implementations=[
+        _extension("cuda", "residual_quantize"),
+        triton_implementation("residual_quantize"),
+        _extension("cpu", "residual_quantize"),
+        Implementation("reference", _MODULE, verified=("CPU",)),
+    ],
     differentiable=False,
 )
 _ACCUMULATE = Operator(
@@ -145,7 +161,11 @@ _ACCUMULATE = Operator(
     "SymInt height, SymInt width, SymInt next_height, SymInt next_width",
     "(Tensor, Tensor)",
     fake=_fake_accumulate,
-    implementations=[Implementation("reference", _MODULE, verified=("CPU",))],
+    implementations=[
+        _extension("cuda", "accumulate_scale"),
+        _extension("cpu", "accumulate_scale"),
+        Implementation("reference", _MODULE, verified=("CPU",)),
+    ],
     function="accumulate_scale",
 )
 
@@ -175,17 +195,20 @@ def residual_quantize(
         backend: see `fastvar.support()`.
 
     Returns:
-        QuantizedResidual(tokens (B, L) int64, feature_map (B, C, H, W), teacher_forcing (B, L - n_1, C)), contiguous,
-        the latter two in float32. Arithmetic and results are in float64 for float64 features, in float32 for all
+        QuantizedResidual(tokens (B, L) int64, feature_map (B, C, H, W), teacher_forcing (B, L - n_1, C), usage (V,)
+        int64), contiguous. Arithmetic, feature map and inputs are in float64 for float64 features, in float32 for all
         others. Ties go to the lowest index. None of the results carries a gradient.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a schedule that does not end at (H, W).
+        ValueError: shapes, dtypes or devices that do not fit, a schedule that does not end at (H, W). With
+            FASTVAR_DEBUG=1 also numbers that are not finite; without, tokens of such features are indices of the
+            codebook nevertheless.
 
     Source: VAR (arXiv 2404.02905), algorithm 1.
     """
     op = "residual_quantize"
     check_features(op, "features", features, schedule)
+    _checks.finite(op, "features", features)
     _check_codebook(op, "features", features, codebook)
     convs: tuple[torch.Tensor | None, torch.Tensor | None, float, tuple[int, ...]] = (None, None, 0.0, ())
     if phi is not None:
@@ -223,10 +246,12 @@ def accumulate_scale(
         phi.bias.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a scale that does not exist.
+        ValueError: shapes, dtypes or devices that do not fit, a scale that does not exist. With FASTVAR_DEBUG=1 also
+            numbers that are not finite.
     """
     op = "accumulate_scale"
     check_features(op, "feature_map", feature_map, schedule)
+    _checks.finite(op, "feature_map", feature_map)
     check_scale(op, schedule, scale)
     _checks.shape(op, "tokens", tokens, feature_map.shape[0], schedule.lengths[scale])
     _checks.integer(op, "tokens", tokens)
@@ -266,6 +291,7 @@ def _check_codebook(op: str, argument: str, features: torch.Tensor, codebook: to
     _checks.same_device(op, argument, features, codebook=codebook)
     if codebook.shape[0] == 0:
         _checks.fail(op, "codebook", "at least one code", tuple(codebook.shape))
+    _checks.finite(op, "codebook", codebook)
 
 
 def _check_phi(op: str, argument: str, features: torch.Tensor, phi: ResidualConv, num_scales: int) -> None:
@@ -275,5 +301,7 @@ def _check_phi(op: str, argument: str, features: torch.Tensor, phi: ResidualConv
     _checks.floating(op, "phi.weight", phi.weight)
     _checks.floating(op, "phi.bias", phi.bias)
     _checks.same_device(op, argument, features, **{"phi.weight": phi.weight, "phi.bias": phi.bias})
+    _checks.finite(op, "phi.weight", phi.weight)
+    _checks.finite(op, "phi.bias", phi.bias)
     if len(phi.index) != num_scales or not all(0 <= i < phi.weight.shape[0] for i in phi.index):
         _checks.fail(op, "phi.index", f"{num_scales} indices from 0 to {phi.weight.shape[0] - 1}", phi.index)

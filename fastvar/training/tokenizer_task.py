@@ -42,11 +42,10 @@ class TokenizerTask:
         out = model(images)
         shown, made = (self.model.enlarge_chroma(x) for x in (images, out.reconstruction.float()))
         reconstruction = self.reconstruction_loss(shown, made)
-        used = out.tokens.flatten().bincount(minlength=self.model.config.vocab_size) > 0
         return reconstruction + out.quantization_loss, {
             "reconstruction": reconstruction,
             "quantization": out.quantization_loss,
-            "codes_used": used.float().mean(),
+            "codes_used": (out.usage > 0).float().mean(),
         }
 
     def picture(self, model: VQTokenizer) -> Image | None:

@@ -58,11 +58,15 @@ class VARTask:
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         var, device = self.model, self.model.device
-        tokens = self._tokens(batch, "tokens", "image", device)
-        inputs = var.tokenizer.teacher_forcing(tokens)
+        if "tokens" in batch:
+            tokens = batch["tokens"].to(device, non_blocking=True)
+            inputs = var.tokenizer.teacher_forcing(tokens)
+        else:
+            quantized = var.tokenizer.quantize(batch["image"].to(device, non_blocking=True))
+            tokens, inputs = quantized.tokens, quantized.teacher_forcing
         subject = None
         if var.config.subject != "none":
-            subject = var.tokenizer.pyramid(self._tokens(batch, "reference_tokens", "reference", device))
+            subject = var.tokenizer.pyramid(self._reference_tokens(batch, device))
         labels = batch["text" if var.config.text_length else "label"]
         if self.token_weights is not None:
             self.token_weights = self.token_weights.to(device)
@@ -74,10 +78,10 @@ class VARTask:
             "loss_finest": found.losses[:, var.schedule.starts[-1] :].mean(),
         }
 
-    def _tokens(self, batch: Any, cached: str, image: str, device: torch.device) -> torch.Tensor:
-        if cached in batch:
-            return batch[cached].to(device, non_blocking=True)
-        return self.model.tokenizer.encode(batch[image].to(device, non_blocking=True))
+    def _reference_tokens(self, batch: Any, device: torch.device) -> torch.Tensor:
+        if "reference_tokens" in batch:
+            return batch["reference_tokens"].to(device, non_blocking=True)
+        return self.model.tokenizer.encode(batch["reference"].to(device, non_blocking=True))
 
     def picture(self, model: VAR) -> Image | None:
         return None if self.draw is None else self.draw(model)

@@ -67,7 +67,8 @@ def accumulate_bits_backward(
     next_input: str,
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """The gradient of the feature map, through products with the matrices of both axes: their sums have an order."""
+    """The gradient of the feature map, through products with the matrices of both axes: their sums have an order. They
+    are in float64, as a setting of the process can turn products in float32 into ones of fewer digits (TF32)."""
     if not needs[0]:
         return []
     grad, following = grads
@@ -76,7 +77,7 @@ def accumulate_bits_backward(
     else:  # a copy: results of an operator may not be its arguments
         found = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if following is not None and following.shape[1]:
-        image = following.to(torch.float32).mT.unflatten(2, (next_height, next_width))  # [B, d, h', w']
+        image = following.to(torch.float64).mT.unflatten(2, (next_height, next_width))  # [B, d, h', w']
         rows, columns = (
             _axis(size, out, next_input, image)
             for size, out in zip(feature_map.shape[-2:], (next_height, next_width), strict=True)

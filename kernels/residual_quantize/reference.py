@@ -22,8 +22,9 @@ def forward(
     phi_index: Sequence[int],
     schedule: ScaleSchedule,
     znorm: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens (B, L), feature map (B, C, H, W) and teacher-forcing inputs (B, L - n_1, C) of features (B, C, H, W)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens (B, L), feature map (B, C, H, W), teacher-forcing inputs (B, L - n_1, C) and uses of the codes (V,) of
+    features (B, C, H, W)."""
     compute = torch.promote_types(features.dtype, torch.float32)
     residual = features.to(compute).contiguous()
     codebook = codebook.to(compute)  # [V, C]
@@ -42,7 +43,8 @@ def forward(
         if k + 1 < len(schedule):
             inputs.append(_to_rows(_area(feature_map, schedule[k + 1])))
     empty = residual.new_zeros(residual.shape[0], 0, residual.shape[1])
-    return torch.cat(tokens, 1), feature_map, torch.cat([empty, *inputs], 1)
+    found = torch.cat(tokens, 1)
+    return found, feature_map, torch.cat([empty, *inputs], 1), _uses(found, len(codebook))
 
 
 def accumulate_scale(
@@ -68,6 +70,12 @@ def accumulate_scale(
     if next_height * next_width == 0:
         return accumulated, accumulated.new_zeros(accumulated.shape[0], 0, accumulated.shape[1])
     return accumulated, _to_rows(_area(accumulated, (next_height, next_width)))
+
+
+def _uses(tokens: torch.Tensor, size: int) -> torch.Tensor:
+    """How often each of `size` codes is among the tokens (B, L): (V,) int64. Unlike bincount it waits for nothing."""
+    flat = tokens.flatten()
+    return flat.new_zeros(size).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def _nearest(rows: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:

@@ -183,14 +183,31 @@ def test_step_in_cpp(next_input: str) -> None:
             bits = noise(2, length, 11, seed=k) > 0
             found = []
             for backend in ("reference", "cpu"):
-                feature_map = noise(2, 11, *schedule.finest, dtype=torch.bfloat16).requires_grad_()
+                feature_map = noise(2, 11, *schedule.finest, dtype=torch.bfloat16)
+                feature_map[0, 3, 0, -1], feature_map[1, 10, -1, 0] = float("inf"), -float("inf")
+                feature_map.requires_grad_()
                 step = accumulate_bits(bits, feature_map, schedule, k, next_input=next_input, backend=backend)
                 results = [result for result in step if result is not None]
                 weights = [noise(*result.shape, seed=5) for result in results]
                 found.append([*results, *torch.autograd.grad(results, feature_map, weights)])
             for plain, own in zip(*found, strict=True):
                 # the gradient is a rounded bfloat16
-                torch.testing.assert_close(own, plain, **({} if own.dtype == torch.bfloat16 else CLOSE))
+                torch.testing.assert_close(own, plain, equal_nan=True, **({} if own.dtype == torch.bfloat16 else CLOSE))
+
+
+@built
+@pytest.mark.parametrize("next_input", ["bilinear", "area"])
+def test_gradient_of_a_step_is_rounded_once(next_input: str) -> None:
+    """No product in float32 is in it, which a GPU may be told to do with fewer digits."""
+    schedule, found = ScaleSchedule((1, (20, 31), (40, 37))), []
+    weights = noise(2, 620, 9)
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "cpu")):
+        feature_map = noise(2, 9, 40, 37, dtype=dtype).requires_grad_()
+        bits = torch.zeros(2, 1, 9, dtype=torch.bool)
+        following = accumulate_bits(bits, feature_map, schedule, 0, next_input=next_input, backend=backend).next_input
+        assert following is not None
+        found.extend(torch.autograd.grad(following, feature_map, weights.to(dtype)))
+    torch.testing.assert_close(found[1].double(), found[0], rtol=2**-24, atol=1e-15)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -235,6 +252,83 @@ def test_results_end_where_they_end() -> None:
     torch.ops.fastvar_cpu.bitwise_residual_quantize(features, torch.empty(0), schedule.flat, False, 0, 0, *results)
     for tensor in room:
         assert (tensor[[0, 3]] == 3).all() and not (tensor[1:3] == 3).any()
+
+
+def with_gap(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Zeros, of which the last dimension does not follow on the one before."""
+    return torch.zeros(*shape[:-1], shape[-1] + 1, dtype=dtype)[..., :-1]
+
+
+BAD_CALLS: list[tuple[dict[str, Any], str]] = [
+    ({"features": torch.zeros(2, 9, 7, 5)}, r"features: expected shape \(\*, \*, 5, 7\), got \(2, 9, 7, 5\)"),
+    ({"features": torch.zeros(9, 5, 7)}, r"features: expected shape .*, got \(9, 5, 7\)"),
+    ({"features": torch.zeros(2, 9, 5, 7, dtype=torch.float64)}, "features: expected another dtype"),
+    ({"features": with_gap(2, 9, 5, 7)}, "features: expected a contiguous tensor"),
+    ({"flip_probability": torch.zeros(2)}, r"flip_probability: expected shape \(3\), got \(2\)"),
+    ({"grids": []}, "grids: expected height and width of each, got 0 numbers"),
+    ({"grids": [1, 1, 5, 7, 5]}, "grids: expected height and width of each, got 5 numbers"),
+    ({"grids": [1, 1, 0, 3, 5, 7]}, "grids: expected 1 to 5, got 0"),
+    ({"grids": [1, 1, 2, 8, 5, 7]}, "grids: expected 1 to 7, got 8"),
+    ({"grids": [1, 1, 2, 3, 1 << 15, 7]}, "grids: expected 1 to 16384, got 32768"),
+    ({"grids": [1, 1, 2, 2, 5, 7]}, r"bits: expected shape \(2, 40, 9\), got \(2, 42, 9\)"),
+    ({"bits": torch.zeros(2, 42, 9)}, "bits: expected another dtype"),
+    ({"feature_map": torch.zeros(1, 9, 5, 7)}, r"feature_map: expected shape \(2, 9, 5, 7\), got \(1, 9, 5, 7\)"),
+    ({"inputs": torch.zeros(2, 40, 9)}, r"inputs: expected shape \(2, 41, 9\), got \(2, 40, 9\)"),
+    ({"ranks": -1}, "ranks: expected 0 to 1024, got -1"),
+    ({"ranks": 48}, "ranks: expected up to 32 or a multiple of it, got 48"),
+]
+
+
+@built
+@pytest.mark.parametrize(("wrong", "message"), BAD_CALLS)
+def test_the_op_refuses_what_does_not_fit(wrong: dict[str, Any], message: str) -> None:
+    """Called without the public function's checks, it reads and writes nothing past an end."""
+    arguments: dict[str, Any] = {
+        "features": torch.zeros(2, 9, 5, 7), "flip_probability": torch.zeros(3), "grids": [1, 1, 2, 3, 5, 7],
+        "area": False, "seed": 0, "first_image": 0, "bits": torch.zeros(2, 42, 9, dtype=torch.bool),
+        "feature_map": torch.zeros(2, 9, 5, 7), "inputs": torch.zeros(2, 41, 9), "ranks": 0,
+    }  # fmt: skip
+    torch.ops.fastvar_cpu.bitwise_residual_quantize(**arguments)
+    with pytest.raises(RuntimeError, match=f"bitwise_residual_quantize: {message}"):
+        torch.ops.fastvar_cpu.bitwise_residual_quantize(**{**arguments, **wrong})
+
+
+BAD_STEPS: list[tuple[dict[str, Any], str]] = [
+    ({"feature_map": torch.zeros(2, 9, 0, 7)}, "finest grid: expected 1 to 16384, got 0"),
+    ({"feature_map": torch.zeros(2, 5, 7)}, r"feature_map: expected shape .*, got \(2, 5, 7\)"),
+    ({"feature_map": with_gap(2, 9, 5, 7)}, "feature_map: expected a contiguous tensor"),
+    ({"height": 6}, "grid: expected 1 to 5, got 6"),
+    ({"width": 0}, "grid: expected 1 to 7, got 0"),
+    ({"width": 2}, r"bits: expected shape \(2, 4, 9\), got \(2, 6, 9\)"),
+    ({"next_height": 0}, "next grid: expected 1 to 5, got 0"),
+    ({"next_width": 8}, "next grid: expected 1 to 7, got 8"),
+    ({"bits": torch.zeros(2, 6, 9, dtype=torch.uint8)}, "bits: expected another dtype"),
+    ({"bits": with_gap(2, 6, 9, dtype=torch.bool)}, "bits: expected a contiguous tensor"),
+    ({"accumulated": torch.zeros(2, 9, 5, 6)}, r"accumulated: expected shape .*, got \(2, 9, 5, 6\)"),
+    ({"next_input": torch.zeros(2, 9, 9)}, r"next_input: expected shape \(2, 10, 9\), got \(2, 9, 9\)"),
+    ({"ranks": 1025}, "ranks: expected 0 to 1024, got 1025"),
+]
+
+
+@built
+@pytest.mark.parametrize(("wrong", "message"), BAD_STEPS)
+def test_the_step_refuses_what_does_not_fit(wrong: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "feature_map": torch.zeros(2, 9, 5, 7), "bits": torch.zeros(2, 6, 9, dtype=torch.bool), "height": 2, "width": 3,
+        "next_height": 2, "next_width": 5, "area": True, "accumulated": torch.zeros(2, 9, 5, 7),
+        "next_input": torch.zeros(2, 10, 9), "ranks": 0,
+    }  # fmt: skip
+    torch.ops.fastvar_cpu.accumulate_bits(**arguments)
+    with pytest.raises(RuntimeError, match=f"accumulate_bits: {message}"):
+        torch.ops.fastvar_cpu.accumulate_bits(**{**arguments, **wrong})
+
+
+@built
+def test_the_registered_step_refuses_a_grid_above_the_finest() -> None:
+    feature_map, bits = noise(1, 8, 2, 2), torch.ones(1, 40000, 8, dtype=torch.bool)
+    accumulate_bits(bits[:, :1], feature_map, ScaleSchedule((1, 2)), 0, backend="cpu")  # which loads the library
+    with pytest.raises(RuntimeError, match="accumulate_bits: grid: expected 1 to 2, got 200"):
+        torch.ops.fastvar.accumulate_bits(feature_map, bits, 200, 200, 0, 0, "area", "cpu")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import random
 from typing import Any
@@ -13,7 +12,7 @@ from bounds import assert_as_accurate
 from samples import noise
 
 from fastvar import ops
-from fastvar.ops import ResidualConv, accumulate_scale, boxes_to_mask, propagate_mask
+from fastvar.ops import ResidualConv, _checks, accumulate_scale, boxes_to_mask, propagate_mask
 from fastvar.ops._dispatch import REGISTRY
 from fastvar.schedule import PRESETS, VAR_256, ScaleSchedule
 
@@ -115,14 +114,42 @@ def test_threads_that_share_an_image(threads: int) -> None:
                 assert torch.equal(out, expected)
 
 
-def test_scratch_of_the_cuda_kernel() -> None:
-    """Shared memory holds the presets' integral images, save those of soft masks on the finest grids."""
-    cuda = importlib.import_module("fastvar.kernels.propagate_mask.impl_cuda")
-    assert cuda.scratch_bytes(ScaleSchedule((1, (2, 3))), False) == 3 * 4 * 4 + 8 * 7
-    assert cuda.scratch_bytes(ScaleSchedule((1, 2)), False) == 88  # 9 sums and 6 intervals: 84, a multiple of 8
-    for name, schedule in PRESETS.items():
-        assert cuda.scratch_bytes(schedule, False) <= cuda.SHARED, name
-        assert cuda.scratch_bytes(schedule, True) % 8 == 0
+BAD_CALLS: list[tuple[dict[str, Any], str]] = [
+    ({"mask": torch.zeros(2, 7, 5)}, r"mask: expected shape \(\*, 5, 7\), got \(2, 7, 5\)"),
+    ({"mask": torch.zeros(5, 7)}, r"mask: expected shape \(\*, 5, 7\), got \(5, 7\)"),
+    ({"mask": torch.zeros(2, 5, 7, dtype=torch.uint8)}, "mask: expected another dtype"),
+    ({"mask": torch.zeros(2, 7, 5).mT}, "mask: expected a contiguous tensor"),
+    ({"grids": []}, "grids: expected height and width of each, got 0 numbers"),
+    ({"grids": [2, 3, 5]}, "grids: expected height and width of each, got 3 numbers"),
+    ({"grids": [2, 0, 5, 7]}, "grids: expected 1 to 7, got 0"),
+    ({"grids": [6, 3, 5, 7]}, "grids: expected 1 to 5, got 6"),
+    ({"grids": [2, 3, 5, 1 << 15]}, "grids: expected 1 to 16384, got 32768"),
+    ({"threads": 0}, "threads: expected 1 to 1024, got 0"),
+    ({"out": torch.zeros(2, 40)}, r"out: expected shape \(2, 41\), got \(2, 40\)"),
+    ({"out": torch.zeros(2, 41, dtype=torch.float64)}, "out: expected another dtype"),
+]
+
+
+@in_cpp
+@pytest.mark.parametrize(("wrong", "message"), BAD_CALLS)
+def test_the_op_refuses_what_does_not_fit(wrong: dict[str, Any], message: str) -> None:
+    """Called without the public function's checks, it reads and writes nothing past an end."""
+    arguments: dict[str, Any] = {
+        "mask": torch.zeros(2, 5, 7), "grids": [2, 3, 5, 7], "support": False, "threads": 1, "out": torch.zeros(2, 41),
+    }  # fmt: skip
+    torch.ops.fastvar_cpu.propagate_mask(**arguments)
+    with pytest.raises(RuntimeError, match=f"propagate_mask: {message}"):
+        torch.ops.fastvar_cpu.propagate_mask(**{**arguments, **wrong})
+
+
+def test_debug_mode_refuses_what_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = torch.ones(1, 5, 7)
+    mask[0, 2, 3], mask[0, 4, 4] = math.nan, math.inf
+    propagate_mask(mask, RECTANGLES, soft=True)
+    monkeypatch.setattr(_checks, "DEBUG", True)
+    with pytest.raises(ValueError, match="propagate_mask: mask: expected finite numbers, got 2 that are not"):
+        propagate_mask(mask, RECTANGLES, soft=True)
+    propagate_mask(mask > 0, RECTANGLES)
 
 
 @pytest.mark.parametrize("backend", ON_CPU)

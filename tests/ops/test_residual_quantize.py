@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fastvar.kernels.residual_quantize import reference
+from fastvar.kernels.residual_quantize.gradients import accumulate_scale_backward
 from golden.golden import GoldenCase, load_case
 from samples import noise
 from torch._dynamo.testing import CompileCounter
@@ -131,7 +132,7 @@ def test_steps_give_the_same(dtype: torch.dtype, with_phi: bool) -> None:
     result = residual_quantize(noise(3, 6, 5, 7, dtype=dtype), codebook, RECTANGLES, phi=phi)
     assert result.tokens.dtype == torch.int64
     assert result.feature_map.dtype == result.teacher_forcing.dtype == wide
-    for got, expected in zip(accumulated(result.tokens, codebook, RECTANGLES, phi), result[1:], strict=True):
+    for got, expected in zip(accumulated(result.tokens, codebook, RECTANGLES, phi), result[1:3], strict=True):
         torch.testing.assert_close(got, expected)
     step = accumulate_scale(
         result.tokens[:, :1].int(), noise(3, 6, 5, 7, dtype=dtype), codebook, RECTANGLES, 0, phi=phi
@@ -231,6 +232,7 @@ def test_an_image_does_not_depend_on_the_batch() -> None:
     whole = residual_quantize(features, codebook, VAR_256)
     part = residual_quantize(features[3:4], codebook, VAR_256)
     assert torch.equal(part.tokens, whole.tokens[3:4])
+    assert torch.equal(whole.usage, whole.tokens.flatten().bincount(minlength=64))
     assert residual_quantize(features[:0], codebook, VAR_256).teacher_forcing.shape == (0, 679, 4)
 
 
@@ -253,6 +255,38 @@ def test_gradients_reach_the_convolution_that_was_used() -> None:
         assert [bool(part.any()) for part in gradient] == [False, False, True]
     assert codebook.grad is not None
     assert [bool(row.any()) for row in codebook.grad] == [True] * 5 + [False] * 4
+
+
+@pytest.mark.parametrize("with_phi", [False, True])
+@pytest.mark.parametrize("scale", [0, 1, 3])
+def test_gradients_written_out(scale: int, with_phi: bool) -> None:
+    """Those of implementations without a forward that can be differentiated, against autograd."""
+    phi = make_phi(4, len(RECTANGLES))
+    convs = (phi.weight[0], phi.bias[0], 0.3) if with_phi else (None, None, 0.0)
+    following = RECTANGLES[scale + 1] if scale < 3 else (0, 0)
+    tokens = torch.arange(2 * RECTANGLES.lengths[scale]).view(2, -1) % 7
+    arguments = [noise(2, 4, 5, 7), tokens, noise(9, 4, seed=1), *convs, *RECTANGLES[scale], *following]
+    leaves = [t for t in arguments if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    results = reference.accumulate_scale(*arguments)
+    grads = [noise(*r.shape, seed=5) for r in results]
+    for given in (grads, [grads[0], None], [None, grads[1]]):
+        pairs = [(r, g) for r, g in zip(results, given, strict=True) if g is not None and r.requires_grad]
+        if not pairs:  # of the last scale's next input
+            continue
+        outputs, weights = zip(*pairs, strict=True)
+        expected = torch.autograd.grad(
+            outputs, leaves, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        needs = [True, False, True, with_phi, with_phi]
+        with torch.no_grad():
+            found = accumulate_scale_backward(given, *arguments, needs)
+        for got, exact in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
+        for i in (0, 2, 3, 4):
+            alone = accumulate_scale_backward(given, *arguments, [i == j and needs[i] for j in range(5)])
+            assert len(alone) == needs[i]
 
 
 def test_the_op_compiles_once_for_all_grids() -> None:

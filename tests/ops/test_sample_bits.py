@@ -144,12 +144,40 @@ def test_neither_threads_nor_parts_matter() -> None:
         assert all(torch.equal(a, w[:, part]) for a, w in zip(alone, whole, strict=True))
 
 
+BAD_CALLS: list[tuple[dict[str, Any], str]] = [
+    ({"logits": torch.zeros(2, 3)}, r"logits: expected shape \(\*, \*, \*\), got \(2, 3\)"),
+    ({"logits": torch.zeros(2, 3, 5, dtype=torch.bfloat16)}, "logits: expected another dtype"),
+    ({"logits": torch.zeros(2, 5, 3).mT}, "logits: expected a contiguous tensor"),
+    ({"logits": torch.zeros(2, 3, 0)}, "bits of a token: expected 1 to 2147483647, got 0"),
+    ({"unconditional": torch.zeros(2, 3, 4)}, r"unconditional: expected shape \(2, 3, 5\), got \(2, 3, 4\)"),
+    ({"unconditional": torch.zeros(1, 3, 5).expand(2, 3, 5)}, "unconditional: expected a contiguous tensor"),
+    ({"seeds": torch.zeros(1, dtype=torch.int64)}, r"seeds: expected shape \(2\), got \(1\)"),
+    ({"seeds": torch.zeros(2, dtype=torch.int32)}, "seeds: expected another dtype"),
+    ({"bits": torch.zeros(2, 3, 4, dtype=torch.bool)}, r"bits: expected shape \(2, 3, 5\), got \(2, 3, 4\)"),
+    ({"own": torch.zeros(1)}, r"own: expected shape \(2, 3\), got \(1\)"),
+    ({"sampled": torch.zeros(0)}, r"sampled: expected shape \(2, 3\), got \(0\)"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD_CALLS)
+def test_the_op_refuses_what_does_not_fit(wrong: dict[str, Any], message: str) -> None:
+    """Called without the public function's checks, it reads and writes nothing past an end."""
+    arguments: dict[str, Any] = {
+        "logits": torch.zeros(2, 3, 5), "unconditional": torch.zeros(2, 3, 5), "seeds": torch.arange(2),
+        "guidance": 1.0, "temperature": 1.0, "cutoff": 4.0, "first": 0, "bits": torch.zeros(2, 3, 5, dtype=torch.bool),
+        "own": torch.zeros(2, 3), "sampled": torch.zeros(2, 3),
+    }  # fmt: skip
+    torch.ops.fastvar_cpu.sample_bits(**arguments)
+    with pytest.raises(RuntimeError, match=f"sample_bits: {message}"):
+        torch.ops.fastvar_cpu.sample_bits(**{**arguments, **wrong})
+
+
 def test_every_processor_gives_the_same_bits(tmp_path: Path) -> None:
     """A build without the variants for newer processors agrees in the last digit."""
     (tmp_path / "fastvar").mkdir()
     (tmp_path / "csrc").mkdir()
     shutil.copy(build.PACKAGE / "build.py", tmp_path / "fastvar")
-    for name in ("common.h", "philox.h", "elementary.h", "sample_bits.cpp"):
+    for name in ("common.h", "checks.h", "philox.h", "elementary.h", "sample_bits.cpp"):
         shutil.copy(build.source_folder() / name, tmp_path / "csrc")
     plain = " ".join([*build.find_cxx(), "-DFASTVAR_CLONES="])
     code = (

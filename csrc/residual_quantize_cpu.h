@@ -1,0 +1,140 @@
+// residual_quantize and accumulate_scale on a CPU: what the builds for the different vector units share.
+//
+// The vector code is residual_quantize_lanes.h, which residual_quantize.cpp includes once for each instruction set.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "residual_quantize.h"
+
+namespace fastvar {
+
+struct QuantizeCall {
+  Tokenizer tokenizer;
+  const float* features;     // (B, C, H, W)
+  const int64_t* phi_index;  // (K,)
+  const Grid* grids;         // (K,)
+  int64_t batch;
+  int32_t scales;
+  bool cosine;
+  bool screen;         // bfloat16 first, where the CPU multiplies them
+  int64_t* tokens;     // (B, L)
+  float* feature_map;  // (B, C, H, W)
+  float* inputs;       // (B, L - n_1, C)
+  int64_t* usage;      // (V,), zeros before
+};
+
+struct AccumulateCall {
+  Tokenizer tokenizer;       // with one phi
+  const float* feature_map;  // (B, C, H, W)
+  const int64_t* tokens;     // (B, n)
+  int64_t batch;
+  Grid grid, next, finest;
+  float* accumulated;  // (B, C, H, W)
+  float* inputs;       // (B, n', C), nothing if next has no tokens
+};
+
+struct AccumulateGradients {
+  Tokenizer tokenizer;
+  const int64_t* tokens;  // (B, n)
+  int64_t batch;
+  Grid grid, next, finest;
+  const float* grad;         // (B, C, H, W), or null
+  const float* grad_inputs;  // (B, n', C), or null
+  // what is asked for, or null
+  float* feature_map;  // (B, C, H, W)
+  float* codebook;     // (V, C)
+  float* phi_weight;   // (C, C, 3, 3)
+  float* phi_bias;     // (C)
+};
+
+// Memory that a thread keeps from call to call, as fresh pages cost more than what is computed on them. It is used as
+// a stack and grows, up to a limit, to what a call needed.
+class Stack {
+ public:
+  static Stack& of_thread() {
+    thread_local Stack stack;
+    return stack;
+  }
+
+  void* push(int64_t bytes) {
+    if (used_ == 0 && size_ < wanted_) {
+      ::operator delete(memory_, ALIGNMENT);
+      memory_ = nullptr;
+      size_ = 0;
+      memory_ = static_cast<char*>(::operator new(wanted_, ALIGNMENT));
+      size_ = wanted_;
+    }
+    used_ += bytes;
+    wanted_ = used_ > wanted_ && used_ <= LIMIT ? used_ : wanted_;
+    return used_ <= size_ ? memory_ + used_ - bytes : ::operator new(bytes, ALIGNMENT);
+  }
+
+  void pop(void* data, int64_t bytes) {
+    if (used_ > size_) ::operator delete(data, ALIGNMENT);
+    used_ -= bytes;
+  }
+
+  ~Stack() { ::operator delete(memory_, ALIGNMENT); }
+
+  static constexpr auto ALIGNMENT = std::align_val_t(64);
+
+ private:
+  static constexpr int64_t LIMIT = 8 << 20;
+  char* memory_ = nullptr;
+  int64_t size_ = 0, used_ = 0, wanted_ = 0;
+};
+
+// Memory that is not initialised, aligned for any vector. It belongs to the thread and ends in reverse order.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : bytes_((size * int64_t(sizeof(T)) + 63) / 64 * 64), data_(static_cast<T*>(Stack::of_thread().push(bytes_))) {}
+  ~Buffer() { Stack::of_thread().pop(data_, bytes_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  const int64_t bytes_;
+  T* const data_;
+};
+
+// The phases of a group of images: one after the other on the thread that called, or each over all threads.
+struct Serial {
+  template <typename F>
+  void operator()(int64_t count, const F& phase) const {
+    if (count > 0) phase(int64_t(0), count);
+  }
+};
+
+struct Parallel {
+  template <typename F>
+  void operator()(int64_t count, const F& phase) const {
+    parallel_for(0, count, 1, phase);
+  }
+};
+
+inline int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
+
+// To the nearest bfloat16, ties to even, as the upper half of a float. Not for NaN.
+inline uint32_t to_bfloat16(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+inline float from_bfloat16(uint32_t half) {
+  const uint32_t bits = half << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+}  // namespace fastvar

@@ -1,0 +1,42 @@
+"""The search for nearest codes in Triton: several tiles of rows and parts of the codes, ties, what is not finite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastvar.kernels.residual_quantize import impl_triton
+from samples import noise
+from test_residual_quantize import make_phi
+from test_residual_quantize_cpp import replayed
+
+from fastvar.ops import residual_quantize
+from fastvar.schedule import ScaleSchedule
+
+SCHEDULE = ScaleSchedule((1, (3, 2), (9, 10)))
+
+
+@pytest.mark.parametrize("znorm", [False, True])
+@pytest.mark.parametrize(("channels", "size"), [(8, 700), (12, 300), (32, 129), (3, 5)])
+def test_nearest_codes(channels: int, size: int, znorm: bool) -> None:
+    features, codebook = noise(2, channels, 9, 10), noise(size, channels, seed=1)
+    phi = make_phi(channels, len(SCHEDULE))
+    found = residual_quantize(features, codebook, SCHEDULE, phi=phi, znorm=znorm, backend="triton")
+    excess, rounding, feature_map, inputs = replayed(found.tokens, features, codebook, SCHEDULE, phi, znorm)
+    assert bool((excess <= 8 * rounding).all()), float((excess / rounding).max())
+    assert int((excess > 0).sum()) <= 2
+    torch.testing.assert_close(found.feature_map, feature_map.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.teacher_forcing, inputs.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("programs", [1, 3, 256])
+def test_ties_and_what_is_not_finite(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the codes are divided, the first of equal codes; without any number the first code."""
+    monkeypatch.setattr(impl_triton, "PROGRAMS", programs)
+    # whole numbers, whose products are exact: the interpreter's differ from column to column
+    features, codebook = (4 * noise(3, 3, 9, 10, seed=1)).round(), (4 * noise(5, 3)).round().repeat(100, 1)
+    assert residual_quantize(features, codebook, ScaleSchedule(((9, 10),)), backend="triton").tokens.max() < 5
+    features[0], features[1, 2], codebook[7, 1] = torch.nan, torch.inf, torch.nan
+    for znorm in (False, True):
+        tokens = residual_quantize(features, codebook, SCHEDULE, znorm=znorm, backend="triton").tokens
+        assert tokens[0].tolist() == [0] * SCHEDULE.num_tokens
+        assert tokens.min() >= 0 and tokens.max() < 500

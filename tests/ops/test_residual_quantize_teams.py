@@ -1,0 +1,133 @@
+"""The arithmetic of the CUDA kernels of residual_quantize and accumulate_scale, by threads that stand for their blocks.
+
+Memory of a block is full of NaN before; a missing sync shows as a result that depends on the number of threads.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from samples import noise
+from test_residual_quantize import make_phi
+
+from fastvar.ops import QuantizedResidual, ResidualConv, accumulate_scale, explain
+from fastvar.ops._extension import missing
+from fastvar.schedule import VAR_256, ScaleSchedule
+
+if missing("cpu") is not None:
+    pytest.skip(str(missing("cpu")), allow_module_level=True)
+
+from test_residual_quantize_cpp import replayed
+
+explain("residual_quantize", torch.zeros(1))  # loads the library
+RECTANGLES = ScaleSchedule((1, (2, 3), (2, 5), (5, 7)))
+UNEVEN = ScaleSchedule(((3, 1), (6, 9), (6, 9)))
+
+
+def quantize(
+    features: torch.Tensor, codebook: torch.Tensor, schedule: ScaleSchedule, phi: ResidualConv | None, znorm: bool,
+    *, members: int, parts: int = 1, rows: int = 0, lines: int = 0,
+) -> QuantizedResidual:  # fmt: skip
+    batch, channels = features.shape[:2]
+    tokens = torch.full((batch, schedule.num_tokens), -1)
+    feature_map = torch.full_like(features, torch.nan)
+    inputs = torch.full((batch, schedule.num_tokens - schedule.lengths[0], channels), torch.nan)
+    usage = torch.zeros(len(codebook), dtype=torch.int64)
+    convs = (None, None, 0.0, [0] * len(schedule))
+    if phi is not None:
+        convs = (phi.weight, phi.bias, phi.ratio, list(phi.index))
+    torch.ops.fastvar_cpu.residual_quantize_by_teams(
+        features, codebook, *convs, schedule.flat, znorm, members, parts, rows, lines,
+        tokens, feature_map, inputs, usage,
+    )  # fmt: skip
+    return QuantizedResidual(tokens, feature_map, inputs, usage)
+
+
+LAUNCHES = [
+    {"members": 1},
+    {"members": 5},
+    {"members": 32},
+    {"members": 4, "parts": 2},
+    {"members": 3, "parts": 5},
+    {"members": 1, "rows": 8, "lines": 1},
+    {"members": 6, "rows": 16, "lines": 2},
+    {"members": 33, "rows": 64, "lines": 4},
+]
+CASES = [(RECTANGLES, 12, 50, 2), (RECTANGLES, 3, 5, 0), (UNEVEN, 16, 1029, 3), (ScaleSchedule((1, 1)), 8, 1, 1)]
+
+
+@pytest.mark.parametrize("znorm", [False, True])
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+@pytest.mark.parametrize(("schedule", "channels", "size", "convs"), CASES)
+def test_all_scales(
+    schedule: ScaleSchedule, channels: int, size: int, convs: int, launch: dict[str, int], znorm: bool
+) -> None:
+    features, codebook = noise(2, channels, *schedule.finest), noise(size, channels, seed=1)
+    phi = make_phi(channels, len(schedule), convs) if convs else None
+    tokens, feature_map, inputs, usage = quantize(features, codebook, schedule, phi, znorm, **launch)
+    assert torch.equal(usage, tokens.flatten().bincount(minlength=size))
+    excess, rounding, exact_map, exact_inputs = replayed(tokens, features, codebook, schedule, phi, znorm)
+    assert bool((excess <= 8 * rounding).all()), float((excess / rounding).max())
+    torch.testing.assert_close(feature_map, exact_map.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inputs, exact_inputs.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_launch_does_not_matter() -> None:
+    """Bit for bit, over the scales of VAR with several tiles of codes and passes of rows."""
+    features, codebook, phi = noise(1, 16, 16, 16), noise(700, 16, seed=1), make_phi(16, 10, 4)
+    first, *others = [
+        quantize(features, codebook, VAR_256, phi, False, **launch)
+        for launch in (
+            {"members": 2},
+            {"members": 64},
+            {"members": 8, "parts": 4},
+            {"members": 8, "rows": 64, "lines": 4},
+        )
+    ]
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_the_first_of_equal_codes_and_what_is_not_finite() -> None:
+    codebook, features = noise(5, 3).repeat(700, 1), noise(2, 3, 4, 4, seed=1)
+    schedule = ScaleSchedule((1, 2, 4))
+    for launch in LAUNCHES:
+        assert quantize(features, codebook, schedule, None, False, **launch)[0].max() < 5
+        broken = features.clone()
+        broken[0], broken[1, :, 2] = torch.nan, torch.inf
+        tokens = quantize(broken, codebook, schedule, None, True, **launch)[0]
+        assert tokens[0].tolist() == [0] * 21
+        assert tokens.min() >= 0 and tokens.max() < len(codebook)
+
+
+@pytest.mark.parametrize("with_phi", [False, True])
+@pytest.mark.parametrize(("members", "filters", "lines"), [(1, 16, 5), (7, 8, 2), (33, 4, 3), (16, 8, 16)])
+@pytest.mark.parametrize("scale", [0, 1, 2, 3])
+def test_steps(scale: int, members: int, filters: int, lines: int, with_phi: bool) -> None:
+    schedule, channels = RECTANGLES, 12
+    phi = make_phi(channels, len(schedule), len(schedule)) if with_phi else None
+    feature_map, codebook = noise(3, channels, 5, 7), noise(9, channels, seed=1)
+    tokens = torch.arange(3 * schedule.lengths[scale]).view(3, -1) % 9
+    accumulated = torch.full_like(feature_map, torch.nan)
+    following = schedule[scale + 1] if scale < 3 else (0, 0)
+    inputs = torch.full((3, following[0] * following[1], channels), torch.nan)
+    convs = (None, None, 0.0)
+    if phi is not None:
+        convs = (phi.weight[phi.index[scale]], phi.bias[phi.index[scale]], phi.ratio)
+    torch.ops.fastvar_cpu.accumulate_scale_by_teams(
+        feature_map,
+        tokens,
+        codebook,
+        *convs,
+        *schedule[scale],
+        *following,
+        members,
+        filters,
+        lines,
+        accumulated,
+        inputs,
+    )
+    expected = accumulate_scale(tokens, feature_map.double(), codebook.double(), schedule, scale, phi=phi)
+    torch.testing.assert_close(accumulated, expected.feature_map.float(), rtol=1e-5, atol=1e-5)
+    if expected.next_input is not None:
+        torch.testing.assert_close(inputs, expected.next_input.float(), rtol=1e-5, atol=1e-5)
