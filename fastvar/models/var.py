@@ -283,10 +283,8 @@ class VAR(PretrainedModel):
             else:
                 k, v, _ = block.keys_and_values(x, modulation)
             if self.gradient_checkpointing or not torch.is_grad_enabled():
-                k, v = (
-                    k.contiguous(),
-                    v.contiguous(),
-                )  # slices would keep the whole projection, of which nothing is left
+                # slices would keep the memory of the whole projection, of which nothing else is needed
+                k, v = k.contiguous(), v.contiguous()
             prefix.append(PrefixKV(k, v, lengths))
         return prefix
 
@@ -395,7 +393,14 @@ class VAR(PretrainedModel):
             a number, 0 included, their `CrossEntropy`, for which the logits are never held as a whole.
 
         In training mode conditions and subjects are dropped at the config's rates.
+
+        Raises:
+            ValueError: options that do not go together, see also `hidden`.
         """
+        if token_weights is not None and label_smoothing is None:
+            raise ValueError("VAR: token_weights: expected None without label_smoothing (0 for none), got a tensor")
+        if label_smoothing is not None and (tokens is None or temperature != 1):
+            raise ValueError("VAR: label_smoothing: expected None without tokens or with a temperature, got a number")
         hidden = self.hidden(labels, inputs, subject=subject)
         if tokens is None:
             return self.head(hidden).float()

@@ -72,5 +72,5 @@ def cross_entropy(
     else:
         each = weights.detach().to(losses.dtype).expand_as(losses)
         total = each.sum()
-        loss = (each * losses).sum() / torch.where(total > 0, total, 1)
+        loss = (each * torch.where(each > 0, losses, 0)).sum() / torch.where(total > 0, total, 1)
     return CrossEntropy(loss, losses.detach(), found.entropy.detach())

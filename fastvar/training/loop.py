@@ -289,7 +289,7 @@ def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
     before = json.loads(path.read_text()) if path.is_file() else {}
     different = []
     for part, now in settings.items():
-        old = before.get(part)
+        old = before.get(part, {} if isinstance(now, dict) else None)
         if isinstance(now, dict) and isinstance(old, dict):
             names = [name for name in {**old, **now} if old.get(name) != now.get(name)]
             different += [f"{part}.{name} was {old.get(name)}, is {now.get(name)}" for name in names]

@@ -48,7 +48,13 @@ class VARTask:
                 f"got {len(scale_weights)}"
             )
         self.model = model
-        self.identity = {"tokenizer": crc32(model.tokenizer.codebook.detach().cpu().numpy().tobytes())}
+        self.identity = {
+            "tokenizer": crc32(model.tokenizer.codebook.detach().cpu().numpy().tobytes()),
+            "loss": {
+                **({"label_smoothing": label_smoothing} if label_smoothing else {}),
+                **({"scale_weights": list(scale_weights)} if scale_weights is not None else {}),
+            },
+        }
         self.draw = draw
         self.label_smoothing = label_smoothing
         self.token_weights: torch.Tensor | None = None

@@ -6,7 +6,7 @@ fixed order. The formulas are the reference's.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -103,11 +103,14 @@ def _spans(
 
 @triton.jit
 def _estimate(gap):
-    """exp(gap) - 1 - gap; near 0, where the difference would cancel, by its series."""
+    """exp(gap) - 1 - gap and exp(gap) - 1; near 0, where differences would cancel, by a series."""
     series = 1.0 + gap * (1 / 9)
     for i in tl.static_range(6):
         series = 1.0 + gap * series * (1 / (8 - i))
-    return tl.where(tl.abs(gap) < 0.5, gap * gap * 0.5 * series, tl.exp(gap) - 1.0 - gap)
+    series = gap * gap * 0.5 * series
+    grown = tl.exp(gap) - 1.0
+    near = tl.abs(gap) < 0.5
+    return tl.where(near, series, grown - gap), tl.where(near, series + gap, grown)
 
 
 @triton.jit
@@ -162,7 +165,7 @@ def _tokens(
         cost = -surrogate
         if exact_kl_ptr is not None:
             kl = tl.where(trained, tl.load(exact_kl_ptr + at, trained, 0.0), 0.0)
-            cost += kl_weight * kl
+            cost += tl.where(kl_weight != 0, kl_weight * kl, 0.0)
             kls += mask * kl
         elif reference_ptr is not None:
             other = tl.load(reference_ptr + at, trained, 0.0).to(tl.float32)
@@ -170,8 +173,8 @@ def _tokens(
             if ESTIMATOR == "k2":
                 kl, kl_slope = gap * gap * 0.5, -gap
             else:
-                kl = _estimate(gap)
-                kl_slope = -(kl + gap)
+                kl, grown = _estimate(gap)
+                kl_slope = -grown
             slope += tl.where(kl_weight != 0, kl_weight * share * kl_slope, 0.0)
             cost += tl.where(kl_weight != 0, kl_weight * kl, 0.0)
             kls += mask * kl
@@ -268,7 +271,8 @@ def forward(
     return (*measured, slope, share)
 
 
-@lru_cache
+@cache  # nothing is ever dropped: a CUDA graph may read it
+@torch.inference_mode(False)
 def _tables(schedule: ScaleSchedule, alpha: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The scales' ends and weights (K,), made once: no copy to the device later, during the capture of a graph."""
     factors = [float(h * w) ** -alpha for h, w in schedule]

@@ -120,7 +120,7 @@ class _Head:
     def matrix(self, part: slice) -> torch.Tensor:
         """Rows of the weight (n, E)."""
         assert self.weight is not None
-        return self.weight[part].to(self.dtype)
+        return self.weight[part].to(self.dtype).contiguous()  # oneDNN takes a thousand times as long for slices
 
     def tile(self, states: torch.Tensor, part: slice) -> torch.Tensor:
         """Logits (m, n) divided by the temperature; to be written to."""

@@ -91,3 +91,11 @@ def test_nothing_to_train_is_zero() -> None:
 def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"cross_entropy: {message}"):
         cross_entropy(**problem() | change)
+
+
+def test_tokens_without_weight_may_be_anything() -> None:
+    hidden, weight = noise(1, 3, 8), noise(5, 8)
+    expected = cross_entropy(hidden, weight, None, torch.tensor([[1, 2, 3]]), weights=torch.tensor([1.0, 0.0, 2.0]))
+    hidden[0, 1] = torch.nan
+    got = cross_entropy(hidden, weight, None, torch.tensor([[1, 2, 3]]), weights=torch.tensor([1.0, 0.0, 2.0]))
+    torch.testing.assert_close(got.loss, expected.loss)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.training import VARTask
+from fastvar.training.loop import check_same_settings
 
 GRIDS = ((1, 1), (2, 2), (3, 3))
 
@@ -49,3 +52,25 @@ def test_equals_pytorch(scale_weights: tuple[float, ...] | None, smoothing: floa
 def test_wrong_number_of_weights() -> None:
     with pytest.raises(ValueError, match="VARTask: scale_weights: expected 3 numbers, one for each scale, got 2"):
         VARTask(model(), scale_weights=(1.0, 2.0))
+
+
+def test_options_that_do_not_go_together() -> None:
+    var, labels, tokens = model(), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 14, dtype=torch.int64)
+    inputs = var.tokenizer.teacher_forcing(tokens)
+    for options in ({"label_smoothing": 0.1}, {"tokens": tokens, "token_weights": torch.ones(14)}):
+        with pytest.raises(ValueError, match=r"VAR: (label_smoothing|token_weights): expected None"):
+            var(labels, inputs, **options)
+    with pytest.raises(ValueError, match="VAR: label_smoothing: expected None"):
+        var(labels, inputs, tokens=tokens, label_smoothing=0.0, temperature=0.5)
+
+
+def test_a_run_is_not_resumed_with_another_loss(tmp_path: Path) -> None:
+    settings = {name: dict(VARTask(model(), label_smoothing=e).identity) for name, e in (("a", 0.0), ("b", 0.1))}
+    path = tmp_path / "settings.json"
+    for name, other in (("a", "b"), ("b", "a")):
+        path.write_text(json.dumps(settings[name]))
+        check_same_settings(path, settings[name])
+        with pytest.raises(ValueError, match=r"loss\.label_smoothing was"):
+            check_same_settings(path, settings[other])
+    path.write_text(json.dumps({"tokenizer": settings["a"]["tokenizer"]}))  # of before there was a choice
+    check_same_settings(path, settings["a"])
