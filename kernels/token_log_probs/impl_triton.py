@@ -21,6 +21,8 @@ PARTS = 16  # of the vocabulary, at most: programs for few rows
 GROUP = 8  # tiles of rows whose programs follow one another: they share parts of the head in the cache
 SLOPES = 2**25  # elements that the slopes of some rows may have: 64 MiB in 16 bits
 ROWS = (1024, 8192)  # but not fewer rows and no more
+SHARE = (256, 8)  # nor more than this part of all rows, but this many: else a small batch has all its logits in memory
+LARGEST = 2.0**8  # of scaled slopes, per nat: float16 has room for gaps of 255 nats above, for 2**-32 of it below
 MERGED = 128  # rows that a program merges
 
 
@@ -83,7 +85,7 @@ def _forward(
     h_m, h_e, w_v, w_e, other_h_m, other_h_e, other_w_v, other_w_e, factor, M,
     V: tl.constexpr, E: tl.constexpr, OTHER_E: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr,
     PARTS: tl.constexpr, PART: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_E: tl.constexpr, OTHER_BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr, OTHER_BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, OTHER_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of some rows over a part of the vocabulary: part_ptr (8, PARTS, M)."""
     tile, part = _place(M, PARTS, BLOCK_M, GROUP)
@@ -110,7 +112,7 @@ def _forward(
         if KL:
             y = _logits(
                 other_h_ptr, other_w_ptr, other_b_ptr, row, column, other_h_m, other_h_e, other_w_v, other_w_e, factor,
-                V, OTHER_E, BLOCK_M, BLOCK_V, OTHER_BLOCK_E, PRECISION,
+                V, OTHER_E, BLOCK_M, BLOCK_V, OTHER_BLOCK_E, OTHER_PRECISION,
             )  # fmt: skip
             gap = decay * gap + tl.sum(powers * (z - y), 1)
             _, _, other_peak, other_total, other_along = _take(y, seen, other_peak, other_total, other_along)
@@ -204,7 +206,7 @@ def _bits_forward(
     h_m, h_e, w_v, w_e, bit_m, bit_v, other_h_m, other_h_e, other_w_v, other_w_e, factor, M,
     V: tl.constexpr, E: tl.constexpr, OTHER_E: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, OTHER_BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, OTHER_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All bits of some rows; see the formulas in the reference."""
     place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -228,7 +230,7 @@ def _bits_forward(
         if KL:
             y = _logits(
                 other_h_ptr, other_w_ptr, other_b_ptr, row, column, other_h_m, other_h_e, other_w_v, other_w_e, factor,
-                V, OTHER_E, BLOCK_M, BLOCK_V, OTHER_BLOCK_E, PRECISION,
+                V, OTHER_E, BLOCK_M, BLOCK_V, OTHER_BLOCK_E, OTHER_PRECISION,
             )  # fmt: skip
             zeros = (likely - tl.maximum(z, 0.0)) - (-_log1p_exp(y) - tl.maximum(y, 0.0))
             kl += tl.sum(tl.where(seen, _sigmoid(z) * (z - y) + zeros, 0.0), 1)
@@ -243,14 +245,14 @@ def _bits_forward(
 @triton.jit
 def _slopes(
     h_ptr, w_ptr, b_ptr, token_ptr, other_h_ptr, other_w_ptr, other_b_ptr,
-    of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, entropy_ptr, kl_ptr, sum_ptr, slope_ptr, of_bias_ptr,
+    of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, entropy_ptr, kl_ptr, sum_ptr, scale_ptr, slope_ptr, of_bias_ptr,
     h_m, h_e, w_v, w_e, token_m, token_v, other_h_m, other_h_e, other_w_v, other_w_e, factor, first, last, M,
     V: tl.constexpr, E: tl.constexpr, OTHER_E: tl.constexpr, BITS: tl.constexpr,
     PARTS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
-    OTHER_BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    OTHER_BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, OTHER_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the logits before the temperature, of rows `first` to `last`: slope_ptr (last - first, V), and
-    their sums over this program's rows: of_bias_ptr (tiles of rows, V)."""
+    """Gradients of the logits before the temperature, of rows `first` to `last`: slope_ptr (last - first, V), times
+    what scale_ptr (1) holds, and their sums over this program's rows, not scaled: of_bias_ptr (tiles of rows, V)."""
     tile, part = _place(last - first, PARTS, BLOCK_M, GROUP)
     place = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = place < last - first
@@ -263,7 +265,7 @@ def _slopes(
     if of_kl_ptr is not None:
         y = _logits(
             other_h_ptr, other_w_ptr, other_b_ptr, row, column, other_h_m, other_h_e, other_w_v, other_w_e, factor,
-            V, OTHER_E, BLOCK_M, BLOCK_V, OTHER_BLOCK_E, PRECISION,
+            V, OTHER_E, BLOCK_M, BLOCK_V, OTHER_BLOCK_E, OTHER_PRECISION,
         )  # fmt: skip
     slope = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     if BITS:
@@ -296,9 +298,11 @@ def _slopes(
         slope += tl.where(column[None, :] == token[:, None], own[:, None], 0.0)
     slope = tl.where(valid[:, None] & seen, slope * factor, 0.0)
     at = slope_ptr + place.to(tl.int64)[:, None] * V + column[None, :]
-    tl.store(at, slope, valid[:, None] & seen)
     if of_bias_ptr is not None:
         tl.store(of_bias_ptr + tile.to(tl.int64) * V + column, tl.sum(slope, 0), column < V)
+    if scale_ptr is not None:
+        slope *= tl.load(scale_ptr)
+    tl.store(at, slope, valid[:, None] & seen)
 
 
 def forward(
@@ -358,7 +362,10 @@ def backward(
     results: Sequence[torch.Tensor],
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """Gradients of hidden, weight and bias, as far as they are needed; the logits of some rows are computed anew."""
+    """Gradients of hidden, weight and bias, as far as they are needed; the logits of some rows are computed anew.
+
+    Slopes are rounded to the dtype of the head. Those of a mean over many tokens would be below the least float16, so
+    there they are scaled by a power of two, which the float32 results of the products are divided by."""
     head = _Head(hidden, weight, bias, reference_hidden, reference_weight, reference_bias, temperature)
     of_rows = [None if g is None or not g.numel() else g.flatten().float().contiguous() for g in grads[:4]]
     picked = tokens.flatten(0, 1)
@@ -366,10 +373,12 @@ def backward(
     token_strides = (*picked.stride(), 0)[:2]
     tiles = triton.cdiv(size, head.options["BLOCK_V"])
 
-    def slopes(first: int, last: int, out: torch.Tensor, of_bias: torch.Tensor | None) -> None:
+    def slopes(
+        first: int, last: int, out: torch.Tensor, of_bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
+    ) -> None:
         blocks = triton.cdiv(last - first, head.options["BLOCK_M"])
         _slopes[(blocks * tiles,)](
-            *head.tensors, picked, *head.others, *of_rows, results[1], results[2], results[4], out, of_bias,
+            *head.tensors, picked, *head.others, *of_rows, results[1], results[2], results[4], scale, out, of_bias,
             *head.strides, *token_strides, *head.other_strides, head.factor, first, last, count,
             BITS=tokens.ndim == 3, PARTS=tiles, GROUP=GROUP, **head.options,
         )  # fmt: skip
@@ -378,23 +387,28 @@ def backward(
     of_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs[0] else None
     if weight is None:
         if of_hidden is not None and count:
-            slopes(0, count, of_hidden, None)
+            slopes(0, count, of_hidden)
         return [] if of_hidden is None else [of_hidden]
     matrix = weight.detach()
     of_weight = torch.zeros(weight.shape, **like) if needs[1] and not count else None
     of_bias = torch.zeros(size, **like) if needs[2] else None
-    step = min(max(SLOPES // size, ROWS[0]), ROWS[1])
+    step = min(max(SLOPES // size, ROWS[0]), ROWS[1], max(SHARE[0], count // SHARE[1]))
+    step = triton.cdiv(step, head.options["BLOCK_M"]) * head.options["BLOCK_M"]
     buffer = torch.empty(min(count, step), size, dtype=weight.dtype, device=hidden.device)
     for first in range(0, count, step):
         last = min(first + step, count)
         slope, states = buffer[: last - first], head.tensors[0][first:last]
         blocks = triton.cdiv(last - first, head.options["BLOCK_M"])
         sums = None if of_bias is None else torch.empty(blocks, size, **like)
-        slopes(first, last, slope, sums)
+        scale = _scale(of_rows, first, last, head.factor) if slope.dtype == torch.float16 else None
+        slopes(first, last, slope, sums, scale)
         if of_hidden is not None:
-            of_hidden.flatten(0, 1)[first:last] = slope @ matrix
+            own = slope @ matrix if scale is None else _wide_product(slope, matrix).div_(scale)
+            of_hidden.flatten(0, 1)[first:last] = own
         if needs[1]:
             product = _wide_product(slope.T, states.to(slope.dtype))
+            if scale is not None:
+                product.div_(scale)
             of_weight = product if of_weight is None else of_weight.add_(product)
         if of_bias is not None:
             of_bias += sums.sum(0)
@@ -404,6 +418,17 @@ def backward(
     if of_bias is not None and bias is not None:
         found.append(of_bias.to(bias.dtype))
     return found
+
+
+def _scale(of_rows: Sequence[torch.Tensor | None], first: int, last: int, factor: float) -> torch.Tensor | None:
+    """The power of two (1) that brings the largest finite gradient of these rows to LARGEST / 2 or more, below
+    LARGEST. It stays on the device."""
+    given = [g[first:last] for g in of_rows if g is not None]
+    if not given:
+        return None
+    largest = torch.stack(given).mul_(factor).abs_().nan_to_num_(0.0, 0.0, 0.0).amax().view(1)
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)  # its exponent alone
+    return LARGEST / 2 / power.clamp_min(2.0**-100)
 
 
 def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -431,8 +456,11 @@ class _Head:
         self.tensors, self.strides = _arguments(hidden, weight, bias)
         self.others, self.other_strides = _arguments(reference_hidden, reference_weight, reference_bias)
         width, other = (0 if h is None else h.shape[-1] for h in (hidden, reference_hidden))
-        dtype = hidden.dtype if weight is None else weight.dtype
-        self.options = tile_options(self.size, width, other, dtype, weight is not None)
+        dtype, other_dtype = (
+            h.dtype if w is None else w.dtype
+            for h, w in ((hidden, weight), (hidden if reference_hidden is None else reference_hidden, reference_weight))
+        )
+        self.options = tile_options(self.size, width, other, dtype, other_dtype, weight is not None)
 
 
 def _arguments(
@@ -444,15 +472,17 @@ def _arguments(
     return (rows, weight, None if bias is None else bias.contiguous()), tuple(s for pair in strides for s in pair)
 
 
-def tile_options(size: int, width: int, other: int, dtype: torch.dtype, weighted: bool) -> dict[str, Any]:
-    """The kernels' constants for a vocabulary and hidden sizes. They do not depend on the number of rows, nor on
-    whether there is a reference: a token's log-probability must not, to the bit."""
+def tile_options(
+    size: int, width: int, other: int, dtype: torch.dtype, other_dtype: torch.dtype, weighted: bool
+) -> dict[str, Any]:
+    """The kernels' constants for a vocabulary and hidden sizes and dtypes. None but those named OTHER depend on the
+    reference, and none on the number of rows: a token's log-probability must not, to the bit."""
 
     def block(n: int, most: int) -> int:
         return max(16, min(triton.next_power_of_2(max(n, 1)), most))
 
     wide = dtype == torch.float32
-    step = 32 if wide else 64
+    wide_other = other_dtype == torch.float32
     product = {"BLOCK_M": 64 if wide else 128, "num_warps": 8, "num_stages": 2 if wide else 3}
     plain = {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}  # logits are read: no product to share loads
     return {
@@ -461,7 +491,8 @@ def tile_options(size: int, width: int, other: int, dtype: torch.dtype, weighted
         "E": width,
         "OTHER_E": other,
         "BLOCK_V": block(size, 128),
-        "BLOCK_E": block(width, step),
-        "OTHER_BLOCK_E": block(other, step),
+        "BLOCK_E": block(width, 32 if wide else 64),
+        "OTHER_BLOCK_E": block(other, 32 if wide_other else 64),
         "PRECISION": "tf32x3" if wide else "tf32",  # says nothing for 16 bits
+        "OTHER_PRECISION": "tf32x3" if wide_other else "tf32",
     }

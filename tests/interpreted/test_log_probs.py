@@ -47,11 +47,21 @@ def test_several_tiles(
 
 
 @pytest.mark.parametrize("bits", [False, True])
-def test_slopes_of_some_rows_at_a_time(bits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rows", "settings", "most"),
+    [
+        (150, {"SLOPES": 1, "ROWS": (64, 64)}, 64),
+        (150, {"SHARE": (16, 2)}, 128),  # 75, in whole tiles
+        (300, {}, 256),
+    ],
+)
+def test_slopes_of_some_rows_at_a_time(
+    rows: int, settings: dict[str, Any], most: int, bits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same gradients as of all rows at once, to rounding, and memory for these rows alone."""
-    arguments = with_reference(150, 40, bits=bits)
-    monkeypatch.setattr(scores, "SLOPES", 1)
-    monkeypatch.setattr(scores, "ROWS", (64, 64))
+    arguments = with_reference(rows, 40, bits=bits)
+    for name, value in settings.items():
+        monkeypatch.setattr(scores, name, value)
     empty, largest = torch.empty, 0
 
     def recorded(*shape: Any, **options: Any) -> torch.Tensor:
@@ -62,7 +72,37 @@ def test_slopes_of_some_rows_at_a_time(bits: bool, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch, "empty", recorded)
     check(ops.token_log_probs, arguments, NAMES)
-    assert largest == 64 * 40
+    assert largest == most * 40
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 43520])
+def test_float16_gradients_of_a_mean_over_many_tokens(scale: float) -> None:
+    """Slopes p_j / (B L) are below the least float16; the gradients, sums of many of them, are not."""
+    arguments = problem(70, 1024, 36)
+    arguments = {n: v.half() if v.is_floating_point() else v for n, v in arguments.items()}
+    weights = torch.full((1, 70), scale, dtype=torch.float64)
+    weights[0, 3], weights[0, 40] = 0, -scale / 8
+
+    def gradients(backend: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = {n: arguments[n].to(dtype, copy=True).requires_grad_() for n in NAMES}
+        found = ops.token_log_probs(**arguments | leaves, backend=backend).log_probs
+        return torch.autograd.grad(found, list(leaves.values()), weights.to(found.dtype))
+
+    exact = gradients("reference", torch.float64)
+    plain, found = (gradients(backend, torch.float16) for backend in ("reference", "triton"))
+    for f, p, e in zip(found, plain, exact, strict=True):
+        error, own = (float((t.double() - e).norm()) for t in (f, p))
+        assert error <= 2 * own + torch.finfo(torch.float16).eps / 2 * float(e.norm()), (error, own, float(e.norm()))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-40, 2.0**-16, 1.0, 3.0, 1e30])
+def test_scale_of_slopes(value: float) -> None:
+    """A finite power of two that brings the largest below LARGEST, whatever is not finite elsewhere."""
+    given = torch.tensor([value, -value / 2, torch.inf, -torch.inf, torch.nan, 1e38])
+    scale = float(scores._scale([None, given, None, -given], 0, 5, 0.5))
+    assert 0 < scale < torch.inf and torch.tensor(scale).frexp().mantissa == 0.5
+    assert value < 2.0**-100 or scores.LARGEST / 2 <= scale * value / 2 < scores.LARGEST
+    assert 1 / scale < 2.0**127
 
 
 def test_smoothed_and_weighted() -> None:
@@ -108,6 +148,19 @@ def test_a_row_depends_on_itself_alone() -> None:
         part = {n: arguments[n][:, rows] for n in ("hidden", "tokens")} | {"reference_head": head}
         for alone, of_all in zip(ops.token_log_probs(**arguments | part, backend="triton"), whole, strict=True):
             assert torch.equal(alone, of_all[:, rows])
+
+
+@pytest.mark.parametrize("bits", [False, True])
+def test_a_reference_of_another_dtype(bits: bool) -> None:
+    """Its dtype has no effect on the policy's log-probabilities, to the bit, and its logits are not rounded."""
+    arguments = with_reference(70, 300, bits=bits)
+    head, temperature = arguments.pop("reference_head"), arguments.pop("temperature")
+    arguments = {n: v.half() if v.is_floating_point() else v for n, v in arguments.items()}
+    arguments["temperature"] = temperature
+    alone = ops.token_log_probs(**arguments, backend="triton")
+    found = ops.token_log_probs(**arguments, reference_head=head, backend="triton")
+    assert torch.equal(found.log_probs, alone.log_probs) and torch.equal(found.entropy, alone.entropy)
+    check(ops.token_log_probs, arguments | {"reference_head": head}, NAMES)
 
 
 def test_equal_policies_and_impossible_tokens() -> None:

@@ -18,12 +18,14 @@ from fastvar import ScaleSchedule
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may have
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # Bytes of a thread's registers that lie in memory instead, of the exact KL, which holds two tiles of logits, and of all
-# others. The tiles are chosen for Hopper.
-STACK, FEW = {80: 1024, 90: 256, 100: 1024}, 64
+# others. The tiles are chosen for Hopper and for policies and references of one dtype: a float32 reference, whose
+# products are split in three, has to take the tiles of a policy in 16 bits.
+STACK, MIXED, FEW = {80: 1024, 90: 256, 100: 1024}, 768, 64
 CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": torch.bfloat16, "width": 1920},
     "large vocabulary": {"dtype": torch.float16, "size": 32768, "mean": True},
     "exact KL": {"dtype": torch.bfloat16, "width": 1920, "kl": True},
+    "exact KL, float32 reference": {"dtype": torch.bfloat16, "width": 1920, "kl": True, "other": torch.float32},
     "float32": {"dtype": torch.float32},
     "float32 head": {"dtype": torch.bfloat16, "head": torch.float32, "width": 2048},
     "bits": {"dtype": torch.bfloat16, "size": 32, "width": 2048, "bits": True, "kl": True},
@@ -41,13 +43,15 @@ def score_launches(
     logits: bool = False,
     kl: bool = False,
     mean: bool = False,
+    other: torch.dtype | None = None,
 ) -> list[Launch]:
     """Forward and backward, with gradients of everything; few rows, as products outside of kernels are computed."""
     hidden = torch.empty(2, 8, size if logits else width, dtype=dtype)
     weight, bias = torch.empty(size, width, dtype=head or dtype), torch.empty(size, dtype=head or dtype)
     tokens = torch.empty(2, 8, size, dtype=torch.bool) if bits else torch.empty(2, 8, dtype=torch.int64)
     own = (hidden, None, None) if logits else (hidden, weight, bias)
-    rest = (tokens, *(own if kl else (None,) * 3), 1.0, mean)
+    reference = [None if t is None or not kl else t.to(other or t.dtype) for t in own]
+    rest = (tokens, *reference, 1.0, mean)
 
     def call() -> None:
         results = scores.forward(*own, *rest)
@@ -76,10 +80,12 @@ def test_token_log_probs(capability: int, case: str) -> None:
     for launch in launches:
         found = compile_for(launch, capability)
         where = f"{launch.kernel.__name__}, sm_{capability}: {found._replace(ptx='')}"
-        most = STACK[capability] if "kl" in options else FEW
+        most = MIXED if "other" in options else STACK[capability] if "kl" in options else FEW
         assert found.stack <= most and found.shared <= SHARED[capability], where
         product = launch.kernel.__name__ != "_merge" and "logits" not in options
         assert not product or MATRIX[capability] in found.ptx, where
+        if product and options.get("other") == torch.float32:  # each step of 8 hidden values is multiplied three times
+            assert found.ptx.count(".f32.tf32.tf32") == 3 * launch.named["OTHER_BLOCK_E"] // 8, where
 
 
 @pytest.mark.slow
