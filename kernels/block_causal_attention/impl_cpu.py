@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from fastvar.kernels.common.merging import merge
 
 from fastvar.schedule import ScaleSchedule
 
@@ -61,7 +62,7 @@ def forward(
         packed_out, packed_lse = _packed(out, groups), _packed(lse, groups)  # views
         for part in _prefix_parts(groups, prefix_k.shape[1], prefix_lengths):
             other, sums = _attend(packed, keys, values, part, softmax_scale)
-            _merge(packed_out[part.rows[0]], packed_lse[part.rows[0]], other.transpose(1, 2), sums.transpose(1, 2))
+            merge(packed_out[part.rows[0]], packed_lse[part.rows[0]], other.transpose(1, 2), sums.transpose(1, 2))
     return out.to(q.dtype), lse.transpose(1, 2).contiguous()
 
 
@@ -143,13 +144,6 @@ def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: _Part, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _FORWARD(q[part.rows], k[part.keys], v[part.keys], attn_mask=part.mask, scale=scale)
-
-
-def _merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
-    """Adds to results (., ., H, D) of some keys, with their log-sum-exp (., ., H), those of other keys."""
-    total = torch.logaddexp(lse, other_lse)
-    out.mul_((lse - total).exp_()[..., None]).addcmul_(other, (other_lse - total).exp_()[..., None])
-    lse.copy_(total)
 
 
 def _heads_first(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

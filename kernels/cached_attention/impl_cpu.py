@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from fastvar.kernels.common.merging import merge
 
 FEW = 256  # keys of a row that are copied rather than merged
 _ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -52,7 +53,7 @@ def forward(
     lse = torch.full(q.shape[:3], -torch.inf, dtype=compute)
     for part in reversed(parts):  # a row's own keys first
         for rows, keys, count in _shares(part, q.shape[0]):
-            _merge(out[rows], lse[rows], *_attend(q[rows], part.k[keys, :count], part.v[keys, :count], softmax_scale))
+            merge(out[rows], lse[rows], *_attend(q[rows], part.k[keys, :count], part.v[keys, :count], softmax_scale))
     return out.to(q.dtype)
 
 
@@ -87,10 +88,3 @@ def _shares(part: _Part, batch: int) -> Iterator[tuple[slice, slice, int]]:
     for group, valid in enumerate(part.lengths.tolist()):
         for row in range(group * times, (group + 1) * times) if valid > 0 else ():
             yield slice(row, row + 1), slice(group, group + 1), valid
-
-
-def _merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
-    """Adds to results (., n, H, D) of some keys, with their log-sum-exp (., n, H), those of other keys."""
-    total = torch.logaddexp(lse, other_lse)
-    out.mul_((lse - total).exp_()[..., None]).addcmul_(other.to(out.dtype), (other_lse - total).exp_()[..., None])
-    lse.copy_(total)
