@@ -102,7 +102,13 @@ def test_a_mistake_is_one_line(
 def test_train_sample_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("train-tokenizer", "--output", tmp_path / "vq", *SMALL, *FEW)
     shape = ["--depth", "1", "--width", "16", "--heads", "2"]
-    run("train", "--output", tmp_path / "var", "--tokenizer", tmp_path / "vq/model", *shape, *FEW, "--cache-tokens")
+    train = ["train", "--output", tmp_path / "var", "--tokenizer", tmp_path / "vq/model", *shape, *FEW]
+    with pytest.raises(SystemExit):
+        run(*train, "--scale-weights", 1, 2)
+    assert "scale_weights: expected 3 numbers, one for each scale, got 2" in capsys.readouterr().err
+    run(*train, "--cache-tokens", "--label-smoothing", 0.1, "--scale-weights", 1, 1, 2.5)
+    settings = json.loads((tmp_path / "var/settings.json").read_text())
+    assert settings["loss"] == {"label_smoothing": 0.1, "scale_weights": [1.0, 1.0, 2.5]}
     run(
         "sample",
         "--model",

@@ -87,6 +87,10 @@ class Train:
     """Prefix of a reference subject: "none", "block_causal" or "bidirectional". Handwriting only."""
     cache_tokens: bool = False
     """Encode the whole data set once, in memory, instead of every batch; images are then not augmented anew."""
+    label_smoothing: float = 0.0
+    """Share of the target that goes to all tokens alike."""
+    scale_weights: tuple[float, ...] = ()
+    """How much a token of each scale counts in the loss, coarse to fine; all alike by default."""
     data: Annotated[DataOptions, Flat] = field(default_factory=DataOptions)
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
 
@@ -128,7 +132,13 @@ class Train:
             raise ValueError('train: subject: expected "none" for a folder of images, which has no references')
         if self.cache_tokens:
             dataset = TokenDataset(dataset, tokenizer, reference=model.config.subject != "none")
-        result = train(VARTask(model, self._picture), dataset, self.train, self.output)
+        task = VARTask(
+            model,
+            self._picture,
+            label_smoothing=self.label_smoothing,
+            scale_weights=self.scale_weights or None,
+        )
+        result = train(task, dataset, self.train, self.output)
         print(f"var: {result.output / 'model'} ({result.steps_run} steps, {result.seconds:.0f} s)")
 
     def _picture(self, model: VAR) -> Any:
