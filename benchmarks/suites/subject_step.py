@@ -1,4 +1,4 @@
-"""A training step of a group of samples of one subject: the prefix once for the group, for every row, or in the sequence.
+"""A training step of a group of samples of one subject: its prefix once, for every row, or in the sequence.
 
 The rivals are the same model with the same operators: "prefix a row" passes a prefix for every row, "concatenated" the
 sequence of reference and image, under a dense mask (SDPA). Forward, cross-entropy without logits in memory, backward,
