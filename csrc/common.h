@@ -51,7 +51,7 @@ FASTVAR_HOST_DEVICE inline float multiply_add(float a, float b, float c) {
 }
 
 // Calls f(low, high) for parts of [begin, end) on torch's threads. A part has at least `grain` indices, the last one
-// perhaps fewer; a range of up to `grain` runs on the caller's thread. f must not throw.
+// perhaps fewer; a range of up to `grain` runs on the caller's thread. Of what f throws the caller gets one.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   if (begin < end) torch::stable::parallel_for(begin, end, grain, f);

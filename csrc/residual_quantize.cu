@@ -1,7 +1,7 @@
-// residual_quantize and accumulate_scale on GPUs. All scales in one launch where an image fits into a block's shared
-// memory: a block for each image, or a cluster that shares one where there are fewer images than multiprocessors.
-// Larger images take two launches a scale. One step takes one launch.
-#include "residual_quantize.h"
+// residual_quantize and accumulate_scale on GPUs. All scales in one launch: a block for each image, or a cluster that
+// shares one where there are fewer images than multiprocessors, or an image does not fit into a block's shared memory.
+// What does not fit into a cluster's takes two launches a scale. One step takes one launch.
+#include "residual_quantize_team.h"
 
 #include "residual_quantize_checks.h"
 
@@ -49,23 +49,24 @@ struct ClusterBlock : Block {
 };
 
 template <typename Team>
-__device__ void image_of_block(const Team& team, const Call& call, const Schedule& schedule, const Space& space,
+__device__ void image_of_block(const Team& team, const Call& call, const Schedule& schedule, const Sharing& sharing,
                                int64_t index) {
   extern __shared__ Four dynamic[];
   Call own = call;
   own.grids = schedule.grids;
   own.phi_index = schedule.phi_index;
-  image(team, own, index, space, Memory(dynamic[0].at, space, own.finest()));
+  image(team, own, index, sharing, dynamic[0].at);
 }
 
 __global__ void __launch_bounds__(IMAGE_THREADS, 1)
-    image_kernel(const __grid_constant__ Call call, const __grid_constant__ Schedule schedule, const Space space) {
-  image_of_block(Alone<Block>(Block{}), call, schedule, space, blockIdx.x);
+    image_kernel(const __grid_constant__ Call call, const __grid_constant__ Schedule schedule, const Sharing sharing) {
+  image_of_block(Alone<Block>(Block{}), call, schedule, sharing, blockIdx.x);
 }
 
 __global__ void __launch_bounds__(IMAGE_THREADS, 1)
-    cluster_kernel(const __grid_constant__ Call call, const __grid_constant__ Schedule schedule, const Space space) {
-  image_of_block(ClusterBlock{}, call, schedule, space, blockIdx.x / ClusterBlock::parts());
+    cluster_kernel(const __grid_constant__ Call call, const __grid_constant__ Schedule schedule,
+                   const Sharing sharing) {
+  image_of_block(ClusterBlock{}, call, schedule, sharing, blockIdx.x / ClusterBlock::parts());
 }
 
 __global__ void __launch_bounds__(TILE_THREADS)
@@ -109,25 +110,44 @@ struct Device {
 
 // Blocks (x, y) of so many threads with so many floats of shared memory, in clusters of `parts` blocks along x.
 template <typename... Parameters>
-void launch(void (*kernel)(Parameters...), const Device& device, dim3 blocks, int32_t threads, int64_t floats,
-            int32_t parts, Parameters... parameters) {
-  const auto bytes = int64_t(sizeof(float)) * floats;
-  STD_TORCH_CHECK(bytes <= device.shared, "residual_quantize: codebook: its ", bytes,
-                  " bytes of a block do not fit into ", device.shared, " of shared memory");
-  STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = size_t(bytes);
-  config.stream = device.stream;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {unsigned(parts), 1, 1};
-  config.attrs = &cluster;
-  config.numAttrs = parts > 1 ? 1 : 0;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, parameters...));
-}
+class Launch {
+ public:
+  Launch(void (*kernel)(Parameters...), const Device& device, dim3 blocks, int32_t threads, int64_t floats,
+         int32_t parts = 1)
+      : kernel_(kernel) {
+    const auto bytes = int64_t(sizeof(float)) * floats;
+    STD_TORCH_CHECK(bytes <= device.shared, "expected channels and grids of which a block's part fits into ",
+                    device.shared, " bytes of shared memory, got ", bytes);
+    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+    config_.gridDim = blocks;
+    config_.blockDim = dim3(threads);
+    config_.dynamicSmemBytes = size_t(bytes);
+    config_.stream = device.stream;
+    cluster_.id = cudaLaunchAttributeClusterDimension;
+    cluster_.val.clusterDim = {unsigned(parts), 1, 1};
+    config_.attrs = &cluster_;
+    config_.numAttrs = parts > 1 ? 1 : 0;
+  }
+  Launch(const Launch&) = delete;
+  Launch& operator=(const Launch&) = delete;
+
+  // Whether the GPU, or the part of it that there is, has room for a cluster.
+  [[maybe_unused]] bool has_room() const {
+    int clusters = 0;
+    if (config_.numAttrs) STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel_, &config_));
+    return clusters > 0 || !config_.numAttrs;
+  }
+
+  void operator()(Parameters... parameters) const {
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config_, kernel_, parameters...));
+  }
+
+ private:
+  void (*const kernel_)(Parameters...);
+  cudaLaunchConfig_t config_{};
+  cudaLaunchAttribute cluster_{};
+};
 
 // The most rows of a strip of which two blocks share a multiprocessor, as far as that is possible.
 int32_t strip_lines(const Device& device, int32_t channels, Grid size, Grid grid) {
@@ -138,6 +158,16 @@ int32_t strip_lines(const Device& device, int32_t channels, Grid size, Grid grid
     lines = (lines + 1) / 2;
   }
   return lines;
+}
+
+// With strips as long as fit, of one row if none do.
+Sharing longest_strips(const Device& device, const Call& call, int32_t parts) {
+  int32_t lines = call.finest().height;
+  for (;;) {
+    const Sharing sharing(call, IMAGE_THREADS, parts, lines);
+    if (lines == 1 || sharing.floats(call.finest()) * int64_t(sizeof(float)) <= device.shared) return sharing;
+    lines = (lines + 1) / 2;
+  }
 }
 
 void residual_quantize(const Tensor features, const Tensor codebook, const std::optional<Tensor> phi_weight,
@@ -171,13 +201,18 @@ void residual_quantize(const Tensor features, const Tensor codebook, const std::
             output<int64_t>(usage)};
   const Grid size = call.finest();
   const auto channels = int32_t(features.size(1));
-  const Space whole(channels, IMAGE_THREADS, channels * size.tokens());
-  const int64_t floats = Memory::floats(whole, size);
-  if (floats * int64_t(sizeof(float)) <= device.shared) {
-    int32_t parts = device.major >= 9 ? MOST_PARTS : 1;
-    while (parts > 1 && batch * parts > device.processors) parts /= 2;
-    launch(parts > 1 ? cluster_kernel : image_kernel, device, dim3(unsigned(batch * parts)), IMAGE_THREADS, floats,
-           parts, call, schedule, whole);
+  // clusters as large as leave no multiprocessor idle, or as the image needs
+  const int32_t most_parts = device.major >= 9 ? MOST_PARTS : 1;
+  int32_t parts = most_parts;
+  while (parts > 1 && batch * parts > device.processors) parts /= 2;
+  for (; parts <= most_parts; parts *= 2) {
+    const Sharing sharing = longest_strips(device, call, parts);
+    const int64_t floats = sharing.floats(size);
+    if (floats * int64_t(sizeof(float)) > device.shared) continue;
+    const Launch launch(parts > 1 ? cluster_kernel : image_kernel, device, dim3(unsigned(batch * parts)),
+                        IMAGE_THREADS, floats, parts);
+    if (!launch.has_room()) break;  // larger clusters have none either
+    launch(call, schedule, sharing);
     return;
   }
   const Tensor residual = torch::stable::new_empty(features, {batch, channels, size.height, size.width});
@@ -198,10 +233,10 @@ void residual_quantize(const Tensor features, const Tensor codebook, const std::
       part.call.feature_map += first * plane;
       part.call.tokens += first * call.length;
       part.call.inputs += first * call.inputs_length() * channels;
-      launch(search_kernel, device, dim3(blocks, count), TILE_THREADS, tiled_search_floats(searched, TILE_ROWS), 1,
-             part, schedule, searched);
-      launch(add_kernel, device, dim3(strips, count), TILE_THREADS, tiled_add_floats(added, size, tiled.lines), 1, part,
-             schedule, added);
+      Launch(search_kernel, device, dim3(blocks, count), TILE_THREADS,
+             tiled_search_floats(searched, TILE_ROWS))(part, schedule, searched);
+      Launch(add_kernel, device, dim3(strips, count), TILE_THREADS,
+             tiled_add_floats(added, size, tiled.lines))(part, schedule, added);
     }
     tiled.start += grid.tokens();
   }
@@ -239,8 +274,8 @@ void accumulate_scale(const Tensor feature_map, const Tensor tokens, const Tenso
     part.accumulated += first * plane;
     part.tokens += first * call.grid.tokens();
     part.inputs += first * call.next.tokens() * channels;
-    launch(step_kernel, device, dim3(blocks, count), TILE_THREADS, tiled_add_floats(space, call.finest, call.lines), 1,
-           part, space);
+    Launch(step_kernel, device, dim3(blocks, count), TILE_THREADS,
+           tiled_add_floats(space, call.finest, call.lines))(part, space);
   }
 }
 

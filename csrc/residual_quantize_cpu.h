@@ -10,7 +10,8 @@
 #include <new>
 #include <vector>
 
-#include "residual_quantize.h"
+#include "tokenizer.h"
+#include "resample.h"
 
 namespace fastvar {
 
@@ -70,9 +71,11 @@ class Stack {
       memory_ = static_cast<char*>(::operator new(wanted_, ALIGNMENT));
       size_ = wanted_;
     }
-    used_ += bytes;
+    const int64_t top = used_ + bytes;
+    void* const data = top <= size_ ? memory_ + used_ : ::operator new(bytes, ALIGNMENT);
+    used_ = top;  // not before: without memory nothing has changed
     wanted_ = used_ > wanted_ && used_ <= LIMIT ? used_ : wanted_;
-    return used_ <= size_ ? memory_ + used_ - bytes : ::operator new(bytes, ALIGNMENT);
+    return data;
   }
 
   void pop(void* data, int64_t bytes) {

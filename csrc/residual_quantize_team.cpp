@@ -4,8 +4,8 @@
 #include <memory>
 #include <optional>
 
-#include "residual_quantize.h"
 #include "residual_quantize_checks.h"
+#include "residual_quantize_team.h"
 
 namespace fastvar::quantize {
 namespace {
@@ -35,21 +35,20 @@ std::unique_ptr<Four[]> block_memory(int64_t floats) {
   return memory;
 }
 
-void clusters(const Call& call, int64_t batch, int32_t members, int32_t parts) {
-  const Grid size = call.finest();
-  const Space space(int32_t(call.tokenizer.channels), members, call.tokenizer.channels * size.tokens());
+void clusters(const Call& call, int64_t batch, int32_t members, int32_t parts, int32_t lines) {
+  const Sharing sharing(call, members, parts, lines);
   for (int64_t index = 0; index < batch; ++index) {
     std::vector<std::unique_ptr<Four[]>> memories;
     std::vector<float*> floats;
     std::vector<std::unique_ptr<std::barrier<>>> barriers;
     for (int32_t part = 0; part < parts; ++part) {
-      memories.push_back(block_memory(Memory::floats(space, size)));
+      memories.push_back(block_memory(sharing.floats(call.finest())));
       floats.push_back(memories.back()[0].at);
       barriers.push_back(std::make_unique<std::barrier<>>(members));
     }
     as_team(members * parts, [&](const Rank& all) {
       const Part team(all, members, barriers[all.rank() / members].get(), floats.data());
-      image(team, call, index, space, Memory(floats[team.part()], space, size));
+      image(team, call, index, sharing, floats[team.part()]);
     });
   }
 }
@@ -80,7 +79,7 @@ void tiles(const Call& call, int64_t batch, int32_t members, int32_t rows, int32
 }
 
 // With rows above 0 by tiles of so many rows of the search and lines of the image, otherwise by clusters of so many
-// parts.
+// parts with strips of so many lines.
 void residual_quantize(const Tensor features, const Tensor codebook, const std::optional<Tensor> phi_weight,
                        const std::optional<Tensor> phi_bias, double phi_ratio, const std::vector<int64_t> phi_index,
                        const std::vector<int64_t> grids, bool cosine, int64_t members, int64_t parts, int64_t rows,
@@ -91,7 +90,7 @@ void residual_quantize(const Tensor features, const Tensor codebook, const std::
   checks.number("members", members, 1, MOST_THREADS);
   checks.number("parts", parts, 1, MOST_THREADS / members);
   checks.number("rows", rows % ROWS, 0, 0);
-  checks.number("lines", lines, rows > 0, MOST_SIDE);
+  checks.number("lines", lines, 1, MOST_SIDE);
   std::vector<Grid> sizes;
   for (size_t i = 0; i < grids.size(); i += 2) sizes.push_back({int32_t(grids[i]), int32_t(grids[i + 1])});
   std::vector<int32_t> phis(phi_index.begin(), phi_index.end());
@@ -110,7 +109,7 @@ void residual_quantize(const Tensor features, const Tensor codebook, const std::
   if (rows > 0)
     tiles(call, features.size(0), int32_t(members), int32_t(rows), int32_t(lines));
   else
-    clusters(call, features.size(0), int32_t(members), int32_t(parts));
+    clusters(call, features.size(0), int32_t(members), int32_t(parts), int32_t(lines));
 }
 
 void accumulate_scale(const Tensor feature_map, const Tensor tokens, const Tensor codebook,

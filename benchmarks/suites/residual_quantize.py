@@ -180,8 +180,9 @@ SUITE = Suite(
             {"model": "VAR-d16", "batch": 8, "dtype": "float32"},
         ],
         "gpu": [
-            {"model": "VAR-d16", "batch": 64, "dtype": "float32"},
-            {"model": "VAR-d36-512", "batch": 32, "dtype": "float32"},
+            {"model": model, "batch": batch, "dtype": "float32"}
+            for batch in (64, 1)
+            for model in ("VAR-d16", "VAR-d36-512")
         ],
     },
     (*own_names(OP), "FoundationVision/VAR", "eager", "torch.compile"),

@@ -62,6 +62,14 @@ def integer(op: str, argument: str, tensor: torch.Tensor) -> None:
         fail(op, argument, "int64 or int32", tensor.dtype)
 
 
+def indices(op: str, argument: str, tensor: torch.Tensor, size: int) -> None:
+    """With FASTVAR_DEBUG=1, outside of torch.compile: check that indices are from 0 to size - 1."""
+    if DEBUG and not torch.compiler.is_compiling() and tensor.numel():
+        smallest, largest = (int(bound) for bound in tensor.aminmax())
+        if smallest < 0 or largest >= size:
+            fail(op, argument, f"indices from 0 to {size - 1}", f"{smallest} to {largest}")
+
+
 def schedule(op: str, value: object) -> None:
     """Check that a schedule is a `ScaleSchedule`."""
     if not isinstance(value, ScaleSchedule):

@@ -201,8 +201,8 @@ def residual_quantize(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a schedule that does not end at (H, W). With
-            FASTVAR_DEBUG=1 also numbers that are not finite; without, tokens of such features are indices of the
-            codebook nevertheless.
+            FASTVAR_DEBUG=1 also numbers that are not finite; without, tokens of such features, or of cosines of vectors
+            whose squared length is past float32, are indices of the codebook nevertheless.
 
     Source: VAR (arXiv 2404.02905), algorithm 1.
     """
@@ -247,7 +247,9 @@ def accumulate_scale(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a scale that does not exist. With FASTVAR_DEBUG=1 also
-            numbers that are not finite.
+            numbers that are not finite and tokens that do not exist; without, such a token is an error on CPUs (which
+            one depends on the implementation), and on GPUs, where nothing waits for it, stands for the first or the
+            last code in CUDA.
     """
     op = "accumulate_scale"
     check_features(op, "feature_map", feature_map, schedule)
@@ -257,6 +259,7 @@ def accumulate_scale(
     _checks.integer(op, "tokens", tokens)
     _checks.same_device(op, "feature_map", feature_map, tokens=tokens)
     _check_codebook(op, "feature_map", feature_map, codebook)
+    _checks.indices(op, "tokens", tokens, codebook.shape[0])
     weight, bias, ratio = None, None, 0.0
     if phi is not None:
         _check_phi(op, "feature_map", feature_map, phi, len(schedule))

@@ -1,6 +1,7 @@
 """Gradients of accumulate_scale, for implementations whose own forward cannot be differentiated.
 
 Resampling is a product with a matrix for each axis, forwards and backwards: such sums have an order on every device.
+The convolutions are in float32, as forwards, and in a fixed order too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def accumulate_scale_backward(
     next_width: int,
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """Gradients of feature_map, codebook, phi_weight and phi_bias, as far as they are needed, in float32."""
+    """Gradients of feature_map, codebook, phi_weight and phi_bias, as far as they are needed, in float32. A token that
+    does not exist stands for the first or the last code, as forwards."""
+    tokens = tokens.clamp(0, len(codebook) - 1)
     grad, following = grads
     needs_map, _, needs_codes, needs_weight, needs_bias = needs
     size = feature_map.shape[-2:]
@@ -44,10 +47,11 @@ def accumulate_scale_backward(
         if needs_weight:
             gathered = F.embedding(tokens, codebook.to(torch.float32)).mT.unflatten(2, (height, width))
             codes = _resampled(gathered, upwards)
-        blurred, weight, bias = torch.ops.aten.convolution_backward(
-            total * phi_ratio, codes, convolution, [len(convolution)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
-            [needs_codes, needs_weight, needs_bias],
-        )  # fmt: skip
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            blurred, weight, bias = torch.ops.aten.convolution_backward(
+                total * phi_ratio, codes, convolution, [len(convolution)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+                [needs_codes, needs_weight, needs_bias],
+            )  # fmt: skip
         if needs_codes:
             incoming = blurred.add_(total, alpha=1 - phi_ratio)
     book = None

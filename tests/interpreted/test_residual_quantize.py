@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from fastvar.kernels.residual_quantize import impl_triton
+from replay import replayed
 from samples import noise
 from test_residual_quantize import make_phi
-from test_residual_quantize_cpp import replayed
 
 from fastvar.ops import residual_quantize
 from fastvar.schedule import ScaleSchedule

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from replay import replayed
 from samples import noise
 from test_residual_quantize import make_phi
-from test_residual_quantize_cpp import replayed
 
 from fastvar.ops import accumulate_scale, explain, residual_quantize
-from fastvar.schedule import VAR_256, VAR_512, ScaleSchedule
+from fastvar.schedule import VAR_256, VAR_512, VAR_1024, ScaleSchedule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +19,10 @@ CASES = [
     (VAR_256, 1, 32, 4096),  # a cluster for each image
     (VAR_256, 200, 32, 512),  # a block for each image
     (VAR_256, 3, 8, 700),
-    (VAR_512, 2, 32, 4096),  # tiles
+    (VAR_512, 2, 32, 4096),
+    (VAR_512, 70, 32, 512),  # clusters because of the size
+    (VAR_1024, 1, 32, 4096),
+    (ScaleSchedule((1, 7, 80)), 1, 32, 300),  # tiles
     (ScaleSchedule((1, (2, 3), (2, 5), (5, 7))), 3, 12, 50),
     (ScaleSchedule((1, 7, 64)), 2, 64, 1000),
 ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from bounds import assert_as_accurate
+from replay import replayed
 from samples import noise
 from test_residual_quantize import make_phi
 
@@ -18,7 +21,7 @@ from fastvar.schedule import VAR_256, ScaleSchedule
 if missing("cpu") is not None:
     pytest.skip(str(missing("cpu")), allow_module_level=True)
 
-from fastvar.kernels.residual_quantize import impl_cpp, reference
+from fastvar.kernels.residual_quantize import impl_cpp
 
 explain("residual_quantize", torch.zeros(1))  # loads the library
 UNIT = torch.ops.fastvar_cpu.vector_unit()  # 17: 16 floats and products of bfloat16
@@ -32,35 +35,6 @@ def as_before() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     impl_cpp.LANES, impl_cpp.SCREEN = lanes, screen
-
-
-def replayed(
-    tokens: torch.Tensor, features: torch.Tensor, codebook: torch.Tensor, schedule: ScaleSchedule,
-    phi: ResidualConv | None, znorm: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """In float64, for the residuals that these tokens leave: by how much a code is nearer than the token's, what a
-    rounding in float32 of such a distance is, the feature map and the inputs."""
-    features, codebook = features.double(), codebook.double()
-    feature_map, excess, rounding, inputs = torch.zeros_like(features), [], [], []
-    for k, part in enumerate(tokens.split(schedule.lengths, 1)):
-        rows = reference._to_rows(reference._area(features - feature_map, schedule[k]))  # [B, n, C]
-        if znorm:
-            rows, codes = (t / t.norm(dim=-1, keepdim=True).clamp(min=1e-12) for t in (rows, codebook))
-            distances, size = -rows @ codes.T, torch.ones(rows.shape[:2], dtype=torch.float64)
-        else:
-            distances = torch.cdist(rows, codebook, compute_mode="donot_use_mm_for_euclid_dist").square()
-            size = rows.square().sum(-1) + codebook.square().sum(-1).amax()
-        excess.append(distances.gather(2, part[..., None])[..., 0] - distances.amin(2))
-        rounding.append(size * torch.finfo(torch.float32).eps)
-        convs = (None, None, 0.0)
-        if phi is not None:
-            convs = (phi.weight[phi.index[k]].double(), phi.bias[phi.index[k]].double(), phi.ratio)
-        following = schedule[k + 1] if k + 1 < len(schedule) else (0, 0)
-        feature_map, next_input = reference.accumulate_scale(
-            feature_map, part, codebook, *convs, *schedule[k], *following
-        )
-        inputs.append(next_input)
-    return torch.cat(excess, 1), torch.cat(rounding, 1), feature_map, torch.cat(inputs, 1)
 
 
 CASES = [
@@ -130,6 +104,17 @@ def test_the_screen_never_changes_a_token(name: str, znorm: bool, rounded: str) 
         check_screen(features + shift, codebook, schedule, znorm)
 
 
+@pytest.mark.skipif(UNIT < 17, reason="this processor does not multiply bfloat16")
+def test_the_screen_counts_roundings_of_its_sums() -> None:
+    """Codes as long as one another, which bfloat16 holds: all that is wrong are the roundings of sums."""
+    generator = torch.Generator().manual_seed(0)
+    first = noise(16).bfloat16().float()
+    codebook = torch.stack([first[torch.randperm(16, generator=generator)] for _ in range(2000)])
+    for scale in (1e-4, 1e-5):
+        features = (scale * noise(32, 16, 8, 8, seed=1)).bfloat16().float()
+        check_screen(features, codebook, ScaleSchedule((8,)), znorm=False)
+
+
 def check_screen(features: torch.Tensor, codebook: torch.Tensor, schedule: ScaleSchedule, znorm: bool) -> None:
     found = []
     for impl_cpp.SCREEN in (True, False):
@@ -186,14 +171,61 @@ def test_what_is_not_finite_never_leaves_the_codebook(znorm: bool) -> None:
     assert nothing.tokens.eq(0).all()
 
 
-@pytest.mark.parametrize(("argument", "value"), [("features", torch.nan), ("codebook", torch.inf)])
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("features", torch.nan), ("codebook", torch.inf), ("phi.weight", torch.nan), ("phi.bias", -torch.inf)],
+)
 def test_debug_mode_names_the_argument(argument: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = {"features": noise(1, 4, 2, 2), "codebook": noise(9, 4)}
-    arguments[argument].flatten()[1] = value
-    residual_quantize(**arguments, schedule=ScaleSchedule((1, 2)))
+    schedule, phi = ScaleSchedule((1, 2)), make_phi(4, 2)
+    features, codebook = noise(1, 4, 2, 2), noise(9, 4)
+    broken = {"features": features, "codebook": codebook, "phi.weight": phi.weight, "phi.bias": phi.bias}[argument]
+    broken.view(-1)[1] = value
+    residual_quantize(features, codebook, schedule, phi=phi)
     monkeypatch.setattr(_checks, "DEBUG", True)
-    with pytest.raises(ValueError, match=f"residual_quantize: {argument}: expected finite numbers, got 1"):
-        residual_quantize(**arguments, schedule=ScaleSchedule((1, 2)))
+    message = f"{argument}: expected finite numbers, got 1"
+    with pytest.raises(ValueError, match=f"residual_quantize: {message}"):
+        residual_quantize(features, codebook, schedule, phi=phi)
+    with pytest.raises(ValueError, match=f"accumulate_scale: {message.replace('features', 'feature_map')}"):
+        accumulate_scale(torch.zeros(1, 1, dtype=torch.int64), features, codebook, schedule, 0, phi=phi)
+
+
+def test_debug_mode_looks_at_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_checks, "DEBUG", True)
+    with pytest.raises(ValueError, match="accumulate_scale: tokens: expected indices from 0 to 8, got 3 to 9"):
+        accumulate_scale(torch.tensor([[3, 4, 5, 9]]), noise(1, 4, 2, 2), noise(9, 4), ScaleSchedule((1, 2)), 1)
+
+
+@pytest.mark.parametrize("room", [4, 12])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_without_memory(threads: int, room: int) -> None:
+    """An error in the middle of the work, after which the process goes on."""
+    script = """
+import resource, sys
+import torch
+from fastvar import ScaleSchedule
+from fastvar.ops import residual_quantize
+threads, room = map(int, sys.argv[1:])
+torch.set_num_threads(threads)
+codebook, features = torch.randn(100, 2), torch.randn(1, 2, 256, 256)
+def run(side):
+    small = features[..., :side, :side].contiguous()
+    return residual_quantize(small, codebook, ScaleSchedule((side,)), backend="cpu").tokens
+expected = run(64)
+run(64)
+used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
+limits = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, ((used + 1024 * room) * 1024, limits[1]))
+try:
+    run(256)
+except (MemoryError, RuntimeError):
+    print("no memory")
+resource.setrlimit(resource.RLIMIT_AS, limits)
+assert torch.equal(run(64), expected)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(threads), str(room)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout == "no memory\n", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from replay import replayed
 from samples import noise
 from test_residual_quantize import make_phi
 
@@ -17,7 +18,6 @@ from fastvar.schedule import VAR_256, ScaleSchedule
 if missing("cpu") is not None:
     pytest.skip(str(missing("cpu")), allow_module_level=True)
 
-from test_residual_quantize_cpp import replayed
 
 explain("residual_quantize", torch.zeros(1))  # loads the library
 RECTANGLES = ScaleSchedule((1, (2, 3), (2, 5), (5, 7)))
@@ -37,8 +37,8 @@ def quantize(
     if phi is not None:
         convs = (phi.weight, phi.bias, phi.ratio, list(phi.index))
     torch.ops.fastvar_cpu.residual_quantize_by_teams(
-        features, codebook, *convs, schedule.flat, znorm, members, parts, rows, lines,
-        tokens, feature_map, inputs, usage,
+        features, codebook, *convs, schedule.flat, znorm, members, parts, rows,
+        lines or schedule.finest[0], tokens, feature_map, inputs, usage,
     )  # fmt: skip
     return QuantizedResidual(tokens, feature_map, inputs, usage)
 
@@ -49,6 +49,8 @@ LAUNCHES = [
     {"members": 32},
     {"members": 4, "parts": 2},
     {"members": 3, "parts": 5},
+    {"members": 7, "lines": 2},
+    {"members": 5, "parts": 3, "lines": 1},
     {"members": 1, "rows": 8, "lines": 1},
     {"members": 6, "rows": 16, "lines": 2},
     {"members": 33, "rows": 64, "lines": 4},
@@ -81,6 +83,7 @@ def test_the_launch_does_not_matter() -> None:
             {"members": 2},
             {"members": 64},
             {"members": 8, "parts": 4},
+            {"members": 8, "parts": 8, "lines": 3},
             {"members": 8, "rows": 64, "lines": 4},
         )
     ]
