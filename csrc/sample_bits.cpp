@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t STREAM = 0;       // of fastvar/random.py: the draws of tokens and bits
 constexpr int64_t ELEMENTS = 1024;  // done at a time: their intermediate results stay in the nearest cache
 constexpr int LANES = 16;
+constexpr float LARGEST = 1e30f;  // stands for an infinite logit under guidance, so that differences are no NaN
 
 struct Settings {
   float conditional, unconditional;  // weights of the two, 1 + t and t
@@ -22,10 +23,17 @@ struct Settings {
   float cutoff;  // a bit is certain from this size of the guided logit on
 };
 
+// NaN stays
+inline __attribute__((always_inline)) float finite(float x) {
+  return x > LARGEST ? LARGEST : (x < -LARGEST ? -LARGEST : x);
+}
+
 // z = (conditional * logits - unconditional * others) / temperature; others may be null
 FASTVAR_CLONES void guide(const float* logits, const float* others, Settings s, int64_t count, float* z) {
   if (others) {
-    for (int64_t i = 0; i < count; ++i) z[i] = logits[i] * s.conditional - others[i] * s.unconditional;
+    for (int64_t i = 0; i < count; ++i) {
+      z[i] = finite(logits[i]) * s.conditional - finite(others[i]) * s.unconditional;
+    }
   } else {
     for (int64_t i = 0; i < count; ++i) z[i] = logits[i];
   }
@@ -54,12 +62,12 @@ FASTVAR_CLONES void draw(const float* __restrict z, const float* __restrict numb
   }
 }
 
-// scores: log-probability of each bit under z; 0 where there was no choice
+// scores: log-probability of each bit under z; 0 where there was no choice and it is the likelier one
 FASTVAR_CLONES void score(const float* __restrict z, const int32_t* __restrict bits, float cutoff, int64_t count,
                           float* __restrict scores) {
   for (int64_t i = 0; i < count; ++i) {
-    const float found = log_sigmoid(bits[i] ? z[i] : -z[i]);
-    scores[i] = is_certain(z[i], cutoff) ? 0.f : found;
+    const float along = bits[i] ? z[i] : -z[i], found = log_sigmoid(along);
+    scores[i] = is_certain(z[i], cutoff) & static_cast<int32_t>(along > 0) ? 0.f : found;
   }
 }
 

@@ -44,7 +44,7 @@ def cross_entropy(
             the losses of a token's bits are summed.
         label_smoothing: e, from 0 to 1.
         weights: (L,) or (B, L), at least 0, how much each token counts; for weights of the scales `w[scale_of_token]`.
-            None counts all alike.
+            None counts all alike. What stands where the weight is 0 has no effect, NaN neither.
         backend: see `fastvar.support()`; of the operator `token_log_probs`.
 
     Returns:

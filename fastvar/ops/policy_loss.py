@@ -182,8 +182,8 @@ def policy_loss(
         old_log_probs: (B, L) at the rollout; None is on-policy: the ratio is 1 and keeps its gradient.
         reference_log_probs: (B, L) of the reference policy, for the estimators k2 and k3.
         reference_head: (hidden, weight, bias) of the reference policy, for the exact KL.
-        token_mask: (B, L) bool or 0..1, the tokens to train and how much; None trains all. Log-probabilities,
-            references and tokens where the mask is 0 have no effect; hidden states there have to be finite.
+        token_mask: (B, L) bool or 0..1, the tokens to train and how much; None trains all. What stands where the mask
+            is 0 has no effect, NaN neither: hidden states, log-probabilities, references and (valid) tokens.
         mask_totals: (K,) sums of the mask over each scale's tokens in the whole batch, where this call has only some of
             its rows (a micro-batch, a process's share) and advantages of the whole: the losses and gradients of the
             parts then add up to the whole's. None: the call has all rows.

@@ -157,7 +157,8 @@ def sample_bits(
     with probability sigmoid(z). For p <= 1/2 every bit is therefore certain, save those with z = 0, which stay fair.
 
     Args:
-        logits: (B, n, d), the logit of 1 minus the logit of 0, any floating dtype.
+        logits: (B, n, d), the logit of 1 minus the logit of 0, any floating dtype. Infinite ones make bits certain;
+            under guidance two infinite ones of a sign cancel.
         unconditional: (B, n, d), without the condition; needed where guidance is not 0.
         guidance: t as VAR defines it. Infinity's cfg is 1 + t.
         temperature: above 0; for the likelier bit take top_k=1. Infinity calls it tau.

@@ -47,7 +47,7 @@ def _fake(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     shape = tokens.shape[:2]
     none = (0,)
-    sums = 0 if tokens.ndim == 3 else 1 if reference_hidden is None else 2
+    sums = 0 if tokens.ndim == 3 else 2 if reference_hidden is None else 4
     shapes = (shape, shape, none if reference_hidden is None else shape, shape if mean else none, (sums, *shape))
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 
@@ -56,7 +56,7 @@ _LOG_PROBS = Operator(
     "token_log_probs",
     "Tensor hidden, Tensor? weight, Tensor? bias, Tensor tokens, Tensor? reference_hidden, Tensor? reference_weight, "
     "Tensor? reference_bias, float temperature, bool mean",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",  # log_probs, entropy, kl, mean, log-sum-exp for the backward pass
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",  # log_probs, entropy, kl, mean, sums for the backward pass
     fake=_fake,
     implementations=[
         triton_implementation("token_log_probs"),
@@ -99,11 +99,17 @@ def token_log_probs(
         bias. Products of the inputs, sums and statistics in float32 (float64 for float64); under autocast the inputs of
         the product are first rounded to its dtype, as a linear layer would. A row's result does not depend on the
         other rows, nor on how many they are, wherever a matrix product of 16 rows or more has that property. The
-        weight's gradient is summed in a fixed order in float32 and rounded once.
+        weight's gradient is summed in a fixed order in float32 and rounded once. On a GPU products of float32 follow
+        torch.set_float32_matmul_precision, as a linear layer's do, save for the logits of backend "triton".
+
+        A row whose incoming gradients are all 0 is left out of the gradients, whatever stands in it, NaN too. A logit
+        of minus infinity has probability 0 and no gradient, and the token's log-probability is then minus infinity, as
+        is that of a bit against an infinite logit; in KL and smoothed losses it counts as -1e30. A row of nothing but
+        minus infinity, one with plus infinity and one with NaN are NaN; an infinite logit of a bit makes it certain.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, temperature not above 0; on a CPU also tokens out of range (on
-            other devices that would need a synchronisation, and the result is undefined).
+        ValueError: shapes or dtypes that do not fit, no logits at all, temperature not above 0; on a CPU also tokens
+            out of range (on other devices that would need a synchronisation, and the result is undefined).
     """
     found = score("token_log_probs", backend, hidden, weight, bias, tokens, temperature, reference_head)
     return TokenLogProbs(*found[:3])
@@ -126,6 +132,9 @@ def score(
         _checks.fail(op, "temperature", "a number above 0", temperature)
     hidden, weight, bias = _checked_head(op, "", hidden, weight, bias)
     size = hidden.shape[2] if weight is None else weight.shape[0]
+    if size == 0:
+        name, tensor = ("hidden", hidden) if weight is None else ("weight", weight)
+        _checks.fail(op, name, f"{'d' if tokens.ndim == 3 else 'V'} of at least 1", tuple(tensor.shape))
     if tokens.ndim == 3:
         _checks.shape(op, "tokens", tokens, *hidden.shape[:2], size)
         if tokens.dtype != torch.bool:

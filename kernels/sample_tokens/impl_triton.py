@@ -18,6 +18,7 @@ from fastvar.kernels.common.philox import uniform
 STREAM = tl.constexpr(0)  # of the random numbers, that of the reference
 DEPTH = tl.constexpr(87.0)  # so far below the largest logit weights leave the range of normal numbers
 HALVE = tl.constexpr(6)  # every so many steps the search halves what is left
+LARGEST = tl.constexpr(1e30)  # stands for an infinite logit of a bit
 STEPS = tl.constexpr(6 * 33)  # that halve all float32 numbers; only NaN takes so many
 WIDTH = 128  # logits of a block
 ROW_OF_WARP = 1024  # logits that a warp holds: few registers are left beside the logits and their weights
@@ -180,6 +181,13 @@ def _tokens(
 
 
 @triton.jit
+def _finite(x):
+    """For differences of infinite logits of bits, as in the reference."""
+    x = tl.where(x > LARGEST, LARGEST, x)
+    return tl.where(x < -LARGEST, -LARGEST, x)
+
+
+@triton.jit
 def _log_sigmoid(x):
     return tl.minimum(x, 0.0) - tl.log(1 + tl.exp(-tl.abs(x)))
 
@@ -201,7 +209,7 @@ def _bits(
     z = own
     if GUIDED:
         others = others_ptr + b * others_b + i * others_n + column.to(tl.int64) * others_v
-        z = own * gain - tl.load(others, seen, 0.0).to(tl.float32) * guidance
+        z = _finite(own) * gain - _finite(tl.load(others, seen, 0.0).to(tl.float32)) * guidance
     if TEMPERED:
         z, own = tl.div_rn(z, temperature), tl.div_rn(own, temperature)
     certain = (tl.abs(z) >= cutoff) & (z != 0)

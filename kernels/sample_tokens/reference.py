@@ -10,6 +10,7 @@ from fastvar.random import uniform
 
 _STREAM = 0  # of fastvar.random: the draws of tokens and bits
 _CHUNK = 2**19  # logits
+_LARGEST = 1e30  # stands for an infinite logit of a bit
 
 
 def forward(
@@ -90,9 +91,10 @@ def bits(
     position: int,
     log_probs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Bits (B, n, d), and with `log_probs` the log-probabilities (B, n) summed over the bits, else empty ones."""
+    """Bits (B, n, d), and with `log_probs` the log-probabilities (B, n) summed over the bits, else empty ones. Infinite
+    logits make bits certain; guidance takes them for `_LARGEST`, whose differences are no NaN."""
     count, size = logits.shape[1:]
-    guided = _guided(logits, unconditional, guidance, temperature)  # [B, n, d]
+    guided = _guided(_finite(logits), _finite(unconditional), guidance, temperature)  # [B, n, d]
     # Of a pair the smaller one has probability sigmoid(-|z|) and goes where that is <= 1 - p: |z| >= log(p / (1 - p)).
     # A tie (z = 0) is never broken, by top-k neither.
     cutoff = 0.0 if top_k == 1 else math.inf
@@ -114,6 +116,12 @@ def bits(
     own = F.logsigmoid(sign * _guided(logits, None, 0, temperature)).sum(-1)
     sampled = F.logsigmoid(sign * guided).masked_fill(certain, 0).sum(-1)
     return drawn, own, sampled
+
+
+def _finite(logits: torch.Tensor | None) -> torch.Tensor | None:
+    if logits is None:
+        return None
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(-_LARGEST, _LARGEST)
 
 
 def _guided(

@@ -4,7 +4,10 @@ Forward, a program multiplies a tile of rows with a part of the vocabulary and k
 kernel merges the parts in order. How the vocabulary is divided depends on its size alone, and a row of a tile knows
 nothing of the other rows: so results do not depend on the batch. Backward, a kernel computes the logits of some rows
 anew and writes the gradient of the loss with respect to them; the products of that with head and hidden states are
-plain ones, which cuBLAS does best. Backward starts from the log-sum-exp of the forward pass, whose tiles it repeats.
+plain ones, which cuBLAS does best. Backward starts from the softmax's sums of the forward pass, whose tiles it repeats.
+
+The logits' own products are as exact as float32 whatever torch's settings for products of matrices are; those plain
+ones follow the settings, as a linear layer's gradients do.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from fastvar.kernels.token_log_probs.reference import live_rows
 
 IMPOSSIBLE = tl.constexpr(-1e30)  # stands for minus infinity: 0 * log 0 is 0
 PARTS = 16  # of the vocabulary, at most: programs for few rows
@@ -35,14 +39,17 @@ def _logits(
     """A tile [M, V] of logits divided by the temperature, with IMPOSSIBLE for minus infinity. All rows [M], int64, have
     to exist; what stands in columns [V] that do not is left to the caller."""
     if w_ptr is None:
-        z = tl.load(h_ptr + row[:, None] * h_m + column[None, :] * h_e, (column < V)[None, :], 0.0).to(tl.float32)
+        h_at = h_ptr + row[:, None] * h_m + column.to(tl.int64)[None, :] * h_e
+        z = tl.load(h_at, (column < V)[None, :], 0.0).to(tl.float32)
     else:
         column = tl.minimum(column, V - 1).to(tl.int64)
         z = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
         for start in range(0, E, BLOCK_E):
-            e = start + tl.arange(0, BLOCK_E)
-            h_at = h_ptr + row[:, None] * h_m + e[None, :] * h_e
-            w_at = w_ptr + column[None, :] * w_v + e[:, None] * w_e
+            within = tl.arange(0, BLOCK_E)
+            e = start + within
+            first = tl.cast(start, tl.int64)
+            h_at = h_ptr + first * h_e + row[:, None] * h_m + within[None, :] * h_e
+            w_at = w_ptr + first * w_e + column[None, :] * w_v + within[:, None] * w_e
             if E % BLOCK_E == 0:
                 h, w = tl.load(h_at), tl.load(w_at)  # [M, BLOCK_E], [BLOCK_E, V]
             else:
@@ -67,16 +74,14 @@ def _place(M, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _take(z, seen, peak, total, along):
-    """Softmax sums of rows [M] with a tile more: the largest logit, the sum of exp(z - peak), the sum of that times
-    z - peak. Also the powers [M, V] and what earlier sums are worth now."""
+def _take(z, seen, peak, total):
+    """Softmax sums of rows [M] with a tile more: the largest logit and the sum of exp(z - peak). Also z - peak and its
+    exponentials [M, V], and by how much the peak rose, negative."""
     highest = tl.maximum(peak, tl.max(tl.where(seen, z, IMPOSSIBLE), 1))
     step = peak - highest
-    decay = tl.exp(step)
     centred = z - highest[:, None]
     powers = tl.where(seen, tl.exp(centred), 0.0)
-    along = decay * (along + step * total) + tl.sum(powers * centred, 1)
-    return powers, decay, highest, decay * total + tl.sum(powers, 1), along
+    return centred, powers, step, highest, tl.exp(step) * total + tl.sum(powers, 1)
 
 
 @triton.jit
@@ -98,24 +103,28 @@ def _forward(
     own = tl.zeros((BLOCK_M,), tl.float32)
     mean = tl.zeros((BLOCK_M,), tl.float32)
     gap = tl.zeros((BLOCK_M,), tl.float32)
-    other_peak, other_total, other_along = peak, total, along
+    other_peak, other_total = peak, total
     for start in range(part * PART, min((part + 1) * PART, V), BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         seen = (column < V)[None, :]
-        z = _logits(
-            h_ptr, w_ptr, b_ptr, row, column, h_m, h_e, w_v, w_e, factor, V, E, BLOCK_M, BLOCK_V, BLOCK_E, PRECISION
-        )
-        own += tl.sum(tl.where(column[None, :] == token[:, None], z, 0.0), 1)
-        if MEAN:
-            mean += tl.sum(tl.where(seen, z, 0.0), 1)
-        powers, decay, peak, total, along = _take(z, seen, peak, total, along)
-        if KL:
+        if KL:  # first: a product of float32 needs many registers
             y = _logits(
                 other_h_ptr, other_w_ptr, other_b_ptr, row, column, other_h_m, other_h_e, other_w_v, other_w_e, factor,
                 V, OTHER_E, BLOCK_M, BLOCK_V, OTHER_BLOCK_E, OTHER_PRECISION,
             )  # fmt: skip
-            gap = decay * gap + tl.sum(powers * (z - y), 1)
-            _, _, other_peak, other_total, other_along = _take(y, seen, other_peak, other_total, other_along)
+        z = _logits(
+            h_ptr, w_ptr, b_ptr, row, column, h_m, h_e, w_v, w_e, factor, V, E, BLOCK_M, BLOCK_V, BLOCK_E, PRECISION
+        )
+        own += tl.sum(tl.where(column[None, :] == token[:, None], z, 0.0), 1)
+        earlier = total
+        centred, powers, step, peak, total = _take(z, seen, peak, total)
+        decay = tl.exp(step)
+        along = decay * (along + step * earlier) + tl.sum(powers * centred, 1)
+        if MEAN:
+            mean += step * (start - part * PART) + tl.sum(tl.where(seen, centred, 0.0), 1)
+        if KL:
+            other_centred, _, other_step, other_peak, other_total = _take(y, seen, other_peak, other_total)
+            gap = decay * (gap + (step - other_step) * earlier) + tl.sum(powers * (centred - other_centred), 1)
     size = tl.cast(PARTS, tl.int64) * M
     at = part_ptr + part.to(tl.int64) * M + place
     tl.store(at, peak, place < M)
@@ -133,9 +142,11 @@ def _forward(
 @triton.jit
 def _merge(
     part_ptr, own_ptr, entropy_ptr, kl_ptr, mean_ptr, sum_ptr, M,
-    V: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    V: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The parts' sums in the vocabulary's order, and what follows from them."""
+    """The parts' sums in the vocabulary's order, and what follows from them. The mean and the gap, like the sum along,
+    are sums over logits less the largest."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = place < M
     size = tl.cast(PARTS, tl.int64) * M
@@ -153,6 +164,17 @@ def _merge(
         highest = tl.maximum(peak, next_peak)
         step, next_step = peak - highest, next_peak - highest
         decay, next_decay = tl.exp(step), tl.exp(next_step)
+        if KL:
+            other_next = tl.load(at + 6 * size, valid, 0.0)
+            other_highest = tl.maximum(other_peak, other_next)
+            other_step, other_next_step = other_peak - other_highest, other_next - other_highest
+            gap = decay * (gap + (step - other_step) * total) + next_decay * (
+                tl.load(at + 5 * size, valid, 0.0) + (next_step - other_next_step) * next_total
+            )
+            other_total = tl.exp(other_step) * other_total + tl.exp(other_next_step) * tl.load(
+                at + 7 * size, valid, 1.0
+            )
+            other_peak = other_highest
         along = decay * (along + step * total) + next_decay * (
             tl.load(at + 2 * size, valid, 0.0) + next_step * next_total
         )
@@ -160,25 +182,28 @@ def _merge(
         peak = highest
         own += tl.load(at + 3 * size, valid, 0.0)
         if MEAN:
-            mean += tl.load(at + 4 * size, valid, 0.0)
-        if KL:
-            gap = decay * gap + next_decay * tl.load(at + 5 * size, valid, 0.0)
-            next_peak = tl.load(at + 6 * size, valid, 0.0)
-            highest = tl.maximum(other_peak, next_peak)
-            other_total = tl.exp(other_peak - highest) * other_total + tl.exp(next_peak - highest) * tl.load(
-                at + 7 * size, valid, 1.0
-            )
-            other_peak = highest
-    log = tl.log(total)
+            mean += step * (part * PART) + tl.load(at + 4 * size, valid, 0.0)
+            mean += next_step * tl.minimum(PART, V - part * PART)
+    log = _log(total, peak)
+    own = tl.where(own <= IMPOSSIBLE, float("-inf"), own)
     tl.store(own_ptr + place, own - peak - log, valid)
     tl.store(entropy_ptr + place, log - along / total, valid)
-    tl.store(sum_ptr + place, peak + log, valid)
+    at = sum_ptr + place
+    tl.store(at, peak, valid)
+    tl.store(at + M, log, valid)
     if MEAN:
-        tl.store(mean_ptr + place, mean / V - (peak + log), valid)
+        tl.store(mean_ptr + place, mean / V - log, valid)
     if KL:
-        other = other_peak + tl.log(other_total)
-        tl.store(kl_ptr + place, gap / total - (peak + log) + other, valid)
-        tl.store(sum_ptr + M + place, other, valid)
+        other_log = _log(other_total, other_peak)
+        tl.store(kl_ptr + place, gap / total - log + other_log, valid)
+        tl.store(at + tl.cast(M, tl.int64) * 2, other_peak, valid)
+        tl.store(at + tl.cast(M, tl.int64) * 3, other_log, valid)
+
+
+@triton.jit
+def _log(total, peak):
+    """NaN where no logit is above minus infinity."""
+    return tl.where(peak > IMPOSSIBLE, tl.log(total), float("nan"))
 
 
 @triton.jit
@@ -197,6 +222,12 @@ def _log1p_exp(z):
 def _sigmoid(z):
     e = tl.exp(-tl.abs(z))
     return tl.where(z < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def _finite(z):
+    """Of a certain bit: 0 times it is 0. `_logits` sees to minus infinity."""
+    return tl.where(z > -IMPOSSIBLE, -IMPOSSIBLE, z)
 
 
 @triton.jit
@@ -221,10 +252,12 @@ def _bits_forward(
         z = _logits(
             h_ptr, w_ptr, b_ptr, row, column, h_m, h_e, w_v, w_e, factor, V, E, BLOCK_M, BLOCK_V, BLOCK_E, PRECISION
         )
-        bit = tl.load(bit_ptr + row[:, None] * bit_m + column[None, :] * bit_v, seen, 0) != 0
+        z = _finite(z)
+        bit = tl.load(bit_ptr + row[:, None] * bit_m + column.to(tl.int64)[None, :] * bit_v, seen, 0) != 0
         likely = -_log1p_exp(z)  # log-probability of the likelier value
-        size = tl.abs(z)
-        own += tl.sum(tl.where(seen, likely + tl.minimum(tl.where(bit, z, -z), 0.0), 0.0), 1)
+        size = tl.abs(z)  # of the less likely one that much less
+        less = tl.minimum(tl.where(bit, z, -z), 0.0)
+        own += tl.sum(tl.where(seen, likely + tl.where(less <= IMPOSSIBLE, float("-inf"), less), 0.0), 1)
         entropy += tl.sum(tl.where(seen, size * _sigmoid(-size) - likely, 0.0), 1)
         mean += tl.sum(tl.where(seen, likely - 0.5 * size, 0.0), 1)
         if KL:
@@ -232,8 +265,11 @@ def _bits_forward(
                 other_h_ptr, other_w_ptr, other_b_ptr, row, column, other_h_m, other_h_e, other_w_v, other_w_e, factor,
                 V, OTHER_E, BLOCK_M, BLOCK_V, OTHER_BLOCK_E, OTHER_PRECISION,
             )  # fmt: skip
-            zeros = (likely - tl.maximum(z, 0.0)) - (-_log1p_exp(y) - tl.maximum(y, 0.0))
-            kl += tl.sum(tl.where(seen, _sigmoid(z) * (z - y) + zeros, 0.0), 1)
+            y = _finite(y)
+            other, turned = -_log1p_exp(y), tl.where(z < 0, -y, y)  # above 0 where both prefer the same value
+            gap = _sigmoid(size) * (likely - (other + tl.minimum(turned, 0.0)))
+            gap += _sigmoid(-size) * ((likely - size) - (other - tl.maximum(turned, 0.0)))
+            kl += tl.sum(tl.where(seen, gap, 0.0), 1)
     tl.store(own_ptr + place, own, place < M)
     tl.store(entropy_ptr + place, entropy, place < M)
     if MEAN:
@@ -252,51 +288,61 @@ def _slopes(
     OTHER_BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, OTHER_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the logits before the temperature, of rows `first` to `last`: slope_ptr (last - first, V), times
-    what scale_ptr (1) holds, and their sums over this program's rows, not scaled: of_bias_ptr (tiles of rows, V)."""
+    what scale_ptr (1) holds, and their sums over this program's rows, not scaled: of_bias_ptr (tiles of rows, V). 0 in
+    rows whose incoming gradients are all 0."""
     tile, part = _place(last - first, PARTS, BLOCK_M, GROUP)
     place = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = place < last - first
     row = tl.minimum(first + place, last - 1).to(tl.int64)
     column = part * BLOCK_V + tl.arange(0, BLOCK_V)
     seen = (column < V)[None, :]
-    z = _logits(
-        h_ptr, w_ptr, b_ptr, row, column, h_m, h_e, w_v, w_e, factor, V, E, BLOCK_M, BLOCK_V, BLOCK_E, PRECISION
-    )
     if of_kl_ptr is not None:
         y = _logits(
             other_h_ptr, other_w_ptr, other_b_ptr, row, column, other_h_m, other_h_e, other_w_v, other_w_e, factor,
             V, OTHER_E, BLOCK_M, BLOCK_V, OTHER_BLOCK_E, OTHER_PRECISION,
         )  # fmt: skip
+    z = _logits(
+        h_ptr, w_ptr, b_ptr, row, column, h_m, h_e, w_v, w_e, factor, V, E, BLOCK_M, BLOCK_V, BLOCK_E, PRECISION
+    )
+    own = tl.zeros((BLOCK_M,), tl.float32)
+    of_entropy, of_kl, mean = own, own, own
+    if of_own_ptr is not None:
+        own = tl.load(of_own_ptr + row)
+    if of_entropy_ptr is not None:
+        of_entropy = tl.load(of_entropy_ptr + row)
+    if of_kl_ptr is not None:
+        of_kl = tl.load(of_kl_ptr + row)
+    if of_mean_ptr is not None:
+        mean = tl.load(of_mean_ptr + row)
+    live = (own != 0) | (of_entropy != 0) | (of_kl != 0) | (mean != 0)
     slope = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     if BITS:
+        z = _finite(z)
         one, zero = _sigmoid(z), _sigmoid(-z)
         if of_own_ptr is not None:
-            bit = tl.load(token_ptr + row[:, None] * token_m + column[None, :] * token_v, seen, 0) != 0
-            slope += tl.load(of_own_ptr + row)[:, None] * tl.where(bit, zero, -one)
+            bit_at = token_ptr + row[:, None] * token_m + column.to(tl.int64)[None, :] * token_v
+            bit = tl.load(bit_at, seen, 0) != 0
+            slope += own[:, None] * tl.where(bit, zero, -one)
         if of_entropy_ptr is not None:
-            slope -= tl.load(of_entropy_ptr + row)[:, None] * (z * (one * zero))
+            slope -= of_entropy[:, None] * (z * (one * zero))
         if of_kl_ptr is not None:
-            slope += tl.load(of_kl_ptr + row)[:, None] * ((z - y) * (one * zero))
+            slope += of_kl[:, None] * ((z - _finite(y)) * (one * zero))
         if of_mean_ptr is not None:
-            slope += tl.load(of_mean_ptr + row)[:, None] * (0.5 * (zero - one))
+            slope += mean[:, None] * (0.5 * (zero - one))
     else:
-        log_probs = z - tl.load(sum_ptr + row)[:, None]
-        own = tl.zeros((BLOCK_M,), tl.float32)
-        mean = tl.zeros((BLOCK_M,), tl.float32)
-        if of_own_ptr is not None:
-            own = tl.load(of_own_ptr + row)
-        if of_mean_ptr is not None:
-            mean = tl.load(of_mean_ptr + row)
+        sum_at = sum_ptr + row
+        log_probs = z - tl.load(sum_at)[:, None] - tl.load(sum_at + M)[:, None]
         slope += -(own + mean)[:, None]
         if of_entropy_ptr is not None:
-            slope -= tl.load(of_entropy_ptr + row)[:, None] * (log_probs + tl.load(entropy_ptr + row)[:, None])
+            slope -= of_entropy[:, None] * (log_probs + tl.load(entropy_ptr + row)[:, None])
         if of_kl_ptr is not None:
-            gap = log_probs - (y - tl.load(sum_ptr + M + row)[:, None]) - tl.load(kl_ptr + row)[:, None]
-            slope += tl.load(of_kl_ptr + row)[:, None] * gap
+            size = tl.cast(M, tl.int64)
+            other = y - tl.load(sum_at + 2 * size)[:, None] - tl.load(sum_at + 3 * size)[:, None]
+            slope += of_kl[:, None] * (log_probs - other - tl.load(kl_ptr + row)[:, None])
         slope = tl.exp(log_probs) * slope + (mean / V)[:, None]
         token = tl.load(token_ptr + row * token_m)
         slope += tl.where(column[None, :] == token[:, None], own[:, None], 0.0)
-    slope = tl.where(valid[:, None] & seen, slope * factor, 0.0)
+    slope = tl.where((valid & live)[:, None] & seen, slope * factor, 0.0)
     at = slope_ptr + place.to(tl.int64)[:, None] * V + column[None, :]
     if of_bias_ptr is not None:
         tl.store(of_bias_ptr + tile.to(tl.int64) * V + column, tl.sum(slope, 0), column < V)
@@ -319,7 +365,7 @@ def forward(
     """See the reference."""
     bits, kl = tokens.ndim == 3, reference_hidden is not None
     shape, none = tokens.shape[:2], (0,)
-    sums = 0 if bits else 1 + kl
+    sums = 0 if bits else 2 + 2 * kl
     shapes = (shape, shape, shape if kl else none, shape if mean else none, (sums, *shape))
     results = tuple(torch.empty(each, dtype=torch.float32, device=hidden.device) for each in shapes)
     count = shape.numel()
@@ -343,8 +389,9 @@ def forward(
         PARTS=parts, PART=each * options["BLOCK_V"], GROUP=GROUP, **options,
     )  # fmt: skip
     _merge[(triton.cdiv(count, MERGED),)](
-        found, *results, count, V=head.size, KL=kl, MEAN=mean, PARTS=parts, BLOCK=MERGED, num_warps=4
-    )
+        found, *results, count, V=head.size, KL=kl, MEAN=mean, PARTS=parts, PART=each * options["BLOCK_V"],
+        BLOCK=MERGED, num_warps=4,
+    )  # fmt: skip
     return results
 
 
@@ -365,7 +412,8 @@ def backward(
     """Gradients of hidden, weight and bias, as far as they are needed; the logits of some rows are computed anew.
 
     Slopes are rounded to the dtype of the head. Those of a mean over many tokens would be below the least float16, so
-    there they are scaled by a power of two, which the float32 results of the products are divided by."""
+    there they are scaled by a power of two, which the float32 results of the products are divided by. Rows whose
+    incoming gradients are all 0 are left out."""
     head = _Head(hidden, weight, bias, reference_hidden, reference_weight, reference_bias, temperature)
     of_rows = [None if g is None or not g.numel() else g.flatten().float().contiguous() for g in grads[:4]]
     picked = tokens.flatten(0, 1)
@@ -395,6 +443,7 @@ def backward(
     step = min(max(SLOPES // size, ROWS[0]), ROWS[1], max(SHARE[0], count // SHARE[1]))
     step = triton.cdiv(step, head.options["BLOCK_M"]) * head.options["BLOCK_M"]
     buffer = torch.empty(min(count, step), size, dtype=weight.dtype, device=hidden.device)
+    live = live_rows(grads, tokens) if needs[1] else None
     for first in range(0, count, step):
         last = min(first + step, count)
         slope, states = buffer[: last - first], head.tensors[0][first:last]
@@ -405,7 +454,8 @@ def backward(
         if of_hidden is not None:
             own = slope @ matrix if scale is None else _wide_product(slope, matrix).div_(scale)
             of_hidden.flatten(0, 1)[first:last] = own
-        if needs[1]:
+        if live is not None:
+            states = torch.where(live[first:last], states, 0)
             product = _wide_product(slope.T, states.to(slope.dtype))
             if scale is not None:
                 product.div_(scale)

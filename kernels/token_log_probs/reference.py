@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 _ROWS = 256  # of a chunk: 4 MiB of float32 logits at V = 4096
 _STEP = 16  # chunks are padded to a multiple: matrix products of very few rows may sum in another order
-IMPOSSIBLE = -1e30  # log-probability of a token whose logit is minus infinity
+IMPOSSIBLE = -1e30  # stands for minus infinity in sums: 0 * log 0 is 0. The token's own log-probability is infinite
 
 
 def forward(
@@ -23,9 +24,10 @@ def forward(
     temperature: float,
     mean: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """(B, L) log-probabilities, entropies, KL(policy || reference), mean log-probability of the vocabulary; (n, B, L)
-    log-sum-exp of the logits, of the reference's too. Empty are the KL without a reference, the mean if not asked for
-    and the log-sum-exp of bits."""
+    """(B, L) log-probabilities, entropies, KL(policy || reference), mean log-probability of the vocabulary; (2 n, B, L)
+    the largest logit and log of the sum of exp(logit - largest), of the reference's too. Empty are the KL without a
+    reference, the mean if not asked for and the last of bits. The two stay apart as their sum, the log-sum-exp, loses
+    the digits of the second to the first: a common offset of all logits would then change their probabilities."""
     head = _Head(hidden, weight, bias, temperature)
     reference = None
     if reference_hidden is not None:
@@ -55,7 +57,8 @@ def backward(
     results: Sequence[torch.Tensor],
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """Gradients of hidden, weight and bias, those that `needs` asks for; the logits of each chunk are computed anew."""
+    """Gradients of hidden, weight and bias, those that `needs` asks for; the logits of each chunk are computed anew.
+    Rows whose incoming gradients are all 0 are left out: hidden states there may be anything, NaN included."""
     head = _Head(hidden, weight, bias, temperature)
     reference = None
     if reference_hidden is not None and grads[2] is not None:
@@ -64,14 +67,15 @@ def backward(
     slopes = _slopes_tokens if tokens.ndim == 2 else _slopes_bits
     # under torch.compile results that nobody used, even empty ones, have gradients of zeros
     incoming = [None if g is None or not g.numel() else g.reshape(-1, 1).to(head.dtype) for g in grads[:4]]
+    live = live_rows(grads, tokens)
     of_hidden = head.rows.new_empty(head.rows.shape) if needs[0] else None
     of_weight = (
         head.rows.new_zeros(head.weight.shape, dtype=head.dtype) if needs[1] and head.weight is not None else None
     )
     of_bias = head.rows.new_zeros(head.bias.shape, dtype=head.dtype) if needs[2] and head.bias is not None else None
     for rows in chunks(len(picked), _ROWS):
-        states, logits = head.logits(rows)
-        others = None if reference is None else reference.logits(rows)[1]
+        states, logits = head.logits(rows, live)
+        others = None if reference is None else reference.logits(rows, live)[1]
         parts = [None if g is None else padded(g[rows]) for g in incoming]
         slope = slopes(logits, padded(picked[rows]), others, *parts)  # [m, V]; 0 in padded rows, as their gradients
         if temperature != 1:
@@ -106,9 +110,11 @@ class _Head:
         self.size = hidden.shape[-1] if weight is None else len(weight)
         self.temperature = temperature
 
-    def logits(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a chunk: its padded rows (m, E) and the logits (m, V) divided by the temperature, both in `dtype`."""
-        states = padded(self.rows[rows].to(self.dtype))
+    def logits(self, rows: slice, live: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a chunk: its padded rows (m, E) and the logits (m, V) divided by the temperature, both in `dtype`. With
+        `live` (M, 1) the other rows are read as zeros."""
+        states = self.rows[rows].to(self.dtype)
+        states = padded(states if live is None else torch.where(live[rows], states, 0))
         out = states if self.weight is None else F.linear(states, self.weight, self.bias)
         return states, out / self.temperature if self.temperature != 1 else out
 
@@ -116,7 +122,7 @@ class _Head:
 def new_results(hidden: torch.Tensor, tokens: torch.Tensor, reference: bool, mean: bool) -> tuple[torch.Tensor, ...]:
     """What `forward` returns, yet to be filled."""
     shape = tokens.shape[:2]
-    sums = 0 if tokens.ndim == 3 else 1 + reference
+    sums = 0 if tokens.ndim == 3 else 2 + 2 * reference
     shapes = (shape, shape, shape if reference else (0,), shape if mean else (0,), (sums, *shape))
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     return tuple(torch.empty(each, dtype=dtype, device=hidden.device) for each in shapes)
@@ -137,6 +143,15 @@ def chunks(count: int, size: int) -> Iterator[slice]:
 def padded(rows: torch.Tensor) -> torch.Tensor:
     missing = -len(rows) % _STEP
     return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+
+
+def live_rows(grads: Sequence[torch.Tensor | None], tokens: torch.Tensor) -> torch.Tensor:
+    """(M, 1) rows that have an incoming gradient other than 0."""
+    live = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    for gradient in grads[:4]:
+        if gradient is not None and gradient.numel():
+            live |= gradient != 0
+    return live.view(-1, 1)
 
 
 def check_range(tokens: torch.Tensor, size: int) -> None:
@@ -166,11 +181,15 @@ def _score_tokens(
 ) -> tuple[torch.Tensor | None, ...]:
     log_probs, probs = _log_probs(logits)
     own = log_probs.gather(-1, tokens.long()[:, None])[:, 0]
+    own = own.masked_fill(own <= IMPOSSIBLE, -math.inf)
     entropy, kl = -(probs * log_probs).sum(-1), None
     if others is not None:
         kl = (probs * (log_probs - _log_probs(others)[0])).sum(-1)
-    sums = torch.stack([z.logsumexp(-1) for z in (logits, others) if z is not None])
-    return own, entropy, kl, log_probs.mean(-1), sums
+    sums = []
+    for z in (logits,) if others is None else (logits, others):
+        peak = z.amax(-1, keepdim=True)
+        sums += [peak[:, 0], (z - peak).logsumexp(-1)]
+    return own, entropy, kl, log_probs.mean(-1), torch.stack(sums)
 
 
 def _slopes_tokens(
@@ -199,17 +218,25 @@ def _slopes_tokens(
 
 
 # Of bits: z the difference logit, s = sigmoid(z), y the difference logit of the reference. Not torch.sigmoid, whose
-# last digit depends on an element's place in the tensor.
+# last digit depends on an element's place in the tensor. Infinite z make bits certain; here they are finite, so that 0
+# times them is 0, save that the log-probability of the other value is minus infinity.
 #   l: dl/dz = bit - s      H: dH/dz = -z s (1 - s)      KL: dKL/dz = (z - y) s (1 - s)      A: dA/dz = (1 - s - s) / 2
+
+
+def _finite(logits: torch.Tensor) -> torch.Tensor:
+    return logits.clamp(IMPOSSIBLE, -IMPOSSIBLE)
 
 
 def _score_bits(
     logits: torch.Tensor, bits: torch.Tensor, others: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     sign = (bits != 0).to(logits.dtype) * 2 - 1
+    own = F.logsigmoid(sign * logits).sum(-1)
+    logits = _finite(logits)
     one, zero = F.logsigmoid(logits), F.logsigmoid(-logits)
-    own, entropy, kl = F.logsigmoid(sign * logits).sum(-1), -(one.exp() * one + zero.exp() * zero).sum(-1), None
+    entropy, kl = -(one.exp() * one + zero.exp() * zero).sum(-1), None
     if others is not None:
+        others = _finite(others)
         gap = one.exp() * (one - F.logsigmoid(others)) + zero.exp() * (zero - F.logsigmoid(-others))
         kl = gap.sum(-1)
     return own, entropy, kl, (one + zero).sum(-1) / 2, None
@@ -224,12 +251,13 @@ def _slopes_bits(
     of_kl: torch.Tensor | None,
     of_mean: torch.Tensor | None,
 ) -> torch.Tensor:
+    logits = _finite(logits)
     one, zero = 1 / (1 + (-logits).exp()), 1 / (1 + logits.exp())
     slope = torch.zeros_like(logits) if of_own is None else of_own * torch.where(bits != 0, zero, -one)
     if of_entropy is not None:
         slope = slope - of_entropy * (logits * (one * zero))
     if of_kl is not None and others is not None:
-        slope = slope + of_kl * ((logits - others) * (one * zero))
+        slope = slope + of_kl * ((logits - _finite(others)) * (one * zero))
     if of_mean is not None:
         slope = slope + of_mean * ((zero - one) / 2)
     return slope

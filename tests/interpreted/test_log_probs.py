@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import edges
 import pytest
 import torch
 from samples import noise
@@ -120,6 +123,32 @@ def test_logits_of_several_tiles() -> None:
     check(ops.token_log_probs, {**arguments, "hidden": sliced, "tokens": tokens}, ("hidden",))
 
 
+@pytest.mark.parametrize("far", ["logits", "bits", "hidden", "weight"])
+def test_strides_that_reach_beyond_32_bits(far: str, tmp_path: Path) -> None:
+    """Elements of a row 2**25 or more apart, in a file with holes: the last ones lie beyond 2**31 elements."""
+
+    def spread(values: torch.Tensor, stride: int) -> torch.Tensor:
+        size = (values.shape[-1] - 1) * stride + values.numel()
+        file = torch.from_file(str(tmp_path / "elements"), shared=True, size=size, dtype=values.dtype)
+        return file.as_strided(values.shape, (*(1,) * (values.ndim - 1), stride)).copy_(values)
+
+    arguments = problem(3, 20, 80, bits=far == "bits") | {"bias": None}
+    given = far in ("logits", "bits")
+    if given:
+        arguments |= {"hidden": noise(1, 3, 20), "weight": None}
+    close = {n: v.half() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in arguments.items()}
+    name = {"logits": "hidden", "bits": "tokens"}.get(far, far)
+    apart = close | {name: spread(close[name], 2**27 if given else 2**25)}
+    results = []
+    for each in (close, apart):
+        leaf = each["hidden"].detach().requires_grad_(given)  # the products behind the kernel are not Triton's
+        found = ops.token_log_probs(**each | {"hidden": leaf}, backend="triton")
+        results.append([found.log_probs, found.entropy])
+        if given:
+            results[-1] += torch.autograd.grad(found.log_probs.sum(), leaf)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_a_float32_head_of_half_precision_states() -> None:
     arguments = problem(40, 200, 36)
     arguments["hidden"] = arguments["hidden"].half()
@@ -178,6 +207,12 @@ def test_equal_policies_and_impossible_tokens() -> None:
     assert (gradient == 0).all()
     (gradient,) = torch.autograd.grad(found.log_probs.sum() + found.entropy.sum(), leaf)
     assert gradient.isfinite().all() and (gradient != 0).any()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("of", edges.CHECKS)
+def test_edges(of: Callable[[str], None]) -> None:
+    of("triton")
 
 
 def loss_arguments(batch: int, grids: tuple[int, ...]) -> dict[str, Any]:
