@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 ROWS = ROOT / "benchmarks" / "data" / "suites.jsonl"
+INSTRUCTIONS = ROOT / "benchmarks" / "data" / "instructions.jsonl"
 PLACES = ("cpu", "gpu")
 
 
@@ -100,6 +101,16 @@ def conditions(rows: Sequence[Row]) -> str:
 """
 
 
+def instructions(rows: Sequence[Row]) -> str:
+    """The newest count of each suite's setting, of `benchmarks.instructions`."""
+    newest = {_key(row["suite"], row["setting"], ""): row for row in rows}
+    parts = [_line(["operator", "", "instructions", "commit"]), "|" + " --- |" * 4]
+    for row in newest.values():
+        words = [row["suite"], setting_name(row["setting"]), f"{row['instructions']:,}", row["commit"][:7]]
+        parts.append(_line(words))
+    return "\n".join(parts) + "\n" if newest else "No rows yet.\n"
+
+
 def plot(rows: Sequence[Row]) -> Image:
     """How many times as long as ours each rival takes: a point with its spread for each pass, one line a rival."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -159,6 +170,8 @@ def texts(root: Path, rows: Sequence[Row]) -> dict[Path, str]:
                 long.append(f"{under}\n{tables(own)}\n![Times of the rivals]({picture(place, device)})\n")
         found[readme] = between(found[readme], f"benchmarks {place}", "\n".join(short) or "No rows yet.\n")
         found[page] = between(found[page], f"suites {place}", "\n".join(long) or "No rows yet.\n")
+    counted = read(INSTRUCTIONS) if INSTRUCTIONS.is_file() else []
+    found[page] = between(found[page], "instructions", instructions(counted))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,15 @@ def test_comparison_of_two_commits() -> None:
     done = run(sys.executable, "-m", "benchmarks.compare", "HEAD", ".", *options, "--slower", "50")
     assert done.returncode == 0, done.stderr
     assert "adaptive_layer_norm, tiny, batch 2, float32, forward: " in done.stdout and "0 broken" in done.stdout
+
+
+def test_instructions_need_the_extension_and_valgrind(tmp_path: Path) -> None:
+    """Counting takes minutes; here is what can go wrong before."""
+    command = [sys.executable, "-m", "benchmarks.instructions", "--rows", str(tmp_path / "rows")]
+    done = run(*command, "--suites", "generate", PATH=f"{tmp_path}:/usr/bin:/bin")
+    message = "expected valgrind on the PATH" if shutil.which("valgrind") is None else "expected some of"
+    assert done.returncode == 2 and message in done.stderr
+    (tmp_path / "counted").write_text("events: Ir\nfn=(1) f\n3 4\ntotals: 1234\n")
+    from benchmarks.instructions import total
+
+    assert total(tmp_path / "counted") == 1234

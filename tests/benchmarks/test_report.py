@@ -48,6 +48,15 @@ def test_tables(row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.plot(newest).width > 500
 
 
+def test_instructions(row: Any) -> None:
+    old, new = ({**row("search"), "instructions": count} for count in (7, 1234567))
+    text = report.instructions([old, new, {**new, "suite": "masks"}])
+    assert text.splitlines()[2:] == [
+        f"| {name} | VAR-d16, batch 2, float32 | 1,234,567 | 0123456 |" for name in ("search", "masks")
+    ]
+    assert report.instructions([]) == "No rows yet.\n"
+
+
 def test_losses_come_first(row: Any) -> None:
     rows = [row("good"), row("bad", rival=1e-3), row("fair", rival=2e-3)]
     assert [line.split(",")[0] for line in lines(rows, 40)[1:]] == ["bad", "fair", "good"]
