@@ -132,15 +132,12 @@ class Launch {
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
 
-  // Whether the GPU, or the part of it that there is, has room for a cluster.
-  [[maybe_unused]] bool has_room() const {
-    int clusters = 0;
+  // Returns whether the GPU, or the part of it that there is, has room for a cluster; otherwise nothing is launched.
+  bool operator()(Parameters... parameters) const {
+    int clusters = 1;
     if (config_.numAttrs) STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel_, &config_));
-    return clusters > 0 || !config_.numAttrs;
-  }
-
-  void operator()(Parameters... parameters) const {
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&config_, kernel_, parameters...));
+    if (clusters) STD_CUDA_CHECK(cudaLaunchKernelEx(&config_, kernel_, parameters...));
+    return clusters > 0;
   }
 
  private:
@@ -201,19 +198,19 @@ void residual_quantize(const Tensor features, const Tensor codebook, const std::
             output<int64_t>(usage)};
   const Grid size = call.finest();
   const auto channels = int32_t(features.size(1));
-  // clusters as large as leave no multiprocessor idle, or as the image needs
+  const auto fits = [&](int32_t parts) {
+    return longest_strips(device, call, parts).floats(size) * int64_t(sizeof(float)) <= device.shared;
+  };
+  // clusters as large as leave no multiprocessor idle, or as the image needs; smaller ones where there is no room
   const int32_t most_parts = device.major >= 9 ? MOST_PARTS : 1;
   int32_t parts = most_parts;
   while (parts > 1 && batch * parts > device.processors) parts /= 2;
-  for (; parts <= most_parts; parts *= 2) {
+  while (parts < most_parts && !fits(parts)) parts *= 2;
+  for (; parts > 0 && fits(parts); parts /= 2) {
     const Sharing sharing = longest_strips(device, call, parts);
-    const int64_t floats = sharing.floats(size);
-    if (floats * int64_t(sizeof(float)) > device.shared) continue;
     const Launch launch(parts > 1 ? cluster_kernel : image_kernel, device, dim3(unsigned(batch * parts)),
-                        IMAGE_THREADS, floats, parts);
-    if (!launch.has_room()) break;  // larger clusters have none either
-    launch(call, schedule, sharing);
-    return;
+                        IMAGE_THREADS, sharing.floats(size), parts);
+    if (launch(call, schedule, sharing)) return;
   }
   const Tensor residual = torch::stable::new_empty(features, {batch, channels, size.height, size.width});
   TiledCall tiled{call, output<float>(residual), 0, 0, TILE_ROWS, 0};

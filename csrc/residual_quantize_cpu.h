@@ -10,8 +10,9 @@
 #include <new>
 #include <vector>
 
-#include "tokenizer.h"
+#include "bfloat16.h"
 #include "resample.h"
+#include "tokenizer.h"
 
 namespace fastvar {
 
@@ -125,19 +126,5 @@ struct Parallel {
 };
 
 inline int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
-
-// To the nearest bfloat16, ties to even, as the upper half of a float. Not for NaN.
-inline uint32_t to_bfloat16(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
-inline float from_bfloat16(uint32_t half) {
-  const uint32_t bits = half << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
 
 }  // namespace fastvar

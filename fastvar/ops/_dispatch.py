@@ -30,6 +30,10 @@ def _there() -> str | None:
     return None
 
 
+def _itself(tensor: torch.Tensor) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to run an operator.
@@ -43,6 +47,8 @@ class Implementation:
             choice: "auto" passes over it without a word.
         auto: whether "auto" may take it; False until a recorded run shows that it is right and that it pays.
         verified: where it has been seen to run and agree with the reference, for the support matrix.
+        faster: called with the lead tensor, names a module that does the same in less time, or None if there is none
+            for that tensor.
     """
 
     backend: str
@@ -52,6 +58,7 @@ class Implementation:
     missing: Callable[[], str | None] = _there
     auto: bool = True
     verified: tuple[str, ...] = ()
+    faster: Callable[[torch.Tensor], str | None] = _itself
 
     def why_not(self, tensor: torch.Tensor) -> str | None:
         """The reason why this implementation cannot run for that lead tensor, or None."""

@@ -36,6 +36,8 @@ class Operator:
         function: the name of the implementations' forward function, where one module holds several operators.
         keeps_results: the backward functions of the implementations get the results too, a list `results` before
             `needs`.
+        passes: for an operator with one result, the number among the tensor arguments of one whose gradient is the
+            incoming one: autograd hands it on without a copy.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Operator:
         differentiable: bool = True,
         function: str = "forward",
         keeps_results: bool = False,
+        passes: int | None = None,
     ) -> None:
         self.name = name
         self.function = function
@@ -71,7 +74,9 @@ class Operator:
             _LIBRARY.impl(backward, self._run_backward, "CompositeExplicitAutograd")
             torch.library.register_fake(f"fastvar::{backward}", self._fake_backward, lib=_LIBRARY)
             self.backward_op = getattr(torch.ops.fastvar, backward).default
-            self._function = _autograd_function(name, self.op, self.backward_op, self._tensors_at, keeps_results)
+            self._function = _autograd_function(
+                name, self.op, self.backward_op, self._tensors_at, keeps_results, passes
+            )
 
     def __call__(self, backend: str, *args: Any) -> Any:
         """Run the op: `args` are the schema's arguments, the first of them the lead tensor."""
@@ -90,7 +95,7 @@ class Operator:
                 if backend not in self._ready:
                     resolve(self.name, backend, tensor)
                     self._ready.add(backend)
-                return importlib.import_module(implementation.module)
+                return importlib.import_module(implementation.faster(tensor) or implementation.module)
         raise RuntimeError(f"{self.name}: backend={backend!r} does not exist for this operator")
 
     def _with_schedule(self, args: Sequence[Any]) -> list[Any]:
@@ -171,7 +176,12 @@ def _recomputed_gradients(
 
 
 def _autograd_function(
-    name: str, forward_op: Any, backward_op: Any, tensors_at: tuple[int, ...], keeps_results: bool
+    name: str,
+    forward_op: Any,
+    backward_op: Any,
+    tensors_at: tuple[int, ...],
+    keeps_results: bool,
+    passes: int | None,
 ) -> Any:
     class Function(torch.autograd.Function):
         @staticmethod
@@ -193,8 +203,11 @@ def _autograd_function(
                 args[i] = tensor
             results = [list(saved[len(tensors_at) :])] if keeps_results else []
             needs = [ctx.needs_input_grad[i] for i in tensors_at]
-            found = iter(backward_op(list(grads), *args[:-1], *results, needs, args[-1]))
             result: list[Any] = [None] * len(args)
+            if passes is not None and needs[passes]:
+                result[tensors_at[passes]] = grads[0]
+                needs[passes] = False
+            found = iter(backward_op(list(grads), *args[:-1], *results, needs, args[-1]) if any(needs) else ())
             for i, need in zip(tensors_at, needs, strict=True):
                 if need:
                     result[i] = next(found)

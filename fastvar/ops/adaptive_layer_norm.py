@@ -6,10 +6,20 @@ import torch
 
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
+from fastvar.ops._extension import in_extension
 from fastvar.ops._operator import Operator
 from fastvar.ops._triton import triton_implementation
 
-_MODULE = "fastvar.kernels.adaptive_layer_norm.reference"
+_KERNELS = "fastvar.kernels.adaptive_layer_norm"
+
+
+def _implementations(op: str) -> list[Implementation]:
+    faster = in_extension(f"{_KERNELS}.impl_cpp", op=op)
+    return [
+        triton_implementation("adaptive_layer_norm"),
+        Implementation("cpu", f"{_KERNELS}.impl_cpu", devices=("cpu",), verified=("CPU",), faster=faster),
+        Implementation("reference", f"{_KERNELS}.reference", verified=("CPU",)),
+    ]
 
 
 def _like_x(x: torch.Tensor, *_: object) -> torch.Tensor:
@@ -21,23 +31,16 @@ _NORM = Operator(
     "Tensor x, Tensor scale, Tensor shift, float eps",
     "Tensor",
     fake=_like_x,
-    implementations=[
-        triton_implementation("adaptive_layer_norm"),
-        Implementation("cpu", "fastvar.kernels.adaptive_layer_norm.impl_cpu", devices=("cpu",), verified=("CPU",)),
-        Implementation("reference", _MODULE, verified=("CPU",)),
-    ],
+    implementations=_implementations("adaptive_layer_norm"),
 )
 _GATE = Operator(
     "gated_residual",
     "Tensor x, Tensor y, Tensor gate",
     "Tensor",
     fake=_like_x,
-    implementations=[
-        triton_implementation("adaptive_layer_norm"),
-        Implementation("cpu", "fastvar.kernels.adaptive_layer_norm.impl_cpu", devices=("cpu",), verified=("CPU",)),
-        Implementation("reference", _MODULE, verified=("CPU",)),
-    ],
+    implementations=_implementations("gated_residual"),
     function="gated_residual",
+    passes=0,
 )
 
 

@@ -6,11 +6,21 @@ import torch
 
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
+from fastvar.ops._extension import in_extension
 from fastvar.ops._operator import Operator
 from fastvar.ops._triton import triton_implementation
 from fastvar.schedule import Grid, ScaleSchedule
 
-_MODULE = "fastvar.kernels.qk_norm_rope.reference"
+_KERNELS = "fastvar.kernels.qk_norm_rope"
+
+
+def _implementations() -> list[Implementation]:
+    faster = in_extension(f"{_KERNELS}.impl_cpp", op="qk_norm_rope")
+    return [
+        triton_implementation("qk_norm_rope"),
+        Implementation("cpu", f"{_KERNELS}.impl_cpu", devices=("cpu",), verified=("CPU",), faster=faster),
+        Implementation("reference", f"{_KERNELS}.reference", verified=("CPU",)),
+    ]
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
@@ -22,11 +32,7 @@ _OPERATOR = Operator(
     "Tensor q, Tensor k, Tensor? log_scale, Tensor? rope_cos, Tensor? rope_sin, float eps",
     "(Tensor, Tensor)",
     fake=lambda q, k, *_: (_dense(q), _dense(k)),
-    implementations=[
-        triton_implementation("qk_norm_rope"),
-        Implementation("cpu", "fastvar.kernels.qk_norm_rope.impl_cpu", devices=("cpu",), verified=("CPU",)),
-        Implementation("reference", _MODULE, verified=("CPU",)),
-    ],
+    implementations=_implementations(),
 )
 _INTO_CACHE = Operator(
     "qk_norm_rope_into_cache",
@@ -34,11 +40,7 @@ _INTO_CACHE = Operator(
     "Tensor? log_scale, Tensor? rope_cos, Tensor? rope_sin, float eps",
     "Tensor",
     fake=lambda q, *_: _dense(q),
-    implementations=[
-        triton_implementation("qk_norm_rope"),
-        Implementation("cpu", "fastvar.kernels.qk_norm_rope.impl_cpu", devices=("cpu",), verified=("CPU",)),
-        Implementation("reference", _MODULE, verified=("CPU",)),
-    ],
+    implementations=_implementations(),
     differentiable=False,
     function="into_cache",
 )

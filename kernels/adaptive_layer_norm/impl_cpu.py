@@ -1,4 +1,5 @@
-"""Adaptive layer norm and gated residual for CPUs, with PyTorch's fused kernels and gradients written out.
+"""Adaptive layer norm and gated residual for CPUs without the extension, and for float64: with PyTorch's fused kernels
+and gradients written out.
 
 PyTorch's layer norm takes one weight and bias for all rows. With a sample's modulation in their place it does the whole
 sample in one pass, forward and backward; samples of few rows are done together.

@@ -1,4 +1,5 @@
-"""Normalisation, scale and rotation for CPUs: rotations as products of complex numbers, gradients written out."""
+"""Normalisation, scale and rotation for CPUs without the extension, and for float64: rotations as products of complex
+numbers, gradients written out."""
 
 from __future__ import annotations
 

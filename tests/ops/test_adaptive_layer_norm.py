@@ -12,7 +12,7 @@ from samples import noise
 
 from fastvar.ops import adaptive_layer_norm, gated_residual
 
-SHAPES = [(2, 5, 12), (3, 1, 7), (1, 4, 1), (2, 3, 1920)]
+SHAPES = [(2, 5, 12), (3, 1, 7), (1, 4, 1), (2, 40, 65), (2, 3, 1920)]
 
 
 def defined(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
@@ -39,6 +39,7 @@ def test_definition(shape: tuple[int, int, int], eps: float) -> None:
     torch.testing.assert_close(gated_residual(x, y, scale), x + y * scale[:, None], rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("modulation", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -53,6 +54,7 @@ def test_accuracy(shape: tuple[int, int, int], dtype: torch.dtype, modulation: t
     assert_as_accurate(gated_residual(x, y, scale), (x + y * scale[:, None]).to(dtype), exact)
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_one_rounding_in_bfloat16() -> None:
     """Inside all is float32: the result is the float32 result, rounded once."""
     x, y, scale, shift = arguments(2, 5, 64, torch.bfloat16)
@@ -60,6 +62,14 @@ def test_one_rounding_in_bfloat16() -> None:
     assert torch.equal(adaptive_layer_norm(x, scale, shift), exact.bfloat16())
     exact = gated_residual(x.float(), y.float(), scale.float())
     assert torch.equal(gated_residual(x, y, scale), exact.bfloat16())
+
+
+def test_gradient_of_the_residual_is_no_copy() -> None:
+    x, y, gate, _ = arguments(2, 5, 12)
+    x.requires_grad_()
+    grad = torch.ones_like(x)
+    for inputs in ((x, y, gate), (x, y.requires_grad_(), gate)):
+        assert torch.autograd.grad(gated_residual(*inputs), x, grad)[0].data_ptr() == grad.data_ptr()
 
 
 def test_any_strides() -> None:

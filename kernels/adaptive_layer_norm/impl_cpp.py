@@ -1,0 +1,57 @@
+"""Adaptive layer norm and gated residual in C++, forward and backward: csrc/adaptive_layer_norm.cpp.
+
+The functions there take any floating dtype and any layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def forward(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
+    """See the reference, in float32."""
+    return torch.ops.fastvar_cpu.adaptive_layer_norm.default(x, scale, shift, eps)
+
+
+def backward(
+    grads: Sequence[torch.Tensor | None],
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Gradients of x, scale and shift, as far as they are needed."""
+    found = _room((x, scale, shift), needs, grads[0])
+    if grads[0] is not None:
+        torch.ops.fastvar_cpu.adaptive_layer_norm_backward.default(grads[0], x, scale, eps, *found)
+    return [gradient for gradient in found if gradient is not None]
+
+
+def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """See the reference, in float32."""
+    return torch.ops.fastvar_cpu.gated_residual.default(x, y, gate)
+
+
+def gated_residual_backward(
+    grads: Sequence[torch.Tensor | None],
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Gradients of x, y and gate, as far as they are needed."""
+    found = _room((x, y, gate), needs, grads[0])
+    if grads[0] is not None:
+        torch.ops.fastvar_cpu.gated_residual_backward.default(grads[0], y, gate, *found)
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _room(
+    tensors: Sequence[torch.Tensor], needs: Sequence[bool], grad: torch.Tensor | None
+) -> list[torch.Tensor | None]:
+    """For the gradients that are needed, which are zero if there is no incoming one."""
+    make = torch.zeros if grad is None else torch.empty
+    return [make(t.shape, dtype=t.dtype) if need else None for t, need in zip(tensors, needs, strict=True)]

@@ -1,0 +1,396 @@
+"""Operators over rows on a CPU, in C++ and in PyTorch: gradients, layouts, threads, batches, roundings.
+
+The accuracy of their results is the affair of test_adaptive_layer_norm.py and test_qk_norm_rope.py.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bounds import assert_as_accurate
+from samples import noise
+
+from fastvar import build
+from fastvar.ops import _extension, adaptive_layer_norm, gated_residual, qk_norm_rope, qk_norm_rope_into_cache
+from fastvar.ops._dispatch import REGISTRY
+
+in_cpp = pytest.mark.skipif(
+    _extension._lack("cpu", "adaptive_layer_norm") is not None, reason="the cpu extension is not built"
+)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+Inputs = dict[str, torch.Tensor]
+Call = Callable[..., Any]
+
+
+def norm_inputs(batch: int, length: int, width: int, dtype: torch.dtype = torch.float32) -> Inputs:
+    x = (noise(batch, length, width, dtype=torch.float64) * 3 + 5).to(dtype)
+    return {
+        "x": x,
+        "scale": noise(batch, width, dtype=dtype, seed=1),
+        "shift": noise(batch, width, dtype=dtype, seed=2),
+    }
+
+
+def gate_inputs(batch: int, length: int, width: int, dtype: torch.dtype = torch.float32) -> Inputs:
+    x, y = (noise(batch, length, width, dtype=dtype, seed=seed) for seed in (0, 1))
+    return {"x": x, "y": y, "gate": noise(batch, width, dtype=dtype, seed=2)}
+
+
+def head_inputs(
+    batch: int, length: int, heads: int, dim: int, dtype: torch.dtype = torch.float32, norm: bool = True
+) -> Inputs:
+    """Slices of one projection, and the scale, of whose heads the second is above log 100."""
+    q, k, _ = noise(batch, length, 3, heads, dim, dtype=dtype).unbind(2)
+    log_scale = torch.tensor([1.0, 7.0, -1.0] * heads, dtype=dtype)[:heads]
+    return {"q": q, "k": k} | ({"log_scale": log_scale} if norm else {})
+
+
+def turned(length: int, dim: int) -> dict[str, Any]:
+    angle = noise(length, dim // 2, seed=3) * 3
+    return {"rope": (angle.cos(), angle.sin())}
+
+
+def with_gradients(call: Call, inputs: Inputs, relayout: Call | None = None, **rest: Any) -> list[torch.Tensor]:
+    """Results and gradients, for incoming ones that differ everywhere."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    results = call(**leaves, **rest)
+    results = [results] if isinstance(results, torch.Tensor) else list(results)
+    grads = [noise(*r.shape, dtype=torch.float64, seed=9 + i).to(r.dtype) for i, r in enumerate(results)]
+    torch.autograd.backward(results, [relayout(grad) for grad in grads] if relayout else grads)
+    return [r.detach() for r in results] + [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+
+
+# Widths that are no multiples of any vector, one and several parts of the rows.
+CASES: dict[str, tuple[Call, Call, dict[str, Any]]] = {}
+for shape in [(2, 70, 65), (3, 1, 7), (1, 4, 1), (2, 33, 200)]:
+    CASES[f"norm {shape}"] = adaptive_layer_norm, lambda dtype, shape=shape: norm_inputs(*shape, dtype), {}
+    CASES[f"gate {shape}"] = gated_residual, lambda dtype, shape=shape: gate_inputs(*shape, dtype), {}
+for dim in (2, 6, 16, 64, 72, 128):
+    CASES[f"rope {dim}"] = qk_norm_rope, lambda dtype, dim=dim: head_inputs(2, 35, 3, dim, dtype), turned(35, dim)
+CASES["no rope 15"] = qk_norm_rope, lambda dtype: head_inputs(2, 35, 3, 15, dtype), {}
+CASES["no norm 20"] = qk_norm_rope, lambda dtype: head_inputs(2, 5, 3, 20, dtype, norm=False), turned(5, 20)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", list(CASES))
+def test_gradients(case: str, dtype: torch.dtype) -> None:
+    call, make, rest = CASES[case]
+    inputs = make(dtype)
+    exact = with_gradients(call, {name: t.double() for name, t in inputs.items()}, backend="reference", **rest)
+    plain = with_gradients(call, inputs, backend="reference", **rest)
+    for got, by_reference, expected in zip(
+        with_gradients(call, inputs, backend="cpu", **rest), plain, exact, strict=True
+    ):
+        assert_as_accurate(got, by_reference, expected)
+
+
+def layouts(inputs: Inputs) -> Iterator[Inputs]:
+    """The same values: contiguous, with another order of dimensions, with gaps, and unaligned."""
+    yield {name: t.contiguous() for name, t in inputs.items()}
+    yield {name: t.mT.contiguous().mT if t.ndim > 1 else t for name, t in inputs.items()}
+    yield {name: t.transpose(1, -2).contiguous().transpose(1, -2) for name, t in inputs.items() if t.ndim > 2} | {
+        name: t for name, t in inputs.items() if t.ndim <= 2
+    }
+    yield {name: torch.stack([t, t], -1)[..., 0] for name, t in inputs.items()}
+    yield {name: torch.cat([t, t], -1)[..., : t.shape[-1]] for name, t in inputs.items()}
+    yield {name: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) for name, t in inputs.items()}
+
+
+@in_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["norm (2, 70, 65)", "gate (2, 70, 65)", "rope 72", "no norm 20"])
+def test_layouts(case: str, dtype: torch.dtype) -> None:
+    """Of inputs and of incoming gradients: the same bits."""
+    call, make, rest = CASES[case]
+    relayouts: list[Call] = [
+        lambda grad: grad.mT.contiguous().mT,
+        lambda grad: torch.cat([grad, grad], -1)[..., : grad.shape[-1]],
+    ]
+    first, *others = layouts(make(dtype))
+    expected = with_gradients(call, first, backend="cpu", **rest)
+    found = [with_gradients(call, inputs, backend="cpu", **rest) for inputs in others]
+    found += [with_gradients(call, first, relayout, backend="cpu", **rest) for relayout in relayouts]
+    for each in found:
+        for got, want in zip(each, expected, strict=True):
+            assert torch.equal(got, want)
+    expanded = [
+        with_gradients(call, first, lambda grad, to=to: to(torch.ones((), dtype=grad.dtype).expand(grad.shape)), **rest)
+        for to in (torch.Tensor.contiguous, lambda grad: grad)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*expanded, strict=True))
+
+
+@in_cpp
+@pytest.mark.parametrize("case", ["norm (2, 70, 65)", "gate (2, 70, 65)", "rope 64", "no norm 20"])
+def test_only_the_gradients_asked_for(case: str) -> None:
+    call, make, rest = CASES[case]
+    inputs = make(torch.float32)
+    weights = noise(*next(iter(inputs.values())).shape, seed=5)
+
+    def gradients(wanted: list[str], used: int) -> dict[str, torch.Tensor | None]:
+        leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in inputs.items()}
+        results = call(**leaves, **rest)
+        results = [results] if isinstance(results, torch.Tensor) else results
+        sum((r * weights).sum() for r in list(results)[:used]).backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    everything = gradients(list(inputs), 2)
+    for name in inputs:
+        found = gradients([name], 2)
+        assert torch.equal(found.pop(name), everything[name])
+        assert all(grad is None for grad in found.values())
+    if "q" in inputs:  # of queries alone: nothing reaches the keys
+        found = gradients(list(inputs), 1)
+        assert not found.pop("k").any()
+        assert all(torch.equal(grad, everything[name]) for name, grad in found.items())
+
+
+LARGE: list[tuple[Call, Inputs, dict[str, Any]]] = [
+    (adaptive_layer_norm, norm_inputs(3, 90, 520), {}),
+    (gated_residual, gate_inputs(3, 90, 520), {}),
+    (qk_norm_rope, head_inputs(3, 90, 8, 64), turned(90, 64)),
+]
+
+
+@in_cpp
+@pytest.mark.parametrize(("call", "inputs", "rest"), LARGE)
+def test_threads_leave_the_bits(call: Call, inputs: Inputs, rest: dict[str, Any]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            found.append(with_gradients(call, inputs, backend="cpu", **rest))
+    finally:
+        torch.set_num_threads(threads)
+    for each in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(each, found[0], strict=True))
+
+
+@in_cpp
+@pytest.mark.parametrize(("call", "inputs", "rest"), LARGE)
+def test_the_batch_leaves_the_bits(call: Call, inputs: Inputs, rest: dict[str, Any]) -> None:
+    """Of results and gradients of a sample; the gradient of the scale of heads is a sum over samples."""
+    shared = {name: t for name, t in inputs.items() if name == "log_scale"}
+    own = {name: t for name, t in inputs.items() if name != "log_scale"}
+    weights = noise(*next(iter(own.values())).shape, seed=5)
+
+    def run(samples: slice) -> list[torch.Tensor]:
+        leaves = {name: t[samples].detach().requires_grad_() for name, t in own.items()}
+        results = call(**leaves, **shared, **rest)
+        results = [results] if isinstance(results, torch.Tensor) else list(results)
+        torch.autograd.backward(results, [weights[samples]] * len(results))
+        return [r.detach() for r in results] + [leaf.grad for leaf in leaves.values()]
+
+    for a, b in zip(run(slice(1, 2)), run(slice(None)), strict=True):
+        assert torch.equal(a[0], b[1])
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("case", ["norm (2, 70, 65)", "gate (3, 1, 7)", "rope 16", "no rope 15", "no norm 20"])
+def test_reads_no_uninitialised_memory(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the backward pass, also where an incoming gradient is missing."""
+    call, make, rest = CASES[case]
+
+    def run() -> list[torch.Tensor]:
+        found = with_gradients(call, make(torch.float32), backend="cpu", **rest)
+        inputs = {name: t.detach().requires_grad_() for name, t in make(torch.float32).items()}
+        results = call(**inputs, backend="cpu", **rest)
+        last = results if isinstance(results, torch.Tensor) else results[1]
+        gradients = torch.autograd.grad(last.sum(), list(inputs.values()), allow_unused=True)
+        return found + [gradient for gradient in gradients if gradient is not None]
+
+    expected = run()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        got = run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("shape", [(0, 5, 12), (2, 0, 12), (2, 5, 0)])
+def test_empty(shape: tuple[int, int, int]) -> None:
+    """No samples, tokens or channels: modulations get gradients of zero."""
+    for call, inputs in ((adaptive_layer_norm, norm_inputs(*shape)), (gated_residual, gate_inputs(*shape))):
+        out, *gradients = with_gradients(call, inputs, backend="cpu")
+        assert out.shape == shape
+        assert [g.shape for g in gradients] == [t.shape for t in inputs.values()]
+        assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_empty_heads(shape: tuple[int, int]) -> None:
+    inputs = head_inputs(*shape, 3, 8)
+    q, k, *gradients = with_gradients(qk_norm_rope, inputs, backend="cpu", **turned(shape[1], 8))
+    assert q.shape == k.shape == (*shape, 3, 8)
+    assert [g.shape for g in gradients] == [t.shape for t in inputs.values()]
+    assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_vectors_shorter_than_eps() -> None:
+    """They are divided by a constant: a gradient has no part along them."""
+    q, k = (t.contiguous() * 1e-3 for t in list(head_inputs(1, 2, 2, 16).values())[:2])
+    inputs = {"q": q, "k": k, "log_scale": torch.zeros(2)}
+    _, _, dq, dk, dlog_scale = with_gradients(qk_norm_rope, inputs, eps=0.5, backend="cpu")
+    grads = [noise(1, 2, 2, 16, dtype=torch.float64, seed=9 + i).float() for i in range(2)]
+    torch.testing.assert_close(dq, grads[0] / 0.5)
+    torch.testing.assert_close(dk, grads[1] / 0.5)
+    torch.testing.assert_close(dlog_scale, (grads[0] * q / 0.5).sum((0, 1, 3)))
+
+
+@in_cpp
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_every_number_of_16_bits(dtype: torch.dtype) -> None:
+    """Is read and written as it is; -0 + 0 is 0, NaN stays NaN."""
+    x = torch.arange(2**16).to(torch.int16).view(dtype).view(1, 1, -1)
+    got = gated_residual(x, torch.zeros_like(x), torch.zeros_like(x[0]), backend="cpu")
+    torch.testing.assert_close(got, x, rtol=0, atol=0, equal_nan=True)
+
+
+@in_cpp
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("width", [1000, 3])
+def test_roundings(dtype: torch.dtype, width: int) -> None:
+    """To the nearest, ties to even, with infinities, denormals and NaN, as PyTorch has it; with vectors and without."""
+    numbers = [torch.arange(-(2**31), 2**31, 4093, dtype=torch.int64).to(torch.int32).view(torch.float32)]
+    # the middle between two neighbours, of denormal ones too, and either side of it
+    middle = torch.arange(2**16).to(torch.int16).view(dtype).float().view(torch.int32)
+    middle += 1 << (15 if dtype == torch.bfloat16 else 12)
+    small = ((torch.arange(2**10) + 0.5) * (torch.finfo(dtype).tiny * torch.finfo(dtype).eps)).view(torch.int32)
+    numbers += [(each + step).view(torch.float32) for each in (middle, small) for step in (-1, 0, 1)]
+    y = torch.cat(numbers)
+    y = y[: len(y) // width * width].view(1, -1, width)
+    got = gated_residual(torch.zeros_like(y, dtype=dtype), y, torch.ones(1, width), backend="cpu")
+    torch.testing.assert_close(got, y.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_modulations_in_float64(dtype: torch.dtype) -> None:
+    """They, and a branch, are rounded to float32; their gradients come back in float64."""
+    inputs = gate_inputs(2, 40, 12, torch.float64)
+    inputs["x"] = inputs["x"].to(dtype)
+    out, dx, dy, dgate = with_gradients(gated_residual, inputs, backend="cpu")
+    assert (out.dtype, dx.dtype, dy.dtype, dgate.dtype) == (dtype, dtype, torch.float64, torch.float64)
+    grad = noise(2, 40, 12, dtype=torch.float64, seed=9).to(dtype)
+    assert torch.equal(dx, grad)
+    torch.testing.assert_close(dy, grad.double() * inputs["gate"][:, None], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dgate, (grad.double() * inputs["y"]).sum(1), rtol=1e-5, atol=1e-5)
+
+
+@in_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (3, 0, 1, 2)])
+def test_caches_in_any_order(order: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    inputs = head_inputs(2, 5, 3, 16, dtype)
+    v = noise(2, 5, 3, 16, dtype=dtype, seed=4)
+    places = [order.index(i) for i in range(4)]
+    shape = (2, 9, 3, 16)
+    caches = [torch.full([shape[i] for i in order], math.nan, dtype=dtype).permute(places) for _ in range(2)]
+    q = qk_norm_rope_into_cache(inputs["q"], inputs["k"], v, *caches, 3, log_scale=inputs["log_scale"], backend="cpu")
+    expected = qk_norm_rope(**inputs, backend="cpu")
+    assert torch.equal(q, expected[0])
+    for cache, rows in zip(caches, (expected[1], v), strict=True):
+        assert cache.shape == shape
+        assert torch.equal(cache[:, 3:8], rows)
+        assert cache[:, :3].isnan().all() and cache[:, 8:].isnan().all()
+
+
+@pytest.mark.parametrize("op", ["adaptive_layer_norm", "gated_residual", "qk_norm_rope", "qk_norm_rope_into_cache"])
+def test_which_module_runs(op: str, on_cpu: str) -> None:
+    implementation = next(each for each in REGISTRY[op] if each.backend == "cpu")
+    assert implementation.module.endswith(".impl_cpu")
+    faster = implementation.faster(torch.zeros(1))
+    assert faster is None if on_cpu == "PyTorch" else faster == implementation.module.replace("impl_cpu", "impl_cpp")
+    assert implementation.faster(torch.zeros(1, dtype=torch.float64)) is None
+
+
+@in_cpp
+def test_ops_check_what_they_are_given() -> None:
+    """A call that goes past the public functions must not read or write past the end."""
+    ops = torch.ops.fastvar_cpu
+    x, modulation, heads = torch.zeros(2, 5, 12), torch.zeros(2, 12), torch.zeros(2, 5, 3, 4)
+    table, scale = torch.zeros(5, 2), torch.zeros(3)
+    wrong: list[Call] = [
+        lambda: ops.adaptive_layer_norm(x[0], modulation, modulation, 1e-6),
+        lambda: ops.adaptive_layer_norm(x, modulation[:1], modulation, 1e-6),
+        lambda: ops.adaptive_layer_norm(x, modulation, modulation[:, 1:], 1e-6),
+        lambda: ops.adaptive_layer_norm(x.long(), modulation, modulation, 1e-6),
+        lambda: ops.adaptive_layer_norm_backward(x[:, 1:], x, modulation, 1e-6, x.clone(), None, None),
+        lambda: ops.adaptive_layer_norm_backward(x, x, modulation, 1e-6, None, modulation[:, :1], None),
+        lambda: ops.gated_residual(x, x[:, :4], modulation),
+        lambda: ops.gated_residual(x, x, modulation.cfloat()),
+        lambda: ops.gated_residual_backward(x, x, modulation, None, x[:1], None),
+        lambda: ops.qk_norm_rope(heads, heads[:1], None, None, None, None, 0.0, 0, heads, heads, None),
+        lambda: ops.qk_norm_rope(heads, heads, None, scale[:2], None, None, 0.0, 0, heads, heads, None),
+        lambda: ops.qk_norm_rope(heads, heads, None, None, table[:4], table, 0.0, 0, heads, heads, None),
+        lambda: ops.qk_norm_rope(heads, heads, None, None, table, None, 0.0, 0, heads, heads, None),
+        lambda: ops.qk_norm_rope(heads, heads, None, None, None, None, 0.0, 1, heads, heads, None),
+        lambda: ops.qk_norm_rope(heads, heads, heads, None, None, None, 0.0, 0, heads, heads, None),
+        lambda: ops.qk_norm_rope(heads, heads, heads, None, None, None, 0.0, 0, heads, heads, heads[:, 1:]),
+        lambda: ops.qk_norm_rope_backward(heads, heads, None, None, None, 0.0, True, heads.clone(), scale),
+        lambda: ops.qk_norm_rope_backward(heads, heads, scale, None, None, 0.0, False, heads.clone(), scale.clone()),
+        lambda: ops.qk_norm_rope_backward(heads, heads[:, :1], scale, None, None, 0.0, True, heads.clone(), None),
+    ]
+    for call in wrong:
+        with pytest.raises(RuntimeError, match="expected"):
+            call()
+
+
+@in_cpp
+def test_processors_leave_the_bits(tmp_path: Path) -> None:
+    """A build without the variants for newer processors gives the same bits."""
+    (tmp_path / "fastvar").mkdir()
+    (tmp_path / "csrc").mkdir()
+    shutil.copy(build.PACKAGE / "build.py", tmp_path / "fastvar")
+    sources = build.source_folder()
+    for path in (
+        *sources.glob("*.h"),
+        *(sources / f"{name}.cpp" for name in ("rows", "adaptive_layer_norm", "qk_norm_rope")),
+    ):
+        shutil.copy(path, tmp_path / "csrc")
+    code = (
+        "import sys, torch; sys.path.insert(0, 'fastvar'); import build\n"
+        "torch.ops.load_library(build.build(['cpu'])['cpu']); calls = torch.load('calls.pt')\n"
+        "found = [(getattr(torch.ops.fastvar_cpu, name)(*call), call) for name, call in calls]\n"
+        "torch.save(found, 'results.pt')"
+    )
+    calls: list[tuple[str, tuple[Any, ...]]] = []
+    for dtype in DTYPES:
+        x, scale, shift = norm_inputs(2, 40, 99, dtype).values()
+        q, k, log_scale = (t.contiguous() for t in head_inputs(2, 40, 3, 24, dtype).values())
+        cos, sin = turned(40, 24)["rope"]
+        calls += [
+            ("adaptive_layer_norm", (x, scale, shift, 1e-6)),
+            ("adaptive_layer_norm_backward", (x.sin(), x, scale, 1e-6, x.clone(), scale.clone(), shift.clone())),
+            ("gated_residual", (x, x.sin(), scale)),
+            ("gated_residual_backward", (x, x.sin(), scale, x.clone(), x.clone(), scale.clone())),
+            ("qk_norm_rope", (q, k, None, log_scale, cos, sin, 1e-12, 0, q.clone(), k.clone(), None)),
+            ("qk_norm_rope_backward", (k, q, log_scale, cos, sin, 1e-12, True, q.clone(), log_scale.clone())),
+        ]
+    torch.save(calls, tmp_path / "calls.pt")
+    plain = " ".join([*build.find_cxx(), "-DFASTVAR_CLONES="])
+    environment = {**os.environ, "CXX": plain, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for (name, call), (result, written) in zip(calls, torch.load(tmp_path / "results.pt"), strict=True):
+        found = getattr(torch.ops.fastvar_cpu, name)(*call)
+        for got, want in zip((found, *call), (result, *written), strict=True):
+            assert not isinstance(got, torch.Tensor) or torch.equal(got, want), name
