@@ -138,14 +138,14 @@ Tensor norm(const Tensor x, const Tensor scale, const Tensor shift, double eps) 
   return out;
 }
 
-// The parts of a sample's sums one after the other; of each sum there are `width` numbers.
+// The parts of a sample's sums in pairs; of each sum there are `width` numbers.
 void finish(const Parts& parts, float* sums, int64_t batch, int64_t width,
             std::initializer_list<const std::optional<Target>*> out) {
   const int64_t all = width * int64_t(out.size());
   parallel_for(0, batch, grain(parts.of_sample * all), [&](int64_t low, int64_t high) {
     for (int64_t b = low; b < high; ++b) {
       float* first = sums + b * parts.of_sample * all;
-      for (int64_t i = 1; i < parts.of_sample; ++i) add(first + i * all, all, first);
+      add_in_pairs(first, parts.of_sample, all);
       for (const auto* each : out) {
         if (*each) (*each)->write((*each)->at(b), first, width);
         first += width;
@@ -213,13 +213,13 @@ Tensor gate(const Tensor x, const Tensor y, const Tensor gate) {
   return out;
 }
 
-void gate_backward(const Tensor grad, const Tensor y, const Tensor gate, std::optional<Tensor> dx,
-                   std::optional<Tensor> dy, std::optional<Tensor> dgate) {
+void gate_backward(const Tensor grad, const Tensor y, const Tensor gate, std::optional<Tensor> dy,
+                   std::optional<Tensor> dgate) {
   const char* op = "gated_residual_backward";
   const Source slopes(op, "grad", grad, {ANY, ANY, ANY});
   const int64_t batch = grad.size(0), length = grad.size(1), width = grad.size(2);
   const Source branch(op, "y", y, {batch, length, width}), gates(op, "gate", gate, {batch, width});
-  const auto to_x = wanted(op, "dx", dx, {batch, length, width}), to_y = wanted(op, "dy", dy, {batch, length, width});
+  const auto to_y = wanted(op, "dy", dy, {batch, length, width});
   const auto to_gate = wanted(op, "dgate", dgate, {batch, width});
   const Parts parts(batch, length);
   const Buffer sums(to_gate ? parts.count * width : 0);
@@ -233,7 +233,6 @@ void gate_backward(const Tensor grad, const Tensor y, const Tensor gate, std::op
       if (to_gate) std::fill_n(own, width, 0.f);
       for (int64_t l = parts.begin(part); l < parts.end(part); ++l) {
         const float* g = slopes.read(slopes.at(b, l), width, steep);
-        if (to_x) to_x->write(to_x->at(b, l), g, width);
         if (to_gate) add_products(g, branch.read(branch.at(b, l), width, added), width, own);
         if (to_y) {
           float* place = to_y->place(to_y->at(b, l), result);
@@ -256,8 +255,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastvar_cpu, m) {
       "Tensor(b!)? dscale, Tensor(c!)? dshift) -> ()");
   m.def("gated_residual(Tensor x, Tensor y, Tensor gate) -> Tensor");
   m.def(
-      "gated_residual_backward(Tensor grad, Tensor y, Tensor gate, Tensor(a!)? dx, Tensor(b!)? dy, "
-      "Tensor(c!)? dgate) -> ()");
+      "gated_residual_backward(Tensor grad, Tensor y, Tensor gate, Tensor(a!)? dy, Tensor(b!)? dgate) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvar_cpu, CPU, m) {

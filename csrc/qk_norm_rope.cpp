@@ -11,7 +11,7 @@ namespace {
 using namespace rows;
 
 constexpr int LANES = 16;
-constexpr float MAX_LOG_SCALE = 4.605170186f;  // log 100
+constexpr double MAX_LOG_SCALE = 4.605170185988092;  // log 100
 
 // The pairs (x_2i, x_2i+1) times cos + i sin; with `side` -1 times its conjugate.
 FASTVAR_HOST_DEVICE inline void turn(const float* x, float factor, const float* cos, const float* sin, float side,
@@ -79,7 +79,7 @@ struct Gains {
     const Source from(op, "log_scale", *log_scale, {heads});
     widen(from.dtype, from.raw(0), from.inner, heads, queries);
     for (int64_t h = 0; h < heads; ++h) {
-      const double least = queries[h] > MAX_LOG_SCALE ? MAX_LOG_SCALE : queries[h];
+      const double least = queries[h] > MAX_LOG_SCALE ? MAX_LOG_SCALE : double(queries[h]);
       queries[h] = static_cast<float>(std::exp(least));  // the same bits on every processor
       keys[h] = 1;
     }
@@ -221,7 +221,7 @@ void run_backward(const Tensor grad, const Tensor x, const std::optional<Tensor>
   const float* gain = log_scale ? own_gain : nullptr;
   const Tables tables(op, rope_cos, rope_sin, length, dim);
   const Parts parts(batch, length);
-  const Buffer sums(to_scale ? parts.count * heads : 0);
+  const Buffer sums(to_scale ? std::max<int64_t>(1, parts.count) * heads : 0);
   const float eps = static_cast<float>(epsilon);
   parallel_for(0, parts.count, parts.grain(heads * dim), [&](int64_t low, int64_t high) {
     const Buffer wide(heads * dim), steep(heads * dim), turned(dim), result(heads * dim);
@@ -242,9 +242,10 @@ void run_backward(const Tensor grad, const Tensor x, const std::optional<Tensor>
     }
   });
   if (!to_scale) return;
-  const Buffer total(heads), logs(heads);
-  std::fill_n(static_cast<float*>(total), heads, 0.f);
-  for (int64_t part = 0; part < parts.count; ++part) add(sums + part * heads, heads, total);
+  const Buffer logs(heads);
+  float* total = sums;
+  if (!parts.count) std::fill_n(total, heads, 0.f);
+  add_in_pairs(total, parts.count, heads);
   const Source scales(op, "log_scale", *log_scale, {heads});
   widen(scales.dtype, scales.raw(0), scales.inner, heads, logs);
   for (int64_t h = 0; h < heads; ++h) total[h] = logs[h] <= MAX_LOG_SCALE ? total[h] : 0;

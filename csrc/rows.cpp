@@ -48,7 +48,7 @@ FASTVAR_CLONES void narrow_to_half(const float* from, int64_t count, uint16_t* _
   for (int64_t i = 0; i < count; ++i) to[i] = to_half(from[i]);
 }
 
-FASTVAR_CLONES void add_all(const float* values, int64_t count, float* __restrict sums) {
+FASTVAR_CLONES void add(const float* values, int64_t count, float* __restrict sums) {
   for (int64_t i = 0; i < count; ++i) sums[i] += values[i];
 }
 
@@ -64,9 +64,9 @@ void widen(ScalarType dtype, const void* from, int64_t stride, int64_t count, fl
   } else if (dtype == ScalarType::Float) {
     each(static_cast<const float*>(from), [](float x) { return x; });
   } else if (dtype == ScalarType::BFloat16) {
-    stride == 1 ? widen_bfloat16(bits, count, to) : each(bits, from_bfloat16);
+    stride == 1 ? widen_bfloat16(bits, count, to) : each(bits, [](uint16_t x) { return from_bfloat16(x); });
   } else {
-    stride == 1 ? widen_half(bits, count, to) : each(bits, from_half);
+    stride == 1 ? widen_half(bits, count, to) : each(bits, [](uint16_t x) { return from_half(x); });
   }
 }
 
@@ -81,12 +81,16 @@ void narrow(ScalarType dtype, const float* from, int64_t count, void* to, int64_
     stride == 1 ? static_cast<void>(std::copy_n(from, count, static_cast<float*>(to)))
                 : each(static_cast<float*>(to), [](float x) { return x; });
   } else if (dtype == ScalarType::BFloat16) {
-    stride == 1 ? narrow_to_bfloat16(from, count, bits) : each(bits, to_bfloat16);
+    stride == 1 ? narrow_to_bfloat16(from, count, bits) : each(bits, [](float x) { return to_bfloat16(x); });
   } else {
-    stride == 1 ? narrow_to_half(from, count, bits) : each(bits, to_half);
+    stride == 1 ? narrow_to_half(from, count, bits) : each(bits, [](float x) { return to_half(x); });
   }
 }
 
-void add(const float* values, int64_t count, float* sums) { add_all(values, count, sums); }
+void add_in_pairs(float* first, int64_t parts, int64_t count) {
+  for (int64_t step = 1; step < parts; step *= 2) {
+    for (int64_t i = 0; i + step < parts; i += 2 * step) add(first + (i + step) * count, count, first + i * count);
+  }
+}
 
 }  // namespace fastvar::rows

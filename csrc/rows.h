@@ -19,13 +19,14 @@ constexpr int64_t PART = 32;      // rows
 void widen(ScalarType dtype, const void* from, int64_t stride, int64_t count, float* to);
 void narrow(ScalarType dtype, const float* from, int64_t count, void* to, int64_t stride);
 
-// sums += values
-void add(const float* values, int64_t count, float* sums);
+// Of `parts` parts of `count` numbers, one after the other, the sums to the first part; the others are used up. Always
+// two of about as many rows are added, so that errors grow with the logarithm of the number of parts.
+void add_in_pairs(float* first, int64_t parts, int64_t count);
 
 // Rows of so many elements that a thread should have at least.
 inline int64_t grain(int64_t elements) { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, elements)); }
 
-// The rows of a batch in parts, each of one sample, for sums over rows: those of a part first, then the parts in order.
+// The rows of a batch in parts, each of one sample, for sums over rows: those of a part first, then the parts in pairs.
 // How a sample is divided depends on its length alone, so that a sum depends neither on the threads nor on the batch.
 class Parts {
  public:
@@ -115,7 +116,12 @@ class Source : public Layout {
 class Target : public Layout {
  public:
   Target(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape)
-      : Layout(op, name, tensor, shape), data_(static_cast<char*>(tensor.mutable_data_ptr())) {}
+      : Layout(op, name, tensor, shape), data_(static_cast<char*>(tensor.mutable_data_ptr())) {
+    for (int64_t i = 0; i < tensor.dim(); ++i) {
+      STD_TORCH_CHECK(strides[i] != 0 || tensor.size(i) < 2, op, ": ", name,
+                      ": expected memory of its own for every element");
+    }
+  }
 
   void* raw(int64_t at) const { return data_ + at * bytes; }
   uint16_t* bits(int64_t at) const { return static_cast<uint16_t*>(raw(at)); }

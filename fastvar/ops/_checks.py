@@ -62,6 +62,16 @@ def integer(op: str, argument: str, tensor: torch.Tensor) -> None:
         fail(op, argument, "int64 or int32", tensor.dtype)
 
 
+def writable(op: str, argument: str, tensor: torch.Tensor, **others: torch.Tensor) -> None:
+    """Check, outside of torch.compile, that every element of a tensor has memory of its own, apart from the others'."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        fail(op, argument, "memory of its own for every element", f"strides {tensor.stride()}")
+    if not torch.compiler.is_compiling():
+        for name, other in others.items():
+            if other.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
+                fail(op, name, f"memory apart from {argument}", "the same storage")
+
+
 def indices(op: str, argument: str, tensor: torch.Tensor, size: int) -> None:
     """With FASTVAR_DEBUG=1, outside of torch.compile: check that indices are from 0 to size - 1."""
     if DEBUG and not torch.compiler.is_compiling() and tensor.numel():

@@ -106,7 +106,7 @@ def resolve(op: str, backend: str, tensor: torch.Tensor, log: bool = True) -> st
             if not log or torch.compiler.is_compiling() or implementation.missing() is not None:
                 continue
             if tensor.device.type in implementation.devices:
-                _warn_once(op, implementation.backend, obstacle)
+                warn_once(op, implementation.backend, obstacle)
         elif implementation.backend == wish:
             obstacle = implementation.why_not(tensor)
             if obstacle is not None:
@@ -116,7 +116,8 @@ def resolve(op: str, backend: str, tensor: torch.Tensor, log: bool = True) -> st
     raise RuntimeError(f"{op}: backend={wish!r} does not exist for this operator; there is {', '.join(available)}")
 
 
-def _warn_once(op: str, backend: str, obstacle: str) -> None:
+def warn_once(op: str, backend: str, obstacle: str) -> None:
+    """Log why "auto" does not take what it would take otherwise, once for an operator and a backend."""
     if (op, backend) not in _warned:
         _warned.add((op, backend))
         logger.warning("%s: %s is passed over: %s", op, backend, obstacle)
@@ -143,7 +144,8 @@ def explain(op: str, tensor: torch.Tensor, backend: str = "auto") -> Explanation
     for implementation in REGISTRY[op]:
         why_not = implementation.why_not(tensor)
         if implementation.backend == chosen:
-            reasons[implementation.backend] = "chosen"
+            module = implementation.faster(tensor)
+            reasons[implementation.backend] = "chosen" if module is None else "chosen, in C++"
         elif why_not is not None:
             reasons[implementation.backend] = why_not
         elif not implementation.auto:

@@ -37,7 +37,8 @@ class Operator:
         keeps_results: the backward functions of the implementations get the results too, a list `results` before
             `needs`.
         passes: for an operator with one result, the number among the tensor arguments of one whose gradient is the
-            incoming one: autograd hands it on without a copy.
+            incoming one: autograd hands it on, if contiguous without a copy, and no implementation is asked
+            for it.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class Operator:
         self.name = name
         self.function = function
         self._keeps_results = keeps_results
+        self._passes = passes
         self._ready: set[str] = set()  # backends that were seen to be able to run
         REGISTRY[name] = tuple(implementations)
         fields = [field.split("=")[0].split() for field in _split_arguments(arguments)]
         self._schedule_at = next((i for i, field in enumerate(fields) if field[-1] == "grids"), None)
         self._tensors_at = tuple(i for i, field in enumerate(fields) if field[0] in ("Tensor", "Tensor?"))
+        self._written_at = tuple(i for i, field in enumerate(fields) if "!" in field[0])
 
         _LIBRARY.define(f"{name}({arguments}, str backend) -> {returns}")
         _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
@@ -107,10 +110,21 @@ class Operator:
     def _run(self, *args: Any) -> Any:
         forward = getattr(self._implementation(args[-1], args[0]), self.function)
         with annotate(self.name), _plain(args[0].device.type), guard(args[0].device), torch.no_grad():
-            return forward(*self._with_schedule(args[:-1]))
+            results = forward(*self._with_schedule(args[:-1]))
+        if self._written_at:  # autograd has to see it, however it was done
+            torch.autograd.graph.increment_version([args[i] for i in self._written_at])
+        return results
 
     def _run_backward(self, grads: list[torch.Tensor | None], *rest: Any) -> list[torch.Tensor]:
         *args, needs, backend = rest
+        if self._passes is not None and needs[self._passes]:  # a direct call, as autograd never asks
+            asked = [need and i != self._passes for i, need in enumerate(needs)]
+            found = self._run_backward(grads, *args, asked, backend)
+            like = args[self._tensors_at[self._passes]]
+            passed = torch.zeros_like(like) if grads[0] is None else grads[0]
+            # a copy: results of an op may not be its arguments
+            found.insert(sum(needs[: self._passes]), passed.clone(memory_format=torch.contiguous_format))
+            return found
         module = self._implementation(backend, args[0])
         results = [args.pop()] if self._keeps_results else []
         args = self._with_schedule(args)
@@ -196,6 +210,7 @@ def _autograd_function(
             return results
 
         @staticmethod
+        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
             args = list(ctx.rest)
             saved = ctx.saved_tensors
@@ -205,7 +220,7 @@ def _autograd_function(
             needs = [ctx.needs_input_grad[i] for i in tensors_at]
             result: list[Any] = [None] * len(args)
             if passes is not None and needs[passes]:
-                result[tensors_at[passes]] = grads[0]
+                result[tensors_at[passes]] = None if grads[0] is None else grads[0].contiguous()
                 needs[passes] = False
             found = iter(backward_op(list(grads), *args[:-1], *results, needs, args[-1]) if any(needs) else ())
             for i, need in zip(tensors_at, needs, strict=True):

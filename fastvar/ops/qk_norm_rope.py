@@ -128,7 +128,8 @@ def qk_norm_rope_into_cache(
         q: (B, n, H, D), contiguous; no gradient.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or tokens beyond the capacity.
+        ValueError: shapes, dtypes or devices that do not fit, tokens beyond the capacity, or caches that share memory
+            within themselves (as expanded ones do) or with q, k or v.
     """
     op = "qk_norm_rope_into_cache"
     cos, sin = _check(op, q, k, log_scale, rope)
@@ -136,6 +137,8 @@ def qk_norm_rope_into_cache(
     _checks.shape(op, "key_cache", key_cache, q.shape[0], "capacity", q.shape[2], q.shape[3])
     _checks.shape(op, "value_cache", value_cache, *key_cache.shape)
     _checks.same_dtype_and_device(op, "q", q, v=v, key_cache=key_cache, value_cache=value_cache)
+    _checks.writable(op, "key_cache", key_cache, q=q, k=k, v=v)
+    _checks.writable(op, "value_cache", value_cache, q=q, k=k, v=v)
     if position < 0 or position + q.shape[1] > key_cache.shape[1]:
         _checks.fail(op, "position", f"0 to {key_cache.shape[1] - q.shape[1]}", position)
     return _INTO_CACHE(backend, q, k, v, key_cache, value_cache, position, log_scale, cos, sin, eps)

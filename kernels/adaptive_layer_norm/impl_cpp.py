@@ -42,8 +42,8 @@ def gated_residual_backward(
     gate: torch.Tensor,
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """Gradients of x, y and gate, as far as they are needed."""
-    found = _room((x, y, gate), needs, grads[0])
+    """Gradients of y and gate, as far as they are needed."""
+    found = _room((y, gate), needs[1:], grads[0])
     if grads[0] is not None:
         torch.ops.fastvar_cpu.gated_residual_backward.default(grads[0], y, gate, *found)
     return [gradient for gradient in found if gradient is not None]

@@ -76,13 +76,11 @@ def gated_residual_backward(
     gate: torch.Tensor,
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """Gradients of x, y and gate, as far as they are needed."""
+    """Gradients of y and gate, as far as they are needed."""
     grad = grads[0]
     if grad is None:
-        return [torch.zeros(t.shape, dtype=t.dtype) for t, need in zip((x, y, gate), needs, strict=True) if need]
+        return [torch.zeros(t.shape, dtype=t.dtype) for t, need in zip((y, gate), needs[1:], strict=True) if need]
     found = []
-    if needs[0]:  # a copy: results of an operator may not be its arguments
-        found.append(grad.to(x.dtype, copy=True, memory_format=torch.contiguous_format))
     compute = torch.promote_types(x.dtype, torch.float32)
     g = grad.to(compute)
     if needs[1]:

@@ -100,9 +100,9 @@ def _gate_forward(
 
 @triton.jit
 def _gate_backward(
-    g_ptr, y_ptr, gate_ptr, dx_ptr, dy_ptr, dgate_ptr,
+    g_ptr, y_ptr, gate_ptr, dy_ptr, dgate_ptr,
     g_b, g_l, g_c, y_b, y_l, y_c, gate_b, gate_c, L, size,
-    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DX: tl.constexpr, DY: tl.constexpr, DGATE: tl.constexpr,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DY: tl.constexpr, DGATE: tl.constexpr,
 ):  # fmt: skip
     part, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
@@ -112,8 +112,6 @@ def _gate_backward(
         row, valid = _rows_of(start, (part + 1) * size - start, L, ROWS)
         seen = valid & (column < C)
         g = tl.load(g_ptr + b * g_b + row.to(tl.int64) * g_l + column * g_c, seen, 0.0).to(tl.float32)
-        if DX:
-            tl.store(dx_ptr + (b * L + row) * C + column, g, seen)
         if DY:
             tl.store(dy_ptr + (b * L + row) * C + column, g * gate, seen)
         if DGATE:
@@ -176,20 +174,19 @@ def gated_residual_backward(
     gate: torch.Tensor,
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """Gradients of x, y and gate, as far as they are needed."""
+    """Gradients of y and gate, as far as they are needed."""
     grad = grads[0]
     parts, size, options = _parts(x)
     make = torch.zeros if grad is None or not x.numel() else torch.empty
-    dx = make(x.shape if needs[0] else 0, dtype=x.dtype, device=x.device)
     dy = make(y.shape if needs[1] else 0, dtype=y.dtype, device=y.device)
     sums = make(x.shape[0], parts if needs[2] else 0, x.shape[2], dtype=torch.float32, device=x.device)
     if grad is not None and x.numel():
         _gate_backward[(parts, x.shape[0])](
-            grad, y, gate, dx, dy, sums, *grad.stride(), *y.stride(), *gate.stride(), x.shape[1], size,
-            DX=needs[0], DY=needs[1], DGATE=needs[2], **options,
+            grad, y, gate, dy, sums, *grad.stride(), *y.stride(), *gate.stride(), x.shape[1], size,
+            DY=needs[1], DGATE=needs[2], **options,
         )  # fmt: skip
-    found = (dx, dy, sums.sum(1).to(gate.dtype))
-    return [gradient for gradient, need in zip(found, needs, strict=True) if need]
+    found = (dy, sums.sum(1).to(gate.dtype))
+    return [gradient for gradient, need in zip(found, needs[1:], strict=True) if need]
 
 
 def tile_options(channels: int) -> dict[str, int]:

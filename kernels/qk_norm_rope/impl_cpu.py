@@ -93,7 +93,7 @@ def backward(
         assert log_scale is not None
         if dlog_scale is None:
             dlog_scale = torch.zeros(log_scale.shape, dtype=compute)
-        found.append(torch.where(log_scale <= MAX_LOG_SCALE, dlog_scale, 0).to(log_scale.dtype))
+        found.append(torch.where(log_scale.double() <= MAX_LOG_SCALE, dlog_scale, 0).to(log_scale.dtype))
     return found
 
 

@@ -115,7 +115,8 @@ def _backward(
         if SCALED:
             gain = _gain(log_scale_ptr, head)
             if DLOG_SCALE:
-                below = tl.load(log_scale_ptr + head).to(tl.float32) <= MAX_LOG_SCALE
+                # float32 has no log 100, and rounds it up
+                below = tl.load(log_scale_ptr + head).to(tl.float32) < MAX_LOG_SCALE
                 tl.store(dlog_scale_ptr + row, tl.where(below, along * gain, 0.0), valid)
             factor = factor * gain
         along = tl.where(length >= eps, along, 0.0)  # a shorter one is divided by a constant

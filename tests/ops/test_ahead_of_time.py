@@ -55,7 +55,7 @@ def small_launches(dtype: torch.dtype, width: int, head_dim: int) -> Iterator[La
         lambda: norms.forward(x, modulation, modulation, 1e-6),
         lambda: norms.backward([x], x, modulation, modulation, 1e-6, [True] * 3),
         lambda: norms.gated_residual(x, x, modulation),
-        lambda: norms.gated_residual_backward([x], x, x, modulation, [True] * 3),
+        lambda: norms.gated_residual_backward([x], x, x, modulation, [False, True, True]),
         lambda: rotations.forward(q, q, log_scale, cos, sin, 1e-12),
         lambda: rotations.into_cache(q, q, q, q, q, 0, log_scale, None, None, 1e-12),
         lambda: rotations.backward([q, q], q, q, log_scale, cos, sin, 1e-12, [True] * 3),

@@ -20,7 +20,15 @@ from bounds import assert_as_accurate
 from samples import noise
 
 from fastvar import build
-from fastvar.ops import _extension, adaptive_layer_norm, gated_residual, qk_norm_rope, qk_norm_rope_into_cache
+from fastvar.ops import (
+    _dispatch,
+    _extension,
+    adaptive_layer_norm,
+    explain,
+    gated_residual,
+    qk_norm_rope,
+    qk_norm_rope_into_cache,
+)
 from fastvar.ops._dispatch import REGISTRY
 
 in_cpp = pytest.mark.skipif(
@@ -311,6 +319,104 @@ def test_caches_in_any_order(order: tuple[int, int, int, int], dtype: torch.dtyp
         assert cache[:, :3].isnan().all() and cache[:, 8:].isnan().all()
 
 
+CACHE_BACKENDS = [each.backend for each in REGISTRY["qk_norm_rope_into_cache"] if each.devices != ("cuda",)]
+
+
+@pytest.mark.parametrize("backend", CACHE_BACKENDS)
+def test_autograd_sees_that_a_cache_changes(backend: str) -> None:
+    q, cache, factor = noise(2, 4, 3, 8), torch.zeros(2, 8, 3, 8), torch.ones((), requires_grad=True)
+    versions = cache._version
+    used = (factor * cache).sum()
+    qk_norm_rope_into_cache(q, q, q, cache, torch.zeros_like(cache), 0, backend=backend)
+    assert cache._version > versions
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        used.backward()
+
+
+def test_caches_have_memory_of_their_own() -> None:
+    q, cache = noise(2, 4, 3, 8), torch.zeros(2, 8, 3, 8)
+    shared = torch.zeros(1, 8, 3, 8).expand(2, -1, -1, -1)
+    with pytest.raises(ValueError, match="into_cache: key_cache: expected memory of its own for every element"):
+        qk_norm_rope_into_cache(q, q, q, shared, cache, 0)
+    with pytest.raises(ValueError, match="into_cache: k: expected memory apart from key_cache, got the same storage"):
+        qk_norm_rope_into_cache(q, cache[:, :4], q, cache, torch.zeros_like(cache), 1)
+    with pytest.raises(ValueError, match="into_cache: v: expected memory apart from value_cache"):
+        qk_norm_rope_into_cache(q, q, cache[:, :4], torch.zeros_like(cache), cache, 1)
+
+
+@in_cpp
+@pytest.mark.parametrize("length", [10000, 10521])
+def test_sums_over_many_rows(length: int) -> None:
+    """Hundreds of parts, and gradients with a mean, whose sums grow."""
+    heads = head_inputs(2, length, 2, 4)
+    for call, inputs in (
+        (adaptive_layer_norm, norm_inputs(1, length, 8)),
+        (gated_residual, gate_inputs(1, length, 8)),
+        (qk_norm_rope, heads | {"log_scale": torch.tensor([1.0, 0.5])}),
+    ):
+        found = []
+        for dtype, backend in ((torch.float32, "cpu"), (torch.float32, "reference"), (torch.float64, "reference")):
+            leaves = {name: t.to(dtype).requires_grad_() for name, t in inputs.items()}
+            results = call(**leaves, backend=backend)
+            results = [results] if isinstance(results, torch.Tensor) else results
+            grads = [1 + noise(*r.shape, dtype=dtype, seed=5 + i) / 4 for i, r in enumerate(results)]
+            found.append(torch.autograd.grad(results, list(leaves.values()), grads))
+        for got, plain, exact in zip(*found, strict=True):
+            assert_as_accurate(got, plain, exact)
+
+
+@in_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tables_of_any_layout_and_dtype(dtype: torch.dtype) -> None:
+    inputs, (cos, sin) = head_inputs(2, 5, 3, 16), turned(5, 16)["rope"]
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    expected = with_gradients(qk_norm_rope, inputs, backend="cpu", rope=(cos.float(), sin.float()))
+    for rope in ((cos, sin), (cos.mT.contiguous().mT, torch.stack([sin, sin], -1)[..., 0])):
+        found = with_gradients(qk_norm_rope, inputs, backend="cpu", rope=rope)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_the_largest_scale() -> None:
+    """Just above log 100, to which float32 rounds it, there is no gradient; just below there is."""
+    above = torch.tensor(math.log(100))
+    scales = torch.stack([above, torch.nextafter(above, torch.tensor(0.0))])
+    for backend in ("cpu", "reference"):
+        inputs = {"q": noise(1, 2, 2, 4), "k": noise(1, 2, 2, 4), "log_scale": scales}
+        gradient = with_gradients(qk_norm_rope, inputs, backend=backend)[-1]
+        assert gradient[0] == 0 and gradient[1] != 0, backend
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_op_of_the_gradients_gives_all_of_them(backend: str) -> None:
+    """Autograd does not ask it for that of x, which is the incoming one."""
+    inputs, grad = gate_inputs(2, 5, 4), noise(2, 5, 4, seed=3)
+    op = torch.ops.fastvar.gated_residual_backward
+    found = op([grad], *inputs.values(), [True, True, True], backend)
+    assert torch.equal(found[0], grad) and found[0].data_ptr() != grad.data_ptr()
+    assert [t.shape for t in found[1:]] == [inputs["y"].shape, inputs["gate"].shape]
+    assert (op([None], *inputs.values(), [True, False, False], backend)[0] == 0).all()
+
+
+def test_gradients_are_not_differentiated_again() -> None:
+    inputs = {name: t.requires_grad_() for name, t in gate_inputs(1, 2, 4).items()}
+    (gradient,) = torch.autograd.grad(gated_residual(**inputs).square().sum(), inputs["y"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+def test_a_stale_library_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(_extension, "_lack", lambda *_: "built from other sources")
+    monkeypatch.setattr(_extension, "missing", lambda *_: None)
+    monkeypatch.setattr(_dispatch, "_warned", set())
+    for _ in range(2):
+        gated_residual(**gate_inputs(1, 2, 4), backend="cpu")
+    assert [record.getMessage() for record in caplog.records] == [
+        "gated_residual: cpu in C++ is passed over: built from other sources"
+    ]
+    assert explain("gated_residual", torch.zeros(1)).reasons["cpu"] == "chosen"
+
+
 @pytest.mark.parametrize("op", ["adaptive_layer_norm", "gated_residual", "qk_norm_rope", "qk_norm_rope_into_cache"])
 def test_which_module_runs(op: str, on_cpu: str) -> None:
     implementation = next(each for each in REGISTRY[op] if each.backend == "cpu")
@@ -335,7 +441,7 @@ def test_ops_check_what_they_are_given() -> None:
         lambda: ops.adaptive_layer_norm_backward(x, x, modulation, 1e-6, None, modulation[:, :1], None),
         lambda: ops.gated_residual(x, x[:, :4], modulation),
         lambda: ops.gated_residual(x, x, modulation.cfloat()),
-        lambda: ops.gated_residual_backward(x, x, modulation, None, x[:1], None),
+        lambda: ops.gated_residual_backward(x, x, modulation, x[:1], None),
         lambda: ops.qk_norm_rope(heads, heads[:1], None, None, None, None, 0.0, 0, heads, heads, None),
         lambda: ops.qk_norm_rope(heads, heads, None, scale[:2], None, None, 0.0, 0, heads, heads, None),
         lambda: ops.qk_norm_rope(heads, heads, None, None, table[:4], table, 0.0, 0, heads, heads, None),
@@ -379,7 +485,7 @@ def test_processors_leave_the_bits(tmp_path: Path) -> None:
             ("adaptive_layer_norm", (x, scale, shift, 1e-6)),
             ("adaptive_layer_norm_backward", (x.sin(), x, scale, 1e-6, x.clone(), scale.clone(), shift.clone())),
             ("gated_residual", (x, x.sin(), scale)),
-            ("gated_residual_backward", (x, x.sin(), scale, x.clone(), x.clone(), scale.clone())),
+            ("gated_residual_backward", (x, x.sin(), scale, x.clone(), scale.clone())),
             ("qk_norm_rope", (q, k, None, log_scale, cos, sin, 1e-12, 0, q.clone(), k.clone(), None)),
             ("qk_norm_rope_backward", (k, q, log_scale, cos, sin, 1e-12, True, q.clone(), log_scale.clone())),
         ]
