@@ -1,8 +1,8 @@
 """Instructions of the operators in C++: `python -m benchmarks.instructions`. A busy machine does not move them.
 
 Callgrind (from valgrind, which has to be installed) runs the first CPU setting of each suite forward, once and on one
-thread, and counts what runs inside the extension. It knows no AVX-512: what is counted is the code for AVX2. Takes some
-minutes, most of them to import torch.
+thread, and counts what runs inside the extension. It knows no AVX-512: what is counted is the code for AVX2. Takes a minute
+or so for each suite and two more to import torch; rows are written as they come.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,17 +49,25 @@ def _counted(suite: Suite, setting: Setting, folder: Path, call: bool) -> int:
     """Of a process of its own, which builds a problem and perhaps calls our contender."""
     child = os.fork()
     if not child:
-        torch.manual_seed(0)
-        problem = suite.build(setting, torch.device("cpu"))
-        ours = problem.contenders[OURS]
-        if call and not isinstance(ours, str):
-            with torch.no_grad():
-                ours(**problem.inputs)
-        os._exit(0)
+        try:
+            _run(suite, setting, call)
+            os._exit(0)
+        except Exception:
+            traceback.print_exc()
+        os._exit(1)
     _, status = os.waitpid(child, 0)
     if status:
         raise RuntimeError(f"instructions: {suite.name}: the process that was to be counted ended with {status}")
     return total(folder / f"counted.{child}")
+
+
+def _run(suite: Suite, setting: Setting, call: bool) -> None:
+    torch.manual_seed(0)
+    problem = suite.build(setting, torch.device("cpu"))
+    ours = problem.contenders[OURS]
+    if call and not isinstance(ours, str):
+        with torch.no_grad():
+            ours(**problem.inputs)
 
 
 def total(path: Path) -> int:
@@ -88,11 +97,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command += [f"--toggle-collect={ENTRY}", sys.executable, "-m", "benchmarks.instructions"]
         command += ["--suites", options.suites, "--folder", folder]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, cwd=records.ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    for line in done.stdout.splitlines():
-        row = json.loads(line)
-        print(f"{row['suite']}: {row['instructions']:,}")
-        records.append(options.rows, {"benchmark": "instructions", **row, **records.provenance()})
+        with subprocess.Popen(
+            command, env=environment, cwd=records.ROOT, stdout=subprocess.PIPE, text=True
+        ) as counting:
+            assert counting.stdout is not None
+            for line in counting.stdout:
+                row = json.loads(line)
+                print(f"{row['suite']}: {row['instructions']:,}", flush=True)
+                records.append(options.rows, {"benchmark": "instructions", **row, **records.provenance()})
+    if counting.returncode:
+        sys.exit(counting.returncode)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ struct Sharing {
   Space space;
   int32_t share;  // channels of a block
   int32_t lines;  // of a strip
-  int32_t rows;   // of a tile, as many as find room in the memory of a strip
+  int32_t rows;   // of a tile at most, as many as find room in the memory of a strip
 
   Sharing(const Call& call, int32_t members, int32_t parts, int32_t lines)
       : space(int32_t(call.tokenizer.channels), members, staged(call, lines)),
@@ -142,8 +142,11 @@ FASTVAR_HOST_DEVICE inline void image(const Team& team, const Call& call, int64_
   for (int32_t k = 0; k < call.scales; ++k) {
     const Grid grid = call.grids[k];
     const auto count = int32_t(grid.tokens());
-    for (int32_t first = 0; first < count; first += sharing.rows) {
-      const int32_t taken = count - first < sharing.rows ? count - first : sharing.rows;
+    // tiles of about as many rows each: where rows and members do not match, members are idle
+    const int32_t tiles = (count + sharing.rows - 1) / sharing.rows, even = (count + tiles - 1) / tiles;
+    const int32_t rows = (even + ROWS - 1) / ROWS * ROWS;
+    for (int32_t first = 0; first < count; first += rows) {
+      const int32_t taken = count - first < rows ? count - first : rows;
       const int32_t stride = (taken + ROWS - 1) / ROWS * ROWS;
       make_rows(team, tokenizer, call.cosine, plane, size, grid, first, taken, stride, strip);
       search(team, tokenizer, call.cosine, strip, stride, taken, sharing.space.tile, scratch, distances, found);

@@ -103,8 +103,9 @@ def token_log_probs(
         torch.set_float32_matmul_precision, as a linear layer's do, save for the logits of backend "triton".
 
         A row whose incoming gradients are all 0 is left out of the gradients, whatever stands in it, NaN too. A logit
-        of minus infinity has probability 0 and no gradient, and the token's log-probability is then minus infinity, as
-        is that of a bit against an infinite logit; in KL and smoothed losses it counts as -1e30. A row of nothing but
+        of minus infinity has probability 0 and, unless it is the token's own, no gradient; the log-probability of such
+        a token is minus infinity, as is that of a bit against an infinite logit; in KL and smoothed losses it counts as
+        -1e30. Finite logits below -1e30 are taken for minus infinity too, by some backends. A row of nothing but
         minus infinity, one with plus infinity and one with NaN are NaN; an infinite logit of a bit makes it certain.
 
     Raises:

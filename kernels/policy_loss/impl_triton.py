@@ -156,7 +156,9 @@ def _tokens(
             ratio = tl.exp(_log_ratio(log_prob_ptr, old_ptr, at, trained))
         else:
             ratio = tl.exp(mean_ratio + tl.zeros((BLOCK,), tl.float32))
-        surrogate = tl.minimum(ratio * gain, tl.minimum(tl.maximum(ratio, low), high) * gain)
+        product = ratio * gain
+        surrogate = tl.minimum(product, tl.minimum(tl.maximum(ratio, low), high) * gain)
+        surrogate = tl.where(product == product, surrogate, product)  # a minimum may drop NaN
         clipped = ((gain > 0) & (ratio > high)) | ((gain < 0) & (ratio < low))
         push = tl.where(clipped, 0.0, ratio * gain)
         slope = -share * push

@@ -128,6 +128,17 @@ def untrained_tokens(backend: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(smoothed(spoiled[0]), smoothed(hidden), strict=True))
 
 
+def trained_tokens(backend: str) -> None:
+    """NaN at one of them shows in the loss, whatever the sign of the advantage."""
+    for advantage in (1.0, -1.0):
+        hidden, weight = noise(2, 5, 4), noise(7, 4, seed=1)
+        hidden[1, 3] = math.nan
+        given = {"hidden": hidden, "weight": weight, "bias": None, "tokens": torch.arange(10).view(2, 5) % 7}
+        settings = {"rewards": None, "advantages": torch.full((2,), advantage), "schedule": ScaleSchedule((1, 2))}
+        old = -2 + noise(2, 5, seed=2) / 4
+        assert policy_loss(**given, **settings, old_log_probs=old, backend=backend).loss.isnan()
+
+
 def certain_bits(backend: str) -> None:
     """Infinite logits: log-probability 0 and minus infinity, no entropy and no NaN."""
     logits = torch.tensor([[[INF, -INF, 0.5], [INF, -INF, 0.5], [0.5, 0.5, 0.5]]])
@@ -232,6 +243,7 @@ CHECKS = (
     common_offset,
     infinite_logits,
     untrained_tokens,
+    trained_tokens,
     certain_bits,
     certain_bits_are_drawn,
     no_tokens,
