@@ -1,8 +1,8 @@
 """Instructions of the operators in C++: `python -m benchmarks.instructions`. A busy machine does not move them.
 
 Callgrind (from valgrind, which has to be installed) runs the first CPU setting of each suite forward, once and on one
-thread, and counts what runs inside the extension. It knows no AVX-512: what is counted is the code for AVX2. Takes a minute
-or so for each suite and two more to import torch; rows are written as they come.
+thread, and counts what runs inside the extension. It knows no AVX-512: what is counted is the code for AVX2. Takes a
+minute or so for each suite and two more to import torch; rows are written as they come.
 """
 
 from __future__ import annotations
