@@ -275,14 +275,15 @@ def _build(target: str, library: Path, digest: str, verbose: bool) -> Path:
 
 
 def _compile(target: str, source: Path, torch: Torch, objects: Path, verbose: bool) -> Path:
-    command = [*_compiler(target), *_flags(target), "-isystem", str(torch.include)]
+    # called in the source's folder, so that messages name sources without it, wherever the project lies
+    command = [*_compiler(target), *_flags(target), "-isystem", str(torch.include), "-c", source.name]
     parts: list[str | bytes] = [*_versions(target), *command, torch.version]
     parts += [part for file in (source, *_headers(source)) for part in (file.name, file.read_bytes())]
     made = objects / f"{source.stem}-{_digest(parts)}.o"
     if not made.is_file():
         with tempfile.TemporaryDirectory(dir=objects, prefix=".compile") as scratch:
             out = Path(scratch) / made.name
-            _run([*command, "-c", str(source), "-o", str(out)], f"{target}: compiling {source.name}", verbose)
+            _run([*command, "-o", str(out)], f"{target}: compiling {source.name}", verbose, source.parent)
             os.replace(out, made)
     return made
 

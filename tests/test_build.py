@@ -289,7 +289,9 @@ def test_extension_is_built_and_current(target: str) -> None:
     assert _extension.missing(target) is None
     if target == "cpu" or torch.version.cuda is not None:
         assert _extension.load_error(target) is None
-    assert build.is_current(build.libraries(target)[0], target)
+    library = build.libraries(target)[0]
+    assert build.is_current(library, target)
+    assert str(build.source_folder()).encode() not in library.read_bytes()  # messages name no folders of the builder
 
 
 def undefined(library: Path) -> set[str]:
