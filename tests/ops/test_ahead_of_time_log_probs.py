@@ -20,7 +20,7 @@ MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # Bytes of a thread's registers that lie in memory instead, of the exact KL, which holds two tiles of logits, and of all
 # others. The tiles are chosen for Hopper. A float32 reference, whose products are split in three, has to take those of
 # a policy in 16 bits, and comes first, before the policy's logits need registers.
-STACK, FEW = {80: 1024, 90: 256, 100: 1024}, 64
+STACK, FEW = {80: 768, 90: 256, 100: 768}, 64
 CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": torch.bfloat16, "width": 1920},
     "large vocabulary": {"dtype": torch.float16, "size": 32768, "mean": True},
