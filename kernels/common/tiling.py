@@ -1,0 +1,160 @@
+"""Tile sizes of kernels: a table for each kernel, its rows measured on a card or derived from what a card has.
+
+A row says for which calls it is: a family of cards, and upper bounds on numbers such as a head dimension or a length.
+The first row that fits a call and the card's shared memory is taken. Rows of the user's own, which `fastvar tune`
+measured on this very card, come before those of the package. A choice depends on nothing else: with the same tables the
+same call gives the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+Tile = Mapping[str, int]  # a kernel's block sizes, num_warps and num_stages
+Key = Mapping[str, int]  # what a call is: bits of an element, head_dim, length and the like
+
+# Shared memory that a block may have, in bytes (CUDA C++ Programming Guide, technical specifications).
+SHARED = {"sm80": 163 << 10, "sm89": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "sm120": 99 << 10}
+_FAMILIES = {80: "sm80", 86: "sm89", 87: "sm80", 89: "sm89", 90: "sm90", 100: "sm100", 103: "sm100"}
+
+
+class Card(NamedTuple):
+    """A GPU, as far as tables look at it.
+
+    Attributes:
+        name: as the driver gives it; the user's own rows are for a name.
+        family: "sm80" (A100), "sm89" (RTX 30 and 40), "sm90" (H100, H200), "sm100" (B200), "sm120" (RTX 50).
+        shared: bytes of shared memory that a block may have.
+    """
+
+    name: str
+    family: str
+    shared: int
+
+
+# What is assumed where there is no GPU: kernels are interpreted, or compiled for one that is not there.
+NO_CARD = Card("", "sm90", SHARED["sm90"])
+
+
+@cache
+def card(device: torch.device) -> Card:
+    """The card of a device; `NO_CARD` for a CPU and where there is no driver."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return NO_CARD
+    family = family_of(torch.cuda.get_device_capability(device))
+    return Card(torch.cuda.get_device_name(device), family, SHARED[family])
+
+
+def family_of(capability: tuple[int, int]) -> str:
+    """The family of a compute capability; of one that is not known, of the last one before it."""
+    number = 10 * capability[0] + capability[1]
+    if number >= 110:  # consumer cards again
+        return "sm120"
+    return _FAMILIES[max((known for known in _FAMILIES if known <= number), default=80)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tile and the calls that it is for.
+
+    Attributes:
+        tile: block sizes, num_warps and num_stages.
+        family: of cards; None for all.
+        most: upper bounds on the call's numbers; what is not named may be anything.
+        source: where it was measured; empty for what was derived.
+    """
+
+    tile: Tile
+    family: str | None = None
+    most: Key = field(default_factory=dict)
+    source: str = ""
+
+    def fits(self, family: str, key: Key) -> bool:
+        return self.family in (None, family) and all(key[name] <= bound for name, bound in self.most.items())
+
+
+TABLES: dict[str, Table] = {}
+
+
+class Table:
+    """The tiles of one kernel.
+
+    Args:
+        name: "<op>.<kernel>".
+        rows: tried in order. The last ones have no family and get smaller and smaller, so that one fits any card.
+        shared: bytes of shared memory that a tile takes in a call.
+        candidates: values of the tile that `fastvar tune` tries, all combinations that fit; empty for a kernel that is
+            not tuned.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: Sequence[Row],
+        *,
+        shared: Callable[[Tile, Key], int] = lambda tile, key: 0,
+        candidates: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        self.name, self.rows, self.shared, self.candidates = name, tuple(rows), shared, dict(candidates or {})
+        self._choose = lru_cache(maxsize=None)(self._chosen)
+        self.forced: Tile | None = None  # while tuning
+        TABLES[name] = self
+
+    def choose(self, card: Card, **key: int) -> dict[str, int]:
+        """The tile for a call on a card.
+
+        Raises:
+            ValueError: no row fits.
+        """
+        if self.forced is not None:
+            return dict(self.forced)
+        return dict(self._choose(card, tuple(key.items())))
+
+    def _chosen(self, card: Card, items: tuple[tuple[str, int], ...]) -> Tile:
+        key = dict(items)
+        for row in (*own_rows(card.name).get(self.name, ()), *self.rows):
+            if row.fits(card.family, key) and self.shared(row.tile, key) <= card.shared:
+                return row.tile
+        raise ValueError(f"{self.name}: no tile fits {key} on {card}")
+
+    def clear(self) -> None:
+        """Forget what was chosen, as after a change of the user's own rows."""
+        self._choose.cache_clear()
+
+
+def own_path(name: str) -> Path:
+    """Where the user's own rows for a card lie: tiles/<card>.json in the cache folder ($XDG_CACHE_HOME/fastvar, by
+    default ~/.cache/fastvar)."""
+    wish = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = wish if wish.is_absolute() else Path.home() / ".cache"
+    return folder / "fastvar" / "tiles" / f"{name.replace(' ', '-').replace('/', '-')}.json"
+
+
+@cache
+def own_rows(name: str) -> dict[str, tuple[Row, ...]]:
+    """The user's own rows for a card, by kernel; read once.
+
+    Raises:
+        ValueError: a file that is no such table.
+    """
+    if not name or not own_path(name).is_file():
+        return {}
+    path = own_path(name)
+    try:
+        given: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())
+        return {
+            kernel: tuple(Row(dict(row["tile"]), None, dict(row["most"]), str(row["source"])) for row in rows)
+            for kernel, rows in given.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"tiles: {path}: expected a table that fastvar tune wrote (delete it), got {error!r}"
+        ) from None
