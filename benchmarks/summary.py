@@ -13,7 +13,19 @@ from benchmarks.rivals import rivals_of
 
 
 def lines(rows: list[dict[str, Any]], most: int) -> list[str]:
-    """A line for each row: how much of the fastest rival's time ours takes, the largest first; at most `most`."""
+    """A line for each row: how much of the fastest rival's time ours takes, the largest first; at most `most` for a
+    device. Of several devices each has its own table, under its name."""
+    devices = list(dict.fromkeys(row["device"] for row in rows))
+    if len(devices) < 2:
+        return _table(rows, most)
+    return [
+        line
+        for device in devices
+        for line in (f"{device}:", *_table([row for row in rows if row["device"] == device], most))
+    ]
+
+
+def _table(rows: list[dict[str, Any]], most: int) -> list[str]:
     found = []
     for row in rows:
         rivals = {name: row["ratios"][name]["median"] for name in rivals_of(row)}
