@@ -94,7 +94,6 @@ def extension_implementation(
     *,
     op: str,
     obstacle: Callable[[torch.Tensor], str | None] | None = None,
-    auto: bool = False,
     verified: tuple[str, ...] = (),
 ) -> Implementation:
     """An implementation over the extension; see `Implementation`.
@@ -105,7 +104,6 @@ def extension_implementation(
         op: the name that it calls in the namespace fastvar_cpu or fastvar_cuda.
         obstacle: what else can stand in the way, once the extension is there. float64 always does: it computes in
             float32.
-        auto: as in `Implementation`.
         verified: as in `Implementation`.
     """
     return Implementation(
@@ -114,7 +112,6 @@ def extension_implementation(
         devices=(_DEVICES[backend],),
         obstacle=partial(_obstacle, backend, op, obstacle),
         missing=partial(missing, backend),
-        auto=auto,
         verified=verified,
     )
 

@@ -63,6 +63,7 @@ class Operator:
         fields = [field.split("=")[0].split() for field in _split_arguments(arguments)]
         self._schedule_at = next((i for i, field in enumerate(fields) if field[-1] == "grids"), None)
         self._tensors_at = tuple(i for i, field in enumerate(fields) if field[0] in ("Tensor", "Tensor?"))
+        self._prefix_at = next((i for i, field in enumerate(fields) if field[-1] == "prefix_k"), None)
         self._written_at = tuple(i for i, field in enumerate(fields) if "!" in field[0])
 
         _LIBRARY.define(f"{name}({arguments}, str backend) -> {returns}")
@@ -83,12 +84,20 @@ class Operator:
 
     def __call__(self, backend: str, *args: Any) -> Any:
         """Run the op: `args` are the schema's arguments, the first of them the lead tensor."""
-        chosen = resolve(self.name, backend, args[0])
-        if self._function is not None and torch.is_grad_enabled():
-            for i in self._tensors_at:
-                if args[i] is not None and args[i].requires_grad:
-                    return self._function.apply(*args, chosen)
+        chosen = self.resolve(backend, *args)
+        if self._function is not None and self._wants_gradient(args):
+            return self._function.apply(*args, chosen)
         return self.op(*args, chosen)
+
+    def resolve(self, backend: str, *args: Any) -> str:
+        """The backend that runs for a call."""
+        prefix = self._prefix_at is not None and args[self._prefix_at] is not None
+        return resolve(self.name, backend, args[0], prefix=prefix, gradient=self._wants_gradient(args))
+
+    def _wants_gradient(self, args: Sequence[Any]) -> bool:
+        if self._function is None or not torch.is_grad_enabled():
+            return False
+        return any(args[i] is not None and args[i].requires_grad for i in self._tensors_at)
 
     def _implementation(self, backend: str, tensor: torch.Tensor) -> Any:
         for implementation in REGISTRY[self.name]:

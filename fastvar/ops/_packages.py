@@ -34,9 +34,7 @@ def package_implementation(
         return f"takes {expected}, the tensor is {given}"
 
     module = f"fastvar.kernels.{op}.impl_{backend}"
-    return Implementation(
-        backend, module, devices=("cuda",), missing=missing, obstacle=obstacle, auto=False, verified=verified
-    )
+    return Implementation(backend, module, devices=("cuda",), missing=missing, obstacle=obstacle, verified=verified)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -21,7 +21,7 @@ _EXTENSION = "fastvar.kernels.residual_quantize.bitwise_extension"
 def _implementations(op: str) -> list[Implementation]:
     return [
         extension_implementation("cuda", _EXTENSION, op=op),
-        extension_implementation("cpu", _EXTENSION, op=op, auto=True, verified=("CPU",)),
+        extension_implementation("cpu", _EXTENSION, op=op, verified=("CPU",)),
         Implementation("reference", _MODULE, verified=("CPU",)),
     ]
 

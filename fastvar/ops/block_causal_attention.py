@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
-from fastvar.ops._dispatch import Implementation, resolve
+from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
 from fastvar.ops._packages import package_implementation
 from fastvar.ops._triton import triton_implementation
@@ -140,6 +140,7 @@ def _attend(
     else:
         prefix = PrefixKV(None, None)  # type: ignore[arg-type]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    chosen = resolve(op, backend, q)
+    arguments = (q, k, v, schedule.flat, *prefix, scale, block_diagonal)
+    chosen = _OPERATOR.resolve(backend, *arguments)
     with_lse = with_lse or chosen in ("triton", "cpu")  # whose backward passes need it
-    return _OPERATOR(chosen, q, k, v, schedule.flat, *prefix, scale, block_diagonal, with_lse)
+    return _OPERATOR(chosen, *arguments, with_lse)
