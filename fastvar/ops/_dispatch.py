@@ -15,7 +15,7 @@ import torch
 
 logger = logging.getLogger("fastvar")
 
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "flex", "flash_attn", "xformers")
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "sdpa", "flex", "flash_attn", "xformers")
 
 
 # Read once, when fastvar.ops is first imported, so that a call costs no look-up and stays traceable.

@@ -10,7 +10,6 @@ from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import torch
-from fastvar.kernels.block_causal_attention.copied_prefix import with_prefix
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from fastvar.schedule import ScaleSchedule
@@ -46,6 +45,15 @@ def forward(
     )
     out, lse = found if with_lse else (found, nothing)
     return out.transpose(1, 2).contiguous(), lse
+
+
+def with_prefix(shared: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor:
+    """(B, P + L, H, D) of a prefix (B/G, P, H, D), copied for the samples of its group, and own tokens (B, L, H, D)."""
+    if shared is None:
+        return own
+    own = own.unflatten(0, (shared.shape[0], -1))  # [B/G, G, L, H, D]
+    copies = shared[:, None].expand(-1, own.shape[1], -1, -1, -1)
+    return torch.cat((copies, own), 2).flatten(0, 1)
 
 
 class _Tiles(NamedTuple):
