@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from fastvar.schedule import ScaleSchedule
 
 TILE = 128
+GRAPHS = 256  # that are kept compiled at most
 
 
 def forward(
@@ -40,9 +42,7 @@ def forward(
     else:
         lengths = prefix_lengths.repeat_interleave(q.shape[0] // max(prefix_lengths.shape[0], 1))
         mask = ragged_block_mask(schedule, prefix, block_diagonal, lengths)
-    found = _attend()(
-        *(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask, scale=softmax_scale, return_lse=with_lse
-    )
+    found = _attend(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask, scale=softmax_scale, return_lse=with_lse)
     out, lse = found if with_lse else (found, nothing)
     return out.transpose(1, 2).contiguous(), lse
 
@@ -125,7 +125,13 @@ def _block_mask(tiles: _Tiles, prefix: int, visible: Callable[..., torch.Tensor]
     )
 
 
+def _attend(*args: Any, **options: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    # Each schedule and prefix is a graph of its own, with and without gradients, and PyTorch would stop at eight.
+    with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+        return _compiled()(*args, **options)
+
+
 @cache
-def _attend() -> Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
-    # fullgraph: past the limit of shapes an error, not the form that holds all scores
+def _compiled() -> Callable[..., Any]:
+    # fullgraph: past the limit of graphs an error, not the form that holds all scores
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)

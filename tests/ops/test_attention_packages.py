@@ -98,7 +98,7 @@ def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     if request.param in ("flex", "sdpa"):
         module = import_module(name)
         if request.param == "flex":
-            monkeypatch.setattr(module, "_attend", lambda: module.flex_attention)
+            monkeypatch.setattr(module, "_attend", module.flex_attention)
     else:
         packages = flash_attn_2() if request.param == "flash_attn" else xformers()
         for package, stand_in in packages.items():
@@ -262,6 +262,25 @@ def test_block_mask_is_exact(name: str, block_diagonal: bool) -> None:
                 assert not part.any() or tiles["whole"][row, column] or tiles["masked"][row, column]
                 if lengths is None:
                     assert not tiles["masked"][row, column] or (part.any() and not part.all())
+
+
+def test_flex_compiles_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other lengths are no other graph, and more shapes than PyTorch's limit of eight are no error."""
+    module = import_module(f"{FOLDER}.impl_flex")
+    torch._dynamo.reset()
+    compiled = torch.compile(module.flex_attention, dynamic=False, fullgraph=True, backend="eager")
+    monkeypatch.setattr(module, "_compiled", lambda: compiled)
+    q = noise(4, 5, 2, 16)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for size in range(1, 11):
+        k, v = noise(2, 2, size, 2, 16)
+        for lengths in ([0, size], [size, 1], [-1, size + 5]):  # the last ones are cut to the prefix
+            prefix = (k, v, torch.tensor(lengths))
+            arguments = (q, q, q, ScaleSchedule((1, 2)), *prefix, 0.3, False, False)
+            expected = import_module(f"{FOLDER}.reference").forward(*arguments)[0]
+            with torch.no_grad():
+                torch.testing.assert_close(module.forward(*arguments)[0], expected, rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 10
 
 
 @pytest.mark.parametrize("backend", ["flex", "flash_attn", "xformers"])
