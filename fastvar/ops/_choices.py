@@ -55,7 +55,12 @@ class Choice(NamedTuple):
 
 HOPPER = ("sm90",)
 CHOICES: dict[str, tuple[Choice, ...]] = {
-    "block_causal_attention": (Choice("triton", dtypes=HALF),),
+    "block_causal_attention": (
+        # Wide heads and long rows: cuDNN, which SDPA calls there, comes to 64 % of the matmul rate in training.
+        Choice("sdpa", (), HOPPER, HALF, width=(97, ANY), length=(4096, ANY)),
+        Choice("triton", dtypes=HALF),
+        Choice("sdpa", dtypes=(torch.float32,)),
+    ),
     "cached_attention": (Choice("triton"),),
     "qk_norm_rope": (Choice("triton"),),
     "qk_norm_rope_into_cache": (Choice("triton"),),

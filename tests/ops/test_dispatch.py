@@ -240,6 +240,8 @@ HALF, FLOAT = torch.bfloat16, torch.float32
         ("block_causal_attention", (8, 680, 16, 64), HALF, {"prefix": True, "gradient": True}, "triton"),
         ("block_causal_attention", (1, 2240, 30, 64), torch.float16, {"gradient": True}, "triton"),
         ("block_causal_attention", (1, 521, 16, 128), HALF, {"gradient": True}, "triton"),
+        ("block_causal_attention", (1, 10521, 16, 128), HALF, {"gradient": True}, "sdpa"),
+        ("block_causal_attention", (1, 680, 16, 64), FLOAT, {}, "sdpa"),
         ("cached_attention", (8, 256, 16, 64), HALF, {}, "triton"),
         ("qk_norm_rope", (8, 680, 16, 64), HALF, {"gradient": True}, "triton"),
         ("qk_norm_rope_into_cache", (8, 4, 16, 64), HALF, {}, "triton"),
