@@ -357,6 +357,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(_extension, "_LIBRARIES", {t: _extension._Library(t) for t in build.TARGETS})
         monkeypatch.setattr(_dispatch, "_warned", set())
         monkeypatch.setattr(_dispatch, "PREFERENCE", {})
+        _dispatch.forget_answers()
 
     return pretend
 

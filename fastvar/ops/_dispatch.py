@@ -121,6 +121,10 @@ class Explanation:
 # Operators by public name, in order of registration: the implementations, the preferred one first.
 REGISTRY: dict[str, tuple[Implementation, ...]] = {}
 _warned: set[tuple[str, str]] = set()
+# What "auto" came to for a call like this one: an obstacle looks at device, dtype and shape alone.
+_answers: dict[tuple[object, ...], str] = {}
+_MOST_ANSWERS = 4096
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # others may have shapes that are symbols
 
 
 def resolve(
@@ -144,6 +148,22 @@ def resolve(
         if obstacle is not None:
             raise RuntimeError(f"{op}: backend={backend!r} cannot run: {obstacle}")
         return backend
+    if not log or torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
+        return _auto(op, tensor, prefix, gradient, log)
+    key = (op, tensor.device, tensor.dtype, tensor.shape, prefix, gradient)
+    if key not in _answers:
+        if len(_answers) >= _MOST_ANSWERS:
+            _answers.clear()
+        _answers[key] = _auto(op, tensor, prefix, gradient, log)
+    return _answers[key]
+
+
+def forget_answers() -> None:
+    """After a change of what there is, such as a build."""
+    _answers.clear()
+
+
+def _auto(op: str, tensor: torch.Tensor, prefix: bool, gradient: bool, log: bool) -> str:
     for implementation in _in_order(op, tensor, prefix, gradient):
         obstacle = implementation.why_not(tensor)
         if obstacle is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastvar.ops._dispatch import Implementation, warn_once
+from fastvar.ops._dispatch import Implementation, forget_answers, warn_once
 
 _DEVICES = {"cpu": "cpu", "cuda": "cuda"}  # backend and target of the build: device type
 
@@ -53,6 +53,7 @@ def look_again() -> None:
     """After a build: libraries that were not there may be now. One that is loaded stays as it is."""
     for library in _LIBRARIES.values():
         library.looked = library.looked and library.missing is None and library.error is None
+    forget_answers()
 
 
 def _constant(function: Callable[..., str | None]) -> Callable[..., str | None]:

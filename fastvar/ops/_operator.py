@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 
 from fastvar.ops._dispatch import REGISTRY, Implementation, resolve
-from fastvar.profiling import annotate
+from fastvar.profiling import ENABLED, annotate
 from fastvar.schedule import ScaleSchedule
 
+_NOTHING = nullcontext()
 _LIBRARY = torch.library.Library("fastvar", "DEF")
 
 
@@ -118,7 +119,7 @@ class Operator:
 
     def _run(self, *args: Any) -> Any:
         forward = getattr(self._implementation(args[-1], args[0]), self.function)
-        with annotate(self.name), _plain(args[0].device.type), guard(args[0].device), torch.no_grad():
+        with _surroundings(self.name, args[0].device):
             results = forward(*self._with_schedule(args[:-1]))
         if self._written_at:  # autograd has to see it, however it was done
             torch.autograd.graph.increment_version([args[i] for i in self._written_at])
@@ -138,7 +139,7 @@ class Operator:
         results = [args.pop()] if self._keeps_results else []
         args = self._with_schedule(args)
         own = getattr(module, "backward" if self.function == "forward" else f"{self.function}_backward", None)
-        with annotate(f"{self.name} backward"), _plain(args[0].device.type), guard(args[0].device):
+        with _surroundings(f"{self.name} backward", args[0].device):
             if own is not None:
                 return own(grads, *args, *results, needs)
             return _recomputed_gradients(getattr(module, self.function), grads, args, self._tensors_at, needs)
@@ -153,18 +154,24 @@ def _split_arguments(arguments: str) -> list[str]:
     return [field.strip() for field in arguments.split(",")]
 
 
-def _plain(device_type: str) -> AbstractContextManager[Any]:
-    # The dtypes of an operator are its own affair: autocast must not reach into an implementation.
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels are launched on the current GPU, which need not be the tensors'."""
+def _surroundings(name: str, device: torch.device) -> AbstractContextManager[Any]:
+    """What an implementation runs in: a range in profiles; no autocast, as dtypes are the operator's own affair; no
+    gradient; the tensors' GPU. Only what changes something: entering all of them costs more than a small call."""
+    needed: list[AbstractContextManager[Any]] = []
+    if ENABLED:
+        needed.append(annotate(name))
+    if torch.is_autocast_enabled(device.type):
+        needed.append(torch.autocast(device.type, enabled=False))
+    if torch.is_grad_enabled():
+        needed.append(torch.no_grad())
     if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return nullcontext()
+        needed.append(torch.cuda.device(device))  # kernels are launched on the current one
+    if not needed:
+        return _NOTHING
+    stack = ExitStack()
+    for context in needed:
+        stack.enter_context(context)
+    return stack
 
 
 def _recomputed_gradients(

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastvar.ops import _dispatch, adaptive_layer_norm, explain, support
 from fastvar.ops._choices import CHOICES, Choice
 from fastvar.ops._dispatch import REGISTRY, Implementation, parse_preference
-from fastvar.ops._operator import guard
+from fastvar.ops._operator import _surroundings
 
 NAME = "adaptive_layer_norm"
 ROOT = Path(__file__).parents[2]
@@ -41,6 +41,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setitem(REGISTRY, NAME, (implementation, REGISTRY[NAME][-1]))
         monkeypatch.setattr(_dispatch, "_warned", set())
         monkeypatch.setattr(_dispatch, "PREFERENCE", parse_preference(prefer))
+        _dispatch.forget_answers()
         toy.calls.clear()
 
     return install
@@ -274,11 +275,13 @@ def test_generations(monkeypatch: pytest.MonkeyPatch) -> None:
     told = {}
     for family in ("sm90", "sm100", "sm80", ""):
         monkeypatch.setattr(_dispatch, "generation", lambda device, family=family: family)
+        _dispatch.forget_answers()
         told[family] = explain(NAME, X, gradient=True)
     assert [each.backend for each in told.values()] == ["triton", "triton", "reference", "reference"]
     assert told["sm90"].reasons["triton"] == "chosen: recorded runs on sm90 show that it pays"
     assert told["sm100"].reasons["triton"] == "chosen: predicted to pay on sm100, not yet measured there as it is now"
     monkeypatch.setattr(_dispatch, "generation", lambda device: "sm90")
+    _dispatch.forget_answers()
     toy.calls.clear()
     adaptive_layer_norm(X, SCALE, SHIFT)
     assert toy.calls == []
@@ -297,6 +300,6 @@ def test_kernels_are_launched_on_the_tensors_gpu(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
     for name in ("cuda:0", "cuda:1", "cpu"):
-        with guard(torch.device(name)):
+        with _surroundings("", torch.device(name)):
             pass
     assert entered == [torch.device("cuda:1")]
