@@ -66,6 +66,7 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
     "qk_norm_rope_into_cache": (Choice("triton"),),
     "adaptive_layer_norm": (Choice("triton"),),
     "gated_residual": (Choice("triton"),),
+    "gated_residual_norm": (Choice("triton"),),
     "residual_quantize": (Choice("cuda"), Choice("triton")),
     "accumulate_scale": (Choice("cuda"),),
     "bitwise_residual_quantize": (Choice("cuda", HOPPER),),

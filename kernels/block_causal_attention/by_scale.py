@@ -9,22 +9,34 @@ a part depends on the other parts through these two alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from fastvar.schedule import ScaleSchedule
 
 
+class Scales(NamedTuple):
+    """Queries and keys of all scales in one call."""
+
+    schedule: ScaleSchedule
+    block_diagonal: bool
+
+
+Seen = torch.Tensor | Scales | None
+
+
 class Package(Protocol):
-    """Attention of q (B, n, H, D) over all keys and values (B, m, H, D), or with `lengths` (B,) over the first of them,
-    at least one. lse (B, H, n) in float32 (float64 for float64), contiguous."""
+    """Attention of q (B, n, H, D) over keys and values (B, m, H, D): over all of them, with lengths (B,) over the first
+    of them, at least one, or as `Scales` has it. lse (B, H, n) in float32 (float64 for float64), contiguous."""
 
     name: str
     takes_lengths: bool
+    # the largest head dimensions for which it is called once for all scales, forward and for the gradient
+    takes_scales: tuple[int, int]
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, lengths: torch.Tensor | None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: Seen
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the result (B, n, H, D) and lse."""
 
@@ -37,7 +49,7 @@ class Package(Protocol):
         out: torch.Tensor,
         lse: torch.Tensor,
         scale: float,
-        lengths: torch.Tensor | None,
+        seen: Seen,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of q, k and v, in memory of their own. out and lse may be those of more keys than k."""
 
@@ -86,8 +98,8 @@ class ByScale:
                 other_lse = other_lse.masked_fill(_empty(prefix_lengths, batch), -torch.inf)
         else:
             other = None
-        for rows, keys in _parts(schedule, block_diagonal):
-            part, part_lse = self.package.attend(q[:, rows], k[:, keys], v[:, keys], softmax_scale, None)
+        for rows, keys, seen in _parts(schedule, block_diagonal, q.shape[-1] <= self.package.takes_scales[0]):
+            part, part_lse = self.package.attend(q[:, rows], k[:, keys], v[:, keys], softmax_scale, seen)
             if other is None:
                 out[:, rows], lse[:, :, rows] = part, part_lse
                 continue
@@ -142,21 +154,23 @@ class ByScale:
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if dq is None else dq.contiguous()
         dk = dv = None
         # the last scale comes first: it sees all keys, and the gradients of the others are added to its own
-        for rows, keys in reversed(_parts(schedule, block_diagonal)):
+        parts = _parts(schedule, block_diagonal, q.shape[-1] <= self.package.takes_scales[1])
+        for rows, keys, seen in reversed(parts):
             part_q, part_k, part_v = self._gradients(
                 g[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, :, rows].contiguous(),
-                None if grad_lse is None else grad_lse[:, :, rows], softmax_scale, None,
+                None if grad_lse is None else grad_lse[:, :, rows], softmax_scale, seen,
             )  # fmt: skip
             if add_q:
                 dq[:, rows] += part_q
             else:
                 dq[:, rows] = part_q
+            if dk is None or dv is None:
+                if part_k.shape == k.shape:
+                    dk, dv = part_k.contiguous(), part_v.contiguous()
+                    continue
+                dk, dv = torch.empty_like(dq), torch.empty_like(dq)
             if block_diagonal:
-                if dk is None or dv is None:
-                    dk, dv = torch.empty_like(dq), torch.empty_like(dq)
                 dk[:, keys], dv[:, keys] = part_k, part_v
-            elif dk is None or dv is None:
-                dk, dv = part_k.contiguous(), part_v.contiguous()
             else:
                 dk[:, keys] += part_k
                 dv[:, keys] += part_v
@@ -173,27 +187,29 @@ class ByScale:
         lse: torch.Tensor,
         slopes: torch.Tensor | None,
         scale: float,
-        lengths: torch.Tensor | None,
+        seen: Seen,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The package's, and what `slopes` (B, H, n), the gradient of the log-sum-exp, adds.
 
         Its gradient by the scores are the weights: q gets the weighted sum of keys, which is attention with the keys as
         values, and k the weighted sum of queries, which is the gradient of these values."""
-        dq, dk, dv = self.package.gradients(g, q, k, v, out, lse, scale, lengths)
+        dq, dk, dv = self.package.gradients(g, q, k, v, out, lse, scale, seen)
         if slopes is not None:
             steep = _per_row(slopes * scale)
-            mean, mean_lse = self.package.attend(q, k, k, scale, lengths)
+            mean, mean_lse = self.package.attend(q, k, k, scale, seen)
             share = _per_row((mean_lse - lse).exp())  # of all keys that the row sees, those here
             weighted = (q * steep).to(q.dtype)
             dq = (dq + mean * (steep * share)).to(dq.dtype)
-            dk = dk + self.package.gradients(weighted, q, k, k, out, lse, scale, lengths)[2]
+            dk = dk + self.package.gradients(weighted, q, k, k, out, lse, scale, seen)[2]
         return dq, dk, dv
 
 
-def _parts(schedule: ScaleSchedule, block_diagonal: bool) -> list[tuple[slice, slice]]:
-    """For each scale its queries and the keys of the image that they see."""
+def _parts(schedule: ScaleSchedule, block_diagonal: bool, at_once: bool) -> list[tuple[slice, slice, Scales | None]]:
+    """For each call its queries, the keys of the image that it is given, and what of these is seen."""
+    if at_once:
+        return [(slice(None), slice(None), Scales(schedule, block_diagonal))]
     ranges = zip(schedule.starts, schedule.ends, strict=True)
-    return [(slice(start, end), slice(start if block_diagonal else 0, end)) for start, end in ranges]
+    return [(slice(start, end), slice(start if block_diagonal else 0, end), None) for start, end in ranges]
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

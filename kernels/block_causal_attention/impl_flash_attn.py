@@ -1,40 +1,43 @@
-"""Block-causal attention by the package flash-attn, one call a scale."""
+"""Block-causal attention by the package flash-attn-4 on Hopper and Blackwell, by flash-attn elsewhere."""
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution
+from typing import Any
+
 import torch
 from fastvar.kernels.block_causal_attention.by_scale import ByScale
-from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_forward
-
-# no window, no cap, no slopes: (causal, window_size_left, window_size_right, softcap, alibi_slopes)
-_WHOLE = (False, -1, -1, 0.0, None)
 
 
-class _FlashAttention2:
-    name = "flash_attn"
-    takes_lengths = False
-
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, lengths: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse, *_ = _flash_attn_forward(q, k, v, 0.0, scale, *_WHOLE, False)
-        return out, lse
-
-    def gradients(
-        self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-        lengths: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        _flash_attn_backward(grad, q, k, v, out, lse, dq, dk, dv, 0.0, scale, *_WHOLE, True)  # deterministic
-        return dq, dk, dv
+def forward(q: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `ByScale`."""
+    return _implementation(q.device).forward(q, *args)
 
 
-_IMPLEMENTATION = ByScale(_FlashAttention2())
-forward, backward = _IMPLEMENTATION.forward, _IMPLEMENTATION.backward
+def backward(grads: Any, q: torch.Tensor, *args: Any) -> list[torch.Tensor]:
+    """See `ByScale`."""
+    return _implementation(q.device).backward(grads, q, *args)
+
+
+@cache
+def _implementation(device: torch.device) -> ByScale:
+    folder = "fastvar.kernels.block_causal_attention"
+    major = torch.cuda.get_device_capability(device)[0]
+    if major in (9, 10) and _installed("flash-attn-4"):
+        return ByScale(import_module(f"{folder}.flash_attn_4").FlashAttention4(major))
+    if not _installed("flash-attn"):
+        raise ValueError(
+            "block_causal_attention: backend='flash_attn': expected the package flash-attn for a GPU of compute "
+            f"capability {major}, got flash-attn-4, which is used on 9 and 10"
+        )
+    return ByScale(import_module(f"{folder}.flash_attn_2").FlashAttention2())
+
+
+def _installed(package: str) -> bool:
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True

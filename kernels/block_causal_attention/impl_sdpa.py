@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from fastvar.kernels.block_causal_attention.by_scale import ByScale
+from fastvar.kernels.block_causal_attention.by_scale import ByScale, Seen
 from torch.nn.attention import SDPBackend
 
 _ATEN = torch.ops.aten
@@ -20,12 +20,13 @@ _ATEN = torch.ops.aten
 class _ScaledDotProducts:
     name = "sdpa"
     takes_lengths = True
+    takes_scales = (0, 0)
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, lengths: torch.Tensor | None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: Seen
     ) -> tuple[torch.Tensor, torch.Tensor]:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        mask = None if lengths is None else _mask(lengths, q, k)
+        mask = _mask(seen, q, k) if isinstance(seen, torch.Tensor) else None
         kernel = _kernel(q, k, v, mask, scale)
         if kernel == "cpu":
             out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
@@ -47,10 +48,10 @@ class _ScaledDotProducts:
         out: torch.Tensor,
         lse: torch.Tensor,
         scale: float,
-        lengths: torch.Tensor | None,
+        seen: Seen,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         grad, q, k, v, out = (t.transpose(1, 2) for t in (grad, q, k, v, out))
-        mask = None if lengths is None else _mask(lengths, q, k)
+        mask = _mask(seen, q, k) if isinstance(seen, torch.Tensor) else None
         kernel, rows, columns = _kernel(q, k, v, mask, scale), q.shape[2], k.shape[2]
         if kernel == "cpu":
             found = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import torch
-from fastvar.kernels.block_causal_attention.by_scale import ByScale
+from fastvar.kernels.block_causal_attention.by_scale import ByScale, Seen
 from xformers.ops.fmha import memory_efficient_attention_backward, memory_efficient_attention_forward_requires_grad
 
 
 class _XFormers:
     name = "xformers"
     takes_lengths = False
+    takes_scales = (0, 0)
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, lengths: torch.Tensor | None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: Seen
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = memory_efficient_attention_forward_requires_grad(q, k, v, scale=scale)
         return out, lse[:, :, : q.shape[1]]  # some of its kernels pad it
@@ -26,7 +27,7 @@ class _XFormers:
         out: torch.Tensor,
         lse: torch.Tensor,
         scale: float,
-        lengths: torch.Tensor | None,
+        seen: Seen,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         dq, dk, dv = memory_efficient_attention_backward(grad, out, lse, q, k, v, scale=scale)
         return dq, dk, dv

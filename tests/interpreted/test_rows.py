@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from samples import noise
@@ -77,3 +79,53 @@ def test_gradients_of_one_result(wanted: tuple[str, ...]) -> None:
             found.append([leaves[n].grad for n in wanted])
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("axis", "gap"), [(0, 2**31), (1, 2**30), (2, 2**28)])
+def test_channels_that_lie_far_apart(axis: int, gap: int) -> None:
+    x, y = noise(2, 3, 16).half(), noise(2, 3, 16, seed=1).half()
+    modulation = noise(2, 16).half()
+    wide = spread(x, axis, gap)
+
+    def results(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [x.detach().requires_grad_(), modulation.clone().requires_grad_(), y.detach().requires_grad_()]
+        normed = ops.adaptive_layer_norm(leaves[0], leaves[1], modulation, backend="triton")
+        gated = ops.gated_residual(leaves[0], leaves[2], leaves[1], backend="triton")
+        grads = [spread(noise(2, 3, 16, seed=2).half(), axis, gap if x is wide or y is wide else 48)] * 2
+        return [normed, gated, *torch.autograd.grad([normed, gated], leaves, grads)]
+
+    expected = results(x, y)
+    for found in (results(wide, y), results(x, spread(y, axis, gap))):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def in_two(x: Any, y: Any, gate: Any, scale: Any, shift: Any, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    residual = ops.gated_residual(x, y, gate, backend=backend)
+    return residual, ops.adaptive_layer_norm(residual, scale, shift, backend=backend)
+
+
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])
+@pytest.mark.parametrize("wanted", [range(5), (0,), (2,), (1, 4)])
+def test_residual_and_norm_in_one(wanted: tuple[int, ...], used: tuple[int, ...]) -> None:
+    """The bits of both apart, over several parts of the rows, whatever gradients are asked for."""
+    dtype = torch.float16
+    inputs = [noise(1, 40, 40, dtype=dtype, seed=i) for i in range(2)]
+    inputs += noise(1, 6, 40, dtype=dtype, seed=2).unbind(1)[2:5]
+    found = []
+    for call in (ops.gated_residual_norm, in_two):
+        leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+        every = call(*leaves, backend="triton")
+        results = [every[i] for i in used]
+        grads = [noise(*r.shape, dtype=dtype, seed=5 + i) for i, r in enumerate(results)]
+        asked = [leaves[i] for i in wanted]
+        found.append([*every, *torch.autograd.grad(results, asked, grads, materialize_grads=True)])
+    for one, apart in zip(*found, strict=True):
+        assert torch.equal(one, apart)
+
+
+@pytest.mark.parametrize("width", [1, 15, 40, 600])
+def test_channels_of_any_number(width: int) -> None:
+    x, y = noise(2, 35, width) * 3 + 5, noise(2, 35, width, seed=1)
+    gate, scale, shift = noise(2, 6, width, seed=2).unbind(1)[1:4]
+    arguments = {"x": x, "y": y, "gate": gate, "scale": scale, "shift": shift}
+    check(ops.gated_residual_norm, arguments, tuple(arguments))

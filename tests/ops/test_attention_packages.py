@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -91,24 +91,128 @@ def xformers() -> dict[str, ModuleType]:
     return modules
 
 
-@pytest.fixture(params=["sdpa", "flex", "flash_attn", "xformers"])
+def flash_attn_4() -> dict[str, ModuleType]:
+    """Stands in for flash-attn-4 4.0.0b36: a dense mask from the lists of tiles and the mask function."""
+    names = ("flash_attn", "flash_attn.cute", "flash_attn.cute.utils", "cutlass", "cutlass.cute")
+    modules: dict[str, Any] = {name: ModuleType(name) for name in names}
+    interface, sparsity = ModuleType("flash_attn.cute.interface"), ModuleType("flash_attn.cute.block_sparsity")
+    Tiles = NamedTuple(
+        "Tiles",
+        [(name, Any) for name in (
+            "mask_block_cnt", "mask_block_idx", "full_block_cnt", "full_block_idx",
+            "block_size", "dq_write_order", "dq_write_order_full", "spt",
+        )],
+    )  # fmt: skip
+    Tiles.__new__.__defaults__ = (None,) * 4
+
+    def dense(tiles, mask_mod, bounds, length, by_column):  # type: ignore[no-untyped-def]
+        """(L, L) bool"""
+        rows, columns = tiles.block_size[:: -1 if by_column else 1]
+        seen = torch.zeros(-(-length // rows) * rows, -(-length // columns) * columns, dtype=torch.bool)
+        place = torch.arange(max(seen.shape))
+        for count, index, whole in (
+            (tiles.mask_block_cnt, tiles.mask_block_idx, False),
+            (tiles.full_block_cnt, tiles.full_block_idx, True),
+        ):
+            assert count.dtype == index.dtype == torch.int32
+            assert count.shape == index.shape[:3] == (1, 1, len(seen) // rows)
+            for row in range(count.shape[2]):
+                listed = index[0, 0, row, : count[0, 0, row]].tolist()
+                assert listed == sorted(listed)
+                for column in listed:
+                    tile = seen[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
+                    assert not tile.any()
+                    down = place[row * rows : (row + 1) * rows, None].clamp(max=length - 1)
+                    across = place[None, column * columns : (column + 1) * columns]
+                    queries, keys = (across.clamp(max=length - 1), down) if by_column else (down, across)
+                    tile[:] = True if whole else mask_mod(0, 0, [queries], keys, None, bounds)
+        return seen[:length, :length].mT if by_column else seen[:length, :length]
+
+    def hidden(q, k, mask_mod, aux_tensors, block_sparse_tensors, seqused_k, by_column):  # type: ignore[no-untyped-def]
+        if seqused_k is not None:
+            assert seqused_k.dtype == torch.int32 and (seqused_k > 0).all() and (seqused_k <= k.shape[1]).all()
+            seen = torch.arange(k.shape[1]) < seqused_k[:, None, None, None]
+        elif mask_mod is not None:
+            seen = dense(block_sparse_tensors, mask_mod, aux_tensors, q.shape[1], by_column)[None, None]
+        else:
+            return None
+        bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+        return bias.expand(len(q), q.shape[2], q.shape[1], k.shape[1])
+
+    def forward(  # type: ignore[no-untyped-def]
+        q,
+        k,
+        v,
+        *,
+        softmax_scale,
+        return_lse,
+        mask_mod=None,
+        aux_tensors=None,
+        block_sparse_tensors=None,
+        seqused_k=None,
+    ):
+        assert return_lse
+        bias = hidden(q, k, mask_mod, aux_tensors, block_sparse_tensors, seqused_k, False)
+        out, lse = _CPU_FORWARD(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=bias, scale=softmax_scale)
+        return out.transpose(1, 2), lse, None, None, None
+
+    def backward(  # type: ignore[no-untyped-def]
+        q, k, v, out, dout, lse, *, softmax_scale, deterministic, mask_mod=None, aux_tensors=None,
+        block_sparse_tensors=None, seqused_k=None,
+    ):  # fmt: skip
+        assert deterministic
+        if block_sparse_tensors is not None:
+            assert block_sparse_tensors.dq_write_order.shape == block_sparse_tensors.mask_block_idx.shape
+            assert block_sparse_tensors.spt is False
+        bias = hidden(q, k, mask_mod, aux_tensors, block_sparse_tensors, seqused_k, True)
+        tensors = (t.transpose(1, 2) for t in (dout, q, k, v, out))
+        found = _CPU_BACKWARD(*tensors, lse, 0.0, False, attn_mask=bias, scale=softmax_scale)
+        return tuple(t.transpose(1, 2) for t in found)
+
+    interface._flash_attn_fwd, interface._flash_attn_bwd = forward, backward  # type: ignore[attr-defined]
+    sparsity.BlockSparseTensorsTorch = Tiles  # type: ignore[attr-defined]
+    sparsity.compute_dq_write_order = lambda *lists: (lists[5], lists[7])  # type: ignore[attr-defined]
+    modules["cutlass"].Int32 = torch.int32
+    modules["cutlass"].cute = modules["cutlass.cute"]
+    modules["cutlass.cute"].jit = lambda function: function
+    modules["flash_attn.cute.utils"].scalar_to_ssa = lambda value, dtype: value
+    modules["flash_attn.cute"].utils = modules["flash_attn.cute.utils"]
+    return modules | {interface.__name__: interface, sparsity.__name__: sparsity}
+
+
+STAND_INS = {
+    "flash_attn 2": flash_attn_2,
+    "flash_attn 4, Hopper": flash_attn_4,
+    "flash_attn 4, Blackwell": flash_attn_4,
+    "xformers": xformers,
+}
+
+
+@pytest.fixture(params=["sdpa", "flex", *STAND_INS])
 def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The implementation, behind the backend's name."""
-    name = f"{FOLDER}.impl_{request.param}"
-    if request.param in ("flex", "sdpa"):
-        module = import_module(name)
-        if request.param == "flex":
-            monkeypatch.setattr(module, "_attend", module.flex_attention)
-    else:
-        packages = flash_attn_2() if request.param == "flash_attn" else xformers()
-        for package, stand_in in packages.items():
+    backend = request.param.split()[0]
+    name = f"{FOLDER}.impl_{backend}"
+    module: Any = None
+    if request.param in STAND_INS:
+        for package, stand_in in STAND_INS[request.param]().items():
             monkeypatch.setitem(sys.modules, package, stand_in)
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))  # no other test will find the stand-in
-        del sys.modules[name]
+        for own in (name, f"{FOLDER}.flash_attn_2", f"{FOLDER}.flash_attn_4"):
+            monkeypatch.setitem(sys.modules, own, ModuleType(own))  # no other test will find the stand-in
+            del sys.modules[own]
         module = import_module(name)
+        if backend == "flash_attn":
+            there = "flash-attn-4" if "4" in request.param else "flash-attn"
+            monkeypatch.setattr(module, "_installed", lambda package: package == there)
+            capability = (10, 0) if "Blackwell" in request.param else (9, 0)
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    else:
+        module = import_module(name)
+        if backend == "flex":
+            monkeypatch.setattr(module, "_attend", module.flex_attention)
     # behind the operator, on whatever device
-    others = [each for each in REGISTRY["block_causal_attention"] if each.backend != request.param]
-    monkeypatch.setitem(REGISTRY, "block_causal_attention", (*others, Implementation(request.param, name)))
+    others = [each for each in REGISTRY["block_causal_attention"] if each.backend != backend]
+    monkeypatch.setitem(REGISTRY, "block_causal_attention", (*others, Implementation(backend, name)))
     return module
 
 
@@ -119,7 +223,9 @@ def backend(module: Any) -> str:
 @pytest.mark.parametrize("layout", ["slices", "heads last"])
 @pytest.mark.parametrize("block_diagonal", [False, True])
 @pytest.mark.parametrize("name", PREFIXES)
-def test_as_the_reference(module: Any, name: str, block_diagonal: bool, layout: str) -> None:
+def test_as_the_reference(
+    module: Any, name: str, block_diagonal: bool, layout: str, request: pytest.FixtureRequest
+) -> None:
     """Results and gradients, those of the log-sum-exp too."""
     size, lengths = PREFIXES[name] or (0, None)
     tensors = [*(noise(4, LONG.num_tokens, 3, 2, 16, seed=4) * 2).unbind(2), *noise(2, 2, size, 2, 16, seed=5)]
@@ -139,7 +245,7 @@ def test_as_the_reference(module: Any, name: str, block_diagonal: bool, layout: 
         assert out.is_contiguous()
         return [out, lse, *torch.autograd.grad((out, lse), leaves[: 5 if size else 3], weights)]
 
-    if lengths is not None and backend(module) in ("flash_attn", "xformers"):
+    if lengths is not None and any(package in request.node.name for package in ("flash_attn 2", "xformers")):
         with pytest.raises(ValueError, match=r"^block_causal_attention: prefix\.lengths: expected none for backend="):
             run(backend(module), torch.float32)
         return
