@@ -106,7 +106,7 @@ class Tuner:
 
             return record
 
-        tunable = [table for table in TABLES.values() if table.candidates]
+        tunable = [table for table in load_tables().values() if table.candidates]
         for table in tunable:
             table.asked = recorder(table)
         try:

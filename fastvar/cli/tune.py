@@ -32,7 +32,6 @@ class Tune:
         if not torch.cuda.is_available():
             raise RuntimeError("tune: needs a CUDA device, torch sees none")
         device = torch.device("cuda", torch.cuda.current_device())
-        tuning.load_tables()
         here = card(device)
         calls = [
             (workload.name, lambda workload=workload: workload.build(device, torch.bfloat16, "triton"))
