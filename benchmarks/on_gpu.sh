@@ -167,7 +167,7 @@ part_bench() { # part_bench SECONDS
     shift
     for ((i = 1; i <= warmers; i++)); do
         TORCHINDUCTOR_COMPILE_THREADS=$((1 + $(nproc) / warmers)) \
-            benchmarks bench_compile_$i $(((end - start) / 3)) --warm "$i/$warmers" "$@" &
+            benchmarks bench_compile $(((end - start) / 3)) --warm "$i/$warmers" "$@" &
         jobs+=($!)
     done
     for job in "${jobs[@]}"; do wait "$job"; done

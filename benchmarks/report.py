@@ -112,6 +112,7 @@ def conditions(rows: Sequence[Row]) -> str:
         "cuda": [f"CUDA {row['cuda']}, driver {row['driver']}" for row in rows if row.get("cuda")],
         "python": [f"Python {row['python']}" for row in rows],
         "commit": [f"commit {(row['commit'] or 'unknown')[:7]}{_changes(row)}" for row in rows],
+        "tuned": [f"tiles that fastvar tune chose on {row['tuned'][:10]}" for row in rows if row.get("tuned")],
         "date": sorted({row["date"][:10] for row in rows}),
     }
     words = [word for values in fields.values() for word in dict.fromkeys(values)]

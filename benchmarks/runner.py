@@ -122,6 +122,7 @@ class Runner:
             "versions": versions(),
             "peaks": peaks(options.device, dtype)._asdict() if floor else None,
             "sources": sources(),
+            "tuned": _tuned(records.device_name(options.device)),
             **records.provenance(options.device),
         }
         return Measured(row, seconds)
@@ -213,6 +214,13 @@ class Runner:
                 return 0.0
             flops, bytes_ = problem.training_flops - flops, problem.training_bytes - bytes_
         return roofline(flops, bytes_, self.options.device, dtype)
+
+
+def _tuned(device: str) -> str | None:
+    """When the user's own tiles for a device were measured, if there are any."""
+    from fastvar.kernels.common.tiling import own_tiles  # not there in older commits, which only `compare` runs
+
+    return own_tiles(device).date or None
 
 
 def _call(problem: Problem, name: str, pass_: str) -> Callable[[], Any]:

@@ -86,6 +86,12 @@ def test_changes_of_a_tree_are_said(row: Any) -> None:
     assert "commit 0123456 with changes, " in report.conditions([row("policy_loss", dirty=True)])
 
 
+def test_tuned_tiles_are_said(row: Any) -> None:
+    tuned = row("policy_loss", tuned="2026-11-27T12:00:00+00:00")
+    assert "tiles that fastvar tune chose on 2026-11-27, " in report.conditions([tuned])
+    assert "tiles" not in report.conditions([row("policy_loss"), row("policy_loss", tuned=None)])
+
+
 def test_instructions(row: Any) -> None:
     old, new = ({**row("search"), "instructions": count} for count in (7, 1234567))
     text = report.instructions([old, new, {**new, "suite": "masks"}])
