@@ -74,6 +74,7 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
     "sample_tokens": (Choice("triton"),),
     "sample_bits": (Choice("triton"),),
     "token_log_probs": (Choice("triton"),),
+    "cross_entropy": (Choice("triton"),),
     "policy_loss": (Choice("triton"),),
     "propagate_mask": (Choice("triton"), Choice("cuda")),
 }

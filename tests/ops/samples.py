@@ -261,6 +261,14 @@ def _token_log_probs(dtype: torch.dtype) -> Iterator[Sample]:
         yield ops.token_log_probs, {**head, "tokens": bits, "reference_head": other, "temperature": 0.7}, names
         yield ops.token_log_probs, {**head, "bias": None, "tokens": bits.int()}, ("hidden", "weight")
         yield ops.token_log_probs, {**logits, "tokens": tokens.int()}, ("hidden",)
+
+
+@sample("cross_entropy")
+def _cross_entropy(dtype: torch.dtype) -> Iterator[Sample]:
+    for batch, length in [(2, 5), (0, 5), (1, 1)]:
+        head, names = _head(batch, length, 7, dtype), ("hidden", "weight", "bias")
+        tokens = torch.arange(batch * length).view(batch, length) % 7
+        bits = noise(batch, length, 7, seed=5) > 0
         smooth = {"label_smoothing": 0.2, "weights": torch.arange(length) + torch.ones((), dtype=dtype)}
         yield ops.cross_entropy, {**head, "tokens": tokens, **smooth}, names
         yield ops.cross_entropy, {**head, "tokens": bits, **smooth}, names
