@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from bounds import assert_as_accurate
 from fastvar.kernels.block_causal_attention import impl_sdpa
 from samples import noise
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvar import ScaleSchedule
 from fastvar.ops import PrefixKV, block_causal_attention, block_causal_attention_with_lse
@@ -387,6 +388,32 @@ def test_flex_compiles_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
             with torch.no_grad():
                 torch.testing.assert_close(module.forward(*arguments)[0], expected, rtol=1e-5, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 10
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "reason"),
+    [
+        (torch.bfloat16, 64, None),
+        (torch.float32, 128, None),
+        (torch.float64, 64, "takes float32 or float16 or bfloat16, the tensor is float64"),
+        (torch.float16, 20, "takes head dimensions that are multiples of 8 up to 256, the tensor's is 20"),
+        (torch.float16, 264, "takes head dimensions that are multiples of 8 up to 256, the tensor's is 264"),
+    ],
+)
+def test_what_sdpa_takes_on_a_gpu(dtype: torch.dtype, dim: int, reason: str | None) -> None:
+    implementation = next(each for each in REGISTRY["block_causal_attention"] if each.backend == "sdpa")
+    with FakeTensorMode():
+        assert implementation.why_not(torch.empty(1, 5, 1, dim, dtype=dtype, device="cuda")) == reason
+
+
+def test_flash_attn_4_is_for_hopper_and_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module(f"{FOLDER}.impl_flash_attn")
+    monkeypatch.setattr(module, "_installed", lambda package: package == "flash-attn-4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(
+        ValueError, match=r"^block_causal_attention: backend='flash_attn': expected the package flash-attn"
+    ):
+        module._implementation.__wrapped__(torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("backend", ["flex", "flash_attn", "xformers"])
