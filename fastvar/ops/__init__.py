@@ -1,7 +1,7 @@
 """The operators: one public function each, with `backend="auto" | "reference" | "cpu" | "triton" | "cuda"`."""
 
 from fastvar.ops._dispatch import explain, support
-from fastvar.ops.adaptive_layer_norm import adaptive_layer_norm, gated_residual
+from fastvar.ops.adaptive_layer_norm import adaptive_layer_norm, gated_residual, gated_residual_norm
 from fastvar.ops.bitwise_residual_quantize import QuantizedBits, accumulate_bits, bitwise_residual_quantize
 from fastvar.ops.block_causal_attention import PrefixKV, block_causal_attention, block_causal_attention_with_lse
 from fastvar.ops.cached_attention import cached_attention
@@ -43,6 +43,7 @@ __all__ = [
     "cross_entropy",
     "explain",
     "gated_residual",
+    "gated_residual_norm",
     "group_advantages",
     "group_norm_silu",
     "policy_loss",
