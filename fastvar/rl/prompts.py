@@ -121,4 +121,4 @@ def subject_of(var: VAR, prompts: Prompts) -> torch.Tensor | None:
         return None
     if var.config.subject == "none":
         raise ValueError("Prompts: references: expected None, as the model has no subject prefix")
-    return var.tokenizer.pyramid(var.tokenizer.encode(prompts.references.to(var.device) * 2 - 1))
+    return var.tokenizer.pyramid(var.tokenizer.encode(prompts.references.to(var.device, non_blocking=True) * 2 - 1))
