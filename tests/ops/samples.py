@@ -128,6 +128,21 @@ def _gated_residual(dtype: torch.dtype) -> Iterator[Sample]:
         yield ops.gated_residual, arguments, ("x", "y", "gate")
 
 
+@sample("group_norm_silu")
+def _group_norm_silu(dtype: torch.dtype) -> Iterator[Sample]:
+    for batch, length, channels, groups in [(2, 5, 12, 4), (0, 5, 12, 4), (1, 1, 7, 7), (2, 200, 40, 8), (1, 3, 6, 1)]:
+        arguments: dict[str, Any] = {
+            "x": noise(batch, length, channels, dtype=dtype),
+            "weight": noise(channels, dtype=dtype, seed=1),
+            "bias": noise(channels, dtype=dtype, seed=2),
+            "groups": groups,
+        }
+        yield ops.group_norm_silu, arguments, ("x", "weight", "bias")
+    shift = noise(channels, dtype=dtype, seed=3)
+    yield ops.group_norm_silu, {**arguments, "shift": shift}, ("x", "weight", "bias", "shift")
+    yield ops.group_norm_silu, {**arguments, "silu": False}, ("x", "weight", "bias")
+
+
 @sample("gated_residual_norm")
 def _gated_residual_norm(dtype: torch.dtype) -> Iterator[Sample]:
     for batch, length, width in [(2, 5, 12), (0, 5, 12), (1, 1, 7), (2, 40, 6)]:
