@@ -25,12 +25,13 @@ ORDER: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("block_causal_attention", {"model": "VAR-d16"}),
     ("block_causal_attention", {"model": "Infinity-2B", "batch": 8}),
     ("policy_loss", {"case": "GRPO"}),
-    ("vmr_grpo_step", {"case": "coarse iteration"}),
+    ("vmr_grpo_step", {"model": "VAR-d16", "case": "coarse iteration"}),
     ("training_step", {"model": "VAR-d16"}),
     ("block_causal_attention", {"model": "VAR-d36-512"}),
     ("residual_quantize", {"batch": 64}),
     ("sample_tokens", {"tokens": 256}),
     ("token_log_probs", {"model": "VAR-d30"}),
+    ("vmr_grpo_step", {"model": "VAR-d16"}),
 )
 TRIES = 2  # of a pass that gave no row: the first one may have been cut off, or it ends the process
 

@@ -96,32 +96,31 @@ class Tuner:
                     written += 1
         return written
 
-    def _asked(self, call: Call) -> list[tuple[Table, dict[str, int]]]:
-        """The tables that a call asks, with the largest of each number that it asks one with."""
-        asked: dict[str, dict[str, int]] = {}
+    def _asked(self, call: Call) -> list[tuple[Table, Key]]:
+        """The tables that a call asks, with the numbers that it asks each one with."""
+        asked: dict[str, tuple[Table, Key]] = {}
 
-        def recorder(name: str) -> Callable[[Key], None]:
+        def recorder(table: Table) -> Callable[[Key], None]:
             def record(key: Key) -> None:
-                known = asked.setdefault(name, {})
-                known.update({number: max(value, known.get(number, value)) for number, value in key.items()})
+                asked.setdefault(f"{table.name} {key}", (table, key))
 
             return record
 
         tunable = [table for table in TABLES.values() if table.candidates]
         for table in tunable:
-            table.asked = recorder(table.name)
+            table.asked = recorder(table)
         try:
             call()
         finally:
             for table in tunable:
                 table.asked = None
-        return [(TABLES[name], key) for name, key in asked.items()]
+        return list(asked.values())
 
     def _fastest(self, name: str, table: Table, key: Key, call: Call, end: float) -> Row | None:
         """The row of a call's numbers: the fastest tile, the package's unless another one is faster by more than noise.
         None where there was no time to try one."""
         packaged = table.packaged(self.card, key)
-        with _forced(table, packaged):
+        with _forced(table, packaged, key):
             expected = tensors(call())
             before = self.measure(call)
         seconds: dict[int, float] = {}
@@ -131,24 +130,25 @@ class Tuner:
             if self.clock() >= end:
                 break
             tried += 1
-            with _forced(table, tile):
+            with _forced(table, tile, key):
                 try:
                     if _same(tensors(call()), expected):
                         seconds[number] = self.measure(call)
                 except Exception:  # too many registers or too much shared memory, or a compiler that gives up
-                    self._still_works(table, packaged, call)
+                    self._still_works(table, packaged, key, call)
+        title = f"{table.name}, {name}, {_text(key)}"
         if not tried:
-            self.report(f"{table.name}, {name}: no time left")
+            self.report(f"{title}: no time left")
             return None
         best, gain = packaged, 1.0
         if seconds:
             number = min(seconds, key=lambda number: seconds[number])
-            gain = self._gain(table, packaged, candidates[number], call)
+            gain = self._gain(table, packaged, candidates[number], key, call)
             if gain > NOISE:
                 best = candidates[number]
         words = f"{before * 1e3:.3f} ms, {tried} of {len(candidates)} tiles tried"
         words += f"; {gain:.2f} times as fast with {_text(best)}" if best is not packaged else "; the package's is kept"
-        self.report(f"{table.name}, {name}: {words}")
+        self.report(f"{title}: {words}")
         source = f"fastvar tune, {self.card.name}, {_today()[:10]}, {name}"
         return Row(dict(best), None, dict(key), source)
 
@@ -161,18 +161,18 @@ class Tuner:
         fitting = [tile for tile in tiles if tile != packaged and table.shared(tile, key) <= self.card.shared]
         yield from sorted(fitting, key=lambda tile: sum(tile[name] != packaged[name] for name in names))
 
-    def _gain(self, table: Table, packaged: Tile, best: Tile, call: Call) -> float:
+    def _gain(self, table: Table, packaged: Tile, best: Tile, key: Key, call: Call) -> float:
         """How many times as fast, in turns, so that both meet the same clock and temperature."""
         ratios = []
         for _ in range(5):
-            with _forced(table, packaged):
+            with _forced(table, packaged, key):
                 theirs = self.measure(call)
-            with _forced(table, best):
+            with _forced(table, best, key):
                 ratios.append(theirs / self.measure(call))
         return median(ratios)
 
-    def _still_works(self, table: Table, packaged: Tile, call: Call) -> None:
-        with _forced(table, packaged):
+    def _still_works(self, table: Table, packaged: Tile, key: Key, call: Call) -> None:
+        with _forced(table, packaged, key):
             try:
                 call()
             except Exception as error:
@@ -263,12 +263,13 @@ def own_summary(name: str) -> str:
 
 
 @contextmanager
-def _forced(table: Table, tile: Tile) -> Iterator[None]:
-    table.forced = tile
+def _forced(table: Table, tile: Tile, key: Key) -> Iterator[None]:
+    """Calls with these numbers take this tile."""
+    table.forced, table.forced_for = tile, key
     try:
         yield
     finally:
-        table.forced = None
+        table.forced = table.forced_for = None
 
 
 def _same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:

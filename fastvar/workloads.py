@@ -60,7 +60,7 @@ class Workload:
 def workloads(shapes: Sequence[Shape] = SHAPES) -> list[Workload]:
     """What is tuned, the most important first."""
     found = []
-    for make in (_attention, _rows, _losses, _cached_attention, _sampling):
+    for make in (_attention, _rows, _losses, _cached_attention, _quantiser, _sampling):
         for shape in shapes:
             found += list(make(shape))
     return found
@@ -127,7 +127,11 @@ def _rows(shape: Shape) -> Iterator[Workload]:
         inputs = [_normal(size, device, dtype) for size in (*[(batch, length, width)] * 2, (batch, width))]
         return _call(lambda x, y, gate: ops.gated_residual(x, y, gate, backend=backend), inputs, training)
 
-    for build in (qk_norm_rope, adaptive_layer_norm, gated_residual):
+    def gated_residual_norm(device: torch.device, dtype: torch.dtype, backend: str, training: bool) -> Call:
+        inputs = [_normal(size, device, dtype) for size in (*[(batch, length, width)] * 2, *[(batch, width)] * 3)]
+        return _call(lambda *given: ops.gated_residual_norm(*given, backend=backend), inputs, training)
+
+    for build in (qk_norm_rope, adaptive_layer_norm, gated_residual, gated_residual_norm):
         yield from _passes(build.__name__, f"{shape.name}, batch {batch}", build)
 
 
@@ -162,6 +166,22 @@ def _losses(shape: Shape) -> Iterator[Workload]:
 
     for build in (policy_loss, token_log_probs):
         yield from _passes(build.__name__, f"{shape.name}, batch {batch}", build)
+
+
+def _quantiser(shape: Shape) -> Iterator[Workload]:
+    if shape.rope:  # bits, which need no search
+        return
+
+    def build(device: torch.device, dtype: torch.dtype, backend: str) -> Call:
+        features = _normal((shape.batch, 32, *shape.schedule.finest), device, torch.float32)
+        codebook = _normal((shape.vocab_size, 32), device, torch.float32)
+
+        def call(features: torch.Tensor) -> Any:
+            return ops.residual_quantize(features, codebook, shape.schedule, backend=backend)
+
+        return _call(call, [features], False)
+
+    yield Workload("residual_quantize", f"{shape.name}, batch {shape.batch}", build)
 
 
 def _sampling(shape: Shape) -> Iterator[Workload]:

@@ -18,7 +18,8 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +70,8 @@ class Job:
         self.coarse = self.var.schedule.starts[self.middle]  # tokens of the coarse segment
         # the learning rate is 0: every call is the same one
         self.optimizer = torch.optim.AdamW(parameter_groups(self.var, 0.05), lr=0.0, betas=(0.9, 0.95))
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=setting["dtype"] == "bfloat16")
+        self.half = setting["dtype"] == "bfloat16"
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.half)
 
     # -- rollouts ----------------------------------------------------------------------------------------------------
 
@@ -164,6 +166,16 @@ class Job:
 
     # -- what is right -----------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Products in float32; of a policy in bfloat16 in TF32, which is exact enough and saves most of the check."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self.half else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
     def forced_log_probs(self, rollout: Rollout) -> torch.Tensor:
         """(n, L') from float32 logits, with a prefix for every row."""
         tokens = rollout.tokens
@@ -179,7 +191,7 @@ class Job:
         weight[: schedule.starts[rollout.first_scale]] = 0
         weight[end:] = 0
         self.var.gradient_checkpointing = True
-        with torch.enable_grad():
+        with torch.enable_grad(), self.exact():
             gain = (weight * advantages[:, None] * self.forced_log_probs(rollout)).sum()
             (-gain / (weight.sum() * len(advantages))).backward()
         return self.take_gradients()
@@ -188,7 +200,8 @@ class Job:
     def rollout_error(self, found: Rollout, images: int) -> float:
         """How much its log-probabilities differ from teacher forcing, on average; inf for other images than wanted."""
         right = len(found.images) == images and bool((found.images >= 0).all() and (found.images <= 1).all())
-        gaps = self.forced_log_probs(found) - found.log_probs
+        with self.exact():
+            gaps = self.forced_log_probs(found) - found.log_probs
         return gaps.abs().mean().item() if right else float("inf")
 
     def iteration_error(self, found: Iteration, images: int, end: int) -> float:
@@ -303,7 +316,15 @@ SUITE = Suite(
                 CASES[4:5], grids="var-256", depth=8, width=128, middle=8, prompts=1, group_size=8, dtype="float32"
             ),
         ],
-        "gpu": _settings(CASES[:7], model="VAR-d16", middle=8, prompts=4, group_size=8, dtype="bfloat16"),
+        "gpu": [
+            *_settings(CASES, model="VAR-d16", middle=8, prompts=4, group_size=8, dtype="bfloat16"),
+            # 8 GB of weights, 16 of the optimizer's, 8 of gradients, and 2 MB a token of activations without
+            # checkpointing: 76 GB where each of 16 rows has a prefix
+            *_settings(
+                ("coarse iteration", "fine iteration", "subject update", "checkpointing"),
+                **{"model": "VAR-d30", "middle": 8, "prompts": 2, "group_size": 8, "dtype": "bfloat16"},
+            ),
+        ],
     },
     (OURS, "without"),
     build,

@@ -101,7 +101,7 @@ class Table:
 
     Attributes:
         asked: called with the numbers of every call, while tuning; None otherwise.
-        forced: the tile of all calls, while tuning; None otherwise.
+        forced: the tile of calls with the numbers `forced_for`, or of all, while tuning; None otherwise.
     """
 
     def __init__(
@@ -116,6 +116,7 @@ class Table:
         self._choose = lru_cache(maxsize=None)(self._chosen)
         self.asked: Callable[[Key], None] | None = None
         self.forced: Tile | None = None
+        self.forced_for: Key | None = None
         TABLES[name] = self
 
     @property
@@ -131,7 +132,7 @@ class Table:
         """
         if self.asked is not None:
             self.asked(key)
-        if self.forced is not None:
+        if self.forced is not None and self.forced_for in (None, key):
             return dict(self.forced)
         return dict(self._choose(card, tuple(key.items())))
 
