@@ -2,278 +2,322 @@
 
 A row of scale k sees the keys before ends[k]: the same for a whole scale, and never decreasing from row to row. So a
 tile of queries needs no mask for the keys before its first row's end, one for those up to its last row's end, and never
-visits the rest; which rows see a tile of keys is as simple. All that is known of the schedule is its K ends.
+visits the rest; which rows see a tile of keys is as simple. All that is known of the schedule is where each token's
+scale begins and ends.
 
-Backward, a tile of queries gathers its own gradient and a tile of keys its own, those of a shared prefix over all
-samples of the group, one after the other: no two programs add to one place, and the order is always the same. The
-scores are computed transposed where their transpose is needed, as no dot takes a transposed result of another.
+Backward, a tile of queries gathers its own gradient and a tile of keys its own: no two programs add to one place. Each
+tile is loaded once and transposed where its transpose is needed; the scores are computed transposed for the keys'
+gradients, as no dot takes a transposed result of another. The gradient of a shared prefix is a sum over all rows of all
+samples of its group. These are divided into parts, as many as give a prefix alone enough programs, whose sums are added
+in order.
+
+All programs lie along one axis, as the others hold 65,535.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from fastvar.kernels.common.tiles import LOG2_E, attend, store, tile, tile_t
+from fastvar.kernels.block_causal_attention.tiles import BACKWARD_KV, BACKWARD_PREFIX, BACKWARD_Q, FORWARD
+from fastvar.kernels.common.tiles import LOG2_E, attend, constants, rows_adjacent, softmax_step, store, tile
+from fastvar.kernels.common.tiling import Table, card
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvar.schedule import ScaleSchedule
 
+PROGRAMS = 1024  # that a prefix alone should have: eight for each multiprocessor of an H200
+SHORTEST = 8  # tiles of rows that a part has at least
+PARTS_BYTES = 256 << 20  # that the parts' sums may take; prefixes are taken in turn where more would be needed
+SUMMED = 1024  # numbers of a program that adds parts
+
 
 @triton.jit
-def _bounds(row, ends_ptr, K):
-    """For rows [N] the first and one past the last token of their scales."""
-    first = tl.zeros_like(row)
-    last = tl.zeros_like(row)
-    for k in range(K):
-        end = tl.load(ends_ptr + K - 1 - k)
-        last = tl.where(end > row, end, last)
-        first = tl.maximum(first, tl.where(end <= row, end, 0))
-    return first, last
+def _place(length, H, BLOCK: tl.constexpr):
+    """A program's tile, sample and head. Tiles of a head are neighbours: what they read stays in the cache."""
+    tiles = tl.cdiv(length, BLOCK)
+    line = tl.program_id(0) // tiles
+    return tl.program_id(0) % tiles, (line // H).to(tl.int64), (line % H).to(tl.int64)
+
+
+@triton.jit
+def _head(ptr, b, h, b_stride, h_stride, ALIGNED: tl.constexpr):
+    """Where sample b's head h begins; the compiler finds only multiples of 16 elements on its own."""
+    return ptr + tl.multiple_of(b * b_stride + h * h_stride, ALIGNED)
+
+
+@triton.jit
+def _seen(lengths_ptr, s, P):
+    """Tokens of prefix s that are valid."""
+    seen = P
+    if lengths_ptr is not None:
+        seen = tl.minimum(tl.maximum(tl.load(lengths_ptr + s), 0), P).to(tl.int32)
+    return seen
+
+
+@triton.jit
+def _columns(firsts_ptr, lasts_ptr, start, row, L, BLOCK_M, BLOCK_N, DIAGONAL):
+    """Of a tile of rows from `start` on: which own keys each sees, from `first` to `last` [M, 1]; and `begin`, `whole`,
+    `end`: all see those from begin to whole, and none those from end on."""
+    last = tl.load(lasts_ptr + tl.minimum(row, L - 1))[:, None]
+    whole = tl.load(lasts_ptr + start) // BLOCK_N * BLOCK_N
+    highest = tl.minimum(start + BLOCK_M, L) - 1
+    end = tl.load(lasts_ptr + highest)
+    first, begin = 0, 0
+    if DIAGONAL:
+        first = tl.load(firsts_ptr + tl.minimum(row, L - 1))[:, None]
+        begin = tl.minimum(tl.cdiv(tl.load(firsts_ptr + highest), BLOCK_N) * BLOCK_N, whole)
+    return first, last, begin, whole, end
+
+
+@triton.jit
+def _attend(
+    acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, k_tiles, v_tiles, line, d, begin, whole, end, first, last, factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Softmax so far, with all keys from `begin` to `whole` and, from there to `end`, those from `first` to `last`. The
+    former come through the descriptors k_tiles and v_tiles if there are any, from row `line` and column `d` on."""
+    if k_tiles is not None:
+        for start in range(begin, whole, BLOCK_N):
+            k, v = k_tiles.load([line + start, d]), v_tiles.load([line + start, d])
+            acc, total, peak = softmax_step(acc, total, peak, q, k, v, None, factor, False, PRECISION)
+    else:
+        acc, total, peak = attend(
+            acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, begin, whole, first, last, factor,
+            D, BLOCK_D, BLOCK_N, False, PRECISION,
+        )  # fmt: skip
+    return attend(
+        acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, whole, end, first, last, factor,
+        D, BLOCK_D, BLOCK_N, True, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit
 def _forward(
-    q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, lengths_ptr, ends_ptr, out_ptr, lse_ptr,
-    q_b, q_l, q_h, q_d, k_b, k_l, k_h, k_d, v_b, v_l, v_h, v_d,
-    pk_b, pk_l, pk_h, pk_d, pv_b, pv_l, pv_h, pv_d,
-    L, K, P, GROUP, H, factor,
+    q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, k_tiles, v_tiles, pk_tiles, pv_tiles, lengths_ptr, firsts_ptr, lasts_ptr,
+    out_ptr, lse_ptr, q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, pk_b, pk_l, pk_h, pv_b, pv_l, pv_h,
+    L, P, GROUP, H, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PREFIX: tl.constexpr, LENGTHS: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries of one head; the last tiles, which have most to do, come first."""
-    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first, last = _bounds(tl.minimum(row, L - 1), ends_ptr, K)
-    q = tile(q_ptr + b * q_b + h * q_h, row, q_l, q_d, L, D, BLOCK_D, True)
+    """A tile of queries of one head; a head's last tiles, which have most to do, come first."""
+    t, b, h = _place(L, H, BLOCK_M)
+    start = (tl.cdiv(L, BLOCK_M) - 1 - t) * BLOCK_M
+    row = start + tl.arange(0, BLOCK_M)
+    q = tile(_head(q_ptr, b, h, q_b, q_h, ALIGNED), row, q_l, L, D, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if PREFIX:
-        seen = P
-        if LENGTHS:
-            seen = tl.load(lengths_ptr + b // GROUP).to(tl.int32)
-        whole = seen // BLOCK_N * BLOCK_N
-        pk, pv = prefix_k_ptr + b // GROUP * pk_b + h * pk_h, prefix_v_ptr + b // GROUP * pv_b + h * pv_h
-        acc, total, peak = attend(
-            acc, total, peak, q, pk, pv, pk_l, pk_d, pv_l, pv_d, 0, whole, first, last, factor,
-            D, BLOCK_D, BLOCK_N, False, PRECISION,
+    d = (h * D).to(tl.int32)
+    if pk_ptr is not None:
+        s = b // GROUP
+        seen = _seen(lengths_ptr, s, P)
+        acc, total, peak = _attend(
+            acc, total, peak, q, _head(pk_ptr, s, h, pk_b, pk_h, ALIGNED), _head(pv_ptr, s, h, pv_b, pv_h, ALIGNED),
+            pk_l, pv_l, pk_tiles, pv_tiles, (s * P).to(tl.int32), d, 0, seen // BLOCK_N * BLOCK_N, seen, 0, seen,
+            factor, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
+    k_ptr = _head(k_ptr, b, h, k_b, k_h, ALIGNED)
+    v_ptr = _head(v_ptr, b, h, v_b, v_h, ALIGNED)
+    first, last, begin, whole, end = _columns(firsts_ptr, lasts_ptr, start, row, L, BLOCK_M, BLOCK_N, DIAGONAL)
+    if DIAGONAL:
+        low = tl.load(firsts_ptr + start) // BLOCK_N * BLOCK_N
         acc, total, peak = attend(
-            acc, total, peak, q, pk, pv, pk_l, pk_d, pv_l, pv_d, whole, seen, first * 0, last * 0 + seen, factor,
+            acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, low, begin, first, last, factor,
             D, BLOCK_D, BLOCK_N, True, PRECISION,
         )  # fmt: skip
-    k_ptr += b * k_b + h * k_h
-    v_ptr += b * v_b + h * v_h
-    begin, whole = 0, tl.min(last) // BLOCK_N * BLOCK_N  # from one to the other nothing is masked
-    if DIAGONAL:
-        begin = tl.minimum((tl.max(first) + BLOCK_N - 1) // BLOCK_N * BLOCK_N, whole)
-        acc, total, peak = attend(
-            acc, total, peak, q, k_ptr, v_ptr, k_l, k_d, v_l, v_d, tl.min(first) // BLOCK_N * BLOCK_N, begin,
-            first, last, factor, D, BLOCK_D, BLOCK_N, True, PRECISION,
-        )  # fmt: skip
-        whole = tl.maximum(whole, begin)
-    else:
-        first = first * 0
-    acc, total, peak = attend(
-        acc, total, peak, q, k_ptr, v_ptr, k_l, k_d, v_l, v_d, begin, whole, first, last, factor,
-        D, BLOCK_D, BLOCK_N, False, PRECISION,
+    acc, total, peak = _attend(
+        acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, k_tiles, v_tiles, (b * L).to(tl.int32), d,
+        begin, whole, end, first, last, factor, D, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip
-    acc, total, peak = attend(
-        acc, total, peak, q, k_ptr, v_ptr, k_l, k_d, v_l, v_d, whole, tl.max(last), first, last, factor,
-        D, BLOCK_D, BLOCK_N, True, PRECISION,
-    )  # fmt: skip
-    out_ptr += b * L * H * D + h * D
-    store(out_ptr, row, H * D, acc / total[:, None], L, D, BLOCK_D)
+    store(out_ptr + b * L * H * D + h * D, row, H * D, acc / total[:, None], L, D, BLOCK_D)
     tl.store(lse_ptr + (b * H + h) * L + row, (peak + tl.log2(total)) / LOG2_E, row < L)
 
 
 @triton.jit
-def _delta(
-    out_ptr, g_ptr, g_lse_ptr, delta_ptr, g_b, g_l, g_h, g_d, gl_b, gl_h, gl_l, L, H,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_LSE: tl.constexpr,
-):  # fmt: skip
-    """What every score's gradient has subtracted: sum(out * gradient) of a row, less the gradient of its lse."""
-    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    out = tile(out_ptr + b * L * H * D + h * D, row, H * D, 1, L, D, BLOCK_D, True)
-    g = tile(g_ptr + b * g_b + h * g_h, row, g_l, g_d, L, D, BLOCK_D, True)
-    delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
-    if HAS_LSE:
-        delta -= tl.load(g_lse_ptr + b * gl_b + h * gl_h + row * gl_l, row < L, 0.0)
-    tl.store(delta_ptr + (b * H + h) * L + row, delta, row < L)
-
-
-@triton.jit
 def _gather_dq(
-    dq, q, g, lse, delta, k_ptr, v_ptr, k_l, k_d, v_l, v_d, begin, end, first, last, factor,
+    dq, q, g, lse, delta, k_ptr, v_ptr, k_l, v_l, begin, end, first, last, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The queries' gradient so far, with the keys from `begin` to `end`."""
+    """The queries' gradient so far, with the keys from `begin` to `end`; as `attend`."""
     for start in range(begin, end, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        k = tile_t(k_ptr, column, k_l, k_d, end, D, BLOCK_D, MASK)  # [BLOCK_D, N]
-        p = tl.exp2(tl.dot(q, k, input_precision=PRECISION) * factor - lse[:, None])
+        k = tile(k_ptr, column, k_l, end, D, BLOCK_D, MASK)
+        v = tile(v_ptr, column, v_l, end, D, BLOCK_D, MASK)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor - lse[:, None])  # [M, N]
         if MASK:
-            p = tl.where((column[None, :] >= first[:, None]) & (column[None, :] < last[:, None]), p, 0.0)
-        v = tile_t(v_ptr, column, v_l, v_d, end, D, BLOCK_D, MASK)  # [BLOCK_D, N]
-        ds = p * (tl.dot(g, v, input_precision=PRECISION) - delta[:, None])
-        k = tile(k_ptr, column, k_l, k_d, end, D, BLOCK_D, MASK)  # [N, BLOCK_D]
+            p = tl.where((column[None, :] >= first) & (column[None, :] < last), p, 0.0)
+        ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
 
 @triton.jit
 def _backward_q(
-    q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, lengths_ptr, ends_ptr, g_ptr, lse_ptr, delta_ptr, dq_ptr,
-    q_b, q_l, q_h, q_d, k_b, k_l, k_h, k_d, v_b, v_l, v_h, v_d,
-    pk_b, pk_l, pk_h, pk_d, pv_b, pv_l, pv_h, pv_d, g_b, g_l, g_h, g_d,
-    L, K, P, GROUP, H, factor, scale,
+    q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, lengths_ptr, firsts_ptr, lasts_ptr, out_ptr, g_ptr, lse_ptr, g_lse_ptr,
+    delta_ptr, dq_ptr, q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, pk_b, pk_l, pk_h, pv_b, pv_l, pv_h, g_b, g_l, g_h,
+    L, P, GROUP, H, factor, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PREFIX: tl.constexpr, LENGTHS: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As `_forward`, for the gradient of a tile of queries."""
-    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first, last = _bounds(tl.minimum(row, L - 1), ends_ptr, K)
-    q = tile(q_ptr + b * q_b + h * q_h, row, q_l, q_d, L, D, BLOCK_D, True)
-    g = tile(g_ptr + b * g_b + h * g_h, row, g_l, g_d, L, D, BLOCK_D, True).to(q.dtype)
-    lse = tl.load(lse_ptr + (b * H + h) * L + row, row < L, 0.0) * LOG2_E
-    delta = tl.load(delta_ptr + (b * H + h) * L + row, row < L, 0.0)
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if PREFIX:
-        seen = P
-        if LENGTHS:
-            seen = tl.load(lengths_ptr + b // GROUP).to(tl.int32)
-        whole = seen // BLOCK_N * BLOCK_N
-        pk, pv = prefix_k_ptr + b // GROUP * pk_b + h * pk_h, prefix_v_ptr + b // GROUP * pv_b + h * pv_h
+    """As `_forward`, for the gradient of a tile of queries. On the way what is subtracted from every score's gradient:
+    a row's sum(out * gradient), less the gradient of its lse."""
+    t, b, h = _place(L, H, BLOCK_M)
+    start = (tl.cdiv(L, BLOCK_M) - 1 - t) * BLOCK_M
+    row = start + tl.arange(0, BLOCK_M)
+    line = (b * H + h) * L + row
+    g = tile(_head(g_ptr, b, h, g_b, g_h, ALIGNED), row, g_l, L, D, BLOCK_D, True)
+    out = tile(out_ptr + b * L * H * D + h * D, row, H * D, L, D, BLOCK_D, True)
+    delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
+    if g_lse_ptr is not None:
+        delta -= tl.load(g_lse_ptr + line, row < L, 0.0)
+    tl.store(delta_ptr + line, delta, row < L)
+    if dq_ptr is not None:
+        q = tile(_head(q_ptr, b, h, q_b, q_h, ALIGNED), row, q_l, L, D, BLOCK_D, True)
+        lse = tl.load(lse_ptr + line, row < L, 0.0) * LOG2_E
+        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        if pk_ptr is not None:
+            s = b // GROUP
+            seen = _seen(lengths_ptr, s, P)
+            whole = seen // BLOCK_N * BLOCK_N
+            pk_ptr = _head(pk_ptr, s, h, pk_b, pk_h, ALIGNED)
+            pv_ptr = _head(pv_ptr, s, h, pv_b, pv_h, ALIGNED)
+            dq = _gather_dq(
+                dq, q, g, lse, delta, pk_ptr, pv_ptr, pk_l, pv_l, 0, whole, 0, seen, factor,
+                D, BLOCK_D, BLOCK_N, False, PRECISION,
+            )  # fmt: skip
+            dq = _gather_dq(
+                dq, q, g, lse, delta, pk_ptr, pv_ptr, pk_l, pv_l, whole, seen, 0, seen, factor,
+                D, BLOCK_D, BLOCK_N, True, PRECISION,
+            )  # fmt: skip
+        k_ptr = _head(k_ptr, b, h, k_b, k_h, ALIGNED)
+        v_ptr = _head(v_ptr, b, h, v_b, v_h, ALIGNED)
+        first, last, begin, whole, end = _columns(firsts_ptr, lasts_ptr, start, row, L, BLOCK_M, BLOCK_N, DIAGONAL)
+        if DIAGONAL:
+            low = tl.load(firsts_ptr + start) // BLOCK_N * BLOCK_N
+            dq = _gather_dq(
+                dq, q, g, lse, delta, k_ptr, v_ptr, k_l, v_l, low, begin, first, last, factor,
+                D, BLOCK_D, BLOCK_N, True, PRECISION,
+            )  # fmt: skip
         dq = _gather_dq(
-            dq, q, g, lse, delta, pk, pv, pk_l, pk_d, pv_l, pv_d, 0, whole, first, last, factor,
+            dq, q, g, lse, delta, k_ptr, v_ptr, k_l, v_l, begin, whole, first, last, factor,
             D, BLOCK_D, BLOCK_N, False, PRECISION,
         )  # fmt: skip
         dq = _gather_dq(
-            dq, q, g, lse, delta, pk, pv, pk_l, pk_d, pv_l, pv_d, whole, seen, first * 0, last * 0 + seen, factor,
+            dq, q, g, lse, delta, k_ptr, v_ptr, k_l, v_l, whole, end, first, last, factor,
             D, BLOCK_D, BLOCK_N, True, PRECISION,
         )  # fmt: skip
-    k_ptr += b * k_b + h * k_h
-    v_ptr += b * v_b + h * v_h
-    begin, whole = 0, tl.min(last) // BLOCK_N * BLOCK_N
-    if DIAGONAL:
-        begin = tl.minimum((tl.max(first) + BLOCK_N - 1) // BLOCK_N * BLOCK_N, whole)
-        dq = _gather_dq(
-            dq, q, g, lse, delta, k_ptr, v_ptr, k_l, k_d, v_l, v_d, tl.min(first) // BLOCK_N * BLOCK_N, begin,
-            first, last, factor, D, BLOCK_D, BLOCK_N, True, PRECISION,
-        )  # fmt: skip
-        whole = tl.maximum(whole, begin)
-    else:
-        first = first * 0
-    dq = _gather_dq(
-        dq, q, g, lse, delta, k_ptr, v_ptr, k_l, k_d, v_l, v_d, begin, whole, first, last, factor,
-        D, BLOCK_D, BLOCK_N, False, PRECISION,
-    )  # fmt: skip
-    dq = _gather_dq(
-        dq, q, g, lse, delta, k_ptr, v_ptr, k_l, k_d, v_l, v_d, whole, tl.max(last), first, last, factor,
-        D, BLOCK_D, BLOCK_N, True, PRECISION,
-    )  # fmt: skip
-    store(dq_ptr + b * L * H * D + h * D, row, H * D, dq * scale, L, D, BLOCK_D)
+        store(dq_ptr + b * L * H * D + h * D, row, H * D, dq * scale, L, D, BLOCK_D)
 
 
 @triton.jit
-def _gather_dkv(
-    dk, dv, k, v, q_ptr, g_ptr, lse_ptr, delta_ptr, q_l, q_d, g_l, g_d, begin, end, first, last, factor,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+def _add_rows(
+    dk, dv, k, v, q_ptr, g_ptr, lse_ptr, delta_ptr, q_l, g_l, row, L, first, last, factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The keys' and values' gradients so far, with the rows from `begin` to `end`; with MASK those from `first` to
-    `last` [N] see a key."""
-    for start in range(begin, end, BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        inside = row < end
-        q = tile_t(q_ptr, row, q_l, q_d, end, D, BLOCK_D, True)  # [BLOCK_D, M]
-        lse = tl.load(lse_ptr + row, inside, float("inf")) * LOG2_E  # past the end all weights are 0
-        p = tl.exp2(tl.dot(k, q, input_precision=PRECISION) * factor - lse[None, :])  # [N, M]
-        if MASK:
-            p = tl.where((row[None, :] >= first[:, None]) & (row[None, :] < last[:, None]), p, 0.0)
-        g = tile(g_ptr, row, g_l, g_d, end, D, BLOCK_D, True).to(k.dtype)  # [M, BLOCK_D]
-        dv = tl.dot(p.to(k.dtype), g, dv, input_precision=PRECISION)
-        g = tile_t(g_ptr, row, g_l, g_d, end, D, BLOCK_D, True).to(k.dtype)  # [BLOCK_D, M]
-        delta = tl.load(delta_ptr + row, inside, 0.0)
-        ds = p * (tl.dot(v, g, input_precision=PRECISION) - delta[None, :])
-        q = tile(q_ptr, row, q_l, q_d, end, D, BLOCK_D, True)  # [M, BLOCK_D]
-        dk = tl.dot(ds.to(k.dtype), q, dk, input_precision=PRECISION)
+    """The keys' and values' gradients so far, with one tile of rows; with MASK those from `first` to `last` [N, 1] see
+    a key."""
+    inside = row < L
+    q = tile(q_ptr, row, q_l, L, D, BLOCK_D, True)
+    g = tile(g_ptr, row, g_l, L, D, BLOCK_D, True)
+    lse = tl.load(lse_ptr + row, inside, float("inf")) * LOG2_E  # past the end all weights are 0
+    delta = tl.load(delta_ptr + row, inside, 0.0)
+    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor - lse[None, :])  # [N, M]
+    if MASK:
+        p = tl.where((row[None, :] >= first) & (row[None, :] < last), p, 0.0)
+    dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
+    ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
 @triton.jit
 def _backward_kv(
-    q_ptr, k_ptr, v_ptr, ends_ptr, g_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    q_b, q_l, q_h, q_d, k_b, k_l, k_h, k_d, v_b, v_l, v_h, v_d, g_b, g_l, g_h, g_d,
-    L, K, H, factor, scale,
+    q_ptr, k_ptr, v_ptr, firsts_ptr, lasts_ptr, g_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, g_b, g_l, g_h, L, H, factor, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys of one head; the first ones are seen by most rows."""
-    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first, last = _bounds(tl.minimum(column, L - 1), ends_ptr, K)  # of its scale: so a key's first row
-    k = tile(k_ptr + b * k_b + h * k_h, column, k_l, k_d, L, D, BLOCK_D, True)
-    v = tile(v_ptr + b * v_b + h * v_h, column, v_l, v_d, L, D, BLOCK_D, True)
+    t, b, h = _place(L, H, BLOCK_N)
+    start = t * BLOCK_N
+    column = start + tl.arange(0, BLOCK_N)
+    k = tile(_head(k_ptr, b, h, k_b, k_h, ALIGNED), column, k_l, L, D, BLOCK_D, True)
+    v = tile(_head(v_ptr, b, h, v_b, v_h, ALIGNED), column, v_l, L, D, BLOCK_D, True)
+    first = tl.load(firsts_ptr + tl.minimum(column, L - 1))[:, None]  # of its scale: the first row that sees a key
+    last, end = L, L
+    if DIAGONAL:
+        last = tl.load(lasts_ptr + tl.minimum(column, L - 1))[:, None]
+        end = tl.load(lasts_ptr + tl.minimum(start + BLOCK_N, L) - 1)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    q_ptr += b * q_b + h * q_h
-    g_ptr += b * g_b + h * g_h
+    q_ptr = _head(q_ptr, b, h, q_b, q_h, ALIGNED)
+    g_ptr = _head(g_ptr, b, h, g_b, g_h, ALIGNED)
     lse_ptr += (b * H + h) * L
     delta_ptr += (b * H + h) * L
-    begin, stop = tl.min(first), L
-    whole = tl.max(first)  # from here on all rows see all keys of the tile
-    if DIAGONAL:
-        stop = tl.max(last)
-        whole = stop
-    else:
-        last = last * 0 + L
-    whole = begin + (whole - begin + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-    dk, dv = _gather_dkv(
-        dk, dv, k, v, q_ptr, g_ptr, lse_ptr, delta_ptr, q_l, q_d, g_l, g_d, begin, tl.minimum(whole, stop), first, last,
-        factor, D, BLOCK_D, BLOCK_M, True, PRECISION,
-    )  # fmt: skip
-    dk, dv = _gather_dkv(
-        dk, dv, k, v, q_ptr, g_ptr, lse_ptr, delta_ptr, q_l, q_d, g_l, g_d, whole, stop, first, last, factor,
-        D, BLOCK_D, BLOCK_M, False, PRECISION,
-    )  # fmt: skip
+    for begin in range(tl.load(firsts_ptr + start) // BLOCK_M * BLOCK_M, end, BLOCK_M):
+        dk, dv = _add_rows(
+            dk, dv, k, v, q_ptr, g_ptr, lse_ptr, delta_ptr, q_l, g_l, begin + tl.arange(0, BLOCK_M), L, first, last,
+            factor, D, BLOCK_D, True, PRECISION,
+        )  # fmt: skip
     store(dk_ptr + b * L * H * D + h * D, column, H * D, dk * scale, L, D, BLOCK_D)
     store(dv_ptr + b * L * H * D + h * D, column, H * D, dv, L, D, BLOCK_D)
 
 
 @triton.jit
 def _backward_prefix(
-    q_ptr, prefix_k_ptr, prefix_v_ptr, lengths_ptr, g_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    q_b, q_l, q_h, q_d, pk_b, pk_l, pk_h, pk_d, pv_b, pv_l, pv_h, pv_d, g_b, g_l, g_h, g_d,
-    L, P, GROUP, H, factor, scale,
+    q_ptr, pk_ptr, pv_ptr, lengths_ptr, g_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_b, q_l, q_h, pk_b, pk_l, pk_h, pv_b, pv_l, pv_h, g_b, g_l, g_h, COUNT, L, P, GROUP, H, PARTS, factor, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a prefix's keys of one head, with all rows of all samples of its group, in order."""
-    s, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    seen = P
-    if LENGTHS:
-        seen = tl.load(lengths_ptr + s).to(tl.int32)
-    k = tile(prefix_k_ptr + s * pk_b + h * pk_h, column, pk_l, pk_d, seen, D, BLOCK_D, True)
-    v = tile(prefix_v_ptr + s * pv_b + h * pv_h, column, pv_l, pv_d, seen, D, BLOCK_D, True)
+    """A tile of the keys of one of COUNT prefixes, with one part of all rows of its group; the sum goes to place
+    [part, prefix] of (PARTS, COUNT, P, H, D)."""
+    t, place, h = _place(P, H, BLOCK_N)
+    part, s = place // COUNT, place % COUNT
+    column = t * BLOCK_N + tl.arange(0, BLOCK_N)
+    seen = _seen(lengths_ptr, s, P)
+    k = tile(_head(pk_ptr, s, h, pk_b, pk_h, ALIGNED), column, pk_l, seen, D, BLOCK_D, True)
+    v = tile(_head(pv_ptr, s, h, pv_b, pv_h, ALIGNED), column, pv_l, seen, D, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    if tl.program_id(0) * BLOCK_N < seen:
-        for member in range(GROUP):
-            b = s * GROUP + member
-            dk, dv = _gather_dkv(
-                dk, dv, k, v, q_ptr + b * q_b + h * q_h, g_ptr + b * g_b + h * g_h, lse_ptr + (b * H + h) * L,
-                delta_ptr + (b * H + h) * L, q_l, q_d, g_l, g_d, 0, L, column, column, factor,
-                D, BLOCK_D, BLOCK_M, False, PRECISION,
-            )  # fmt: skip
+    tiles = tl.cdiv(L, BLOCK_M)  # of a sample's rows
+    begin = (part * tiles * GROUP // PARTS).to(tl.int32)
+    end = ((part + 1) * tiles * GROUP // PARTS).to(tl.int32)
+    end = tl.where(t * BLOCK_N < seen, end, begin)
+    for i in range(begin, end):
+        b = s * GROUP + i // tiles
+        line = (b * H + h) * L
+        q, g = _head(q_ptr, b, h, q_b, q_h, ALIGNED), _head(g_ptr, b, h, g_b, g_h, ALIGNED)
+        row = i % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        dk, dv = _add_rows(
+            dk, dv, k, v, q, g, lse_ptr + line, delta_ptr + line, q_l, g_l, row, L, 0, 0, factor,
+            D, BLOCK_D, False, PRECISION,
+        )  # fmt: skip
     inside = (column < seen)[:, None]
-    store(dk_ptr + s * P * H * D + h * D, column, H * D, tl.where(inside, dk * scale, 0.0), P, D, BLOCK_D)
-    store(dv_ptr + s * P * H * D + h * D, column, H * D, tl.where(inside, dv, 0.0), P, D, BLOCK_D)
+    target = place * P * H * D + h * D
+    store(dk_ptr + target, column, H * D, tl.where(inside, dk * scale, 0.0), P, D, BLOCK_D)
+    store(dv_ptr + target, column, H * D, tl.where(inside, dv, 0.0), P, D, BLOCK_D)
+
+
+@triton.jit
+def _add_parts(dk_parts_ptr, dv_parts_ptr, dk_ptr, dv_ptr, size, PARTS, BLOCK: tl.constexpr):
+    """Sums over the first dimension of (PARTS, size), one after the other."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    dk = tl.zeros((BLOCK,), tl.float32)
+    dv = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(PARTS):
+        dk += tl.load(dk_parts_ptr + place, inside, 0.0)
+        dv += tl.load(dv_parts_ptr + place, inside, 0.0)
+        dk_parts_ptr += size
+        dv_parts_ptr += size
+    tl.store(dk_ptr + place, dk, inside)
+    tl.store(dv_ptr + place, dv, inside)
 
 
 def forward(
@@ -289,17 +333,26 @@ def forward(
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See the reference; lse (B, H, L) is always there."""
-    batch, length, heads, head_dim = q.shape
+    batch, length, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
-    if out.numel():
-        options = tile_options(head_dim, q.dtype)["forward"]
-        _forward[(triton.cdiv(length, options["BLOCK_M"]), batch * heads)](
-            q, k, v, prefix_k, prefix_v, prefix_lengths, _ends(schedule, q.device), out, lse,
-            *q.stride(), *k.stride(), *v.stride(), *_stride(prefix_k), *_stride(prefix_v),
-            length, len(schedule), *_group(q, prefix_k), heads, softmax_scale * LOG2_E.value,
-            PREFIX=prefix_k is not None, LENGTHS=prefix_lengths is not None, DIAGONAL=block_diagonal, **options,
-        )  # fmt: skip
+    if not out.numel():
+        return out, lse
+    if softmax_scale < 0:  # the greatest score is the greatest product's
+        q, softmax_scale = -q, -softmax_scale
+    q, k, v = rows_adjacent(q), rows_adjacent(k), rows_adjacent(v)
+    pk, pv, tokens, group = _prefix(q, prefix_k, prefix_v)
+    lengths = None if prefix_lengths is None else prefix_lengths.contiguous()
+    size = _tile(FORWARD, q, k, v, pk, pv)
+    keys = (k, v, pk, pv)
+    tiles = [_descriptor(x, size["BLOCK_N"]) for x in keys] if size.pop("DESCRIPTORS") else [None] * 4
+    if any(tiled is None and x is not None for tiled, x in zip(tiles, keys, strict=True)):
+        tiles = [None] * 4
+    _forward[(triton.cdiv(length, size["BLOCK_M"]) * batch * heads,)](
+        q, k, v, pk, pv, *tiles, lengths, *_spans(schedule, q.device), out, lse,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(pk), *_strides(pv),
+        length, tokens, group, heads, softmax_scale * LOG2_E.value, DIAGONAL=block_diagonal, **size,
+    )  # fmt: skip
     return out, lse
 
 
@@ -322,84 +375,128 @@ def backward(
     `forward`."""
     out, lse = results
     grad, grad_lse = grads
-    batch, length, heads, head_dim = q.shape
+    batch, length, heads, _ = q.shape
     own_needs, prefix_needs = needs[1] or needs[2], needs[3] or needs[4]
+    nothing = not out.numel() or (grad is None and grad_lse is None)
+    make = torch.zeros if nothing else torch.empty
     made: list[torch.Tensor | None] = [
-        torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) if tensor is not None and wanted else None
+        make(tensor.shape, dtype=tensor.dtype, device=tensor.device) if tensor is not None and wanted else None
         for tensor, wanted in (
             *((q, needs[0]), (k, own_needs), (v, own_needs)),
             *((prefix_k, prefix_needs), (prefix_v, prefix_needs)),
         )
     ]
-    dq, dk, dv, dpk, dpv = made
-    if out.numel() and not (grad is None and grad_lse is None):
-        if grad is None:
-            grad = torch.zeros((), dtype=q.dtype, device=q.device).expand(q.shape)
-        options = tile_options(head_dim, q.dtype)
-        lines = batch * heads
+    if not nothing:
+        dq, dk, dv, dpk, dpv = made
+        g = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if grad is None else rows_adjacent(grad.to(q.dtype))
+        q, k, v = rows_adjacent(q), rows_adjacent(k), rows_adjacent(v)
+        pk, pv, tokens, group = _prefix(q, prefix_k, prefix_v)
+        lengths = None if prefix_lengths is None else prefix_lengths.contiguous()
+        spans, factor = _spans(schedule, q.device), softmax_scale * LOG2_E.value
         delta = torch.empty_like(lse)
-        size = options["delta"]
-        _delta[(triton.cdiv(length, size["BLOCK_M"]), lines)](
-            out, grad, grad_lse, delta, *grad.stride(), *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
-            length, heads, HAS_LSE=grad_lse is not None, **size,
+        size = _tile(BACKWARD_Q, q, k, v, pk, pv, g)
+        _backward_q[(triton.cdiv(length, size["BLOCK_M"]) * batch * heads,)](
+            q, k, v, pk, pv, lengths, *spans, out, g, lse, None if grad_lse is None else grad_lse.contiguous(),
+            delta, dq, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(pk), *_strides(pv), *g.stride()[:3],
+            length, tokens, group, heads, factor, softmax_scale, DIAGONAL=block_diagonal, **size,
         )  # fmt: skip
-        ends, factor = _ends(schedule, q.device), softmax_scale * LOG2_E.value
-        shared = (*q.stride(), *k.stride(), *v.stride())
-        if dq is not None:
-            size = options["backward_q"]
-            _backward_q[(triton.cdiv(length, size["BLOCK_M"]), lines)](
-                q, k, v, prefix_k, prefix_v, prefix_lengths, ends, grad, lse, delta, dq,
-                *shared, *_stride(prefix_k), *_stride(prefix_v), *grad.stride(),
-                length, len(schedule), *_group(q, prefix_k), heads, factor, softmax_scale,
-                PREFIX=prefix_k is not None, LENGTHS=prefix_lengths is not None, DIAGONAL=block_diagonal, **size,
-            )  # fmt: skip
-        size = options["backward_kv"]
         if dk is not None:
-            _backward_kv[(triton.cdiv(length, size["BLOCK_N"]), lines)](
-                q, k, v, ends, grad, lse, delta, dk, dv, *shared, *grad.stride(), length, len(schedule), heads,
-                factor, softmax_scale, DIAGONAL=block_diagonal, **size,
+            size = _tile(BACKWARD_KV, q, k, v, g)
+            _backward_kv[(triton.cdiv(length, size["BLOCK_N"]) * batch * heads,)](
+                q, k, v, *spans, g, lse, delta, dk, dv, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                *g.stride()[:3], length, heads, factor, softmax_scale, DIAGONAL=block_diagonal, **size,
             )  # fmt: skip
-        if dpk is not None and prefix_k is not None and dpk.numel():
-            tokens, group = _group(q, prefix_k)
-            _backward_prefix[(triton.cdiv(tokens, size["BLOCK_N"]), prefix_k.shape[0] * heads)](
-                q, prefix_k, prefix_v, prefix_lengths, grad, lse, delta, dpk, dpv, *q.stride(), *_stride(prefix_k),
-                *_stride(prefix_v), *grad.stride(), length, tokens, group, heads, factor, softmax_scale,
-                LENGTHS=prefix_lengths is not None, **size,
-            )  # fmt: skip
+        if dpk is not None and dpv is not None and pk is not None and pv is not None:
+            _prefix_gradients(q, pk, pv, lengths, g, lse, delta, dpk, dpv, softmax_scale)
     return [tensor for tensor, need in zip(made, needs, strict=False) if need and tensor is not None]
 
 
-def tile_options(head_dim: int, dtype: torch.dtype) -> dict[str, dict[str, int | str]]:
-    """Tile sizes, warps and stages of each kernel."""
-    block = max(16, triton.next_power_of_2(head_dim))
-    common: dict[str, int | str] = {"D": head_dim, "BLOCK_D": block}
-    if dtype == torch.float32:  # three products in TF32 make one in float32; in full precision registers spill
-        common["PRECISION"] = "tf32x3"
-        size = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8 if block > 64 else 4, "num_stages": 1}
-        tiles = {"forward": size, "backward_q": size, "backward_kv": size}
-    else:
-        common["PRECISION"] = "tf32"  # says nothing for 16 bits
-        wide = block > 64
-        tiles = {
-            "forward": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8 if wide else 4, "num_stages": 3},
-            "backward_q": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8 if wide else 4, "num_stages": 2},
-            "backward_kv": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8 if wide else 4, "num_stages": 2},
-        }
-    found: dict[str, dict[str, int | str]] = {name: {**common, **size} for name, size in tiles.items()}
-    found["delta"] = {"D": head_dim, "BLOCK_D": block, "BLOCK_M": 32, "num_warps": 4}
-    return found
+def _prefix_gradients(
+    q: torch.Tensor,
+    pk: torch.Tensor,
+    pv: torch.Tensor,
+    lengths: torch.Tensor | None,
+    g: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    softmax_scale: float,
+) -> None:
+    """Into dk and dv. How rows are divided depends on L, P, G, H and the tile alone, not on how many prefixes there
+    are."""
+    (count, tokens, heads, _), length = pk.shape, q.shape[1]
+    group = q.shape[0] // count
+    size = _tile(BACKWARD_PREFIX, q, pk, pv, g)
+    programs = triton.cdiv(tokens, size["BLOCK_N"]) * heads
+    longest = max(triton.cdiv(length, size["BLOCK_M"]) * group // SHORTEST, 1)
+    parts = min(triton.cdiv(PROGRAMS, programs), longest)
+    together = count if parts == 1 else max(min(count, PARTS_BYTES // (parts * 8 * dk[0].numel())), 1)
+    for first in range(0, count, together):
+        some, rows = slice(first, first + together), slice(first * group, (first + together) * group)
+        sums = dks, dvs = dk[some], dv[some]
+        if parts > 1:
+            shape = (parts, *dks.shape)
+            dks, dvs = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in sums)
+        _backward_prefix[(programs * parts * len(sums[0]),)](
+            q[rows], pk[some], pv[some], None if lengths is None else lengths[some], g[rows], lse[rows], delta[rows],
+            dks, dvs, *q.stride()[:3], *pk.stride()[:3], *pv.stride()[:3], *g.stride()[:3],
+            len(sums[0]), length, tokens, group, heads, parts, softmax_scale * LOG2_E.value, softmax_scale, **size,
+        )  # fmt: skip
+        if parts > 1:
+            numel = sums[0].numel()
+            _add_parts[(triton.cdiv(numel, SUMMED),)](dks, dvs, *sums, numel, parts, BLOCK=SUMMED, num_warps=4)
+
+
+def _tile(table: Table, q: torch.Tensor, *others: torch.Tensor | None) -> dict[str, Any]:
+    """A kernel's constants; ALIGNED: a number that divides the strides of samples and heads."""
+    _, length, _, head_dim = q.shape
+    chosen = table.choose(card(q.device), bits=8 * q.element_size(), head_dim=head_dim, length=length)
+    strides = [step for t in (q, *others) if t is not None for step in (t.stride(0), t.stride(2))]
+    aligned = 8 if all(step % 8 == 0 for step in strides) else 1
+    return {**constants(head_dim, q.dtype), **chosen, "ALIGNED": aligned}
 
 
 @lru_cache
-def _ends(schedule: ScaleSchedule, device: torch.device) -> torch.Tensor:
-    """(K,) on the device, made once for a schedule."""
-    return torch.tensor(schedule.ends, dtype=torch.int32, device=device)
+def _spans(schedule: ScaleSchedule, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(L,) each: the first token of a token's scale and one past the last, made once for a schedule and a device."""
+    pairs = zip(schedule.starts, schedule.ends, strict=True)
+    both = torch.tensor([pair for pair in pairs for _ in range(pair[1] - pair[0])], dtype=torch.int32)
+    firsts, lasts = both.T.contiguous().to(device).unbind()
+    return firsts, lasts
 
 
-def _group(q: torch.Tensor, prefix: torch.Tensor | None) -> tuple[int, int]:
-    """Tokens of the prefix and how many samples share one."""
-    return (0, 1) if prefix is None else (prefix.shape[1], q.shape[0] // max(prefix.shape[0], 1))
+def _prefix(
+    q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, int, int]:
+    """Keys and values, how many tokens, how many samples share one; nothing where there are no tokens."""
+    if k is None or v is None or not k.numel():
+        return None, None, 0, 1
+    return rows_adjacent(k), rows_adjacent(v), k.shape[1], q.shape[0] // k.shape[0]
 
 
-def _stride(tensor: torch.Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if tensor is None else tensor.stride()
+def _strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if tensor is None else tensor.stride()[:3]
+
+
+def _descriptor(tensor: torch.Tensor | None, rows: int) -> TensorDescriptor | None:
+    """For tiles of so many rows of (B, L, H, D), taken as a matrix (B L, H D); None where strides or addresses are not
+    such that the hardware can take it so."""
+    if tensor is None:
+        return None
+    batch, length, heads, head_dim = tensor.shape
+    stride, unit = tensor.stride(1), 16 // tensor.element_size()  # elements of 16 bytes
+    fits = (
+        (tensor.stride(0) == length * stride or batch == 1)
+        and (tensor.stride(2) == head_dim or heads == 1)
+        and stride >= heads * head_dim
+        and stride % unit == 0
+        and tensor.data_ptr() % 16 == 0
+        and head_dim % unit == 0
+        and head_dim & (head_dim - 1) == 0
+        and batch * length < 2**31
+    )
+    if not fits:
+        return None
+    matrix = tensor.as_strided((batch * length, heads * head_dim), (stride, 1))
+    return TensorDescriptor.from_tensor(matrix, [rows, head_dim])

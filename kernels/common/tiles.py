@@ -1,18 +1,29 @@
-"""Tiles of matrices and of attention to them, for kernels in Triton."""
+"""Tiles of matrices and of attention to them, for kernels in Triton.
+
+A row's elements are adjacent. Offsets are 64 bits wide: a row may lie anywhere.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+def rows_adjacent(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself or, where the elements of its last dimension are not adjacent, a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 @triton.jit
-def tile(ptr, row, row_stride, d_stride, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
+def tile(ptr, row, stride, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
     """Rows of a (., D) matrix [N, BLOCK_D]; 0 past D and, with CHECK, from row `limit` on."""
     d = tl.arange(0, BLOCK_D)[None, :]
-    pointers = ptr + row[:, None] * row_stride + d * d_stride
+    pointers = ptr + row[:, None].to(tl.int64) * stride + d
     if CHECK:
         return tl.load(pointers, (row[:, None] < limit) & (d < D), 0.0)
     elif D == BLOCK_D:
@@ -22,46 +33,50 @@ def tile(ptr, row, row_stride, d_stride, limit, D: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def tile_t(ptr, row, row_stride, d_stride, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
-    """The same rows as columns [BLOCK_D, N]."""
-    d = tl.arange(0, BLOCK_D)[:, None]
-    pointers = ptr + row[None, :] * row_stride + d * d_stride
-    if CHECK:
-        return tl.load(pointers, (row[None, :] < limit) & (d < D), 0.0)
-    elif D == BLOCK_D:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, d < D, 0.0)
+def store(ptr, row, stride, values, limit, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rows [N, BLOCK_D] before `limit` into a matrix (., D)."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(ptr + row[:, None].to(tl.int64) * stride + d, values, (row[:, None] < limit) & (d < D))
 
 
 @triton.jit
-def store(ptr, row, row_stride, values, limit, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [N, BLOCK_D] into a matrix whose elements of a row are adjacent."""
-    d = tl.arange(0, BLOCK_D)[None, :]
-    tl.store(ptr + row[:, None] * row_stride + d, values, (row[:, None] < limit) & (d < D))
+def softmax_step(acc, total, peak, q, k, v, visible, factor, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """Softmax so far, with the keys k and values v [N, BLOCK_D] of one tile; `visible` [M, N] with MASK. The factor is
+    not negative."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
+    if MASK:
+        scores = tl.where(visible, scores * factor, float("-inf"))
+        highest = tl.maximum(peak, tl.max(scores, 1))
+        base = tl.where(highest == float("-inf"), 0.0, highest)  # a row may have seen nothing yet
+        p = tl.exp2(scores - base[:, None])
+    else:
+        highest = tl.maximum(peak, tl.max(scores, 1) * factor)
+        base = highest
+        p = tl.exp2(scores * factor - base[:, None])  # one instruction before the exponential
+    decay = tl.exp2(peak - base)
+    total = total * decay + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc, total, highest
 
 
 @triton.jit
 def attend(
-    acc, total, peak, q, k_ptr, v_ptr, k_l, k_d, v_l, v_d, begin, end, first, last, factor,
+    acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, begin, end, first, last, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Softmax so far, with the keys from `begin` to `end`; with MASK a row sees those from `first` to `last` [M]."""
+    """Softmax so far, with the keys from `begin` to `end`; with MASK those from `first` to `last`, each a number or
+    [M, 1]."""
     for start in range(begin, end, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        k = tile_t(k_ptr, column, k_l, k_d, end, D, BLOCK_D, MASK)  # [BLOCK_D, N]
-        scores = tl.dot(q, k, input_precision=PRECISION) * factor  # [M, N]
-        if MASK:
-            visible = (column[None, :] >= first[:, None]) & (column[None, :] < last[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
-        highest = tl.maximum(peak, tl.max(scores, 1))
-        base = highest
-        if MASK:  # a row may have seen nothing yet
-            base = tl.where(highest == float("-inf"), 0.0, highest)
-        p = tl.exp2(scores - base[:, None])
-        decay = tl.exp2(peak - base)
-        total = total * decay + tl.sum(p, 1)
-        v = tile(v_ptr, column, v_l, v_d, end, D, BLOCK_D, MASK)  # [N, BLOCK_D]
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        peak = highest
+        k = tile(k_ptr, column, k_l, end, D, BLOCK_D, MASK)
+        v = tile(v_ptr, column, v_l, end, D, BLOCK_D, MASK)
+        visible = (column[None, :] >= first) & (column[None, :] < last)
+        acc, total, peak = softmax_step(acc, total, peak, q, k, v, visible, factor, MASK, PRECISION)
     return acc, total, peak
+
+
+def constants(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What `tile` and the products are told. Three products in TF32 make one in float32: in full precision registers
+    spill. For 16 bits the precision says nothing."""
+    block = max(16, triton.next_power_of_2(head_dim))
+    return {"D": head_dim, "BLOCK_D": block, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TYPES = {
     torch.float32: "fp32",
@@ -29,11 +31,12 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 class Launch(NamedTuple):
-    """A kernel and what it was called with, positional and by name."""
+    """A kernel, what it was called with, positional and by name, and on how many blocks along each axis."""
 
     kernel: Any
     arguments: tuple[Any, ...]
     named: dict[str, Any]
+    grid: tuple[int, ...] = ()
 
 
 class Compiled(NamedTuple):
@@ -53,7 +56,7 @@ def recorded() -> Iterator[list[Launch]]:
     run = JITFunction.run
 
     def record(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        launches.append(Launch(self, arguments, named))
+        launches.append(Launch(self, arguments, named, tuple(grid)))
 
     JITFunction.run = record
     try:
@@ -83,6 +86,8 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]
             attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
@@ -93,6 +98,16 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = _resources(kernel.asm["cubin"])
     return Compiled(registers, stack, kernel.metadata.shared, kernel.asm["ptx"])
+
+
+def accesses(ptx: str) -> Counter[tuple[str, int]]:
+    """How many loads ("ld") and stores ("st") of global memory of how many bytes a thread there are."""
+    found: Counter[tuple[str, int]] = Counter()
+    for kind, vector, bits in re.findall(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx):
+        found[kind, int(vector or 1) * int(bits) // 8] += 1
+    for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[\w.:]* \[[^]]*\], *\[[^]]*\], *(\w+)", ptx):
+        found["ld", int(size, 0)] += 1
+    return found
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
