@@ -23,7 +23,7 @@ class Problem:
         inputs: what every contender is called with, as keywords. A pass with gradients makes leaves of `gradients`.
         contenders: by name functions of the inputs, or why one cannot run here; OURS is what the others are compared
             with.
-        backend: what OURS runs.
+        backend: what OURS runs; "auto" for a job, which runs many operators.
         gradients: names of the inputs whose gradients a training pass makes; none for forward passes only.
         reference: a function of the inputs in plain PyTorch that runs in any floating dtype: the oracle of `check`.
             None where `check` needs none.
@@ -37,7 +37,7 @@ class Problem:
 
     inputs: dict[str, Any]
     contenders: dict[str, Contender]
-    backend: str = "reference"
+    backend: str = "auto"
     gradients: tuple[str, ...] = ()
     reference: Callable[..., Any] | None = None
     check: Callable[[Any, Any], float] | None = None

@@ -1,37 +1,49 @@
 #!/usr/bin/env bash
 # Tests and benchmarks on a machine with a GPU, in a given time:
 #
-#   bash benchmarks/on_gpu.sh [--dry] [SECONDS]     540 seconds by default
-#   bash benchmarks/on_gpu.sh --fetch               download the wheels that such a machine may lack
+#   bash benchmarks/on_gpu.sh [--dry] [PART...] [SECONDS] [-- ARGUMENTS...]
+#   bash benchmarks/on_gpu.sh --fetch     download the wheels that such a machine may lack
 #
-# Needs Python with torch, pytest and pytest-benchmark, and no network: what else is missing is taken from
-# benchmarks/wheels/, upstream's code from benchmarks/checkouts/VAR and Infinity. Where there is no nvcc, the libraries
-# that `fastvar build` made elsewhere have to lie in fastvar/. Every result is written as it comes, into
-# the folder OUT (outputs/on_gpu by default), so that a run that is cut off loses nothing; a short table comes last. --dry
-# does the same on a CPU, at tiny sizes. In a copy without .git set FASTVAR_COMMIT to the commit.
+# Parts, all but `profile` by default, in this order, within SECONDS (540 by default):
+#
+#   tests      those that need a GPU, in WORKERS (9) processes
+#   sanitize   what compute-sanitizer says of our CUDA and Triton code
+#   bench      compiles in WARMERS (3) processes side by side, then measures, one pass at a time, the most important ones
+#              first. What has a row of this card and this code is left out: call it again to go on. ARGUMENTS go to pytest
+#   tune       the fastest tiles for this card, into OUT/cache/fastvar/tiles
+#   profile    ranges of one suite, where there is nsys
+#
+# Needs Python with torch, pytest and pytest-benchmark (pytest-xdist for tests side by side), and no network: what else is
+# missing is taken from benchmarks/wheels/, upstream's code from benchmarks/checkouts/VAR and Infinity. Where there is no
+# nvcc, the libraries that `fastvar build` made elsewhere have to lie in fastvar/. Every result is written as it comes,
+# into the folder OUT (outputs/on_gpu by default), so that a run that is cut off loses nothing, and each part is a process
+# of its own. --dry does the same on a CPU, at tiny sizes. In a copy without .git set FASTVAR_COMMIT to the commit.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-outputs/on_gpu}
 WHEELS=benchmarks/wheels
 
-dry=0
 if [ "${1:-}" = --fetch ]; then
     version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     exec "$PYTHON" -m pip download --no-deps --only-binary=:all: --python-version "${WHEELS_PYTHON:-$version}" \
         --dest "$WHEELS" --requirement benchmarks/wheels.txt
 fi
-if [ "${1:-}" = --dry ]; then
-    dry=1
+dry=0 budget=540 parts=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --dry) dry=1 ;;
+    tests | sanitize | bench | tune | profile) parts+=("$1") ;;
+    --) shift && break ;;
+    '' | *[!0-9]*)
+        echo "on_gpu: expected tests, sanitize, bench, tune, profile or a number of seconds, got $1" >&2
+        exit 2
+        ;;
+    *) budget=$1 ;;
+    esac
     shift
-fi
-budget=${1:-540}
-case $budget in
-'' | *[!0-9]*)
-    echo "on_gpu: SECONDS: expected a number of seconds, got $budget" >&2
-    exit 2
-    ;;
-esac
+done
+[ ${#parts[@]} -gt 0 ] || parts=(tests sanitize bench tune)
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 begin=$SECONDS
@@ -42,16 +54,32 @@ left() { # seconds of the budget that are left, at least 1
     echo $((rest > 1 ? rest : 1))
 }
 
-step() { # step NAME SECONDS COMMAND...: runs it, its output in OUT/NAME.log; says how it ended
-    local name=$1 limit=$2 start=$SECONDS status
+share() { # share DIVISOR: that part of what is left, all of it where no part comes after this one
+    echo $(($(left) / ($2 < ${#parts[@]} ? $1 : 1)))
+}
+
+run() { # run NAME SECONDS COMMAND...: its output goes to OUT/NAME.log
+    local name=$1 limit=$2
     shift 2
-    timeout --signal=INT --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
-    status=$?
-    case $status in
-    0) echo "$name: done in $((SECONDS - start)) s" ;;
-    124 | 137) echo "$name: cut off after $limit s, see $OUT/$name.log" ;;
-    *) echo "$name: FAILED with $status, see $OUT/$name.log" && tail -n 15 "$OUT/$name.log" && failed=1 ;;
+    timeout --signal=INT --kill-after=10 "$limit" "$@" >>"$OUT/$name.log" 2>&1
+}
+
+told() { # told NAME STATUS SECONDS: how a command ended
+    case $2 in
+    0) echo "$1: done in $3 s" ;;
+    124 | 137) echo "$1: cut off after $3 s, see $OUT/$1.log" ;;
+    *) echo "$1: FAILED with $2, see $OUT/$1.log" && tail -n 15 "$OUT/$1.log" && failed=1 ;;
     esac
+}
+
+step() { # step NAME SECONDS COMMAND...: runs it and says how it ended
+    local start=$SECONDS
+    run "$@"
+    told "$1" $? $((SECONDS - start))
+}
+
+has() { # has MODULE: whether Python finds it
+    "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"
 }
 
 shopt -s nullglob
@@ -67,19 +95,19 @@ for wheel in "$WHEELS"/*.whl; do
 done
 echo "wheels: $installed installed"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}:$site"
+# Results are those of the package's own tiles, and what `tune` finds lies beside them.
+export XDG_CACHE_HOME="$OUT/untuned"
 if [ $dry = 0 ]; then
-    size=gpu
+    size=gpu device=cuda
     "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
         echo "on_gpu: expected a CUDA device, torch sees none; --dry runs without one" >&2
         exit 1
     }
 else
-    size=tiny
+    size=tiny device=cpu
 fi
-"$PYTHON" -c 'import json; from benchmarks.records import provenance; print(json.dumps(provenance("'$([ $dry = 0 ] && echo cuda || echo cpu)'")))' \
+"$PYTHON" -c "import json; from benchmarks.records import provenance; print(json.dumps(provenance('$device')))" \
     >"$OUT/machine.json"
-
-# 1. The extension, the tests that need a GPU, and what compute-sanitizer says of our CUDA code.
 if [ $dry = 0 ] && command -v "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" nvcc >/dev/null; then
     step build 120 "$PYTHON" -m fastvar build
 fi
@@ -90,52 +118,96 @@ for target in cpu cuda; do
         echo "build: no _$target.abi3.so; without nvcc here, build it elsewhere and bring it along" && failed=1
     fi
 done
-step tests $(($(left) / 3)) "$PYTHON" -m pytest tests -m gpu -q -p no:cacheprovider --continue-on-collection-errors
-tail -n 1 "$OUT/tests.log"
-sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
-if [ $dry = 1 ] || [ ! -x "$sanitizer" ]; then
-    echo "sanitizer: left out, $([ $dry = 1 ] && echo "no device" || echo "no compute-sanitizer")"
-else
-    step sanitizer $(($(left) / 4)) "$sanitizer" --tool memcheck --error-exitcode 9 \
-        "$PYTHON" -m pytest tests/ops/test_gpu.py tests/ops/test_gpu_sampling.py -q -p no:cacheprovider -k "triton or cuda"
-fi
 
-# 2. The benchmarks within what is left. First one setting of every suite, each in a process of its own, so that one which
-# breaks the device takes no other along; then all other settings, then backward passes alone. Profiles show their ranges
-# where nsys is there.
-rows=$OUT/suites.jsonl
-before=$([ -f "$rows" ] && wc -l <"$rows" || echo 0)
-seconds=$([ $dry = 1 ] && echo 0.02 || echo 1)
-
-bench() { # bench NAME LIMIT ARGUMENTS...: within LIMIT seconds, or what is left
-    local name=$1 limit=$2 rest
-    shift 2
-    rest=$(left)
-    [ "$rest" -lt 30 ] && [ $dry = 0 ] && return
-    limit=$((limit < rest ? limit : rest))
-    step "$name" "$limit" "$PYTHON" -m pytest benchmarks --benchmark-only -q -p no:cacheprovider --size $size \
-        --seconds "$seconds" --rows "$rows" --time-budget $((limit > 40 ? limit - 20 : limit / 2 + 1)) "$@"
+part_tests() { # part_tests SECONDS
+    local side=()
+    if has xdist; then side=(-n "${WORKERS:-$((dry ? 2 : 9))}"); fi
+    step tests "$1" "$PYTHON" -m pytest tests -m gpu -v -p no:cacheprovider --continue-on-collection-errors "${side[@]}"
+    tail -n 1 "$OUT/tests.log"
 }
 
-if command -v nsys >/dev/null && [ $dry = 0 ]; then
-    step profile 60 nsys profile --trace=nvtx,cuda --force-overwrite=true --output "$OUT/profile" \
+part_sanitize() { # a process for each file of tests, as the sanitizer makes them slow
+    local sanitizer names=() statuses=() start=$SECONDS file name i
+    sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+    if [ $dry = 1 ] || [ ! -x "$sanitizer" ]; then
+        echo "sanitize: left out, $([ $dry = 1 ] && echo "no device" || echo "no compute-sanitizer")"
+        return
+    fi
+    for file in tests/ops/test_gpu*.py; do
+        name=sanitize_$(basename "$file" .py)
+        run "$name" "$1" "$sanitizer" --tool memcheck --error-exitcode 9 \
+            "$PYTHON" -m pytest "$file" -v -p no:cacheprovider -k "triton or cuda" &
+        names+=("$name") statuses+=($!)
+    done
+    for i in "${!names[@]}"; do
+        wait "${statuses[i]}"
+        told "${names[i]}" $? $((SECONDS - start))
+    done
+}
+
+benchmarks() { # benchmarks NAME SECONDS ARGUMENTS...: starts again after a pass that ended the process
+    local name=$1 limit=$2 end=$((SECONDS + $2)) status=70
+    shift 2
+    while [ $status != 0 ] && [ $((end - SECONDS)) -ge $((dry ? 1 : 15)) ]; do
+        limit=$((end - SECONDS))
+        run "$name" "$limit" "$PYTHON" -m pytest benchmarks --benchmark-only -q -p no:cacheprovider --size $size \
+            --rows "$OUT/suites.jsonl" --by-priority --resume --case-limit 90 \
+            --time-budget $((limit > 40 ? limit - 15 : limit / 2 + 1)) "$@"
+        status=$?
+        case $status in
+        70 | 13[0-9] | 14[0-9]) echo "$name: a pass ended the process ($status), see $OUT/$name.log" ;;
+        *) break ;;
+        esac
+    done
+    return $status
+}
+
+part_bench() { # part_bench SECONDS
+    local warmers=${WARMERS:-3} end=$((SECONDS + $1)) start=$SECONDS jobs=() job i
+    shift
+    for ((i = 1; i <= warmers; i++)); do
+        TORCHINDUCTOR_COMPILE_THREADS=$((1 + $(nproc) / warmers)) \
+            benchmarks bench_compile_$i $(((end - start) / 3)) --warm "$i/$warmers" "$@" &
+        jobs+=($!)
+    done
+    for job in "${jobs[@]}"; do wait "$job"; done
+    echo "bench: compiled for $((SECONDS - start)) s"
+    start=$SECONDS
+    benchmarks bench $((end - SECONDS)) --seconds "$([ $dry = 1 ] && echo 0.02 || echo 0.4)" "$@"
+    told bench $? $((SECONDS - start))
+    tail -n 1 "$OUT/bench.log"
+    "$PYTHON" -m benchmarks.summary --rows "$OUT/suites.jsonl" --most 40 || failed=1
+}
+
+part_tune() { # part_tune SECONDS
+    if [ $dry = 1 ]; then
+        echo "tune: left out, no device"
+        return
+    fi
+    XDG_CACHE_HOME="$OUT/cache" step tune "$1" "$PYTHON" -m fastvar tune \
+        --minutes "$(awk "BEGIN { print $(($1 > 30 ? $1 - 15 : $1)) / 60 }")"
+}
+
+part_profile() { # part_profile SECONDS
+    if [ $dry = 1 ] || ! command -v nsys >/dev/null; then
+        echo "profile: left out, $([ $dry = 1 ] && echo "no device" || echo "no nsys")"
+        return
+    fi
+    step profile "$1" nsys profile --trace=nvtx,cuda --force-overwrite=true --output "$OUT/profile" \
         env FASTVAR_NVTX=1 "$PYTHON" -m pytest benchmarks --benchmark-only -q -p no:cacheprovider --size gpu \
         --settings first --suites adaptive_layer_norm --passes forward --seconds 0.1 --rows "$OUT/profiled.jsonl"
     nsys stats --report nvtx_sum "$OUT/profile.nsys-rep" 2>/dev/null | grep -c "fastvar::" |
         sed 's/^/profile: lines with ranges of fastvar: /'
-else
-    echo "profile: left out, $([ $dry = 1 ] && echo "no device" || echo "no nsys")"
-fi
-if [ $dry = 1 ]; then
-    bench suites "$(left)" --passes forward,backward,training
-else
-    for suite in $("$PYTHON" -c 'from benchmarks.suites import SUITES; print(*[suite.name for suite in SUITES])'); do
-        bench "$suite" 90 --settings first --suites "$suite"
-    done
-    bench rest "$(left)" --settings rest
-    bench backward "$(left)" --passes backward
-fi
+}
 
-# 3. The table.
-"$PYTHON" -m benchmarks.summary --rows "$rows" --skip "$before" --most 40 || failed=1
+# What a part may take of what is left while others come after it.
+declare -A divisor=([tests]=3 [sanitize]=5 [bench]=1 [tune]=1 [profile]=4)
+for number in "${!parts[@]}"; do
+    part=${parts[number]}
+    seconds=$(share "${divisor[$part]}" $((number + 1)))
+    # tuning takes the last seventh of the whole
+    if [ "$part" = bench ] && [ "${parts[*]: -1}" = tune ]; then seconds=$((seconds - budget / 7)); fi
+    rm -f "$OUT/$part"*.log
+    "part_$part" $((seconds > 1 ? seconds : 1)) "$@"
+done
 exit $failed

@@ -16,6 +16,7 @@ from benchmarks.cases import OURS, PASSES, setting_name
 from benchmarks.records import ROOT, read
 from benchmarks.rivals import rivals_of
 from benchmarks.suites import cases
+from fastvar.ops._dispatch import REGISTRY
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,20 +65,34 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One line for each suite: the fastest rival's time over ours, where it is worst for us and where it is best."""
-    head = ["operator or job", "passes", "at worst", "where", "at best", "where"]
+    """One line for each suite: in how many of its passes a rival is faster, and the fastest rival's time over ours
+    where it is worst for us and where it is best, with our time and memory; forward passes on a GPU as calls and as
+    graphs."""
+    head = ["operator or job", "passes", "slower in", "at worst", "where", "at best", "where"]
     parts = [_line(head), "|" + " --- |" * len(head)]
     for suite in dict.fromkeys(row["suite"] for row in rows):
         own = [row for row in rows if row["suite"] == suite]
-        found = []
-        for row in own:
-            names = list(rivals_of(row))
-            if names:
-                name = min(names, key=lambda name: row["ratios"][name]["median"])
-                found.append((row["ratios"][name]["median"], f"{_title(row, own)}, against {name}"))
+        each = [_standings(row, own) for row in own]
+        slower = sum(any(ratio < 1 for ratio, _ in found) for found in each)
+        found = [standing for standings in each for standing in standings]
         cells = [f"{ratio:.2f}x | {where}" for ratio, where in (min(found), max(found))] if found else ["- | "] * 2
-        parts.append(_line([suite, str(len(own)), *cells]))
+        parts.append(_line([suite, str(len(own)), str(slower) if found else "-", *cells]))
     return "\n".join(parts) + "\n"
+
+
+def _standings(row: Row, suite: Sequence[Row]) -> list[tuple[float, str]]:
+    """The fastest rival's time over ours, and where that is; of calls and, where both have them, of graphs."""
+    rivals, ours, found = rivals_of(row), row["contenders"][OURS], []
+    if rivals:
+        name = min(rivals, key=lambda name: row["ratios"][name]["median"])
+        words = [f"{_title(row, suite)}: {_time(ours['seconds']['median'])}", *_memory(ours)]
+        where = ", ".join([*words, f"against {name}", *_memory(rivals[name])])
+        found.append((row["ratios"][name]["median"], where))
+    graphs = {name: c["graph_seconds"]["median"] for name, c in rivals.items() if "graph_seconds" in c}
+    if graphs and "graph_seconds" in ours:
+        name, own = min(graphs, key=lambda name: graphs[name]), ours["graph_seconds"]["median"]
+        found.append((graphs[name] / own, f"{_title(row, suite)}: {_time(own)} as a graph, against {name}"))
+    return found
 
 
 def conditions(rows: Sequence[Row]) -> str:
@@ -89,16 +104,25 @@ def conditions(rows: Sequence[Row]) -> str:
         "threads": [f"{row['threads']} threads on {row['cores']} cores" for row in rows],
         "torch": [f"torch {row['torch']}" for row in rows],
         "triton": [f"triton {row['triton']}" for row in rows if row.get("triton")],
-        "versions": [f"{name} {v[:12]}" for row in rows for name, v in sorted(row.get("versions", {}).items())],
+        "versions": [
+            f"{name} {v[:12] if v != 'None' else 'of an unknown commit'}"
+            for row in rows
+            for name, v in sorted(row.get("versions", {}).items())
+        ],
         "cuda": [f"CUDA {row['cuda']}, driver {row['driver']}" for row in rows if row.get("cuda")],
         "python": [f"Python {row['python']}" for row in rows],
-        "commit": [f"commit {(row['commit'] or 'unknown')[:7]}" + " with changes" * bool(row["dirty"]) for row in rows],
+        "commit": [f"commit {(row['commit'] or 'unknown')[:7]}{_changes(row)}" for row in rows],
         "date": sorted({row["date"][:10] for row in rows}),
     }
     words = [word for values in fields.values() for word in dict.fromkeys(values)]
     rounds, loads = ([row[name] for row in rows] for name in ("rounds", "load"))
     return f"""Measured on {", ".join(words)}; {min(rounds)} to {max(rounds)} rounds, load {min(loads)} to {max(loads)}.
 """
+
+
+def _changes(row: Row) -> str:
+    """What was changed in the commit that a row was measured with; a row of a changed tree should say it."""
+    return (f" with changes ({row['changes']})" if row.get("changes") else " with changes") if row["dirty"] else ""
 
 
 def instructions(rows: Sequence[Row]) -> str:
@@ -162,12 +186,12 @@ def texts(root: Path, rows: Sequence[Row]) -> dict[Path, str]:
     found = {readme: readme.read_text(), page: page.read_text()}
     for place in PLACES:
         short, long = [], []
-        for device in devices(rows, place):
+        measured = [device for device in devices(rows, place) if newest(rows, place, device)]
+        for device in measured:  # one table each: rows of two devices are never compared
             own = newest(rows, place, device)
-            if own:
-                under = conditions(own)
-                short.append(summary(own) + "\n" + under)
-                long.append(f"{under}\n{tables(own)}\n![Times of the rivals]({picture(place, device)})\n")
+            under, over = conditions(own), f"{device}:\n\n" if len(measured) > 1 else ""
+            short.append(over + summary(own) + "\n" + under)
+            long.append(f"{over}{under}\n{tables(own)}\n![Times of the rivals]({picture(place, device)})\n")
         found[readme] = between(found[readme], f"benchmarks {place}", "\n".join(short) or "No rows yet.\n")
         found[page] = between(found[page], f"suites {place}", "\n".join(long) or "No rows yet.\n")
     counted = read(INSTRUCTIONS) if INSTRUCTIONS.is_file() else []
@@ -199,7 +223,8 @@ def _title(row: Row, suite: Sequence[Row]) -> str:
 
 def _ours(row: Row) -> str:
     found = row["contenders"][OURS]
-    words = [f"{_time(found['seconds']['median'])} ({row['backend']})"]
+    # a job runs many operators: no one backend is what it ran
+    words = [_time(found["seconds"]["median"]) + (f" ({row['backend']})" if row["suite"] in REGISTRY else "")]
     if "graph_seconds" in found:
         words.append(f"{_time(found['graph_seconds']['median'])} as a graph")
     if "roofline" in found:
@@ -219,11 +244,15 @@ def _rival(row: Row, name: str) -> str:
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     """Who is missing or wrong, and why."""
-    why: dict[str, None] = {}
+    missing: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for name, reason in row["missing"].items():
-            everywhere = all(name in other["missing"] for other in rows)
-            why[f"{name}: {reason}" if everywhere else f"{name} ({_title(row, rows)}): {reason}"] = None
+            missing.setdefault((name, reason), []).append(_title(row, rows))
+    why: dict[str, None] = {}
+    for (name, reason), places in missing.items():
+        everywhere = all(name in row["missing"] for row in rows)
+        why[f"{name}: {reason}" if everywhere else f"{name} ({'; '.join(places)}): {reason}"] = None
+    for row in rows:
         why |= {f"{n}: wrong, error {e:.2g}, limit {row['limit']:.2g}": None for n, e in row["wrong"].items()}
     return ["Not measured: " + "; ".join(why) + "."] if why else []
 
@@ -238,7 +267,7 @@ def _ratio(ratio: Mapping[str, float]) -> str:
 
 def _time(seconds: float) -> str:
     for unit, size in (("s", 1), ("ms", 1e-3)):
-        if seconds >= size:
+        if seconds >= 0.9995 * size:  # what would be rounded to a thousand of the next one
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-6:.3g} µs"
 

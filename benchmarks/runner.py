@@ -15,6 +15,7 @@ from benchmarks.cases import OURS, Problem, Setting, Suite, relative_error, sett
 from benchmarks.machine import peaks, roofline
 from benchmarks.measure import Stopwatch, graphed, interleave, nvtx_range, reason
 from benchmarks.memory import peak_memory
+from benchmarks.order import sources
 from benchmarks.rivals import versions
 
 
@@ -120,9 +121,19 @@ class Runner:
             "rounds": len(seconds[OURS]),
             "versions": versions(),
             "peaks": peaks(options.device, dtype)._asdict() if floor else None,
+            "sources": sources(),
             **records.provenance(options.device),
         }
         return Measured(row, seconds)
+
+    def warm(self, suite: Suite, setting: Setting, pass_: str) -> None:
+        """Call every contender once, so that later processes find its kernels compiled. Whoever raises is left out: for
+        want of memory, say, of which others have a share."""
+        problem = self.problem(suite, setting)
+        for function in problem.contenders.values():
+            if not isinstance(function, str):
+                with suppress(Exception):
+                    _results(function, problem.inputs, problem.gradients, pass_ != "forward")
 
     def stopwatch(self, suite: Suite, setting: Setting, pass_: str) -> Stopwatch:
         """Of our contender, checked.

@@ -13,7 +13,18 @@ from benchmarks.rivals import rivals_of
 
 
 def lines(rows: list[dict[str, Any]], most: int) -> list[str]:
-    """A line for each row: how much of the fastest rival's time ours takes, the largest first; at most `most`."""
+    """For each device a table of the rows of its newest commit, the newest row of each pass: how much of the fastest
+    rival's time ours takes, the largest first, in at most `most` lines."""
+    found = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        own = [row for row in rows if row["device"] == device]
+        commit = own[-1]["commit"]
+        newest = {str([row["suite"], row["setting"], row["pass"]]): row for row in own if row["commit"] == commit}
+        found += [f"{device}, commit {(commit or 'unknown')[:7]}:", *_table(list(newest.values()), most)]
+    return found
+
+
+def _table(rows: list[dict[str, Any]], most: int) -> list[str]:
     found = []
     for row in rows:
         rivals = {name: row["ratios"][name]["median"] for name in rivals_of(row)}
@@ -35,10 +46,9 @@ def lines(rows: list[dict[str, Any]], most: int) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=Path, required=True, help="a file that the benchmarks wrote")
-    parser.add_argument("--skip", type=int, default=0, help="rows at its beginning to leave out")
-    parser.add_argument("--most", type=int, default=40, help="lines")
+    parser.add_argument("--most", type=int, default=40, help="lines for a device")
     arguments = parser.parse_args()
-    found = read(arguments.rows)[arguments.skip :] if arguments.rows.is_file() else []
+    found = read(arguments.rows) if arguments.rows.is_file() else []
     if not found:
         print(f"summary: no rows in {arguments.rows}", file=sys.stderr)
         return 1

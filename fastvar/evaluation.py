@@ -40,6 +40,8 @@ class SamplingOptions:
     """Of the samples."""
     batch_size: int = 64
     """Images drawn at a time; it changes nothing but memory and speed."""
+    graphs: bool = True
+    """Draw by CUDA graphs where they can be used: on a GPU."""
 
     def check(self) -> None:
         """Raise a ValueError that names a setting which makes no sense."""
@@ -126,6 +128,7 @@ def draw(
             top_p=options.top_p,
             seed=options.seed,
             first_sample=start,
+            graphs=None if options.graphs else False,
         )
         images.append(out.images.cpu())
     return torch.cat(images)

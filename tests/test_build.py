@@ -356,7 +356,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(build, "libraries", lambda target: list(paths))
         monkeypatch.setattr(_extension, "_LIBRARIES", {t: _extension._Library(t) for t in build.TARGETS})
         monkeypatch.setattr(_dispatch, "_warned", set())
-        monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "auto")
+        monkeypatch.setattr(_dispatch, "PREFERENCE", {})
+        _dispatch.forget_answers()
 
     return pretend
 

@@ -39,7 +39,7 @@ class Concatenated:
     def __call__(self, labels: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         var, batch = self.var, len(inputs)
         condition = var.condition(labels)
-        prefix = var._codes(self.subject) + var._positions(0, var.schedule.num_tokens) + var.subject_embed
+        prefix = var._codes(self.subject) + var.positions(0, var.schedule.num_tokens) + var.subject_embed
         x = self._paired(prefix.expand(batch, -1, -1), var.embed(condition, inputs))
         ours = var.modulations(condition)
         theirs = var.modulations(var.subject_condition.expand(batch, 1, -1))

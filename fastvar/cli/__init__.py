@@ -10,6 +10,7 @@ from fastvar.cli.build import Build
 from fastvar.cli.info import Info, demo_command
 from fastvar.cli.models import Sample, Train, TrainTokenizer
 from fastvar.cli.reinforcement import RL, Ablate, ChooseMiddle, Evaluate
+from fastvar.cli.tune import Tune
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
         "demo": demo_command(),
         "info": Info,
         "build": Build,
+        "tune": Tune,
     }
     command = tyro.extras.subcommand_cli_from_dict(
         commands,

@@ -19,6 +19,7 @@ class Info:
         import torch
 
         import fastvar
+        from fastvar.tuning import own_summary
 
         if self.markdown:
             print(fastvar.support().markdown(), end="")
@@ -28,7 +29,9 @@ class Info:
             print(f"{name}: {_version(name)}")
         print(f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
         for i in range(torch.cuda.device_count()):
-            print(f"GPU {i}: {torch.cuda.get_device_name(i)}, compute {torch.cuda.get_device_capability(i)}")
+            name = torch.cuda.get_device_name(i)
+            print(f"GPU {i}: {name}, compute {torch.cuda.get_device_capability(i)}")
+            print(f"tiles for GPU {i}: {own_summary(name)}")
         if not torch.cuda.device_count():
             print("GPU: none")
         for target in ("cpu", "cuda"):

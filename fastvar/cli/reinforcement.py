@@ -210,6 +210,7 @@ class Evaluate:
                 top_k=self.options.top_k,
                 top_p=self.options.top_p,
                 chunk=self.options.batch_size,
+                graphs=self.options.graphs,
             ),
         )
         figures["rewards"] = {"images": len(scored.images), **scored.metrics}

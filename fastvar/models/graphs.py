@@ -1,89 +1,240 @@
-"""Sampling by CUDA graphs: all scales of a call are captured once and replayed for other labels, subjects and seeds.
+"""Sampling by CUDA graphs: a call is captured once and replayed for other labels, subjects and seeds.
+
+What is captured apart: shapes, dtypes, the options of sampling (guidance, temperature, truncation, where to stop, what
+to decode), the mode and adapters of each module, and PyTorch's settings of precision. A call of a kind that was not
+seen before runs without a graph; the second one is captured, so that what is called once costs nothing more.
 
 A graph works on memory of its own: what a call starts from is copied there, what it ends with is copied out. Weights
-are read where they are, so that training goes on between calls; a model whose weights moved is captured again. All
-graphs of a model share memory: calls of one model are made one after the other, on one stream.
+are read where they are, so that training goes on between calls; a model whose weights moved is captured again. Graphs
+of a model share what they only need while they run, so calls of one model are made one after the other, from whatever
+stream or thread.
+
+The graphs of a model take little more memory than the largest of them, which is mostly its cache. A model keeps up to
+KEPT graphs, the least recently used go first. Together the graphs of all models take up to MEMORY of a GPU, a share of
+its memory: beyond that, those of the model that was used least recently are freed, and of one model alone all are. A
+call that would take more is not captured.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from copy import copy
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _module
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from fastvar.ops import _checks
 
 if TYPE_CHECKING:
-    from fastvar.models.sampling import SamplingOptions, SamplingState
+    from fastvar.models.sampling import Beginning, Drawn, SamplingOptions, SamplingState
     from fastvar.models.var import VAR
 
-KEPT = 8  # graphs of a model
-Sample = Callable[["VAR", "SamplingState", torch.Tensor, "SamplingOptions"], None]
-Run = Callable[["SamplingState", torch.Tensor], None]
+KEPT = 16
+MEMORY = 0.15
+SEEN = 256  # kinds of calls that are remembered, of a model
 Pool = Any  # what torch.cuda.CUDAGraph.pool answers
 
 
 class _Graphs:
     """Those of a model, the one used last at the end; all are for weights in the same places."""
 
-    def __init__(self, weights: tuple[int, ...]) -> None:
-        self.weights = weights
+    def __init__(self, weights: tuple[int, ...], device: torch.device) -> None:
+        self.weights, self.device = weights, device
         self.by_key: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self.seen: OrderedDict[Hashable, bool] = OrderedDict()  # whether it is not to be captured
         self.pool: Pool = None
+        self.pooled = 0  # bytes of the pool
+        self.lock = threading.Lock()
+        self.done: torch.cuda.Event | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.pooled + sum(graph.nbytes for graph in self.by_key.values())
+
+    def forget(self, count: int) -> None:
+        """Those that were used least recently; the pool's memory goes with the last of them."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # they may be running
+        for _ in range(count):
+            self.by_key.popitem(last=False)
+        if not self.by_key:
+            self.pool, self.pooled = None, 0
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """After what other threads and streams have asked for."""
+        with self.lock:
+            if self.done is not None:
+                torch.cuda.current_stream(self.device).wait_event(self.done)
+            yield
+            if self.device.type == "cuda":
+                self.done = torch.cuda.current_stream(self.device).record_event()
 
 
-_CAPTURED: WeakKeyDictionary[Any, _Graphs] = WeakKeyDictionary()
+_CAPTURED: WeakKeyDictionary[Any, _Graphs] = WeakKeyDictionary()  # the model used last at the end
+_LOOK_UP = threading.Lock()
 
 
 def clear_graphs(var: VAR) -> None:
-    """Free the memory of all graphs that `generate(graphs=True)` captured for a model. To be called after a change of
-    the model other than of its weights, its mode and its adapters, which are noticed."""
+    """Free the memory of all graphs of a model. To be called after a change of the model other than of its weights, its
+    mode and its adapters, which are noticed."""
     _CAPTURED.pop(var, None)
 
 
-def replay_scales(
-    var: VAR, state: SamplingState, seeds: torch.Tensor, options: SamplingOptions, sample: Sample
-) -> None:
-    """What `sample(var, state, seeds, options)` does to a state, by a graph.
+def may_capture(var: VAR, *, must: bool = False) -> bool:
+    """Whether calls of a model can be captured as they are made now.
 
     Raises:
-        ValueError: a model whose weights are sharded: there is nowhere they stay.
+        ValueError: says why not, if they must.
     """
-    modules = [module for part in (var, var.tokenizer) for module in part.modules()]
-    weights = [t for module in modules for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
-    if any(hasattr(weight, "device_mesh") for weight in weights):
-        raise ValueError("generate: graphs: expected whole weights, got sharded ones (FSDP)")
-    places = tuple(weight.data_ptr() for weight in weights)
-    graphs = _CAPTURED.get(var)
-    if graphs is None or graphs.weights != places:
-        graphs = _CAPTURED[var] = _Graphs(places)
+    why = _obstacle(var)
+    if must and why is not None:
+        raise ValueError(f"generate: graphs: expected {why}")
+    return why is None
+
+
+def _obstacle(var: VAR) -> str | None:
+    if not runs_on(var.device):
+        return f"a model on a GPU, got one on {var.device.type}"
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return "a plain call, got one under torch.compile or a dispatch mode"
+    if var.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "a plain call, got one within the capture of another graph"
+    if _checks.DEBUG:
+        return "FASTVAR_DEBUG to be off, as its checks wait for the device"
+    if _module._global_forward_hooks or _module._global_forward_pre_hooks:
+        return "no forward hooks, got global ones"
+    for module in _modules(var):
+        if module.training and any(getattr(module, rate, None) for rate in ("p", "drop_path")):
+            return f"no dropout, got some in a {type(module).__name__}: put the model in evaluation mode"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"no forward hooks, got some on a {type(module).__name__}"
+        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+            return f"a model that is not compiled, got a compiled {type(module).__name__}"
+        if any(hasattr(weight, "device_mesh") for weight in module._parameters.values()):
+            return "whole weights, got sharded ones (FSDP)"
+    return None
+
+
+def runs_on(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _modules(var: VAR) -> list[nn.Module]:
+    return [module for part in (var, var.tokenizer) for module in part.modules()]
+
+
+def replay(
+    var: VAR,
+    start: Beginning | SamplingState,
+    seeds: torch.Tensor,
+    options: SamplingOptions,
+    *,
+    at_first: bool = False,
+) -> Drawn | None:
+    """What `draw(var, start.state(var), seeds, options)` answers, by a graph; a state is carried on. None if a call of
+    this kind is not captured, or not yet: with `at_first` one is that was not seen before."""
+    modules, device = _modules(var), var.device
+    held = (tensor for m in modules for tensor in (*m._parameters.values(), *m._buffers.values()))
+    weights = tuple(tensor.data_ptr() for tensor in held if tensor is not None)
+    with _LOOK_UP:
+        graphs = _CAPTURED.pop(var, None)
+        if graphs is None or graphs.weights != weights:
+            graphs = _Graphs(weights, device)
+        _CAPTURED[var] = graphs
+    given = [*_tensors(start), seeds]
     key = (
         options,
-        (state.scale, state.cached),
-        tuple((t.shape, t.dtype, t.device) for t in _tensors(state)),
+        _kind(start),
+        tuple((t.shape, t.dtype) for t in given),
         tuple(_mode(module) for module in modules),
-        _settings(seeds.device.type),
+        _settings(device.type),
     )
-    with torch.inference_mode(False), torch.no_grad():  # a graph's memory is written to by later calls
-        if key in graphs.by_key:
-            graphs.by_key.move_to_end(key)
-        else:
-            while len(graphs.by_key) >= KEPT:
-                graphs.by_key.popitem(last=False)
-            finished = options.stop == len(var.schedule)
-            run: Run = lambda state, seeds: sample(var, state, seeds, options)  # noqa: E731
-            graph = _Graph(state, seeds, run, finished, graphs.pool)
+    with graphs.alone(), torch.inference_mode(False), torch.no_grad():  # its memory is written to by later calls
+        if key not in graphs.by_key:
+            if not at_first and not _worth_it(graphs, key, needed(var, start, options)):
+                return None
+            graphs.forget(max(len(graphs.by_key) - KEPT + 1, 0))
+            graph = _Graph(var, start, seeds, options, graphs.pool)
             graphs.by_key[key], graphs.pool = graph, graph.pool
-        graphs.by_key[key](state, seeds)
+            graphs.pooled += graph.grown
+            found = graph(given)
+            _free_some(graphs, key, at_first)
+        else:
+            graphs.by_key.move_to_end(key)
+            found = graphs.by_key[key](given)
+    if not isinstance(start, tuple):
+        vars(start).update(vars(found.state) if found.state is not None else {"scale": options.stop})
+        found = found._replace(state=None if found.state is None else start)
+    return found
+
+
+def _worth_it(graphs: _Graphs, key: Hashable, nbytes: int) -> bool:
+    """Whether to capture a call now: the second of its kind, if there is room."""
+    seen = graphs.seen.pop(key, None)
+    graphs.seen[key] = bool(seen)
+    while len(graphs.seen) > SEEN:
+        graphs.seen.popitem(last=False)
+    return seen is False and nbytes <= room(graphs.device)
+
+
+def _free_some(graphs: _Graphs, key: Hashable, keep: bool) -> None:
+    """Free what is over the budget; the model whose graphs these are was used last."""
+    budget = MEMORY * total_memory(graphs.device)
+    others = [each for each in _CAPTURED.values() if each is not graphs and each.device == graphs.device]
+    for each in others:
+        if graphs.nbytes + sum(other.nbytes for other in others) <= budget:
+            return
+        each.forget(len(each.by_key))
+    if graphs.nbytes > budget:
+        alone = len(graphs.by_key) == 1
+        if not (alone and keep):
+            graphs.forget(len(graphs.by_key))
+        graphs.seen[key] = alone
+
+
+def needed(var: VAR, start: Beginning | SamplingState, options: SamplingOptions) -> int:
+    """About how many bytes a call takes: keys and values, and the activations of its largest scale."""
+    config, schedule = var.config, var.schedule
+    rows = start.batch * (2 if start.guided else 1)
+    tokens = schedule.ends[options.stop - 1] - schedule.starts[start.scale]
+    largest = max(schedule.lengths[start.scale : options.stop])
+    width = round(config.embed_dim * (8 + 2 * config.mlp_ratio)) + 2 * config.vocab_size
+    elements = rows * (2 * config.depth * tokens * config.embed_dim + largest * width)
+    return elements * var.head.weight.element_size()
+
+
+def total_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def room(device: torch.device) -> int:
+    """Bytes that a graph may take now."""
+    free = torch.cuda.mem_get_info(device)[0]
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # freed before a capture
+    return min(free + cached, round(MEMORY * total_memory(device)))
+
+
+def _kind(start: Beginning | SamplingState) -> Hashable:
+    if isinstance(start, tuple):
+        return start.guided, start.log_probs, start.subject is None
+    cache = start.cache
+    return start.scale, start.cached, start.log_probs is None, cache.prefix is None, cache.trunk is None
 
 
 def _mode(module: nn.Module) -> Hashable:
     """What else of a module decides what it computes: training, and peft's switches of an adapter."""
-    switches = ("disable_adapters", "merged", "active_adapters")
-    return module.training, *(str(getattr(module, name, None)) for name in switches)
+    if not hasattr(module, "active_adapters"):
+        return module.training
+    return module.training, *(
+        str(getattr(module, name, None)) for name in ("disable_adapters", "merged", "active_adapters")
+    )
 
 
 def _settings(device: str) -> Hashable:
@@ -96,65 +247,72 @@ def _settings(device: str) -> Hashable:
 
 
 class _Graph:
-    """A captured `run(state, seeds)`, which carries the state on. Of a state that is finished by it no keys and values
-    are handed back."""
+    """A captured `draw` from a copy of what is given."""
 
-    def __init__(self, state: SamplingState, seeds: torch.Tensor, run: Run, finished: bool, pool: Pool) -> None:
-        before, self.seeds, self.finished = state.map(torch.clone), seeds.clone(), finished
-        self.given = [*_tensors(before), self.seeds]
+    def __init__(
+        self,
+        var: VAR,
+        start: Beginning | SamplingState,
+        seeds: torch.Tensor,
+        options: SamplingOptions,
+        pool: Pool,
+    ) -> None:
+        from fastvar.models.sampling import draw
 
-        def whole() -> SamplingState:
-            after = copy(before)
-            after.cache = copy(before.cache)
-            run(after, self.seeds)
-            return after
+        before, own_seeds = start.map(torch.clone), seeds.clone()
+        self.given = [*_tensors(before), own_seeds]
 
-        self.after, self.replay, self.pool = capture(whole, seeds.device, pool)
-        if finished:
-            self.after.cache = before.cache
+        def run() -> Drawn:
+            drawn = draw(var, before.map(lambda tensor: tensor).state(var), own_seeds, options)
+            return drawn if drawn.images is None else drawn._replace(feature_map=drawn.feature_map[:0])
 
-    def __call__(self, state: SamplingState, seeds: torch.Tensor) -> None:
-        for own, given in zip(self.given, [*_tensors(state), seeds], strict=True):
-            own.copy_(given)
+        self.nbytes = sum(tensor.nbytes for tensor in self.given)  # besides the pool's
+        self.after, self.replay, self.pool, self.grown = capture(run, seeds.device, pool)
+
+    def __call__(self, given: list[torch.Tensor]) -> Drawn:
+        for own, tensor in zip(self.given, given, strict=True):
+            own.copy_(tensor, non_blocking=True)
         self.replay()
-        after = self.after
-        for name in ("tokens", "feature_map", "inputs", "log_probs", "sampled_log_probs"):
-            value = getattr(after, name)
-            setattr(state, name, None if value is None else value.clone())
-        state.scale, state.cached = after.scale, after.cached
-        if not self.finished:
-            cache, length = copy(state.cache), after.cache.length
-            cache.keys, cache.values = (t[:, :, :length].clone() for t in (after.cache.keys, after.cache.values))
-            cache.length = length
-            state.cache = cache
+        return self.after.map(torch.clone)
 
 
-def capture(
-    run: Callable[[], SamplingState], device: torch.device, pool: Pool
-) -> tuple[SamplingState, Callable[[], None], Pool]:
+def capture(run: Callable[[], Drawn], device: torch.device, pool: Pool) -> tuple[Drawn, Callable[[], None], Pool, int]:
     """Run once, so that kernels are compiled and handles made, then capture: what `run` answers, in the graph's memory,
-    the function that replays it, and the pool that the memory is from."""
+    the function that replays it, the pool that the memory is from, and by how many bytes that has grown."""
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream(device)
+        stream = _stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             run()
         torch.cuda.current_stream(device).wait_stream(stream)
         # Weights that autocast casts are cast within the graph, once, and are not to outlive the capture.
         torch.clear_autocast_cache()
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             after = run()
         torch.clear_autocast_cache()
-        return after, graph.replay, graph.pool()
+        return after, graph.replay, graph.pool(), torch.cuda.memory_reserved(device) - before
 
 
-def _tensors(state: SamplingState) -> list[torch.Tensor]:
+_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """That of all captures of a device: libraries keep a workspace for each stream that they have seen."""
+    if device not in _STREAMS:
+        _STREAMS[device] = torch.cuda.Stream(device)
+    return _STREAMS[device]
+
+
+def _tensors(start: Beginning | SamplingState) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         found.append(tensor)
         return tensor
 
-    state.map(keep)
+    start.map(keep)
     return found

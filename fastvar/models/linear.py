@@ -1,4 +1,4 @@
-"""Linear layers whose inference on CPUs goes straight to oneDNN."""
+"""Linear layers whose inference goes straight to oneDNN on CPUs, and to cuBLASLt with its GELU on GPUs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, 
 
     On CPUs without gradient this is oneDNN's product with the GELU in its epilogue. PyTorch itself asks MKL for float32
     products, which on AMD processors takes longer, most of all for the few rows of the coarse scales.
-    `torch.backends.mkldnn.enabled` switches it off.
+    `torch.backends.mkldnn.enabled` switches it off. On GPUs without gradient and autocast the GELU is in the epilogue
+    of cuBLASLt, which sees the product before it is rounded.
 
     Args:
         x: (..., K); weight: (N, K); bias: (N,) or None.
@@ -30,6 +31,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, 
     if _to_onednn(x, weight):
         name, algorithm = ("gelu", "tanh") if gelu else ("none", "")
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+    if gelu and bias is not None and _to_epilogue(x, weight):
+        # On CUDA, and only there, this GELU is the tanh approximation.
+        out = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+        return out.view(*x.shape[:-1], weight.shape[0])
     out = F.linear(x, weight, bias)
     return F.gelu(out, approximate="tanh") if gelu else out
 
@@ -40,6 +45,12 @@ def _to_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
     if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled:
         return False
     return x.dtype == weight.dtype and x.dtype in _onednn_dtypes() and x.numel() > 0
+
+
+def _to_epilogue(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if x.device.type != "cuda" or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+        return False
+    return x.dtype == weight.dtype and x.numel() > 0 and hasattr(torch, "_addmm_activation")
 
 
 @cache

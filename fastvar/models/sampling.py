@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fastvar.models.graphs import replay_scales
+from fastvar.models.graphs import may_capture, replay
 from fastvar.models.kv_cache import KVCache
-from fastvar.ops import PrefixKV, accumulate_scale, sample_tokens
+from fastvar.ops import PrefixKV, SampledTokens, accumulate_scale, sample_tokens
 from fastvar.profiling import annotate
 
 if TYPE_CHECKING:
     from fastvar.models.var import VAR, Labels
     from fastvar.models.var_block import Modulations
+
+DECODED_AT_ONCE = 16 * 256 * 256  # pixels of a call that are decoded within its graph
 
 
 @dataclass
@@ -46,6 +49,15 @@ class SamplingState:
     sampled_log_probs: torch.Tensor | None
 
     @property
+    def batch(self) -> int:
+        """B."""
+        return self.tokens.shape[0]
+
+    def state(self, var: VAR) -> SamplingState:
+        """Itself."""
+        return self
+
+    @property
     def guided(self) -> bool:
         """Whether the state has unconditional rows."""
         return self.condition.shape[0] != self.tokens.shape[0]
@@ -63,8 +75,8 @@ class SamplingState:
             feature_map=function(self.feature_map),
             inputs=mapped(self.inputs),
             condition=function(self.condition),
-            modulations=type(self.modulations)(
-                [function(block) for block in self.modulations.blocks], function(self.modulations.head)
+            modulations=self.modulations.map(function)._replace(
+                biases=[function(bias) for bias in self.modulations.biases]
             ),
             cache=self.cache.map(function),
             log_probs=mapped(self.log_probs),
@@ -86,17 +98,13 @@ class SamplingState:
         def repeated(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.repeat_interleave(times, 0)
 
-        modulations = type(self.modulations)(
-            [block.repeat_interleave(times, 0) for block in self.modulations.blocks],
-            self.modulations.head.repeat_interleave(times, 0),
-        )
         return SamplingState(
             self.scale,
             self.tokens.repeat_interleave(times, 0),
             self.feature_map.repeat_interleave(times, 0),
             repeated(self.inputs),
             self.condition.repeat_interleave(times, 0),
-            modulations,
+            self.modulations.map(lambda rows: rows.repeat_interleave(times, 0)),
             self.cache.fork(times),
             0,
             repeated(self.log_probs),
@@ -157,6 +165,8 @@ class SamplingOptions(NamedTuple):
     Attributes:
         guidance: the weight of each scale.
         stop: the scale to stop before.
+        decode: whether to decode the feature map in one go with sampling.
+        decode_dtype: what to decode in.
     """
 
     guidance: tuple[float, ...]
@@ -165,6 +175,41 @@ class SamplingOptions(NamedTuple):
     top_p: float
     log_probs: bool
     stop: int
+    decode: bool
+    decode_dtype: torch.dtype | None
+
+
+class Drawn(NamedTuple):
+    """What a call has sampled: `Generation` with the feature map, and images only if they were decoded at once."""
+
+    tokens: torch.Tensor
+    feature_map: torch.Tensor
+    images: torch.Tensor | None
+    log_probs: torch.Tensor | None
+    sampled_log_probs: torch.Tensor | None
+    state: SamplingState | None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Drawn:
+        """`function` of each tensor."""
+        fields: dict[str, Any] = self._asdict()
+        for name, value in fields.items():
+            if value is not None:
+                fields[name] = value.map(function) if name == "state" else function(value)
+        return Drawn(**fields)
+
+
+def draw(var: VAR, state: SamplingState, seeds: torch.Tensor, options: SamplingOptions) -> Drawn:
+    """Sample to `options.stop` and decode; the state is carried on. Nothing waits for the device."""
+    sample_scales(var, state, seeds, options)
+    images = decoded(var, state.feature_map, options.decode_dtype) if options.decode else None
+    unfinished = state if options.stop < len(var.schedule) else None
+    return Drawn(state.tokens, state.feature_map, images, state.log_probs, state.sampled_log_probs, unfinished)
+
+
+def decoded(var: VAR, feature_map: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Feature map (B, C, h, w) to images (B, 3, H, W) in [0, 1]."""
+    images = var.tokenizer.decode_features(feature_map, dtype=dtype)
+    return images.float().clamp(-1, 1).add(1).mul(0.5)
 
 
 def sample_scales(var: VAR, state: SamplingState, seeds: torch.Tensor, options: SamplingOptions) -> None:
@@ -180,15 +225,15 @@ def sample_scales(var: VAR, state: SamplingState, seeds: torch.Tensor, options: 
     # a state that stops early has no room for the rest: as a trunk of forks it would stay empty
     state.cache.reserve(state.cached + schedule.ends[options.stop - 1] - schedule.starts[state.scale])
     codebook, phi = var.tokenizer.codebook, var.tokenizer.phi
+    positions = var.positions(0, schedule.ends[options.stop - 1])
+    scales: list[SampledTokens] = []
     for k in range(state.scale, options.stop):
         with annotate(f"scale {k}"):
             start, length, weight = schedule.starts[k], schedule.lengths[k], options.guidance[k]
             inputs = state.inputs
-            if inputs is None:
-                inputs = state.feature_map.new_zeros(batch, 0, var.config.code_channels)
-            if state.guided:
+            if state.guided and inputs is not None:
                 inputs = torch.cat([inputs, inputs])
-            x = var.embed(state.condition, inputs, start)
+            x = var.embed(state.condition, inputs, start, positions)
             hidden = var.sample_scale(
                 x, state.modulations, state.cache, position=state.cached, end=state.cached + length
             )
@@ -207,13 +252,13 @@ def sample_scales(var: VAR, state: SamplingState, seeds: torch.Tensor, options: 
             state.feature_map, state.inputs = accumulate_scale(
                 drawn.tokens, state.feature_map, codebook, schedule, k, phi=phi
             )
-            state.tokens = torch.cat([state.tokens, drawn.tokens], 1)
-            if drawn.log_probs is not None and drawn.sampled_log_probs is not None:
-                assert state.log_probs is not None and state.sampled_log_probs is not None
-                state.log_probs = torch.cat([state.log_probs, drawn.log_probs], 1)
-                state.sampled_log_probs = torch.cat([state.sampled_log_probs, drawn.sampled_log_probs], 1)
+            scales.append(drawn)
             state.cached += length
             state.scale = k + 1
+    for name in ("tokens", "log_probs", "sampled_log_probs"):
+        before = getattr(state, name)
+        if before is not None:
+            setattr(state, name, torch.cat([before, *(getattr(drawn, name) for drawn in scales)], 1))
 
 
 @torch.no_grad()
@@ -232,7 +277,8 @@ def generate(
     state: SamplingState | None = None,
     log_probs: bool = False,
     decode: bool = True,
-    graphs: bool = False,
+    decode_dtype: torch.dtype | None = None,
+    graphs: bool | None = None,
 ) -> Generation:
     """Sample images for labels, or continue a state.
 
@@ -250,9 +296,12 @@ def generate(
             only be kept if it was on before.
         log_probs: also return log-probabilities of the tokens drawn; with a state only if it has them for its tokens.
         decode: whether to decode the feature map to images.
-        graphs: sample by a CUDA graph, which spares the launches of a few thousand small kernels an image. The first
-            call with these shapes and options captures it and takes longer than others; it keeps the memory of a cache
-            until `fastvar.models.clear_graphs`. One stream at a time; not with FSDP. Not yet run on a GPU.
+        decode_dtype: what to decode in, see `VQTokenizer.decode_features`; by default bfloat16 if that is the dtype of
+            the model's weights, else that of the tokenizer's.
+        graphs: sample by a CUDA graph, which spares the launches of a few thousand small kernels an image; the tokens
+            are the same. None takes one where it can: on a GPU, in evaluation mode, from the second call with the same
+            shapes and options on; True takes one at once, or raises; False does not. See `fastvar.models.graphs` for
+            what is captured apart, and for how much memory it may take.
 
     Raises:
         ValueError: arguments that do not fit each other.
@@ -261,42 +310,77 @@ def generate(
     weights = guidance_per_scale(guidance, len(schedule))
     if (labels is None) == (state is None):
         raise ValueError("generate: labels, state: expected exactly one of them")
+    start: SamplingState | Beginning
     if state is None:
         assert labels is not None
-        state = _start(var, labels, subject, any(weights), log_probs)
-    elif subject is not None:
-        raise ValueError("generate: subject: expected None with a state, which has its own")
-    if state.scale == len(schedule):
-        raise ValueError(
-            "generate: state: expected one that is not finished; it was continued before (fork it to keep it)"
-        )
+        start = Beginning(var.indices(labels), subject, any(weights), log_probs)
+    else:
+        start = state
+        if subject is not None:
+            raise ValueError("generate: subject: expected None with a state, which has its own")
+        if state.scale == len(schedule):
+            raise ValueError(
+                "generate: state: expected one that is not finished; it was continued before (fork it to keep it)"
+            )
     stop = len(schedule) if stop is None else stop
-    if not state.scale < stop <= len(schedule):
-        raise ValueError(f"generate: stop: expected {state.scale + 1} to {len(schedule)}, got {stop}")
-    batch = state.tokens.shape[0]
-    if any(weights[state.scale : stop]) and not state.guided and batch:
+    if not start.scale < stop <= len(schedule):
+        raise ValueError(f"generate: stop: expected {start.scale + 1} to {len(schedule)}, got {stop}")
+    batch = start.batch
+    if any(weights[start.scale : stop]) and not start.guided and batch:
         raise ValueError("generate: guidance: expected 0, the state was sampled without guidance")
-    if graphs and not _graphs_run_on(state.feature_map.device):
-        raise ValueError(f"generate: graphs: expected a model on a GPU, got one on {state.feature_map.device.type}")
-    if log_probs and state.log_probs is None:
+    if state is not None and log_probs and state.log_probs is None:
         raise ValueError("generate: log_probs: expected False, the state was sampled without log-probabilities")
-    if not log_probs:  # those of a part of the tokens would be of no use
+    if state is not None and not log_probs:  # those of a part of the tokens would be of no use
         state.log_probs = state.sampled_log_probs = None
 
-    options = SamplingOptions(tuple(weights), temperature, top_k, top_p, log_probs, stop)
+    if decode_dtype is None and var.head.weight.dtype == torch.bfloat16:
+        decode_dtype = torch.bfloat16
+    by_graph = graphs is not False and may_capture(var, must=graphs is True) and batch > 0
+    # the launches of many images are hidden behind their sampling, and their activations are large
+    at_once = decode and (not by_graph or batch * math.prod(tokenizer.config.image_size) <= DECODED_AT_ONCE)
+    options = SamplingOptions(tuple(weights), temperature, top_k, top_p, log_probs, stop, at_once, decode_dtype)
     seeds = sample_seeds(seed, batch, first_sample, var.device)
-    if graphs:
-        replay_scales(var, state, seeds, options, sample_scales)
-    else:
-        sample_scales(var, state, seeds, options)
-    images = None
-    if decode:
-        images = tokenizer.decode_features(state.feature_map).float().clamp(-1, 1).add(1).mul(0.5)
-    unfinished = state if stop < len(schedule) else None
-    return Generation(state.tokens, images, state.log_probs, state.sampled_log_probs, unfinished)
+    drawn = replay(var, start, seeds, options, at_first=graphs is True) if by_graph else None
+    if drawn is None:
+        drawn = draw(var, start.state(var), seeds, options)
+    images = decoded(var, drawn.feature_map, decode_dtype) if decode and not at_once else drawn.images
+    return Generation(drawn.tokens, images, drawn.log_probs, drawn.sampled_log_probs, drawn.state)
 
 
-def _start(var: VAR, labels: Labels, subject: torch.Tensor | None, guided: bool, log_probs: bool) -> SamplingState:
+class Beginning(NamedTuple):
+    """What a call without a state starts from.
+
+    Attributes:
+        labels: as `VAR.indices` answers them.
+        subject, guided, log_probs: see `generate`.
+    """
+
+    labels: torch.Tensor
+    subject: torch.Tensor | None
+    guided: bool
+    log_probs: bool
+
+    @property
+    def scale(self) -> int:
+        return 0
+
+    @property
+    def batch(self) -> int:
+        return self.labels.shape[0]
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Beginning:
+        """One of `function` of each tensor."""
+        subject = None if self.subject is None else function(self.subject)
+        return self._replace(labels=function(self.labels), subject=subject)
+
+    def state(self, var: VAR) -> SamplingState:
+        """Before the first scale."""
+        return _start(var, *self)
+
+
+def _start(
+    var: VAR, labels: torch.Tensor, subject: torch.Tensor | None, guided: bool, log_probs: bool
+) -> SamplingState:
     condition = var.condition(labels)
     batch = condition.shape[0]
     if guided:
@@ -342,10 +426,6 @@ def _start(var: VAR, labels: Labels, subject: torch.Tensor | None, guided: bool,
     )
 
 
-def _graphs_run_on(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
 def _autocast(weight: torch.Tensor) -> bool:
     return torch.is_autocast_enabled(weight.device.type)
 
@@ -353,5 +433,6 @@ def _autocast(weight: torch.Tensor) -> bool:
 def _without_subject(prefix: list[PrefixKV]) -> list[PrefixKV]:
     """The prefix of guided rows: the unconditional half gets copies of the rows, of which no token is valid."""
     rows, tokens = prefix[0].k.shape[:2]
-    lengths = torch.tensor([tokens] * rows + [0] * rows, dtype=torch.int32, device=prefix[0].k.device)
+    lengths = torch.zeros(2 * rows, dtype=torch.int32, device=prefix[0].k.device)
+    lengths[:rows] = tokens
     return [PrefixKV(torch.cat([k, k]), torch.cat([v, v]), lengths) for k, v, _ in prefix]

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fastvar.models.kv_cache import KVCache
 from fastvar.models.linear import Linear
 from fastvar.models.pretrained import PretrainedModel, has_model
-from fastvar.models.var_block import Block, Modulations, attend_to_cache, attend_to_scales
+from fastvar.models.var_block import Block, Modulations, attend_to_cache, attend_to_scales, gate_and_norm
 from fastvar.models.var_config import VARConfig
 from fastvar.models.vq_tokenizer import VQTokenizer
 from fastvar.ops import (
@@ -37,11 +37,11 @@ Labels = torch.Tensor | Sequence[str]
 
 
 def _prefill_block(
-    block: Block, schedule: ScaleSchedule, x: torch.Tensor, modulation: torch.Tensor
+    block: Block, schedule: ScaleSchedule, x: torch.Tensor, modulation: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A block's output (B, L, C), and the keys and values (B, L, H, D) that other streams see of its input."""
     seen: list[PrefixKV] = []
-    x = block(x, modulation, attend_to_scales(schedule, seen=seen))
+    x = block(x, modulation, attend_to_scales(schedule, seen=seen), bias)
     return x, seen[0].k, seen[0].v
 
 
@@ -185,27 +185,31 @@ class VAR(PretrainedModel):
             ValueError: labels of another kind or shape than the model's condition; for labels on the CPU also indices
                 out of range (elsewhere that would need a synchronisation).
         """
+        labels = self.indices(labels)
+        if not self.config.text_length:
+            return self.class_embed(labels)[:, None]
+        characters = self.text_embed[torch.arange(self.config.text_length, device=self.device), labels]
+        return torch.cat([characters.sum(1, keepdim=True), characters], 1)
+
+    def indices(self, labels: Labels) -> torch.Tensor:
+        """Labels as indices on the model's device: classes (B,) or characters (B, T); errors as `condition`."""
         config = self.config
         if not isinstance(labels, torch.Tensor):
             labels = config.encode_text(labels)
         if labels.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"VAR: labels: expected int64 or int32, got {labels.dtype}")
+        if config.text_length and (labels.ndim != 2 or labels.shape[1] != config.text_length):
+            raise ValueError(
+                f"VAR: labels: expected texts or characters (B, {config.text_length}), got {tuple(labels.shape)}"
+            )
+        if not config.text_length and labels.ndim != 1:
+            raise ValueError(f"VAR: labels: expected class indices (B,), got {tuple(labels.shape)}")
         if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
             last = len(config.alphabet) if config.text_length else config.num_classes
             smallest, largest = (int(bound) for bound in labels.aminmax())
             if smallest < 0 or largest > last:
                 raise ValueError(f"VAR: labels: expected indices from 0 to {last}, got {smallest} to {largest}")
-        labels = labels.to(self.device)
-        if config.text_length:
-            if labels.ndim != 2 or labels.shape[1] != config.text_length:
-                raise ValueError(
-                    f"VAR: labels: expected texts or characters (B, {config.text_length}), got {tuple(labels.shape)}"
-                )
-            characters = self.text_embed[torch.arange(config.text_length, device=self.device), labels]
-            return torch.cat([characters.sum(1, keepdim=True), characters], 1)
-        if labels.ndim != 1:
-            raise ValueError(f"VAR: labels: expected class indices (B,), got {tuple(labels.shape)}")
-        return self.class_embed(labels)[:, None]
+        return labels.to(self.device, non_blocking=True)
 
     def no_condition(self, batch: int) -> torch.Tensor:
         """The condition (B, 1 + T, C) that says nothing, for guidance."""
@@ -218,26 +222,36 @@ class VAR(PretrainedModel):
         shared = None
         if self.shared_modulation is not None:
             shared = self.shared_modulation(activated).unflatten(1, (6, -1))
-        blocks = [block.modulate(activated, shared) for block in self.blocks]
-        return Modulations(blocks, self.head_modulation(activated).unflatten(1, (2, -1)))
+        found = [block.modulate(activated, shared) for block in self.blocks]
+        head = self.head_modulation(activated).unflatten(1, (2, -1))
+        return Modulations([rows for rows, _ in found], [bias for _, bias in found], head)
 
     # -- inputs ------------------------------------------------------------------------------------------------------
 
-    def _positions(self, start: int, end: int) -> torch.Tensor:
+    def positions(self, start: int, end: int) -> torch.Tensor:
+        """(n, C), what tokens start : end are told of their place."""
         return self.position_embed[start:end] + self.scale_embed(self.scale_index[start:end])
 
-    def embed(self, condition: torch.Tensor, inputs: torch.Tensor, start: int = 0) -> torch.Tensor:
+    def embed(
+        self,
+        condition: torch.Tensor,
+        inputs: torch.Tensor | None,
+        start: int = 0,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The residual stream's start (B, n, C) for tokens start : start + n.
 
         Args:
             condition: (B, 1 + T, C); the first scale's tokens start from its first row.
-            inputs: (B, n, code_channels), without the first scale's tokens if `start` is 0.
+            inputs: (B, n, code_channels), without the first scale's tokens if `start` is 0; None for none.
+            positions: those of all tokens, if they were computed before.
         """
-        x = self._codes(inputs)
+        parts = [] if inputs is None else [self._codes(inputs)]
         if start == 0:
-            x = torch.cat([(condition[:, :1] + self.start_embed).to(x.dtype), x], 1)
+            parts.insert(0, (condition[:, :1] + self.start_embed).to(self.position_embed.dtype))
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         end = start + x.shape[1]
-        x = x + self._positions(start, end)
+        x = x + (self.positions(start, end) if positions is None else positions[start:end])
         if self.config.text_length:
             x = x + self.text_mix[start:end].softmax(-1) @ condition[:, 1:]
         return x
@@ -275,13 +289,15 @@ class VAR(PretrainedModel):
             schedule = ScaleSchedule(((1, schedule.num_tokens),))
 
         modulations = self.modulations(self.subject_condition.expand(subject.shape[0], 1, -1))
-        x = self._codes(subject) + self._positions(0, subject.shape[1]) + self.subject_embed
+        x = self._codes(subject) + self.positions(0, subject.shape[1]) + self.subject_embed
         prefix = []
-        for i, (block, modulation) in enumerate(zip(self.blocks, modulations.blocks, strict=True)):
+        for i, (block, modulation, bias) in enumerate(
+            zip(self.blocks, modulations.blocks, modulations.biases, strict=True)
+        ):
             if i + 1 < len(self.blocks):
-                x, k, v = self._run(partial(_prefill_block, block, schedule), x, modulation)
+                x, k, v = self._run(partial(_prefill_block, block, schedule), x, modulation, bias)
             else:
-                k, v, _ = block.keys_and_values(x, modulation)
+                k, v, _ = block.keys_and_values(x, modulation, bias)
             if self.gradient_checkpointing or not torch.is_grad_enabled():
                 # slices would keep the memory of the whole projection, of which nothing else is needed
                 k, v = k.contiguous(), v.contiguous()
@@ -345,9 +361,11 @@ class VAR(PretrainedModel):
             condition = torch.where(dropped, self.no_condition(batch), condition)
         modulations = self.modulations(condition)
         x = self.embed(condition, inputs)
-        for i, (block, modulation) in enumerate(zip(self.blocks, modulations.blocks, strict=True)):
+        for i, (block, modulation, bias) in enumerate(
+            zip(self.blocks, modulations.blocks, modulations.biases, strict=True)
+        ):
             attend = attend_to_scales(schedule, None if prefix is None else prefix[i])
-            x = self._run(block, x, modulation, attend)
+            x = self._run(block, x, modulation, attend, bias)
         return self.before_head(x, modulations)
 
     def _schedule_of(self, inputs: torch.Tensor) -> ScaleSchedule:
@@ -422,10 +440,19 @@ class VAR(PretrainedModel):
             cache: receives the scale's keys and values.
             position, end: where in the cache's own rows the scale starts and ends.
         """
-        for i, (block, modulation) in enumerate(zip(self.blocks, modulations.blocks, strict=True)):
-            x = block(x, modulation, attend_to_cache(cache, i, position, end))
+        rows = [modulation.unbind(1) for modulation in modulations.blocks]
+        norms = [(scale, shift) for _, _, scale, _, shift, _ in rows]
+        head_scale, head_shift = modulations.head.unbind(1)
+        norms.append((head_scale, head_shift))
+        eps = self.config.norm_eps
+        h = adaptive_layer_norm(x, *norms[0], eps=eps)
+        for i, (block, modulation, bias) in enumerate(
+            zip(self.blocks, modulations.blocks, modulations.biases, strict=True)
+        ):
+            x, h = block.mix(x, h, modulation, attend_to_cache(cache, i, position, end), bias)
+            x, h = gate_and_norm(x, h, rows[i][1], *norms[i + 1], eps=eps)
         cache.length = end
-        return self.before_head(x, modulations)
+        return h
 
     def generate(self, labels: Labels | None = None, **options: Any) -> Any:
         """Sample images; see `fastvar.models.sampling.generate` for all options."""

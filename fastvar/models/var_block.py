@@ -30,11 +30,18 @@ class Modulations(NamedTuple):
 
     Attributes:
         blocks: per block (B, 6, C) in the order gate1, gate2, scale1, scale2, shift1, shift2.
+        biases: per block (3 C,), the bias of queries, keys and values; it belongs to no sample, but is put together as
+            seldom.
         head: (B, 2, C), scale and shift before the head.
     """
 
     blocks: list[torch.Tensor]
+    biases: list[torch.Tensor]
     head: torch.Tensor
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Modulations:
+        """Those of `function` of each sample's tensors; the biases are the same."""
+        return Modulations([function(block) for block in self.blocks], self.biases, function(self.head))
 
 
 class Block(nn.Module):
@@ -58,45 +65,77 @@ class Block(nn.Module):
         else:
             self.modulation = Linear(width, 6 * width)
 
-    def modulate(self, activated: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor:
-        """(B, 6, C) from the activated condition (B, C) or from the modulation shared by all blocks (B, 6, C)."""
+    def modulate(self, activated: torch.Tensor, shared: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 6, C) from the activated condition (B, C) or from the modulation shared by all blocks (B, 6, C), and the
+        projection's bias (3 C,)."""
+        bias = self.qkv_bias()
         if shared is not None:
-            return self.modulation_table + shared
-        return self.modulation(activated).unflatten(1, (6, -1))
+            return self.modulation_table + shared, bias
+        return self.modulation(activated).unflatten(1, (6, -1)), bias
 
-    def project(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values (B, L, H, D), not yet normalised."""
+    def qkv_bias(self) -> torch.Tensor:
+        """(3 C,), in autocast's dtype if it is on."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        device = bias.device.type
+        return bias.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else bias
+
+    def project(
+        self, h: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values (B, L, H, D), not yet normalised; bias: `qkv_bias()`, if it was made before."""
+        bias = self.qkv_bias() if bias is None else bias
         q, k, v = self.qkv(h, bias=bias).unflatten(2, (3, self.heads, -1)).unbind(2)
         return q, k, v
 
     def normalise(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return (q, k) if self.log_scale is None else qk_norm_rope(q, k, log_scale=self.log_scale)
 
-    def keys_and_values(self, x: torch.Tensor, modulation: torch.Tensor) -> PrefixKV:
+    def keys_and_values(self, x: torch.Tensor, modulation: torch.Tensor, bias: torch.Tensor) -> PrefixKV:
         """What other streams see of this block's input (B, L, C)."""
         _, _, scale, _, shift, _ = modulation.unbind(1)
-        q, k, v = self.project(adaptive_layer_norm(x, scale, shift, eps=self.eps))
+        q, k, v = self.project(adaptive_layer_norm(x, scale, shift, eps=self.eps), bias)
         return PrefixKV(self.normalise(q, k)[1], v)
 
-    def forward(self, x: torch.Tensor, modulation: torch.Tensor, attend: Attend) -> torch.Tensor:
-        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(1)
-        h = adaptive_layer_norm(x, scale1, shift1, eps=self.eps)
-        h = self.proj(attend(self, *self.project(h)).flatten(2))
-        x = gated_residual(x, self._dropped(h), gate1)
-        h = adaptive_layer_norm(x, scale2, shift2, eps=self.eps)
+    def forward(
+        self, x: torch.Tensor, modulation: torch.Tensor, attend: Attend, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, L, C) to (B, L, C); bias: `qkv_bias()`, if it was made before."""
+        _, gate, scale, _, shift, _ = modulation.unbind(1)
+        x, h = self.mix(x, adaptive_layer_norm(x, scale, shift, eps=self.eps), modulation, attend, bias)
+        return gated_residual(x, h, gate)
+
+    def mix(
+        self,
+        x: torch.Tensor,
+        h: torch.Tensor,
+        modulation: torch.Tensor,
+        attend: Attend,
+        bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the block makes of its input x and its first norm h, both (B, L, C): x after attention and what the MLP
+        adds to it, before its gate. So the gate can be applied together with the norm that comes next."""
+        gate, _, _, scale, _, shift = modulation.unbind(1)
+        h = self.proj(attend(self, *self.project(h, bias)).flatten(2))
+        x, h = gate_and_norm(x, self._dropped(h), gate, scale, shift, eps=self.eps)
         if type(self.mlp_in) is Linear:  # noqa: SIM108
             h = self.mlp_in(h, gelu=True)
         else:  # wrapped, as by LoRA: what is added to the projection must pass the GELU too
             h = F.gelu(self.mlp_in(h), approximate="tanh")
-        h = self.mlp_out(h)
-        return gated_residual(x, self._dropped(h), gate2)
+        return x, self._dropped(self.mlp_out(h))
 
     def _dropped(self, h: torch.Tensor) -> torch.Tensor:
         if not self.training or self.drop_path == 0:
             return h
         keep = 1 - self.drop_path
         return h * (torch.rand(h.shape[0], 1, 1, device=h.device) < keep).to(h.dtype).div(keep)
+
+
+def gate_and_norm(
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, *, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + gate y and its norm, all (B, L, C) but gate, scale and shift (B, C)."""
+    x = gated_residual(x, y, gate)
+    return x, adaptive_layer_norm(x, scale, shift, eps=eps)
 
 
 Attend = Callable[[Block, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -211,15 +212,24 @@ class VQTokenizer(PretrainedModel):
             [F.interpolate(feature_map, grid, mode="area").flatten(2).mT for grid in self.schedule], 1
         ).contiguous()
 
-    def decode_features(self, feature_map: torch.Tensor) -> torch.Tensor:
-        """Feature map (B, C, h, w) to images (B, 3, H, W), not clamped."""
-        enlarged = self.decoder(self.post_quant_conv(feature_map.to(self.post_quant_conv.weight.dtype)))
+    def decode_features(self, feature_map: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Feature map (B, C, h, w) to images (B, 3, H, W), not clamped.
+
+        Args:
+            feature_map: of all scales, or of the first ones.
+            dtype: bfloat16 or float16 to compute in it (by autocast: the weights stay as they are); None for the
+                weights' own.
+        """
+        low = dtype is not None and dtype.itemsize < self.post_quant_conv.weight.dtype.itemsize
+        with torch.autocast(feature_map.device.type, dtype) if low else nullcontext():
+            enlarged = self.decoder(self.post_quant_conv(feature_map.to(self.post_quant_conv.weight.dtype)))
         return _scaled_chroma(enlarged, 1 / self.config.chroma_gain)
 
     @torch.no_grad()
-    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, L), or those of the first m scales, to images (B, 3, H, W) in [-1, 1]."""
-        return self.decode_features(self.feature_map(tokens)).clamp(-1, 1)
+    def decode(self, tokens: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Tokens (B, L), or those of the first m scales, to images (B, 3, H, W) in [-1, 1]; dtype: see
+        `decode_features`."""
+        return self.decode_features(self.feature_map(tokens), dtype=dtype).clamp(-1, 1)
 
     def forward(self, images: torch.Tensor) -> TokenizerOutput:
         """The training pass: straight-through gradient to the encoder, commitment and codebook loss per scale.

@@ -1,7 +1,7 @@
-"""The operators: one public function each, with `backend="auto" | "reference" | "cpu" | "triton" | "cuda"`."""
+"""The operators: one public function each, with `backend="auto"`, or one of those that `fastvar.support()` names."""
 
-from fastvar.ops._dispatch import explain, support
-from fastvar.ops.adaptive_layer_norm import adaptive_layer_norm, gated_residual
+from fastvar.ops._dispatch import check_preference, explain, support
+from fastvar.ops.adaptive_layer_norm import adaptive_layer_norm, gated_residual, gated_residual_norm
 from fastvar.ops.bitwise_residual_quantize import QuantizedBits, accumulate_bits, bitwise_residual_quantize
 from fastvar.ops.block_causal_attention import PrefixKV, block_causal_attention, block_causal_attention_with_lse
 from fastvar.ops.cached_attention import cached_attention
@@ -19,6 +19,8 @@ from fastvar.ops.residual_quantize import (
 )
 from fastvar.ops.sample_tokens import SampledBits, SampledTokens, sample_bits, sample_tokens
 from fastvar.ops.token_log_probs import TokenLogProbs, token_log_probs
+
+check_preference()
 
 __all__ = [
     "AccumulatedScale",
@@ -42,6 +44,7 @@ __all__ = [
     "cross_entropy",
     "explain",
     "gated_residual",
+    "gated_residual_norm",
     "group_advantages",
     "policy_loss",
     "propagate_mask",

@@ -1,25 +1,65 @@
 """Which implementation of an operator runs, why, and what else there is.
 
-`resolve` is a plain function of the operator, the wish and the lead tensor. A wish that cannot be met raises; only
-"auto" moves on to the next implementation.
+An explicit backend runs or raises. Without one, what the environment variable FASTVAR_BACKEND prefers comes first, as
+far as it can run; then, on a GPU, what the table in `_choices` takes; then, on a CPU, the implementation for CPUs; the
+reference is the last resort.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
+from fastvar.ops._choices import CHOICES, generation
+
 logger = logging.getLogger("fastvar")
 
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "flex", "flash_attn", "xformers")
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "sdpa", "flex", "flash_attn", "xformers")
+_EVERY = ""  # stands for all operators in a preference
+
+
+def parse_preference(text: str) -> dict[str, tuple[str, ...]]:
+    """What FASTVAR_BACKEND prefers, by operator: "triton,cuda" for all of them, in order, "policy_loss=reference" for
+    one; both may be mixed, and an operator named several times has several, in order.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    preferred: dict[str, tuple[str, ...]] = {}
+    for word in text.split(","):
+        op, equals, backend = (part.strip() for part in word.rpartition("="))
+        if backend not in BACKENDS:
+            if not word.strip():
+                continue
+            raise ValueError(f"FASTVAR_BACKEND: expected backends among {BACKENDS}, or op=backend, got {word!r}")
+        if backend != "auto":
+            key = op if equals else _EVERY
+            preferred[key] = (*preferred.get(key, ()), backend)
+    return preferred
 
 
 # Read once, when fastvar.ops is first imported, so that a call costs no look-up and stays traceable.
-DEFAULT_BACKEND = os.environ.get("FASTVAR_BACKEND", "auto")
+PREFERENCE = parse_preference(os.environ.get("FASTVAR_BACKEND", ""))
+
+
+def check_preference() -> None:
+    """Once all operators are there.
+
+    Raises:
+        ValueError: FASTVAR_BACKEND names an operator that does not exist, or a backend that an operator does not have.
+    """
+    for op, backends in PREFERENCE.items():
+        if op == _EVERY:
+            continue
+        if op not in REGISTRY:
+            raise ValueError(f"FASTVAR_BACKEND: expected operators among {tuple(REGISTRY)}, got {op!r}")
+        for backend in backends:
+            if _find(op, backend) is None:
+                raise ValueError(f"FASTVAR_BACKEND: {op}: expected one of {_names(op)}, got {backend!r}")
 
 
 def _always(tensor: torch.Tensor) -> str | None:
@@ -45,7 +85,6 @@ class Implementation:
         obstacle: called with the lead tensor, says why it cannot run (with the remedy), or None if it can.
         missing: says what of it is not installed (with the remedy), or None. Unlike an obstacle this is somebody's
             choice: "auto" passes over it without a word.
-        auto: whether "auto" may take it; False until a recorded run shows that it is right and that it pays.
         verified: where it has been seen to run and agree with the reference, for the support matrix.
         faster: called with the lead tensor, names a module that does the same in less time, or None if there is none
             for that tensor.
@@ -56,7 +95,6 @@ class Implementation:
     devices: tuple[str, ...] = ()
     obstacle: Callable[[torch.Tensor], str | None] = _always
     missing: Callable[[], str | None] = _there
-    auto: bool = True
     verified: tuple[str, ...] = ()
     faster: Callable[[torch.Tensor], str | None] = _itself
 
@@ -83,37 +121,93 @@ class Explanation:
 # Operators by public name, in order of registration: the implementations, the preferred one first.
 REGISTRY: dict[str, tuple[Implementation, ...]] = {}
 _warned: set[tuple[str, str]] = set()
+# What "auto" came to for a call like this one: an obstacle looks at device, dtype and shape alone.
+_answers: dict[tuple[object, ...], str] = {}
+_MOST_ANSWERS = 4096
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # others may have shapes that are symbols
 
 
-def resolve(op: str, backend: str, tensor: torch.Tensor, log: bool = True) -> str:
-    """The backend that runs operator `op` for a lead tensor, given the caller's wish; a downgrade is logged once.
+def resolve(
+    op: str, backend: str, tensor: torch.Tensor, *, prefix: bool = False, gradient: bool = False, log: bool = True
+) -> str:
+    """The backend that runs operator `op` for a lead tensor, given what the caller asks for. That something which would
+    be taken cannot run is logged once.
 
     Raises:
         ValueError: unknown backend.
         RuntimeError: an explicit backend that does not exist for this operator or cannot run here.
     """
-    wish = DEFAULT_BACKEND if backend == "auto" else backend
-    if wish not in BACKENDS:
-        origin = "FASTVAR_BACKEND" if backend == "auto" else "backend"
-        raise ValueError(f"{op}: {origin}: expected one of {BACKENDS}, got {wish!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend: expected one of {BACKENDS}, got {backend!r}")
+    if backend != "auto":
+        wanted = _find(op, backend)
+        if wanted is None:
+            there = ", ".join(_names(op))
+            raise RuntimeError(f"{op}: backend={backend!r} does not exist for this operator; there is {there}")
+        obstacle = wanted.why_not(tensor)
+        if obstacle is not None:
+            raise RuntimeError(f"{op}: backend={backend!r} cannot run: {obstacle}")
+        return backend
+    if not log or torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
+        return _auto(op, tensor, prefix, gradient, log)
+    key = (op, tensor.device, tensor.dtype, tensor.shape, prefix, gradient)
+    if key not in _answers:
+        if len(_answers) >= _MOST_ANSWERS:
+            _answers.clear()
+        _answers[key] = _auto(op, tensor, prefix, gradient, log)
+    return _answers[key]
+
+
+def forget_answers() -> None:
+    """After a change of what there is, such as a build."""
+    _answers.clear()
+
+
+def _auto(op: str, tensor: torch.Tensor, prefix: bool, gradient: bool, log: bool) -> str:
+    for implementation in _in_order(op, tensor, prefix, gradient):
+        obstacle = implementation.why_not(tensor)
+        if obstacle is None:
+            return implementation.backend
+        if log and not torch.compiler.is_compiling() and _is_downgrade(op, implementation, tensor):
+            warn_once(op, implementation.backend, obstacle)
+    raise RuntimeError(f"{op}: no implementation can run; there is {', '.join(_names(op))}")
+
+
+def _in_order(op: str, tensor: torch.Tensor, prefix: bool, gradient: bool) -> Iterator[Implementation]:
+    """What "auto" tries."""
+    backends = list(_preferred(op))
+    family = generation(tensor.device)
+    if family:
+        backends += [choice.backend for choice in CHOICES.get(op, ()) if choice.fits(family, tensor, prefix, gradient)]
+    elif tensor.device.type == "cpu":
+        backends.append("cpu")
+    for backend in (*backends, "reference"):
+        implementation = _find(op, backend)
+        if implementation is not None:
+            yield implementation
+
+
+def _is_downgrade(op: str, implementation: Implementation, tensor: torch.Tensor) -> bool:
+    """Whether somebody may have counted on an implementation that cannot run: it is for this device, and it is there or
+    was preferred by name."""
+    if implementation.devices and tensor.device.type not in implementation.devices:
+        return False
+    return implementation.missing() is None or implementation.backend in _preferred(op)
+
+
+def _preferred(op: str) -> tuple[str, ...]:
+    return PREFERENCE.get(op, ()) + PREFERENCE.get(_EVERY, ())
+
+
+def _find(op: str, backend: str) -> Implementation | None:
     for implementation in REGISTRY[op]:
-        if wish == "auto":
-            if not implementation.auto:
-                continue
-            obstacle = implementation.why_not(tensor)
-            if obstacle is None:
-                return implementation.backend
-            if not log or torch.compiler.is_compiling() or implementation.missing() is not None:
-                continue
-            if tensor.device.type in implementation.devices:
-                warn_once(op, implementation.backend, obstacle)
-        elif implementation.backend == wish:
-            obstacle = implementation.why_not(tensor)
-            if obstacle is not None:
-                raise RuntimeError(f"{op}: backend={wish!r} cannot run: {obstacle}")
-            return wish
-    available = tuple(implementation.backend for implementation in REGISTRY[op])
-    raise RuntimeError(f"{op}: backend={wish!r} does not exist for this operator; there is {', '.join(available)}")
+        if implementation.backend == backend:
+            return implementation
+    return None
+
+
+def _names(op: str) -> tuple[str, ...]:
+    return tuple(implementation.backend for implementation in REGISTRY[op])
 
 
 def warn_once(op: str, backend: str, obstacle: str) -> None:
@@ -123,36 +217,64 @@ def warn_once(op: str, backend: str, obstacle: str) -> None:
         logger.warning("%s: %s is passed over: %s", op, backend, obstacle)
 
 
-def explain(op: str, tensor: torch.Tensor, backend: str = "auto") -> Explanation:
+def explain(
+    op: str,
+    tensor: torch.Tensor,
+    backend: str = "auto",
+    *,
+    prefix: bool = False,
+    gradient: bool | None = None,
+) -> Explanation:
     """What would run for operator `op` on a tensor like this one, and why the others would not.
 
     Args:
         op: a public operator's name, such as "block_causal_attention".
         tensor: the operator's first tensor, or one of the same dtype, device and shape.
-        backend: the wish, as passed to the operator.
+        backend: as passed to the operator.
+        prefix: whether the call has a shared prefix.
+        gradient: whether it wants a gradient; by default whether the tensor does.
 
     Raises:
         ValueError: unknown operator or backend.
     """
     if op not in REGISTRY:
         raise ValueError(f"explain: op: expected one of {tuple(REGISTRY)}, got {op!r}")
+    if gradient is None:
+        gradient = tensor.requires_grad and torch.is_grad_enabled()
     try:
-        chosen = resolve(op, backend, tensor, log=False)
+        chosen = resolve(op, backend, tensor, prefix=prefix, gradient=gradient, log=False)
     except RuntimeError as error:
         chosen = f"none: {error}"
+    tried = [each.backend for each in _in_order(op, tensor, prefix, gradient)]
     reasons = {}
     for implementation in REGISTRY[op]:
         why_not = implementation.why_not(tensor)
         if implementation.backend == chosen:
             module = implementation.faster(tensor)
-            reasons[implementation.backend] = "chosen" if module is None else "chosen, in C++"
+            how = "" if module is None else ", in C++"
+            reasons[chosen] = f"chosen{how}{_because(op, chosen, backend, tensor, prefix, gradient)}"
         elif why_not is not None:
             reasons[implementation.backend] = why_not
-        elif not implementation.auto:
-            reasons[implementation.backend] = "only on explicit request: no recorded run shows that it pays"
-        else:
+        elif implementation.backend in tried:
             reasons[implementation.backend] = "can run, another one comes first"
+        else:
+            reasons[implementation.backend] = "only on explicit request: auto does not take it for such a call"
     return Explanation(op, chosen, reasons)
+
+
+def _because(op: str, chosen: str, backend: str, tensor: torch.Tensor, prefix: bool, gradient: bool) -> str:
+    """What speaks for a backend that was chosen, if it has to be said."""
+    if backend != "auto":
+        return ""
+    if chosen in _preferred(op):
+        return ": FASTVAR_BACKEND prefers it"
+    family = generation(tensor.device)
+    if not family or chosen == "reference":
+        return ""
+    rows = (row for row in CHOICES[op] if row.backend == chosen and row.fits(family, tensor, prefix, gradient))
+    if family in next(rows).measured:
+        return f": recorded runs on {family} show that it pays"
+    return f": predicted to pay on {family}, not yet measured there as it is now"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastvar.ops._dispatch import Implementation, warn_once
+from fastvar.ops._dispatch import Implementation, forget_answers, warn_once
 
 _DEVICES = {"cpu": "cpu", "cuda": "cuda"}  # backend and target of the build: device type
 
@@ -53,6 +53,7 @@ def look_again() -> None:
     """After a build: libraries that were not there may be now. One that is loaded stays as it is."""
     for library in _LIBRARIES.values():
         library.looked = library.looked and library.missing is None and library.error is None
+    forget_answers()
 
 
 def _constant(function: Callable[..., str | None]) -> Callable[..., str | None]:
@@ -94,7 +95,6 @@ def extension_implementation(
     *,
     op: str,
     obstacle: Callable[[torch.Tensor], str | None] | None = None,
-    auto: bool = False,
     verified: tuple[str, ...] = (),
 ) -> Implementation:
     """An implementation over the extension; see `Implementation`.
@@ -105,7 +105,6 @@ def extension_implementation(
         op: the name that it calls in the namespace fastvar_cpu or fastvar_cuda.
         obstacle: what else can stand in the way, once the extension is there. float64 always does: it computes in
             float32.
-        auto: as in `Implementation`.
         verified: as in `Implementation`.
     """
     return Implementation(
@@ -114,7 +113,6 @@ def extension_implementation(
         devices=(_DEVICES[backend],),
         obstacle=partial(_obstacle, backend, op, obstacle),
         missing=partial(missing, backend),
-        auto=auto,
         verified=verified,
     )
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 
 from fastvar.ops._dispatch import REGISTRY, Implementation, resolve
-from fastvar.profiling import annotate
+from fastvar.profiling import ENABLED, annotate
 from fastvar.schedule import ScaleSchedule
 
+_NOTHING = nullcontext()
 _LIBRARY = torch.library.Library("fastvar", "DEF")
 
 
@@ -63,6 +64,7 @@ class Operator:
         fields = [field.split("=")[0].split() for field in _split_arguments(arguments)]
         self._schedule_at = next((i for i, field in enumerate(fields) if field[-1] == "grids"), None)
         self._tensors_at = tuple(i for i, field in enumerate(fields) if field[0] in ("Tensor", "Tensor?"))
+        self._prefix_at = next((i for i, field in enumerate(fields) if field[-1] == "prefix_k"), None)
         self._written_at = tuple(i for i, field in enumerate(fields) if "!" in field[0])
 
         _LIBRARY.define(f"{name}({arguments}, str backend) -> {returns}")
@@ -83,12 +85,20 @@ class Operator:
 
     def __call__(self, backend: str, *args: Any) -> Any:
         """Run the op: `args` are the schema's arguments, the first of them the lead tensor."""
-        chosen = resolve(self.name, backend, args[0])
-        if self._function is not None and torch.is_grad_enabled():
-            for i in self._tensors_at:
-                if args[i] is not None and args[i].requires_grad:
-                    return self._function.apply(*args, chosen)
+        chosen = self.resolve(backend, *args)
+        if self._function is not None and self._wants_gradient(args):
+            return self._function.apply(*args, chosen)
         return self.op(*args, chosen)
+
+    def resolve(self, backend: str, *args: Any) -> str:
+        """The backend that runs for a call."""
+        prefix = self._prefix_at is not None and args[self._prefix_at] is not None
+        return resolve(self.name, backend, args[0], prefix=prefix, gradient=self._wants_gradient(args))
+
+    def _wants_gradient(self, args: Sequence[Any]) -> bool:
+        if self._function is None or not torch.is_grad_enabled():
+            return False
+        return any(args[i] is not None and args[i].requires_grad for i in self._tensors_at)
 
     def _implementation(self, backend: str, tensor: torch.Tensor) -> Any:
         for implementation in REGISTRY[self.name]:
@@ -109,7 +119,7 @@ class Operator:
 
     def _run(self, *args: Any) -> Any:
         forward = getattr(self._implementation(args[-1], args[0]), self.function)
-        with annotate(self.name), _plain(args[0].device.type), guard(args[0].device), torch.no_grad():
+        with _surroundings(self.name, args[0].device):
             results = forward(*self._with_schedule(args[:-1]))
         if self._written_at:  # autograd has to see it, however it was done
             torch.autograd.graph.increment_version([args[i] for i in self._written_at])
@@ -129,7 +139,7 @@ class Operator:
         results = [args.pop()] if self._keeps_results else []
         args = self._with_schedule(args)
         own = getattr(module, "backward" if self.function == "forward" else f"{self.function}_backward", None)
-        with annotate(f"{self.name} backward"), _plain(args[0].device.type), guard(args[0].device):
+        with _surroundings(f"{self.name} backward", args[0].device):
             if own is not None:
                 return own(grads, *args, *results, needs)
             return _recomputed_gradients(getattr(module, self.function), grads, args, self._tensors_at, needs)
@@ -144,18 +154,24 @@ def _split_arguments(arguments: str) -> list[str]:
     return [field.strip() for field in arguments.split(",")]
 
 
-def _plain(device_type: str) -> AbstractContextManager[Any]:
-    # The dtypes of an operator are its own affair: autocast must not reach into an implementation.
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels are launched on the current GPU, which need not be the tensors'."""
+def _surroundings(name: str, device: torch.device) -> AbstractContextManager[Any]:
+    """What an implementation runs in: a range in profiles; no autocast, as dtypes are the operator's own affair; no
+    gradient; the tensors' GPU. Only what changes something: entering all of them costs more than a small call."""
+    needed: list[AbstractContextManager[Any]] = []
+    if ENABLED:
+        needed.append(annotate(name))
+    if torch.is_autocast_enabled(device.type):
+        needed.append(torch.autocast(device.type, enabled=False))
+    if torch.is_grad_enabled():
+        needed.append(torch.no_grad())
     if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return nullcontext()
+        needed.append(torch.cuda.device(device))  # kernels are launched on the current one
+    if not needed:
+        return _NOTHING
+    stack = ExitStack()
+    for context in needed:
+        stack.enter_context(context)
+    return stack
 
 
 def _recomputed_gradients(

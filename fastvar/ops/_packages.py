@@ -1,8 +1,8 @@
-"""Implementations by other packages: when they can run."""
+"""Implementations by PyTorch's own attention and by other packages: when they can run."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, distribution
 
 import torch
 
@@ -10,33 +10,54 @@ from fastvar.ops._dispatch import Implementation
 
 
 def package_implementation(
-    backend: str, op: str, package: str | None, dtypes: tuple[torch.dtype, ...], verified: tuple[str, ...] = ()
+    backend: str,
+    op: str,
+    packages: tuple[str, ...],
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    devices: tuple[str, ...] = ("cuda",),
+    head_dims: int | None = None,
+    verified: tuple[str, ...] = (),
 ) -> Implementation:
-    """The implementation `fastvar.kernels.<op>.impl_<backend>` for GPUs, on explicit request; see `Implementation`.
+    """The implementation `fastvar.kernels.<op>.impl_<backend>`, on explicit request; see `Implementation`.
 
     Args:
         backend: its name.
         op: the operator.
-        package: the one on the package index that it needs, or None for a part of PyTorch.
-        dtypes: what it takes.
+        packages: those on the package index of which it needs one, none for a part of PyTorch.
+        dtypes: what it takes on a GPU.
+        devices: see `Implementation`.
+        head_dims: the largest head dimension that it takes on a GPU, all multiples of 8 up to it; None for any.
         verified: see `Implementation`.
     """
     # looked for once: dispatch must stay traceable
-    installed = package is None or find_spec(backend) is not None
+    installed = not packages or any(_installed(package) for package in packages)
 
     def missing() -> str | None:
-        return None if installed else f"{package} is not installed (pip install {package})"
+        return None if installed else f"{packages[0]} is not installed (pip install {packages[0]})"
 
     def obstacle(tensor: torch.Tensor) -> str | None:
-        if tensor.dtype in dtypes:
+        if tensor.device.type != "cuda":
             return None
-        expected, given = " or ".join(_name(dtype) for dtype in dtypes), _name(tensor.dtype)
-        return f"takes {expected}, the tensor is {given}"
+        if tensor.dtype not in dtypes:
+            expected, given = " or ".join(_name(dtype) for dtype in dtypes), _name(tensor.dtype)
+            return f"takes {expected}, the tensor is {given}"
+        if head_dims is not None and (tensor.shape[-1] % 8 or tensor.shape[-1] > head_dims):
+            return (
+                f"takes head dimensions that are multiples of 8 up to {head_dims}, the tensor's is {tensor.shape[-1]}"
+            )
+        return None
 
     module = f"fastvar.kernels.{op}.impl_{backend}"
-    return Implementation(
-        backend, module, devices=("cuda",), missing=missing, obstacle=obstacle, auto=False, verified=verified
-    )
+    return Implementation(backend, module, devices=devices, missing=missing, obstacle=obstacle, verified=verified)
+
+
+def _installed(package: str) -> bool:
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -19,7 +19,6 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def triton_implementation(
     op: str,
     *,
-    auto: bool = False,
     verified: tuple[str, ...] = (),
     dtypes: tuple[torch.dtype, ...] = _DTYPES,
     largest: int | None = None,
@@ -31,7 +30,6 @@ def triton_implementation(
         f"fastvar.kernels.{op}.impl_triton",
         devices=("cuda", "cpu") if _INTERPRETED else ("cuda",),
         obstacle=partial(_obstacle, dtypes, largest),
-        auto=auto,
         verified=verified,
     )
 

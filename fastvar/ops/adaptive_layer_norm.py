@@ -1,4 +1,4 @@
-"""Adaptive layer norm and the gated residual of AdaLN blocks."""
+"""Adaptive layer norm and the gated residual of AdaLN blocks, apart and in one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fastvar.ops._triton import triton_implementation
 _KERNELS = "fastvar.kernels.adaptive_layer_norm"
 
 
-def _implementations(op: str) -> list[Implementation]:
-    faster = in_extension(f"{_KERNELS}.impl_cpp", op=op)
+def _implementations(of_extension: str) -> list[Implementation]:
+    faster = in_extension(f"{_KERNELS}.impl_cpp", op=of_extension)
     return [
         triton_implementation("adaptive_layer_norm"),
         Implementation("cpu", f"{_KERNELS}.impl_cpu", devices=("cpu",), verified=("CPU",), faster=faster),
@@ -42,6 +42,15 @@ _GATE = Operator(
     function="gated_residual",
     passes=0,
 )
+_GATE_NORM = Operator(
+    "gated_residual_norm",
+    "Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps",
+    "(Tensor, Tensor)",
+    fake=lambda x, *_: (_like_x(x), _like_x(x)),
+    implementations=_implementations("gated_residual"),  # one after the other there
+    function="gated_residual_norm",
+    keeps_results=True,
+)
 
 
 def adaptive_layer_norm(
@@ -65,14 +74,7 @@ def adaptive_layer_norm(
 
     Source: DiT (arXiv 2212.09748) as used by VAR (arXiv 2404.02905).
     """
-    op = "adaptive_layer_norm"
-    _checks.shape(op, "x", x, "B", "L", "C")
-    _checks.floating(op, "x", x)
-    _checks.shape(op, "scale", scale, x.shape[0], x.shape[2])
-    _checks.shape(op, "shift", shift, x.shape[0], x.shape[2])
-    _checks.floating(op, "scale", scale)
-    _checks.floating(op, "shift", shift)
-    _checks.same_device(op, "x", x, scale=scale, shift=shift)
+    _check("adaptive_layer_norm", x, scale=scale, shift=shift)
     return _NORM(backend, x, scale, shift, eps)
 
 
@@ -91,12 +93,52 @@ def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, *, back
     Raises:
         ValueError: shapes or devices that do not fit, a dtype that is not floating.
     """
-    op = "gated_residual"
+    _check("gated_residual", x, y, gate=gate)
+    return _GATE(backend, x, y, gate)
+
+
+def gated_residual_norm(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    *,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual of one half of an AdaLN block and the norm at the beginning of the next, in one.
+
+    The same as `gated_residual` followed by `adaptive_layer_norm`, roundings and gradients included: the residual is
+    rounded to x's dtype before it is normalised, and so are both gradients that meet there.
+
+    Args:
+        x: (B, L, C), the residual stream.
+        y: (B, L, C), what the attention or the MLP answered; any floating dtype.
+        gate, scale, shift: (B, C), one modulation per sample; any floating dtype.
+        eps: added to the variance.
+        backend: see `fastvar.support()`.
+
+    Returns:
+        residual, x + gate * y, and normed, LayerNorm(residual) * (1 + scale) + shift: (B, L, C) in x's dtype,
+        contiguous.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a dtype that is not floating.
+    """
+    _check("gated_residual_norm", x, y, gate=gate, scale=scale, shift=shift)
+    residual, normed = _GATE_NORM(backend, x, y, gate, scale, shift, eps)
+    return residual, normed
+
+
+def _check(op: str, x: torch.Tensor, y: torch.Tensor | None = None, **modulations: torch.Tensor) -> None:
     _checks.shape(op, "x", x, "B", "L", "C")
     _checks.floating(op, "x", x)
-    _checks.shape(op, "y", y, *x.shape)
-    _checks.shape(op, "gate", gate, x.shape[0], x.shape[2])
-    _checks.floating(op, "y", y)
-    _checks.floating(op, "gate", gate)
-    _checks.same_device(op, "x", x, y=y, gate=gate)
-    return _GATE(backend, x, y, gate)
+    if y is not None:
+        _checks.shape(op, "y", y, *x.shape)
+        _checks.floating(op, "y", y)
+        _checks.same_device(op, "x", x, y=y)
+    for name, modulation in modulations.items():
+        _checks.shape(op, name, modulation, x.shape[0], x.shape[2])
+        _checks.floating(op, name, modulation)
+    _checks.same_device(op, "x", x, **modulations)

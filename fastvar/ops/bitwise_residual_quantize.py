@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ _EXTENSION = "fastvar.kernels.residual_quantize.bitwise_extension"
 def _implementations(op: str) -> list[Implementation]:
     return [
         extension_implementation("cuda", _EXTENSION, op=op),
-        extension_implementation("cpu", _EXTENSION, op=op, auto=True, verified=("CPU",)),
+        extension_implementation("cpu", _EXTENSION, op=op, verified=("CPU",)),
         Implementation("reference", _MODULE, verified=("CPU",)),
     ]
 
@@ -143,7 +144,7 @@ def bitwise_residual_quantize(
         if not isinstance(flip_probability, torch.Tensor):
             if not all(0 <= p <= 1 for p in flip_probability):
                 _checks.fail(op, "flip_probability", "probabilities from 0 to 1", flip_probability)
-            flip_probability = torch.tensor(flip_probability, dtype=torch.float32, device=features.device)
+            flip_probability = _on_device(tuple(flip_probability), features.device)
         _checks.shape(op, "flip_probability", flip_probability, len(schedule))
         _checks.floating(op, "flip_probability", flip_probability)
         _checks.same_device(op, "features", features, flip_probability=flip_probability)
@@ -151,6 +152,13 @@ def bitwise_residual_quantize(
     return QuantizedBits(
         *_QUANTIZE(backend, features.detach(), flip_probability, schedule.flat, next_input, seed, first_image)
     )
+
+
+@cache  # nothing is ever dropped: a CUDA graph may read it
+@torch.inference_mode(False)
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Made once: a copy to the device waits for it."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def accumulate_bits(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
-from fastvar.ops._dispatch import Implementation, resolve
+from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
 from fastvar.ops._packages import package_implementation
 from fastvar.ops._triton import triton_implementation
@@ -57,9 +57,20 @@ _OPERATOR = Operator(
     implementations=[
         triton_implementation("block_causal_attention"),
         Implementation("cpu", "fastvar.kernels.block_causal_attention.impl_cpu", devices=("cpu",), verified=("CPU",)),
-        package_implementation("flex", "block_causal_attention", None, (torch.float32, *_HALF)),
-        package_implementation("flash_attn", "block_causal_attention", "flash-attn", _HALF),
-        package_implementation("xformers", "block_causal_attention", "xformers", (torch.float32, *_HALF)),
+        package_implementation(
+            "sdpa",
+            "block_causal_attention",
+            (),
+            (torch.float32, *_HALF),
+            devices=("cuda", "cpu"),
+            head_dims=256,
+            verified=("CPU",),
+        ),
+        package_implementation("flex", "block_causal_attention", (), (torch.float32, *_HALF)),
+        package_implementation(
+            "flash_attn", "block_causal_attention", ("flash-attn-4", "flash-attn"), _HALF, head_dims=256
+        ),
+        package_implementation("xformers", "block_causal_attention", ("xformers",), (torch.float32, *_HALF)),
         Implementation("reference", "fastvar.kernels.block_causal_attention.reference", verified=("CPU",)),
     ],
     keeps_results=True,
@@ -140,6 +151,7 @@ def _attend(
     else:
         prefix = PrefixKV(None, None)  # type: ignore[arg-type]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    chosen = resolve(op, backend, q)
-    with_lse = with_lse or chosen in ("triton", "cpu")  # whose backward passes need it
-    return _OPERATOR(chosen, q, k, v, schedule.flat, *prefix, scale, block_diagonal, with_lse)
+    arguments = (q, k, v, schedule.flat, *prefix, scale, block_diagonal)
+    chosen = _OPERATOR.resolve(backend, *arguments)
+    with_lse = with_lse or chosen not in ("reference", "flex")  # the other backward passes need it
+    return _OPERATOR(chosen, *arguments, with_lse)

@@ -27,7 +27,7 @@ _OPERATOR = Operator(
     implementations=[
         triton_implementation("propagate_mask", dtypes=(torch.float32, torch.float16, torch.bfloat16, torch.bool)),
         extension_implementation(
-            "cpu", "fastvar.kernels.propagate_mask.impl_cpp", op="propagate_mask", auto=True, verified=("CPU",)
+            "cpu", "fastvar.kernels.propagate_mask.impl_cpp", op="propagate_mask", verified=("CPU",)
         ),
         extension_implementation("cuda", "fastvar.kernels.propagate_mask.impl_cuda", op="propagate_mask"),
         Implementation("reference", "fastvar.kernels.propagate_mask.reference", verified=("CPU",)),

@@ -19,8 +19,7 @@ _MODULE = "fastvar.kernels.residual_quantize.reference"
 
 def _extension(backend: str, op: str) -> Implementation:
     module = f"fastvar.kernels.residual_quantize.impl_{'cpp' if backend == 'cpu' else 'cuda'}"
-    on_cpu = backend == "cpu"
-    return extension_implementation(backend, module, op=op, auto=on_cpu, verified=("CPU",) if on_cpu else ())
+    return extension_implementation(backend, module, op=op, verified=("CPU",) if backend == "cpu" else ())
 
 
 class ResidualConv(NamedTuple):

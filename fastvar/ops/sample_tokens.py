@@ -68,9 +68,7 @@ _BITS = Operator(
     fake=_fake_bits,
     implementations=[
         triton_implementation("sample_tokens", largest=2**15),
-        extension_implementation(
-            "cpu", "fastvar.kernels.sample_tokens.impl_cpp", op="sample_bits", auto=True, verified=("CPU",)
-        ),
+        extension_implementation("cpu", "fastvar.kernels.sample_tokens.impl_cpp", op="sample_bits", verified=("CPU",)),
         Implementation("reference", _MODULE, verified=("CPU",)),
     ],
     differentiable=False,

@@ -30,8 +30,8 @@ class RolloutOptions:
     """Keep the likeliest codes of this mass; 1 for all."""
     chunk: int = 64
     """Images drawn at a time, so that memory is bounded; it does not change them."""
-    graphs: bool = False
-    """Draw by CUDA graphs, see `generate`; not with FSDP."""
+    graphs: bool = True
+    """Draw by CUDA graphs where they can be used, see `generate`: on a GPU, not with FSDP."""
 
     def check(self) -> None:
         """Raise a ValueError that names a setting which makes no sense."""
@@ -197,7 +197,7 @@ class _Artist:
             top_p=options.top_p,
             log_probs=True,
             decode=stop is None,
-            graphs=options.graphs,
+            graphs=None if options.graphs else False,
         )
         self.passed_tokens += len(out.tokens) * (out.tokens.shape[1] - before) * (2 if options.guidance else 1)
         return _Drawn(out.tokens, out.log_probs, out.images, out.state)

@@ -33,6 +33,6 @@ def gather_for_methods(model: nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            for method in ("modulate", "keys_and_values"):
+            for method in ("modulate", "keys_and_values", "mix"):
                 if hasattr(module, method):
                     register_fsdp_forward_method(module, method)

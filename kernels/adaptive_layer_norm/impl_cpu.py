@@ -88,3 +88,36 @@ def gated_residual_backward(
     if needs[2]:
         found.append((g * y.to(compute)).sum(1).to(gate.dtype))
     return found
+
+
+def gated_residual_norm(
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the reference."""
+    stream = gated_residual(x, y, gate)
+    return stream, forward(stream, scale, shift, eps)
+
+
+def gated_residual_norm_backward(
+    grads: Sequence[torch.Tensor | None],
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    results: Sequence[torch.Tensor],
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Gradients of x, y, gate, scale and shift, as far as they are needed: of the norm, then of the residual."""
+    through = any(needs[:3])
+    norm = backward(grads[1:], results[0], scale, shift, eps, [through, *needs[3:]])
+    stream = grads[0]
+    if through:
+        added = norm.pop(0)
+        stream = added if stream is None else added.add_(stream)
+    found = gated_residual_backward([stream], x, y, gate, needs[:3])
+    if needs[0]:
+        assert stream is not None
+        found.insert(0, stream)
+    return found + norm

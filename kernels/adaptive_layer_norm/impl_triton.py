@@ -1,27 +1,36 @@
-"""Adaptive layer norm and gated residual in Triton, forward and backward.
+"""Adaptive layer norm and gated residual in Triton, apart and in one, forward and backward.
 
 A program takes some rows of one sample, all channels of them at once. Statistics are computed anew in the backward
-pass: the row is in registers anyway. Gradients of the modulations are sums over a sample's rows: each program writes
-its part, and the parts are added in a fixed order.
+pass: the row is in registers anyway. Gradients of the modulations are sums over a sample's rows: each program keeps
+those of its rows in registers, adds them up once at its end and writes its part, and the parts are added in a fixed
+order.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+from fastvar.kernels.adaptive_layer_norm import tiles
+from fastvar.kernels.common.tiling import Table, card
 
-TILE = 4096  # channels times rows that a program holds at a time
-PARTS = 16  # of a sample's rows, for sums over them
+WIDEST = 8  # elements of a 16-bit type that a thread loads at once
 
 
 @triton.jit
-def _rows_of(start, size, L, SIZE: tl.constexpr):
-    """Row indices [SIZE, 1] from start on and which of them lie before start + size and L."""
-    row = start + tl.arange(0, SIZE)[:, None]
-    return row, row < tl.minimum(start + size, L)
+def _rows(ptr, image, row, stride_b, stride_l, ALIGNED: tl.constexpr):
+    """Where rows begin [ROWS, 1]: at multiples of ALIGNED elements, as the strides are."""
+    return ptr + tl.multiple_of(image * stride_b + row.to(tl.int64) * stride_l, ALIGNED)[:, None]
+
+
+@triton.jit
+def _modulation(ptr, image, stride_b, C: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """A sample's own [1, BLOCK], in float32."""
+    column = tl.arange(0, BLOCK)[None, :]
+    return tl.load(ptr + tl.multiple_of(image * stride_b, ALIGNED) + column, column < C, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -33,103 +42,156 @@ def _normalised(x, seen, C: tl.constexpr, eps):
     return centred * rstd, rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _norm_forward(
-    x_ptr, scale_ptr, shift_ptr, y_ptr,
-    x_b, x_l, x_c, scale_b, scale_c, shift_b, shift_c, L, eps,
-    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, stream_ptr, out_ptr,
+    x_b, x_l, y_b, y_l, gate_b, scale_b, shift_b, L, eps,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
+    """Of x, or with GATED of x + gate y, rounded, which goes to `stream`."""
+    parts = tl.cdiv(L, ROWS)
+    image = (tl.program_id(0) // parts).to(tl.int64)
+    row = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
-    row, valid = _rows_of(tl.program_id(0) * ROWS, ROWS, L, ROWS)
-    seen = valid & (column < C)
-    x = tl.load(x_ptr + b * x_b + row.to(tl.int64) * x_l + column * x_c, seen, 0.0).to(tl.float32)  # [ROWS, BLOCK]
-    scale = tl.load(scale_ptr + b * scale_b + column * scale_c, column < C, 0.0).to(tl.float32)  # [1, BLOCK]
-    shift = tl.load(shift_ptr + b * shift_b + column * shift_c, column < C, 0.0).to(tl.float32)
+    seen = (row[:, None] < L) & (column < C)
+    place = (image * L + row)[:, None] * C + column
+    x = tl.load(_rows(x_ptr, image, row, x_b, x_l, ALIGNED) + column, seen, 0.0).to(tl.float32)  # [ROWS, BLOCK]
+    if GATED:
+        y = tl.load(_rows(y_ptr, image, row, y_b, y_l, ALIGNED) + column, seen, 0.0).to(tl.float32)
+        x = tl.fma(y, _modulation(gate_ptr, image, gate_b, C, BLOCK, ALIGNED), x).to(stream_ptr.dtype.element_ty)
+        tl.store(stream_ptr + place, x, seen)
+        x = x.to(tl.float32)
+    gain = 1 + _modulation(scale_ptr, image, scale_b, C, BLOCK, ALIGNED)
+    shift = _modulation(shift_ptr, image, shift_b, C, BLOCK, ALIGNED)
     normed, _ = _normalised(x, seen, C, eps)
-    tl.store(y_ptr + (b * L + row) * C + column, normed * (1 + scale) + shift, seen)
+    tl.store(out_ptr + place, tl.fma(normed, gain, shift), seen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _norm_backward(
-    g_ptr, x_ptr, scale_ptr, dx_ptr, dscale_ptr, dshift_ptr,
-    g_b, g_l, g_c, x_b, x_l, x_c, scale_b, scale_c, L, size, eps,
-    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DX: tl.constexpr, DMODULATION: tl.constexpr,
+    g_ptr, stream_ptr, x_ptr, y_ptr, gate_ptr, scale_ptr, dx_ptr, dy_ptr, sums_ptr,
+    g_b, g_l, stream_b, stream_l, x_b, x_l, y_b, y_l, gate_b, scale_b, L, eps,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, ALIGNED: tl.constexpr,
+    DX: tl.constexpr, DMODULATION: tl.constexpr, STREAM: tl.constexpr, DY: tl.constexpr, DGATE: tl.constexpr,
 ):  # fmt: skip
-    part, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Of the norm; with DY or DGATE of the residual before it as well. `stream` is the gradient that comes along the
+    residual; what is added to it is rounded, and so is the sum, as where the two operators are apart."""
+    parts = tl.cdiv(L, PART)
+    image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    first, last = part * PART, tl.minimum((part + 1) * PART, L)
     column = tl.arange(0, BLOCK)[None, :]
-    gain = 1 + tl.load(scale_ptr + b * scale_b + column * scale_c, column < C, 0.0).to(tl.float32)  # [1, BLOCK]
-    dscale = tl.zeros((1, BLOCK), tl.float32)
-    dshift = tl.zeros((1, BLOCK), tl.float32)
-    for start in range(part * size, (part + 1) * size, ROWS):
-        row, valid = _rows_of(start, (part + 1) * size - start, L, ROWS)
-        seen = valid & (column < C)
-        x = tl.load(x_ptr + b * x_b + row.to(tl.int64) * x_l + column * x_c, seen, 0.0).to(tl.float32)
-        g = tl.load(g_ptr + b * g_b + row.to(tl.int64) * g_l + column * g_c, seen, 0.0).to(tl.float32)
+    gain = 1 + _modulation(scale_ptr, image, scale_b, C, BLOCK, ALIGNED)
+    if DY:
+        gate = _modulation(gate_ptr, image, gate_b, C, BLOCK, ALIGNED)
+    dscale = tl.zeros((ROWS, BLOCK), tl.float32)
+    dshift = tl.zeros((ROWS, BLOCK), tl.float32)
+    dgate = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        seen = (row[:, None] < last) & (column < C)
+        place = (image * L + row)[:, None] * C + column
+        x = tl.load(_rows(x_ptr, image, row, x_b, x_l, ALIGNED) + column, seen, 0.0).to(tl.float32)
+        g = tl.load(_rows(g_ptr, image, row, g_b, g_l, ALIGNED) + column, seen, 0.0).to(tl.float32)
+        if STREAM:
+            stream = tl.load(_rows(stream_ptr, image, row, stream_b, stream_l, ALIGNED) + column, seen, 0.0)
+        if DGATE:
+            y = tl.load(_rows(y_ptr, image, row, y_b, y_l, ALIGNED) + column, seen, 0.0).to(tl.float32)
         normed, rstd = _normalised(x, seen, C, eps)
         if DMODULATION:
-            dscale += tl.sum(g * normed, 0)[None, :]
-            dshift += tl.sum(g, 0)[None, :]
-        if DX:
+            dscale += g * normed
+            dshift += g
+        if DX or DY or DGATE:
             slope = g * gain
             mean = tl.sum(slope, 1)[:, None] / C
             along = tl.sum(slope * normed, 1)[:, None] / C
-            tl.store(dx_ptr + (b * L + row) * C + column, rstd * (slope - mean - normed * along), seen)
-    if DMODULATION:
-        place = (b * tl.num_programs(0) + part) * C + column
-        tl.store(dscale_ptr + place, dscale, column < C)
-        tl.store(dshift_ptr + place, dshift, column < C)
-
-
-@triton.jit
-def _gate_forward(
-    x_ptr, y_ptr, gate_ptr, out_ptr,
-    x_b, x_l, x_c, y_b, y_l, y_c, gate_b, gate_c, L,
-    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    column = tl.arange(0, BLOCK)[None, :]
-    row, valid = _rows_of(tl.program_id(0) * ROWS, ROWS, L, ROWS)
-    seen = valid & (column < C)
-    row64 = row.to(tl.int64)
-    x = tl.load(x_ptr + b * x_b + row64 * x_l + column * x_c, seen, 0.0).to(tl.float32)  # [ROWS, BLOCK]
-    y = tl.load(y_ptr + b * y_b + row64 * y_l + column * y_c, seen, 0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + b * gate_b + column * gate_c, column < C, 0.0).to(tl.float32)  # [1, BLOCK]
-    tl.store(out_ptr + (b * L + row) * C + column, x + y * gate, seen)
-
-
-@triton.jit
-def _gate_backward(
-    g_ptr, y_ptr, gate_ptr, dy_ptr, dgate_ptr,
-    g_b, g_l, g_c, y_b, y_l, y_c, gate_b, gate_c, L, size,
-    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DY: tl.constexpr, DGATE: tl.constexpr,
-):  # fmt: skip
-    part, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    column = tl.arange(0, BLOCK)[None, :]
-    gate = tl.load(gate_ptr + b * gate_b + column * gate_c, column < C, 0.0).to(tl.float32)  # [1, BLOCK]
-    dgate = tl.zeros((1, BLOCK), tl.float32)
-    for start in range(part * size, (part + 1) * size, ROWS):
-        row, valid = _rows_of(start, (part + 1) * size - start, L, ROWS)
-        seen = valid & (column < C)
-        g = tl.load(g_ptr + b * g_b + row.to(tl.int64) * g_l + column * g_c, seen, 0.0).to(tl.float32)
-        if DY:
-            tl.store(dy_ptr + (b * L + row) * C + column, g * gate, seen)
-        if DGATE:
-            y = tl.load(y_ptr + b * y_b + row.to(tl.int64) * y_l + column * y_c, seen, 0.0).to(tl.float32)
-            dgate += tl.sum(g * y, 0)[None, :]
+            dx = (rstd * (slope - mean - normed * along)).to(x_ptr.dtype.element_ty)
+            if STREAM:
+                dx = (stream.to(tl.float32) + dx.to(tl.float32)).to(x_ptr.dtype.element_ty)
+            if DX:
+                tl.store(dx_ptr + place, dx, seen)
+            dx = dx.to(tl.float32)
+            if DY:
+                tl.store(dy_ptr + place, dx * gate, seen)
+            if DGATE:
+                dgate += dx * y  # y is 0 where nothing is seen
+    place = tl.program_id(0).to(tl.int64) * C + column
+    plane = tl.num_programs(0).to(tl.int64) * C
     if DGATE:
-        tl.store(dgate_ptr + (b * tl.num_programs(0) + part) * C + column, dgate, column < C)
+        tl.store(sums_ptr + place, tl.sum(dgate, 0)[None, :], column < C)
+        place += plane
+    if DMODULATION:
+        tl.store(sums_ptr + place, tl.sum(dscale, 0)[None, :], column < C)
+        tl.store(sums_ptr + place + plane, tl.sum(dshift, 0)[None, :], column < C)
+
+
+@triton.jit(do_not_specialize=["L"])
+def _gate_forward(
+    x_ptr, y_ptr, gate_ptr, out_ptr, x_b, x_l, y_b, y_l, gate_b, L,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    parts = tl.cdiv(L, ROWS)
+    image = (tl.program_id(0) // parts).to(tl.int64)
+    row = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)[None, :]
+    seen = (row[:, None] < L) & (column < C)
+    x = tl.load(_rows(x_ptr, image, row, x_b, x_l, ALIGNED) + column, seen, 0.0).to(tl.float32)  # [ROWS, BLOCK]
+    y = tl.load(_rows(y_ptr, image, row, y_b, y_l, ALIGNED) + column, seen, 0.0).to(tl.float32)
+    gate = _modulation(gate_ptr, image, gate_b, C, BLOCK, ALIGNED)
+    tl.store(out_ptr + (image * L + row)[:, None] * C + column, tl.fma(y, gate, x), seen)
+
+
+@triton.jit(do_not_specialize=["L"])
+def _gate_backward(
+    g_ptr, y_ptr, gate_ptr, dy_ptr, sums_ptr, g_b, g_l, y_b, y_l, gate_b, L,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, ALIGNED: tl.constexpr,
+    DY: tl.constexpr, DGATE: tl.constexpr,
+):  # fmt: skip
+    parts = tl.cdiv(L, PART)
+    image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    first, last = part * PART, tl.minimum((part + 1) * PART, L)
+    column = tl.arange(0, BLOCK)[None, :]
+    gate = _modulation(gate_ptr, image, gate_b, C, BLOCK, ALIGNED)
+    dgate = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        seen = (row[:, None] < last) & (column < C)
+        g = tl.load(_rows(g_ptr, image, row, g_b, g_l, ALIGNED) + column, seen, 0.0).to(tl.float32)
+        if DGATE:
+            y = tl.load(_rows(y_ptr, image, row, y_b, y_l, ALIGNED) + column, seen, 0.0).to(tl.float32)
+            dgate += g * y
+        if DY:
+            tl.store(dy_ptr + (image * L + row)[:, None] * C + column, g * gate, seen)
+    if DGATE:
+        place = tl.program_id(0).to(tl.int64) * C + column
+        tl.store(sums_ptr + place, tl.sum(dgate, 0)[None, :], column < C)
 
 
 def forward(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
     """See the reference."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _normalise(x, x, scale, scale, shift, eps, out, out, gated=False)
+    return out
+
+
+def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """See the reference."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
-        grid, options = _tiles(x)
-        _norm_forward[grid](
-            x, scale, shift, out, *x.stride(), *scale.stride(), *shift.stride(), x.shape[1], eps, **options
+        given = _dense(x, y, gate)
+        options = _options(x, tiles.FORWARD)
+        _gate_forward[_grid(x, options["ROWS"])](
+            *given, out, *_strides(given), x.shape[1], **options, ALIGNED=_aligned(given)
         )
     return out
+
+
+def gated_residual_norm(
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the reference."""
+    stream, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    _normalise(x, y, gate, scale, shift, eps, stream, out, gated=True)
+    return stream, out
 
 
 def backward(
@@ -141,30 +203,8 @@ def backward(
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
     """Gradients of x, scale and shift, as far as they are needed."""
-    grad = grads[0]
-    parts, size, options = _parts(x)
-    modulation = needs[1] or needs[2]
-    make = torch.zeros if grad is None or not x.numel() else torch.empty
-    dx = make(x.shape if needs[0] else 0, dtype=x.dtype, device=x.device)
-    sums = make(2, x.shape[0], parts if modulation else 0, x.shape[2], dtype=torch.float32, device=x.device)
-    if grad is not None and x.numel():
-        _norm_backward[(parts, x.shape[0])](
-            grad, x, scale, dx, sums[0], sums[1], *grad.stride(), *x.stride(), *scale.stride(), x.shape[1], size, eps,
-            DX=needs[0], DMODULATION=modulation, **options,
-        )  # fmt: skip
-    found = (dx, sums[0].sum(1).to(scale.dtype), sums[1].sum(1).to(shift.dtype))
-    return [gradient for gradient, need in zip(found, needs, strict=True) if need]
-
-
-def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """See the reference."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if out.numel():
-        grid, options = _tiles(x)
-        _gate_forward[grid](
-            x, y, gate, out, *x.stride(), *y.stride(), *gate.stride(), x.shape[1], **options
-        )  # fmt: skip
-    return out
+    needs = [needs[0], False, False, *needs[1:]]
+    return _gradients(grads[0], None, x, x, scale, scale, shift, eps, needs)
 
 
 def gated_residual_backward(
@@ -175,35 +215,121 @@ def gated_residual_backward(
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
     """Gradients of y and gate, as far as they are needed."""
-    grad = grads[0]
-    parts, size, options = _parts(x)
-    make = torch.zeros if grad is None or not x.numel() else torch.empty
-    dy = make(y.shape if needs[1] else 0, dtype=y.dtype, device=y.device)
-    sums = make(x.shape[0], parts if needs[2] else 0, x.shape[2], dtype=torch.float32, device=x.device)
-    if grad is not None and x.numel():
-        _gate_backward[(parts, x.shape[0])](
-            grad, y, gate, dy, sums, *grad.stride(), *y.stride(), *gate.stride(), x.shape[1], size,
-            DY=needs[1], DGATE=needs[2], **options,
+    _, need_y, need_gate = needs
+    make = torch.zeros if grads[0] is None or not x.numel() else torch.empty
+    dy = make(y.shape if need_y else 0, dtype=y.dtype, device=y.device)
+    options = _options(x, tiles.BACKWARD)
+    sums = make(_sums(x, options["PART"], int(need_gate)), dtype=torch.float32, device=x.device)
+    if grads[0] is not None and x.numel():
+        given = _dense(grads[0], y, gate)
+        _gate_backward[_grid(x, options["PART"])](
+            *given, dy, sums, *_strides(given), x.shape[1], **options, ALIGNED=_aligned(given),
+            DY=need_y, DGATE=need_gate,
         )  # fmt: skip
-    found = (dy, sums.sum(1).to(gate.dtype))
-    return [gradient for gradient, need in zip(found, needs[1:], strict=True) if need]
+    return [dy] * need_y + _totals(sums, [gate] * need_gate)
 
 
-def tile_options(channels: int) -> dict[str, int]:
-    """The kernels' constants for a number of channels: a row is held whole, several where rows are short."""
-    block = triton.next_power_of_2(channels)
-    rows = max(1, min(TILE // block, 16))
-    return {"C": channels, "BLOCK": block, "ROWS": rows, "num_warps": 8 if block * rows > 2048 else 4}
+def gated_residual_norm_backward(
+    grads: Sequence[torch.Tensor | None],
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    results: Sequence[torch.Tensor],
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Gradients of x, y, gate, scale and shift, as far as they are needed."""
+    if grads[1] is not None:
+        return _gradients(grads[1], grads[0], results[0], y, gate, scale, shift, eps, needs)
+    found = gated_residual_backward(grads[:1], x, y, gate, needs[:3])
+    if needs[0]:
+        dx = torch.zeros_like(x) if grads[0] is None else grads[0]
+        found.insert(0, dx.clone(memory_format=torch.contiguous_format))
+    rest = [scale] * needs[3] + [shift] * needs[4]
+    return found + [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in rest]
 
 
-def _tiles(x: torch.Tensor) -> tuple[tuple[int, int], dict[str, int]]:
-    options = tile_options(x.shape[2])
-    return (triton.cdiv(x.shape[1], options["ROWS"]), x.shape[0]), options
+def _normalise(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    stream: torch.Tensor,
+    out: torch.Tensor,
+    gated: bool,
+) -> None:
+    if out.numel():
+        given = _dense(x, y, gate, scale, shift)
+        options = _options(x, tiles.FORWARD)
+        _norm_forward[_grid(x, options["ROWS"])](
+            *given, stream, out, *_strides(given), x.shape[1], eps, **options, ALIGNED=_aligned(given), GATED=gated
+        )
 
 
-def _parts(x: torch.Tensor) -> tuple[int, int, dict[str, int]]:
-    """Into how many parts a sample's rows are divided, the rows of each, and the kernels' constants."""
-    options = tile_options(x.shape[2])
-    tiles = triton.cdiv(x.shape[1], options["ROWS"])
-    each = triton.cdiv(max(tiles, 1), PARTS)
-    return max(triton.cdiv(tiles, each), 1), each * options["ROWS"], options
+def _gradients(
+    grad: torch.Tensor | None,
+    stream: torch.Tensor | None,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Those of x, y, gate, scale and shift, as far as they are needed. x is what was normalised; `stream` is the
+    gradient that comes to it from elsewhere."""
+    modulation = needs[3] or needs[4]
+    make = torch.zeros if grad is None or not x.numel() else torch.empty
+    dx = make(x.shape if needs[0] else 0, dtype=x.dtype, device=x.device)
+    dy = make(y.shape if needs[1] else 0, dtype=y.dtype, device=y.device)
+    options = _options(x, tiles.BACKWARD)
+    sums = make(_sums(x, options["PART"], 2 * modulation + needs[2]), dtype=torch.float32, device=x.device)
+    if grad is not None and x.numel():
+        given = _dense(grad, x if stream is None else stream, x, y, gate, scale)
+        _norm_backward[_grid(x, options["PART"])](
+            *given, dx, dy, sums, *_strides(given), x.shape[1], eps, **options, ALIGNED=_aligned(given),
+            DX=needs[0], DMODULATION=modulation, STREAM=stream is not None, DY=needs[1], DGATE=needs[2],
+        )  # fmt: skip
+    totals = _totals(sums, [gate] * needs[2] + [scale, shift] * modulation)
+    dscale, dshift = totals[-2:] if modulation else (dx, dx)
+    return [dx] * needs[0] + [dy] * needs[1] + totals[: needs[2]] + [dscale] * needs[3] + [dshift] * needs[4]
+
+
+def _options(x: torch.Tensor, table: Table) -> dict[str, int]:
+    """The kernels' constants."""
+    block = triton.next_power_of_2(x.shape[2])
+    return {"C": x.shape[2], "BLOCK": block, **table.choose(card(x.device), width=block)}
+
+
+def _grid(x: torch.Tensor, rows: int) -> tuple[int]:
+    return (x.shape[0] * triton.cdiv(x.shape[1], rows),)
+
+
+def _dense(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """With adjacent channels: copies where they are not."""
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+
+def _strides(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Of samples and rows."""
+    return tuple(stride for t in tensors for stride in t.stride()[:-1])
+
+
+def _aligned(tensors: Sequence[torch.Tensor]) -> int:
+    """The power of two, up to WIDEST, that divides all of them: so many elements may be loaded at once."""
+    return math.gcd(WIDEST, *_strides(tensors))
+
+
+def _sums(x: torch.Tensor, part: int, count: int) -> tuple[int, int, int, int]:
+    """The shape of `count` sums over each part of a sample's rows."""
+    return count, x.shape[0], triton.cdiv(x.shape[1], part), x.shape[2]
+
+
+def _totals(sums: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The sums over samples, in a fixed order, each in a dtype of its own."""
+    return [total.to(t.dtype, copy=True) for total, t in zip(sums.sum(2), like, strict=True)]

@@ -17,3 +17,11 @@ def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torc
     compute = torch.promote_types(x.dtype, torch.float32)
     out = torch.addcmul(x.to(compute), y.to(compute), gate.to(compute)[:, None])
     return out.to(x.dtype).contiguous()
+
+
+def gated_residual_norm(
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual x + gate y in x's dtype, and its norm."""
+    stream = gated_residual(x, y, gate)
+    return stream, forward(stream, scale, shift, eps)

@@ -1,18 +1,43 @@
-"""Block-causal attention by the package flash-attn, one call a scale."""
+"""Block-causal attention by the package flash-attn-4 on Hopper and Blackwell, by flash-attn elsewhere."""
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
 import torch
-from fastvar.kernels.block_causal_attention.copied_prefix import by_scale
-from flash_attn import flash_attn_func
+from fastvar.kernels.block_causal_attention.by_scale import ByScale
 
 
-def forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the reference; no prefix of several lengths and no log-sum-exp."""
-    return by_scale(_attend, "flash_attn", *args)
+def forward(q: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `ByScale`."""
+    return _implementation(q.device).forward(q, *args)
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    return flash_attn_func(q, k, v, softmax_scale=scale, deterministic=True)
+def backward(grads: Any, q: torch.Tensor, *args: Any) -> list[torch.Tensor]:
+    """See `ByScale`."""
+    return _implementation(q.device).backward(grads, q, *args)
+
+
+@cache
+def _implementation(device: torch.device) -> ByScale:
+    folder = "fastvar.kernels.block_causal_attention"
+    major = torch.cuda.get_device_capability(device)[0]
+    if major in (9, 10) and _installed("flash-attn-4"):
+        return ByScale(import_module(f"{folder}.flash_attn_4").FlashAttention4(major))
+    if not _installed("flash-attn"):
+        raise ValueError(
+            "block_causal_attention: backend='flash_attn': expected the package flash-attn for a GPU of compute "
+            f"capability {major}, got flash-attn-4, which is used on 9 and 10"
+        )
+    return ByScale(import_module(f"{folder}.flash_attn_2").FlashAttention2())
+
+
+def _installed(package: str) -> bool:
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from fastvar.kernels.block_causal_attention.copied_prefix import with_prefix
+import torch._dynamo
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from fastvar.schedule import ScaleSchedule
 
 TILE = 128
+GRAPHS = 256  # that are kept compiled at most
 
 
 def forward(
@@ -41,11 +42,18 @@ def forward(
     else:
         lengths = prefix_lengths.repeat_interleave(q.shape[0] // max(prefix_lengths.shape[0], 1))
         mask = ragged_block_mask(schedule, prefix, block_diagonal, lengths)
-    found = _attend()(
-        *(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask, scale=softmax_scale, return_lse=with_lse
-    )
+    found = _attend(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask, scale=softmax_scale, return_lse=with_lse)
     out, lse = found if with_lse else (found, nothing)
     return out.transpose(1, 2).contiguous(), lse
+
+
+def with_prefix(shared: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor:
+    """(B, P + L, H, D) of a prefix (B/G, P, H, D), copied for the samples of its group, and own tokens (B, L, H, D)."""
+    if shared is None:
+        return own
+    own = own.unflatten(0, (shared.shape[0], -1))  # [B/G, G, L, H, D]
+    copies = shared[:, None].expand(-1, own.shape[1], -1, -1, -1)
+    return torch.cat((copies, own), 2).flatten(0, 1)
 
 
 class _Tiles(NamedTuple):
@@ -117,7 +125,13 @@ def _block_mask(tiles: _Tiles, prefix: int, visible: Callable[..., torch.Tensor]
     )
 
 
+def _attend(*args: Any, **options: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    # Each schedule and prefix is a graph of its own, with and without gradients, and PyTorch would stop at eight.
+    with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+        return _compiled()(*args, **options)
+
+
 @cache
-def _attend() -> Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
-    # fullgraph: past the limit of shapes an error, not the form that holds all scores
+def _compiled() -> Callable[..., Any]:
+    # fullgraph: past the limit of graphs an error, not the form that holds all scores
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from fastvar.kernels.block_causal_attention.copied_prefix import by_scale
-from xformers.ops import memory_efficient_attention
+from fastvar.kernels.block_causal_attention.by_scale import ByScale, Seen
+from xformers.ops.fmha import memory_efficient_attention_backward, memory_efficient_attention_forward_requires_grad
 
 
-def forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the reference; no prefix of several lengths and no log-sum-exp."""
-    return by_scale(_attend, "xformers", *args)
+class _XFormers:
+    name = "xformers"
+    takes_lengths = False
+    takes_scales = (0, 0)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: Seen
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = memory_efficient_attention_forward_requires_grad(q, k, v, scale=scale)
+        return out, lse[:, :, : q.shape[1]]  # some of its kernels pad it
+
+    def gradients(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        scale: float,
+        seen: Seen,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dq, dk, dv = memory_efficient_attention_backward(grad, out, lse, q, k, v, scale=scale)
+        return dq, dk, dv
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    return memory_efficient_attention(q, k, v, scale=scale)
+_IMPLEMENTATION = ByScale(_XFormers())
+forward, backward = _IMPLEMENTATION.forward, _IMPLEMENTATION.backward

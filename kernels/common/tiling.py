@@ -8,11 +8,14 @@ same call gives the same bits.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +53,9 @@ def card(device: torch.device) -> Card:
     if device.type != "cuda" or not torch.cuda.is_available():
         return NO_CARD
     family = family_of(torch.cuda.get_device_capability(device))
-    return Card(torch.cuda.get_device_name(device), family, SHARED[family])
+    # an older card than the first of its family may have less
+    own = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED[family])
+    return Card(torch.cuda.get_device_name(device), family, min(own, SHARED[family]))
 
 
 def family_of(capability: tuple[int, int]) -> str:
@@ -93,6 +98,10 @@ class Table:
         shared: bytes of shared memory that a tile takes in a call.
         candidates: values of the tile that `fastvar tune` tries, all combinations that fit; empty for a kernel that is
             not tuned.
+
+    Attributes:
+        asked: called with the numbers of every call, while tuning; None otherwise.
+        forced: the tile of all calls, while tuning; None otherwise.
     """
 
     def __init__(
@@ -105,29 +114,76 @@ class Table:
     ) -> None:
         self.name, self.rows, self.shared, self.candidates = name, tuple(rows), shared, dict(candidates or {})
         self._choose = lru_cache(maxsize=None)(self._chosen)
-        self.forced: Tile | None = None  # while tuning
+        self.asked: Callable[[Key], None] | None = None
+        self.forced: Tile | None = None
         TABLES[name] = self
+
+    @property
+    def version(self) -> str:
+        """Changes with the rows and candidates: rows that were measured against others are not taken."""
+        return hashlib.sha256(repr((self.rows, self.candidates)).encode()).hexdigest()[:12]
 
     def choose(self, card: Card, **key: int) -> dict[str, int]:
         """The tile for a call on a card.
 
         Raises:
-            ValueError: no row fits.
+            ValueError: no row fits, or the user's own rows cannot be read.
         """
+        if self.asked is not None:
+            self.asked(key)
         if self.forced is not None:
             return dict(self.forced)
         return dict(self._choose(card, tuple(key.items())))
 
+    def packaged(self, card: Card, key: Key) -> Tile:
+        """The tile without the user's own rows.
+
+        Raises:
+            ValueError: no row fits.
+        """
+        return self._first(self.rows, card, key)
+
     def _chosen(self, card: Card, items: tuple[tuple[str, int], ...]) -> Tile:
-        key = dict(items)
-        for row in (*own_rows(card.name).get(self.name, ()), *self.rows):
+        own = own_tiles(card.name).rows(self.name, self.version)
+        return self._first((*own, *self.rows), card, dict(items))
+
+    def _first(self, rows: Sequence[Row], card: Card, key: Key) -> Tile:
+        for row in rows:
             if row.fits(card.family, key) and self.shared(row.tile, key) <= card.shared:
                 return row.tile
-        raise ValueError(f"{self.name}: no tile fits {key} on {card}")
+        raise ValueError(f"{self.name}: no tile fits {dict(key)} on {card}")
 
     def clear(self) -> None:
         """Forget what was chosen, as after a change of the user's own rows."""
         self._choose.cache_clear()
+
+
+@dataclass(frozen=True)
+class OwnTiles:
+    """What `fastvar tune` measured on a card.
+
+    Attributes:
+        card: its name.
+        date: of the last measurement, UTC.
+        triton: the version that compiled the kernels.
+        kernels: for each table its `version` and the rows.
+        path: the file.
+    """
+
+    card: str = ""
+    date: str = ""
+    triton: str | None = None
+    kernels: Mapping[str, tuple[str, tuple[Row, ...]]] = field(default_factory=dict)
+    path: Path | None = None
+
+    def rows(self, kernel: str, version: str) -> tuple[Row, ...]:
+        """Those of a kernel; none, and a warning, if they were measured with other tables or another triton."""
+        of, rows = self.kernels.get(kernel, (version, ()))
+        if rows and (of != version or self.triton != triton_version()):
+            what = f"for other tables of {kernel}" if of != version else f"with triton {self.triton}"
+            warnings.warn(f"tiles: {self.path} was measured {what} and is left out: run fastvar tune", stacklevel=4)
+            return ()
+        return rows
 
 
 def own_path(name: str) -> Path:
@@ -139,22 +195,43 @@ def own_path(name: str) -> Path:
 
 
 @cache
-def own_rows(name: str) -> dict[str, tuple[Row, ...]]:
-    """The user's own rows for a card, by kernel; read once.
+def own_tiles(name: str) -> OwnTiles:
+    """The user's own rows for a card; read once.
 
     Raises:
         ValueError: a file that is no such table.
     """
-    if not name or not own_path(name).is_file():
-        return {}
     path = own_path(name)
+    if not name or not path.is_file():
+        return OwnTiles()
     try:
-        given: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())
-        return {
-            kernel: tuple(Row(dict(row["tile"]), None, dict(row["most"]), str(row["source"])) for row in rows)
-            for kernel, rows in given.items()
+        given: dict[str, Any] = json.loads(path.read_text())
+        kernels = {
+            kernel: (
+                str(found["version"]),
+                tuple(
+                    Row(_numbers(row["tile"]), None, _numbers(row["most"]), str(row["source"])) for row in found["rows"]
+                ),
+            )
+            for kernel, found in given["kernels"].items()
         }
+        return OwnTiles(str(given["card"]), str(given["date"]), given["triton"], kernels, path)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"tiles: {path}: expected a table that fastvar tune wrote (delete it), got {error!r}"
         ) from None
+
+
+def _numbers(given: Any) -> dict[str, int]:
+    if not all(type(value) is int for value in given.values()):
+        raise TypeError(f"expected integers, got {given}")
+    return dict(given)
+
+
+@cache
+def triton_version() -> str | None:
+    """The version that is installed, or None."""
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None

@@ -91,12 +91,12 @@ def _terms(
     mask = torch.ones_like(log_probs)
     if token_mask is not None:
         mask.copy_(token_mask)
-    mask[:, : grids.starts[first_scale]] = 0
+    mask[:, : grids.starts[first_scale]].zero_()
     trained = mask > 0
     totals = None
     if mask_totals is not None:
         totals = mask_totals.to(mask.dtype, copy=True)
-        totals[:first_scale] = 0
+        totals[:first_scale].zero_()
     weight, normalisation = _weights(mask, grids, panw_alpha, panw_normalisation, totals)
 
     def only_trained(values: torch.Tensor) -> torch.Tensor:
@@ -146,7 +146,8 @@ def _weights(
     mask: torch.Tensor, grids: ScaleSchedule, alpha: float, normalisation: str, totals: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """w (B, L) and D (); totals: (K,) of the whole batch's mask, or None if the mask is the whole batch's."""
-    factors = mask.new_tensor([float(h * w) ** -alpha for h, w in grids])  # [K]
+    # [K], filled on the device: a copy of constants from the host waits for it
+    factors = torch.cat([mask.new_full((1,), float(h * w) ** -alpha) for h, w in grids])
     per_token = torch.cat([f.expand(n) for n, f in zip(grids.lengths, factors, strict=True)])
     weight = mask * per_token
     if normalisation == "per_scale":

@@ -1,7 +1,8 @@
 """Normalisation, scale and rotation of queries and keys in one pass in Triton, also straight into a cache.
 
-A program takes some rows, each one head of one token, as two halves: the even and the odd elements, which are the pairs
-that rotate. Lengths are computed anew in the backward pass.
+A program takes some rows of one image, each one head of one token, and loads them whole, 16 bytes a thread. Only a
+rotation takes the pairs of a row apart, in registers. Lengths are computed anew in the backward pass, which makes the
+gradients of queries and keys in one launch.
 """
 
 from __future__ import annotations
@@ -12,117 +13,140 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from fastvar.kernels.common.tiling import Table, card
+from fastvar.kernels.qk_norm_rope import tiles
 
 MAX_LOG_SCALE = tl.constexpr(math.log(100.0))
-ROWS = 32
+WIDEST = 8  # elements of a 16-bit type that a thread loads at once
 
 
 @triton.jit
-def _row(H: tl.constexpr, L, ROWS: tl.constexpr):
-    """Of this program's rows [ROWS, 1]: token, head, and which exist."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    return row // H, row % H, row < L * H
+def _rows(L, H: tl.constexpr, ROWS: tl.constexpr):
+    """Of this program's rows: their image, and [ROWS] token, head, place among all rows, and which exist."""
+    count = L * H
+    parts = tl.cdiv(count, ROWS)
+    image = (tl.program_id(0) // parts).to(tl.int64)
+    row = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
+    return image, (row // H).to(tl.int64), (row % H).to(tl.int64), image * count + row, row < count
 
 
 @triton.jit
-def _pairs(ptr, offset, stride, valid, D: tl.constexpr, HALF: tl.constexpr):
-    """Even and odd elements [ROWS, HALF] in float32; 0 where there is none."""
-    pair = 2 * tl.arange(0, HALF)[None, :]
-    even = tl.load(ptr + offset + pair * stride, valid & (pair < D), 0.0)
-    odd = tl.load(ptr + offset + (pair + 1) * stride, valid & (pair + 1 < D), 0.0)
-    return even.to(tl.float32), odd.to(tl.float32)
+def _place(image, token, head, stride_b, stride_l, stride_h, ALIGNED: tl.constexpr):
+    """Where rows begin [ROWS]: at multiples of ALIGNED elements, as the strides are."""
+    return tl.multiple_of(image * stride_b + token * stride_l + head * stride_h, ALIGNED)
 
 
 @triton.jit
-def _store_pairs(ptr, offset, stride, even, odd, valid, D: tl.constexpr, HALF: tl.constexpr):
-    pair = 2 * tl.arange(0, HALF)[None, :]
-    tl.store(ptr + offset + pair * stride, even, valid & (pair < D))
-    tl.store(ptr + offset + (pair + 1) * stride, odd, valid & (pair + 1 < D))
+def _load(ptr, place, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [ROWS, BLOCK_D]; 0 where there is nothing."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    return tl.load(ptr + place[:, None] + d, valid[:, None] & (d < D), 0.0)
 
 
 @triton.jit
-def _angles(cos_ptr, sin_ptr, token, valid, cos_l, cos_d, sin_l, sin_d, D: tl.constexpr, HALF: tl.constexpr):
-    """cos and sin [ROWS, HALF]."""
-    pair = tl.arange(0, HALF)[None, :]
-    seen = valid & (pair < D // 2)
-    cos = tl.load(cos_ptr + token * cos_l + pair * cos_d, seen, 1.0).to(tl.float32)
-    sin = tl.load(sin_ptr + token * sin_l + pair * sin_d, seen, 0.0).to(tl.float32)
-    return cos, sin
+def _store(ptr, place, x, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(ptr + place[:, None] + d, x, valid[:, None] & (d < D))
+
+
+@triton.jit
+def _angles(cos_ptr, sin_ptr, token, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """cos and sin [ROWS, BLOCK_D / 2] from contiguous tables."""
+    cos = _load(cos_ptr, token * (D // 2), valid, D // 2, BLOCK_D // 2).to(tl.float32)
+    return cos, _load(sin_ptr, token * (D // 2), valid, D // 2, BLOCK_D // 2).to(tl.float32)
+
+
+@triton.jit
+def _rotated(x, cos, sin):
+    """Rows [ROWS, BLOCK_D] whose pairs (x_2i, x_2i+1) are turned."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), x.shape)
 
 
 @triton.jit
 def _gain(log_scale_ptr, head):
-    """exp(min(log_scale, log 100)) [ROWS, 1]."""
-    return tl.exp(tl.minimum(tl.load(log_scale_ptr + head).to(tl.float32), MAX_LOG_SCALE))
+    """exp(min(log_scale, log 100)) [ROWS], and where it has a gradient: float32 has no log 100, and rounds it up."""
+    log_scale = tl.load(log_scale_ptr + head).to(tl.float32)
+    return tl.exp(tl.minimum(log_scale, MAX_LOG_SCALE)), log_scale < MAX_LOG_SCALE
 
 
 @triton.jit
+def _length(x):
+    """[ROWS]."""
+    return tl.sqrt(tl.sum(x * x, 1))
+
+
+@triton.jit(do_not_specialize=["L", "position"])
 def _forward(
     q_ptr, k_ptr, v_ptr, log_scale_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
-    q_b, q_l, q_h, q_d, k_b, k_l, k_h, k_d, v_b, v_l, v_h, v_d,
-    k_out_b, k_out_l, k_out_h, k_out_d, v_out_b, v_out_l, v_out_h, v_out_d,
-    cos_l, cos_d, sin_l, sin_d, L, position, eps,
-    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, k_out_b, k_out_l, k_out_h, v_out_b, v_out_l, v_out_h,
+    L, position, eps,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
     NORM: tl.constexpr, ROPE: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    token, head, valid = _row(H, L, ROWS)
-    token = token.to(tl.int64)
-    q_even, q_odd = _pairs(q_ptr, b * q_b + token * q_l + head * q_h, q_d, valid, D, HALF)
-    k_even, k_odd = _pairs(k_ptr, b * k_b + token * k_l + head * k_h, k_d, valid, D, HALF)
-    if NORM:
-        length = tl.sqrt(tl.sum(q_even * q_even + q_odd * q_odd, 1)[:, None])
-        factor = _gain(log_scale_ptr, head) / tl.maximum(length, eps)
-        q_even, q_odd = q_even * factor, q_odd * factor
-        length = tl.sqrt(tl.sum(k_even * k_even + k_odd * k_odd, 1)[:, None])
-        factor = 1 / tl.maximum(length, eps)
-        k_even, k_odd = k_even * factor, k_odd * factor
-    if ROPE:
-        cos, sin = _angles(cos_ptr, sin_ptr, token, valid, cos_l, cos_d, sin_l, sin_d, D, HALF)
-        q_even, q_odd = q_even * cos - q_odd * sin, q_even * sin + q_odd * cos
-        k_even, k_odd = k_even * cos - k_odd * sin, k_even * sin + k_odd * cos
-    _store_pairs(q_out_ptr, ((b * L + token) * H + head) * D, 1, q_even, q_odd, valid, D, HALF)
-    place = b * k_out_b + (position + token) * k_out_l + head * k_out_h
-    _store_pairs(k_out_ptr, place, k_out_d, k_even, k_odd, valid, D, HALF)
+    image, token, head, row, valid = _rows(L, H, ROWS)
+    q = _load(q_ptr, _place(image, token, head, q_b, q_l, q_h, ALIGNED), valid, D, BLOCK_D).to(tl.float32)
+    k = _load(k_ptr, _place(image, token, head, k_b, k_l, k_h, ALIGNED), valid, D, BLOCK_D).to(tl.float32)
     if VALUES:
-        v_even, v_odd = _pairs(v_ptr, b * v_b + token * v_l + head * v_h, v_d, valid, D, HALF)
-        place = b * v_out_b + (position + token) * v_out_l + head * v_out_h
-        _store_pairs(v_out_ptr, place, v_out_d, v_even, v_odd, valid, D, HALF)
+        v = _load(v_ptr, _place(image, token, head, v_b, v_l, v_h, ALIGNED), valid, D, BLOCK_D)
+        place = _place(image, position + token, head, v_out_b, v_out_l, v_out_h, ALIGNED)
+        _store(v_out_ptr, place, v, valid, D, BLOCK_D)
+    if NORM:
+        gain, _ = _gain(log_scale_ptr, head)
+        q *= (gain / tl.maximum(_length(q), eps))[:, None]
+        k *= (1 / tl.maximum(_length(k), eps))[:, None]
+    if ROPE:
+        cos, sin = _angles(cos_ptr, sin_ptr, token, valid, D, BLOCK_D)
+        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+    _store(q_out_ptr, row * D, q, valid, D, BLOCK_D)
+    place = _place(image, position + token, head, k_out_b, k_out_l, k_out_h, ALIGNED)
+    _store(k_out_ptr, place, k, valid, D, BLOCK_D)
 
 
 @triton.jit
+def _slope(g, x, gain, eps):
+    """The gradient [ROWS, BLOCK_D] of rows x that were normalised and multiplied by `gain`, and the part of g along
+    them [ROWS]."""
+    length = _length(x)
+    factor = 1 / tl.maximum(length, eps)
+    x *= factor[:, None]
+    along = tl.sum(g * x, 1)
+    shared = tl.where(length >= eps, along, 0.0)  # a row shorter than eps was divided by a constant
+    return (g - x * shared[:, None]) * (factor * gain)[:, None], along
+
+
+@triton.jit(do_not_specialize=["L"])
 def _backward(
-    g_ptr, x_ptr, log_scale_ptr, cos_ptr, sin_ptr, dx_ptr, dlog_scale_ptr,
-    g_b, g_l, g_h, g_d, x_b, x_l, x_h, x_d, cos_l, cos_d, sin_l, sin_d, L, eps,
-    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    NORM: tl.constexpr, ROPE: tl.constexpr, SCALED: tl.constexpr, DX: tl.constexpr, DLOG_SCALE: tl.constexpr,
+    gq_ptr, gk_ptr, q_ptr, k_ptr, log_scale_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dlog_scale_ptr,
+    gq_b, gq_l, gq_h, gk_b, gk_l, gk_h, q_b, q_l, q_h, k_b, k_l, k_h, L, eps,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
+    NORM: tl.constexpr, ROPE: tl.constexpr, DQ: tl.constexpr, DK: tl.constexpr, DLOG_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Of the queries (SCALED) or the keys; what dlog_scale gets for a row goes to its place in (B, L, H)."""
-    b = tl.program_id(1).to(tl.int64)
-    token, head, valid = _row(H, L, ROWS)
-    token = token.to(tl.int64)
-    even, odd = _pairs(g_ptr, b * g_b + token * g_l + head * g_h, g_d, valid, D, HALF)
-    if ROPE:  # turned back
-        cos, sin = _angles(cos_ptr, sin_ptr, token, valid, cos_l, cos_d, sin_l, sin_d, D, HALF)
-        even, odd = even * cos + odd * sin, odd * cos - even * sin
-    row = (b * L + token) * H + head
-    if NORM:
-        x_even, x_odd = _pairs(x_ptr, b * x_b + token * x_l + head * x_h, x_d, valid, D, HALF)
-        length = tl.sqrt(tl.sum(x_even * x_even + x_odd * x_odd, 1)[:, None])
-        factor = 1 / tl.maximum(length, eps)
-        x_even, x_odd = x_even * factor, x_odd * factor
-        along = tl.sum(even * x_even + odd * x_odd, 1)[:, None]
-        if SCALED:
-            gain = _gain(log_scale_ptr, head)
+    """What dlog_scale gets for a row goes to its place in (B, L, H): at most a hundredth of what is moved."""
+    image, token, head, row, valid = _rows(L, H, ROWS)
+    if ROPE:  # back
+        cos, sin = _angles(cos_ptr, sin_ptr, token, valid, D, BLOCK_D)
+        sin = -sin
+    if DQ or DLOG_SCALE:
+        g = _load(gq_ptr, _place(image, token, head, gq_b, gq_l, gq_h, ALIGNED), valid, D, BLOCK_D).to(tl.float32)
+        if ROPE:
+            g = _rotated(g, cos, sin)
+        if NORM:
+            q = _load(q_ptr, _place(image, token, head, q_b, q_l, q_h, ALIGNED), valid, D, BLOCK_D).to(tl.float32)
+            gain, below = _gain(log_scale_ptr, head)
+            g, along = _slope(g, q, gain, eps)
             if DLOG_SCALE:
-                # float32 has no log 100, and rounds it up
-                below = tl.load(log_scale_ptr + head).to(tl.float32) < MAX_LOG_SCALE
                 tl.store(dlog_scale_ptr + row, tl.where(below, along * gain, 0.0), valid)
-            factor = factor * gain
-        along = tl.where(length >= eps, along, 0.0)  # a shorter one is divided by a constant
-        even, odd = (even - x_even * along) * factor, (odd - x_odd * along) * factor
-    if DX:
-        _store_pairs(dx_ptr, row * D, 1, even, odd, valid, D, HALF)
+        if DQ:
+            _store(dq_ptr, row * D, g, valid, D, BLOCK_D)
+    if DK:
+        g = _load(gk_ptr, _place(image, token, head, gk_b, gk_l, gk_h, ALIGNED), valid, D, BLOCK_D).to(tl.float32)
+        if ROPE:
+            g = _rotated(g, cos, sin)
+        if NORM:
+            k = _load(k_ptr, _place(image, token, head, k_b, k_l, k_h, ALIGNED), valid, D, BLOCK_D).to(tl.float32)
+            g, _ = _slope(g, k, 1.0, eps)
+        _store(dk_ptr, row * D, g, valid, D, BLOCK_D)
 
 
 def forward(
@@ -151,7 +175,12 @@ def into_cache(
     eps: float,
 ) -> torch.Tensor:
     """See the reference."""
-    return _launch(q, k, v, key_cache, value_cache, position, log_scale, rope_cos, rope_sin, eps)
+    if key_cache.stride(-1) == value_cache.stride(-1) == 1:
+        return _launch(q, k, v, key_cache, value_cache, position, log_scale, rope_cos, rope_sin, eps)
+    q_out, k_out = forward(q, k, log_scale, rope_cos, rope_sin, eps)
+    key_cache.narrow(1, position, q.shape[1]).copy_(k_out)
+    value_cache.narrow(1, position, q.shape[1]).copy_(v)
+    return q_out
 
 
 def backward(
@@ -165,33 +194,32 @@ def backward(
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
     """Gradients of q, k and log_scale, as far as they are needed; the rotary tables have none."""
-    batch, length, heads, _ = q.shape
-    log_scale = None if log_scale is None else log_scale.contiguous()
-    found: list[torch.Tensor] = []
-    dlog_scale = torch.zeros(batch, length, heads if needs[2] else 0, dtype=torch.float32, device=q.device)
-    for x, grad, need, scaled in ((q, grads[0], needs[0], True), (k, grads[1], needs[1], False)):
-        make = torch.zeros if grad is None else torch.empty
-        dx = make(x.shape if need else 0, dtype=x.dtype, device=x.device)
-        wants_scale = scaled and needs[2]
-        if grad is not None and x.numel() and (need or wants_scale):
-            tables = _tables(rope_cos, rope_sin)
-            _backward[_grid(q)](
-                grad, x, log_scale, rope_cos, rope_sin, dx, dlog_scale, *grad.stride(), *x.stride(), *tables,
-                length, eps, **options(*q.shape[2:]), NORM=log_scale is not None, ROPE=rope_cos is not None,
-                SCALED=scaled, DX=need, DLOG_SCALE=wants_scale,
-            )  # fmt: skip
-        if need:
-            found.append(dx)
+    wanted = [needs[0] and grads[0] is not None, needs[1] and grads[1] is not None, needs[2] and grads[0] is not None]
+    shapes = [q.shape, k.shape, q.shape[:3]]
+    dtypes = [q.dtype, k.dtype, torch.float32]
+    dq, dk, dlog_scale = (
+        (torch.empty if made else torch.zeros)(shape if need else 0, dtype=dtype, device=q.device)
+        for shape, dtype, need, made in zip(shapes, dtypes, needs[:3], wanted, strict=True)
+    )
+    if q.numel() and any(wanted):
+        grad_q, grad_k, q, k = (None if t is None else _rows_adjacent(t) for t in (*grads, q, k))
+        _backward[_grid(q, tiles.BACKWARD)](
+            grad_q, grad_k, q, k, *_parameters(log_scale, rope_cos, rope_sin), dq, dk, dlog_scale,
+            *_strides(grad_q, grad_k, q, k), q.shape[1], eps, **options(q, tiles.BACKWARD),
+            ALIGNED=_aligned(grad_q, grad_k, q, k), NORM=log_scale is not None, ROPE=rope_cos is not None,
+            DQ=wanted[0], DK=wanted[1], DLOG_SCALE=wanted[2],
+        )  # fmt: skip
+    found = [dq] * needs[0] + [dk] * needs[1]
     if needs[2]:
         assert log_scale is not None
         found.append(dlog_scale.sum((0, 1)).to(log_scale.dtype))
     return found
 
 
-def options(heads: int, head_dim: int) -> dict[str, int]:
+def options(q: torch.Tensor, table: Table) -> dict[str, int]:
     """The kernels' constants."""
-    half = triton.next_power_of_2((head_dim + 1) // 2)
-    return {"H": heads, "D": head_dim, "HALF": half, "ROWS": max(1, min(ROWS, 2048 // half)), "num_warps": 4}
+    block = max(triton.next_power_of_2(q.shape[3]), 2)
+    return {"H": q.shape[2], "D": q.shape[3], "BLOCK_D": block, **table.choose(card(q.device), head_dim=block)}
 
 
 def _launch(
@@ -207,22 +235,35 @@ def _launch(
     eps: float,
 ) -> torch.Tensor:
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    log_scale = None if log_scale is None else log_scale.contiguous()
     if q.numel():
-        strides = [(0, 0, 0, 0) if t is None else t.stride() for t in (q, k, v, k_out, v_out)]
-        _forward[_grid(q)](
-            q, k, v, log_scale, rope_cos, rope_sin, q_out, k_out, v_out, *(s for stride in strides for s in stride),
-            *_tables(rope_cos, rope_sin), q.shape[1], position, eps, **options(*q.shape[2:]),
-            NORM=log_scale is not None, ROPE=rope_cos is not None, VALUES=v is not None,
+        q, k, v = _rows_adjacent(q), _rows_adjacent(k), None if v is None else _rows_adjacent(v)
+        _forward[_grid(q, tiles.FORWARD)](
+            q, k, v, *_parameters(log_scale, rope_cos, rope_sin), q_out, k_out, v_out,
+            *_strides(q, k, v, k_out, v_out), q.shape[1], position, eps, **options(q, tiles.FORWARD),
+            ALIGNED=_aligned(q, k, v, k_out, v_out), NORM=log_scale is not None, ROPE=rope_cos is not None,
+            VALUES=v is not None,
         )  # fmt: skip
     return q_out
 
 
-def _grid(q: torch.Tensor) -> tuple[int, int]:
-    batch, length, heads, head_dim = q.shape
-    return triton.cdiv(length * heads, options(heads, head_dim)["ROWS"]), batch
+def _grid(q: torch.Tensor, table: Table) -> tuple[int]:
+    return (q.shape[0] * triton.cdiv(q.shape[1] * q.shape[2], options(q, table)["ROWS"]),)
 
 
-def _tables(cos: torch.Tensor | None, sin: torch.Tensor | None) -> tuple[int, ...]:
-    """Strides of the rotary tables."""
-    return (0, 0, 0, 0) if cos is None or sin is None else (*cos.stride(), *sin.stride())
+def _rows_adjacent(t: torch.Tensor) -> torch.Tensor:
+    """With the channels of a head adjacent: a copy where they are not."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _parameters(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The scale and the rotary tables, contiguous."""
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def _strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
+    return tuple(stride for t in tensors for stride in ((0, 0, 0) if t is None else t.stride()[:3]))
+
+
+def _aligned(*tensors: torch.Tensor | None) -> int:
+    """The power of two, up to WIDEST, that divides all strides of rows: so many elements may be loaded at once."""
+    return math.gcd(WIDEST, *_strides(*tensors))

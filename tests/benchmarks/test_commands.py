@@ -20,10 +20,16 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**ours, **environment})
 
 
+def dry(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "temporary").mkdir(exist_ok=True)
+    environment = {"OUT": str(tmp_path / "out"), "TMPDIR": str(tmp_path / "temporary"), "PYTHON": sys.executable}
+    return run("bash", "benchmarks/on_gpu.sh", "--dry", *arguments, WARMERS="2", **environment)
+
+
 @pytest.mark.slow
 def test_script_for_a_gpu(tmp_path: Path) -> None:
     """All of it that needs no device: every suite at its tiny size, the table last."""
-    done = run("bash", "benchmarks/on_gpu.sh", "--dry", "300", OUT=str(tmp_path / "out"), PYTHON=sys.executable)
+    done = dry(tmp_path, "300")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "out/suites.jsonl").read_text().splitlines()]
     from benchmarks.suites import SUITES
@@ -31,7 +37,47 @@ def test_script_for_a_gpu(tmp_path: Path) -> None:
     assert {row["suite"] for row in rows} == {suite.name for suite in SUITES}
     assert all(row["wrong"] == {} for row in rows)
     table = done.stdout[done.stdout.index("suite, setting ") :].splitlines()
-    assert len(table) == min(len(rows) + 1, 40)
+    assert len(table) == min(len(rows) + 1, 40) + 1  # and a line about tuning
+    assert done.stdout.index("tests: done") < done.stdout.index("sanitize: left out") < done.stdout.index("bench: done")
+    assert "tune: left out, no device" in done.stdout
+
+
+@pytest.mark.slow
+def test_script_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One part alone; what has a row is left out, and a pass that hangs takes no other along."""
+    few = ("bench", "100", "--", "--suites", "adaptive_layer_norm,gated_residual")
+    (tmp_path / "hangs.py").write_text(HANGS)
+    plugin = ("-p", "hangs", "--case-limit", "12")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    done = dry(tmp_path, *few, *plugin)
+    assert done.returncode == 0 and "bench: a pass ended the process (142)" in done.stdout, done.stdout + done.stderr
+    rows = tmp_path / "out/suites.jsonl"
+    first = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert {(row["suite"], row["pass"]) for row in first} == {
+        ("adaptive_layer_norm", "forward"),
+        ("gated_residual", "forward"),
+        ("gated_residual", "training"),
+    }
+    compiled = (tmp_path / "temporary/fastvar_compiled.jsonl").read_text().splitlines()
+    assert len(compiled) == len({line for line in compiled}) == 4  # each once, though it runs in two processes
+    (tmp_path / "out/suites.tries.jsonl").unlink()
+    done = dry(tmp_path, *few)
+    assert done.returncode == 0, done.stdout + done.stderr
+    second = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert second[:3] == first
+    assert [(row["suite"], row["pass"]) for row in second[3:]] == [("adaptive_layer_norm", "training")]
+
+
+HANGS = """
+import time
+from benchmarks.runner import Runner
+measure = Runner.measure
+def hang(self, suite, setting, pass_):
+    if suite.name == "adaptive_layer_norm" and pass_ == "training":
+        time.sleep(60)
+    return measure(self, suite, setting, pass_)
+Runner.measure = hang
+"""
 
 
 def test_script_for_a_gpu_needs_one(tmp_path: Path) -> None:
@@ -41,7 +87,7 @@ def test_script_for_a_gpu_needs_one(tmp_path: Path) -> None:
     done = run("bash", "benchmarks/on_gpu.sh", OUT=str(tmp_path), PYTHON=sys.executable)
     assert done.returncode == 1 and "expected a CUDA device" in done.stderr
     done = run("bash", "benchmarks/on_gpu.sh", "soon", OUT=str(tmp_path))
-    assert done.returncode == 2 and "expected a number of seconds, got soon" in done.stderr
+    assert done.returncode == 2 and "expected tests, sanitize, bench, tune, profile or a number" in done.stderr
 
 
 def test_pytest_benchmark_shows_every_contender(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ replays the same operations on the same memory. Whatever Python did beside them 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,9 +14,13 @@ from tiny import some_subjects, tiny_var
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastvar.models import VAR, Generation, SamplingState, clear_graphs, graphs
-from fastvar.models.sampling import generate
+from fastvar.models import VAR, Generation, clear_graphs, graphs
+from fastvar.models.sampling import Beginning, Drawn, SamplingOptions, generate
 from fastvar.rl.adapters import add_adapters, without_adapters
+
+without = partial(generate, graphs=False)
+OPTIONS = SamplingOptions((0.0, 0.0, 0.0), 1.0, 0, 1.0, False, 3, True, None)
+GROWN = 1000  # bytes that a capture takes
 
 
 class Tape(TorchDispatchMode):
@@ -31,10 +36,11 @@ class Tape(TorchDispatchMode):
         return result
 
     def replay(self) -> None:
-        for func, args, kwargs, result in self.calls:
-            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(old, torch.Tensor):
-                    old.copy_(new)
+        with torch.autocast("cpu", enabled=False):  # what it did was recorded
+            for func, args, kwargs, result in self.calls:
+                for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                    if isinstance(old, torch.Tensor):
+                        old.copy_(new)
 
     def forget(self) -> None:
         """Fill all that was computed with NaN: on a GPU a capture computes nothing."""
@@ -57,7 +63,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     """Graphs on a CPU; the tapes recorded so far."""
     tapes: list[Tape] = []
 
-    def capture(run: Callable[[], SamplingState], device: torch.device, pool: Any) -> tuple[SamplingState, Any, Any]:
+    def capture(run: Callable[[], Drawn], device: torch.device, pool: Any) -> tuple[Drawn, Any, Any, int]:
         run()
         torch.clear_autocast_cache()
         with Tape() as tape:
@@ -65,10 +71,12 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
         torch.clear_autocast_cache()
         tape.forget()
         tapes.append(tape)
-        return after, tape.replay, pool
+        return after, tape.replay, pool, GROWN
 
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr("fastvar.models.sampling._graphs_run_on", lambda device: True)
+    monkeypatch.setattr(graphs, "runs_on", lambda device: True)
+    monkeypatch.setattr(graphs, "room", lambda device: 10**6)
+    monkeypatch.setattr(graphs, "total_memory", lambda device: 10**9)
     return tapes
 
 
@@ -91,7 +99,7 @@ def test_as_without(captures: list[Tape], settings: str, subject: str) -> None:
         labels = (LABELS + seed) % 5
         shared = None if subject == "none" else some_subjects(var, 2, seed)
         arguments = {"subject": shared, "seed": seed, **options}
-        same(generate(var, labels, graphs=True, **arguments), generate(var, labels, **arguments))
+        same(generate(var, labels, graphs=True, **arguments), without(var, labels, **arguments))
     assert len(captures) == 1
 
 
@@ -127,10 +135,10 @@ def test_follows_the_weights(captures: list[Tape]) -> None:
     generate(var, LABELS, graphs=True)
     with torch.no_grad():
         var.head.bias.add_(torch.randn(var.head.bias.shape))
-    same(generate(var, LABELS, graphs=True), generate(var, LABELS))
+    same(generate(var, LABELS, graphs=True), without(var, LABELS))
     assert len(captures) == 1
     var.head.bias = torch.nn.Parameter(torch.randn(var.head.bias.shape))
-    same(generate(var, LABELS, graphs=True), generate(var, LABELS))
+    same(generate(var, LABELS, graphs=True), without(var, LABELS))
     assert len(captures) == 2
 
 
@@ -150,6 +158,105 @@ def test_what_is_captured_apart_and_forgotten(captures: list[Tape]) -> None:
     assert len(captures) == before + 1
 
 
+def test_unasked_from_the_second_call_on(captures: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the labels and seeds; a call of another kind has a first time of its own."""
+    var = tiny_var(subject="block_causal")
+    for call in range(4):
+        arguments: dict[str, Any] = {"subject": some_subjects(var, 2, call), "seed": call, "first_sample": call}
+        same(generate(var, (LABELS + call) % 5, **arguments), without(var, (LABELS + call) % 5, **arguments))
+        assert len(captures) == min(call, 1)
+    for call in range(3):
+        generate(var, LABELS, seed=call)
+        assert len(captures) == 1 + min(call, 1)
+    expected = without(var, LABELS)
+    monkeypatch.setattr("fastvar.models.sampling.draw", None)  # nothing runs but the graph
+    same(generate(var, LABELS), expected)
+
+
+def test_large_images_are_decoded_after_the_graph(captures: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    var, decoded = tiny_var(), []
+    decode = var.tokenizer.decode_features
+    monkeypatch.setattr(var.tokenizer, "decode_features", lambda *a, **k: (decoded.append(1), decode(*a, **k))[1])
+    generate(var, LABELS, graphs=True)
+    before = len(decoded)
+    same(generate(var, LABELS, graphs=True, seed=1), without(var, LABELS, seed=1))
+    assert len(decoded) == before + 1, "by the call without a graph"
+    monkeypatch.setattr("fastvar.models.sampling.DECODED_AT_ONCE", 4 * 36 - 1)
+    for _ in range(2):
+        before = len(decoded)
+        same(generate(var, LABELS, graphs=True, seed=1), without(var, LABELS, seed=1))
+        assert len(decoded) == before + 2
+    assert len(captures) == 2
+
+
+def test_where_nothing_can_be_captured(captures: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unasked, calls do without; asked, they say why not."""
+
+    def refused(expected: str) -> None:
+        for seed in range(3):
+            same(generate(var, LABELS, seed=seed), without(var, LABELS, seed=seed))
+        with pytest.raises(ValueError, match=rf"^generate: graphs: expected {expected}"):
+            generate(var, LABELS, graphs=True)
+        assert not captures
+
+    var = tiny_var(drop_path=0.0)
+    hook = var.blocks[0].proj.register_forward_hook(lambda module, inputs, output: output)
+    refused("no forward hooks, got some on a Linear")
+    hook.remove()
+    var.blocks[0].mlp_in.compile(backend="eager")
+    refused("a model that is not compiled, got a compiled Linear")
+    var = tiny_var()
+    with Tape():
+        refused("a plain call, got one under torch.compile or a dispatch mode")
+    monkeypatch.setattr("fastvar.ops._checks.DEBUG", True)
+    refused("FASTVAR_DEBUG to be off")
+    monkeypatch.undo()
+    monkeypatch.setattr(graphs, "runs_on", lambda device: True)
+    var = tiny_var(drop_path=0.5).train()
+    with pytest.raises(ValueError, match=r"^generate: graphs: expected no dropout, got some in a Block"):
+        generate(var, LABELS, graphs=True)
+
+
+def test_memory_is_bounded(captures: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tiny_var(), tiny_var(seed=1)
+    kept = graphs._CAPTURED
+
+    def ask(var: VAR, batch: int) -> None:
+        for _ in range(2):
+            generate(var, LABELS[:batch])
+
+    monkeypatch.setattr(graphs, "total_memory", lambda device: 2 * (GROWN + 200) / graphs.MEMORY)
+    ask(first, 1)
+    ask(second, 1)
+    assert len(kept[first].by_key) == len(kept[second].by_key) == 1
+    assert kept[first].nbytes == GROWN + 8 + 8, "a label and a seed"
+    ask(second, 2)  # too much for three: those of the model that was used last stay
+    assert not kept[first].by_key and len(kept[second].by_key) == 2 and kept[first].nbytes == 0
+    ask(second, 3)  # too much for one model's: all are freed
+    assert not kept[second].by_key and kept[second].nbytes == 0 and len(captures) == 4
+    generate(second, LABELS[:3])  # its kind was captured before, and is captured again
+    assert len(captures) == 5 and len(kept[second].by_key) == 1
+
+    monkeypatch.setattr(graphs, "total_memory", lambda device: GROWN / graphs.MEMORY)
+    clear_graphs(second)
+    ask(second, 1)  # alone too large: not a second time
+    ask(second, 1)
+    assert len(captures) == 6 and not kept[second].by_key
+    generate(second, LABELS[:1], graphs=True)  # unless it is asked for
+    assert len(captures) == 7 and len(kept[second].by_key) == 1
+
+    monkeypatch.setattr(graphs, "total_memory", lambda device: 10**9)
+    var = tiny_var()
+    needed = graphs.needed(var, Beginning(LABELS, None, False, False), OPTIONS)
+    assert needed > 2 * 2 * 4 * 14 * 32 * 4, "at least keys and values"
+    monkeypatch.setattr(graphs, "room", lambda device: needed - 1)
+    ask(var, 4)
+    assert not kept[var].by_key
+    monkeypatch.setattr(graphs, "room", lambda device: needed)
+    ask(var, 4)
+    assert len(kept[var].by_key) == 1
+
+
 def test_a_state_is_consumed() -> None:
     var = tiny_var()
     state = generate(var, LABELS, stop=1, decode=False).state
@@ -167,10 +274,10 @@ def test_adapters(captures: list[Tape]) -> None:
         for name, parameter in var.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    same(generate(var, LABELS, graphs=True), generate(var, LABELS))
+    same(generate(var, LABELS, graphs=True), without(var, LABELS))
     with without_adapters(var):
-        same(generate(var, LABELS, graphs=True), generate(var, LABELS))
-    same(generate(var, LABELS, graphs=True), generate(var, LABELS))
+        same(generate(var, LABELS, graphs=True), without(var, LABELS))
+    same(generate(var, LABELS, graphs=True), without(var, LABELS))
     assert len(captures) == 2
 
 
@@ -178,20 +285,20 @@ def test_autocast_and_inference_mode(captures: list[Tape]) -> None:
     var = tiny_var()
     with torch.inference_mode():
         generate(var, LABELS, graphs=True)
-    same(generate(var, LABELS, graphs=True, seed=1), generate(var, LABELS, seed=1))
+    same(generate(var, LABELS, graphs=True, seed=1), without(var, LABELS, seed=1))
     with torch.autocast("cpu", torch.bfloat16):
         first = generate(var, LABELS, graphs=True)
-        same(first, generate(var, LABELS))
+        same(first, without(var, LABELS))
         with torch.no_grad():
             var.head.weight.mul_(-1)
     with torch.autocast("cpu", torch.bfloat16):
-        same(generate(var, LABELS, graphs=True), generate(var, LABELS))
+        same(generate(var, LABELS, graphs=True), without(var, LABELS))
     assert len(captures) == 2
 
 
 def test_no_images() -> None:
     var = tiny_var()
-    same(generate(var, LABELS[:0], graphs=True), generate(var, LABELS[:0]))
+    same(generate(var, LABELS[:0], graphs=True), without(var, LABELS[:0]))
 
 
 def test_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,4 +315,4 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch, settings: str) -> None:
     var: VAR = tiny_var().cuda()
     for seed in range(3):
         arguments = {"seed": seed, "log_probs": True, **SETTINGS[settings]}
-        same(generate(var, LABELS.cuda(), graphs=True, **arguments), generate(var, LABELS.cuda(), **arguments))
+        same(generate(var, LABELS.cuda(), graphs=True, **arguments), without(var, LABELS.cuda(), **arguments))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,11 +31,12 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 class Launch(NamedTuple):
-    """A kernel and what it was called with, positional and by name."""
+    """A kernel, what it was called with, positional and by name, and on how many blocks along each axis."""
 
     kernel: Any
     arguments: tuple[Any, ...]
     named: dict[str, Any]
+    grid: tuple[int, ...] = ()
 
 
 class Compiled(NamedTuple):
@@ -54,7 +56,7 @@ def recorded() -> Iterator[list[Launch]]:
     run = JITFunction.run
 
     def record(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        launches.append(Launch(self, arguments, named))
+        launches.append(Launch(self, arguments, named, tuple(grid)))
 
     JITFunction.run = record
     try:
@@ -96,6 +98,16 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = _resources(kernel.asm["cubin"])
     return Compiled(registers, stack, kernel.metadata.shared, kernel.asm["ptx"])
+
+
+def accesses(ptx: str) -> Counter[tuple[str, int]]:
+    """How many loads ("ld") and stores ("st") of global memory of how many bytes a thread there are."""
+    found: Counter[tuple[str, int]] = Counter()
+    for kind, vector, bits in re.findall(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx):
+        found[kind, int(vector or 1) * int(bits) // 8] += 1
+    for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[\w.:]* \[[^]]*\], *\[[^]]*\], *(\w+)", ptx):
+        found["ld", int(size, 0)] += 1
+    return found
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

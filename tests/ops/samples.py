@@ -128,6 +128,18 @@ def _gated_residual(dtype: torch.dtype) -> Iterator[Sample]:
         yield ops.gated_residual, arguments, ("x", "y", "gate")
 
 
+@sample("gated_residual_norm")
+def _gated_residual_norm(dtype: torch.dtype) -> Iterator[Sample]:
+    for batch, length, width in [(2, 5, 12), (0, 5, 12), (1, 1, 7), (2, 40, 6)]:
+        arguments = {
+            "x": noise(batch, length, width, dtype=dtype),
+            "y": noise(batch, length, width, dtype=dtype, seed=1),
+        }
+        modulations = noise(batch, 3, width, dtype=dtype, seed=2).unbind(1)
+        arguments |= dict(zip(("gate", "scale", "shift"), modulations, strict=True))
+        yield ops.gated_residual_norm, arguments, tuple(arguments)
+
+
 @sample("residual_quantize")
 def _residual_quantize(dtype: torch.dtype) -> Iterator[Sample]:
     for batch, channels, grids in [(2, 4, (1, 2, (3, 5))), (0, 4, (1, 2, 3)), (1, 3, (2,)), (1, 1, (1, 1))]:

@@ -1,4 +1,4 @@
-"""adaptive_layer_norm and gated_residual against their definitions in float64."""
+"""adaptive_layer_norm and gated_residual against their definitions in float64, and both in one against them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from bounds import assert_as_accurate
 from samples import noise
 
-from fastvar.ops import adaptive_layer_norm, gated_residual
+from fastvar.ops import adaptive_layer_norm, gated_residual, gated_residual_norm
 
 SHAPES = [(2, 5, 12), (3, 1, 7), (1, 4, 1), (2, 40, 65), (2, 3, 1920)]
 
@@ -118,3 +118,46 @@ def test_wrong_residual(message: str, change: dict[str, Any]) -> None:
     valid = {"x": torch.zeros(2, 5, 12), "y": torch.zeros(2, 5, 12), "gate": torch.zeros(2, 12)}
     with pytest.raises(ValueError, match=f"^gated_residual: {message}"):
         gated_residual(**{**valid, **change})
+
+
+def in_one(
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, **rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    residual = gated_residual(x, y, gate, **{n: v for n, v in rest.items() if n == "backend"})
+    return residual, adaptive_layer_norm(residual, scale, shift, **rest)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_both_in_one(backend: str, dtype: torch.dtype, used: tuple[int, ...]) -> None:
+    """The bits of the two operators one after the other, gradients of both results or of one of them too."""
+    inputs = [noise(2, 40, 12, dtype=dtype, seed=i) for i in range(2)]
+    inputs += noise(2, 6, 12, dtype=torch.float32, seed=2).to(dtype).unbind(1)[2:5]
+    found = []
+    for call in (gated_residual_norm, in_one):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        results = [call(*leaves, eps=1e-3, backend=backend)[i] for i in used]
+        grads = [noise(*r.shape, dtype=dtype, seed=5 + i) for i, r in enumerate(results)]
+        found.append([*results, *torch.autograd.grad(results, leaves, grads, materialize_grads=True)])
+    for one, apart in zip(*found, strict=True):
+        assert torch.equal(one, apart)
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("x: expected shape", {"x": torch.zeros(2, 12)}),
+        (r"y: expected shape \(2, 5, 12\)", {"y": torch.zeros(2, 4, 12)}),
+        ("y: expected cpu", {"y": torch.zeros(2, 5, 12, device="meta")}),
+        (r"gate: expected shape \(2, 12\)", {"gate": torch.zeros(1, 12)}),
+        ("scale: expected a floating-point", {"scale": torch.zeros(2, 12, dtype=torch.int64)}),
+        (r"shift: expected shape \(2, 12\)", {"shift": torch.zeros(2, 5, 12)}),
+    ],
+)
+def test_wrong_arguments_of_both(message: str, change: dict[str, Any]) -> None:
+    valid = {"x": torch.zeros(2, 5, 12), "y": torch.zeros(2, 5, 12)}
+    valid |= {name: torch.zeros(2, 12) for name in ("gate", "scale", "shift")}
+    with pytest.raises(ValueError, match=f"^gated_residual_norm: {message}"):
+        gated_residual_norm(**{**valid, **change})

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from bounds import assert_as_accurate
+from fastvar.kernels.block_causal_attention import impl_sdpa
 from samples import noise
 
 from fastvar import ScaleSchedule
-from fastvar.ops import PrefixKV, block_causal_attention
+from fastvar.ops import PrefixKV, block_causal_attention, block_causal_attention_with_lse
+from fastvar.ops._dispatch import REGISTRY, Implementation
 
 FOLDER = "fastvar.kernels.block_causal_attention"
 LONG = ScaleSchedule((1, 5, 9, (10, 15)))  # 257 tokens, three tiles of rows
@@ -28,50 +30,315 @@ PREFIXES: dict[str, tuple[int, list[int] | None] | None] = {
 }
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=scale).transpose(1, 2)
+_ATEN = torch.ops.aten
+_CPU_FORWARD = _ATEN._scaled_dot_product_flash_attention_for_cpu
+_CPU_BACKWARD = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-@pytest.fixture(params=["flex", "flash_attn", "xformers"])
-def forward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The implementation's function."""
-    if request.param == "flex":
-        module = import_module(f"{FOLDER}.impl_flex")
-        monkeypatch.setattr(module, "_attend", lambda: module.flex_attention)
-        return module.forward
-    package = ModuleType(request.param)
-    package.flash_attn_func = lambda q, k, v, *, softmax_scale, deterministic: attention(q, k, v, softmax_scale)  # type: ignore[attr-defined]
-    package.ops = SimpleNamespace(memory_efficient_attention=attention)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, request.param, package)
-    monkeypatch.setitem(sys.modules, f"{request.param}.ops", package.ops)
-    name = f"{FOLDER}.impl_{request.param}"
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    module = import_module(name)
-    monkeypatch.delitem(sys.modules, name)  # no other test may find the stand-in
-    return module.forward
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, n, H, D) and the log-sum-exp (B, H, n)."""
+    out, lse = _CPU_FORWARD(*(t.transpose(1, 2) for t in (q, k, v)), scale=scale)
+    return out.transpose(1, 2), lse
 
 
+def gradients(*tensors: torch.Tensor, lse: torch.Tensor, scale: float) -> list[torch.Tensor]:
+    """Of q, k and v from the result's gradient, q, k, v and the result, all (B, n, H, D)."""
+    found = _CPU_BACKWARD(*(t.transpose(1, 2) for t in tensors), lse, 0.0, False, scale=scale)
+    return [t.transpose(1, 2) for t in found]
+
+
+def flash_attn_2() -> dict[str, ModuleType]:
+    """Stands in for flash-attn, by the names and the order of arguments of its version 2.8."""
+
+    def forward(q, k, v, dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes, return_softmax):  # type: ignore[no-untyped-def]
+        assert (dropout_p, causal, left, right, softcap, alibi_slopes) == (0.0, False, -1, -1, 0.0, None)
+        return *attend(q, k, v, softmax_scale), torch.empty(0), torch.empty(2)
+
+    def backward(  # type: ignore[no-untyped-def]
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale,
+        causal, left, right, softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # fmt: skip
+        assert (dropout_p, causal, left, right, softcap, alibi_slopes) == (0.0, False, -1, -1, 0.0, None)
+        assert deterministic and softmax_lse.is_contiguous()
+        for place, found in zip(
+            (dq, dk, dv), gradients(dout, q, k, v, out, lse=softmax_lse, scale=softmax_scale), strict=True
+        ):
+            place.copy_(found)
+
+    package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
+    interface._flash_attn_forward, interface._flash_attn_backward = forward, backward  # type: ignore[attr-defined]
+    return {"flash_attn": package, "flash_attn.flash_attn_interface": interface}
+
+
+def xformers() -> dict[str, ModuleType]:
+    """Stands in for xFormers 0.0.35."""
+    names = ("xformers", "xformers.ops", "xformers.ops.fmha")
+    modules = {name: ModuleType(name) for name in names}
+
+    def forward(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = attend(q, k, v, scale)
+        return out, F.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
+
+    def backward(grad, output, lse, query, key, value, *, scale):  # type: ignore[no-untyped-def]
+        assert lse.shape[2] == query.shape[1]
+        return tuple(gradients(grad, query, key, value, output, lse=lse, scale=scale))
+
+    fmha = modules["xformers.ops.fmha"]
+    fmha.memory_efficient_attention_forward_requires_grad = forward  # type: ignore[attr-defined]
+    fmha.memory_efficient_attention_backward = backward  # type: ignore[attr-defined]
+    return modules
+
+
+def flash_attn_4() -> dict[str, ModuleType]:
+    """Stands in for flash-attn-4 4.0.0b36: a dense mask from the lists of tiles and the mask function."""
+    names = ("flash_attn", "flash_attn.cute", "flash_attn.cute.utils", "cutlass", "cutlass.cute")
+    modules: dict[str, Any] = {name: ModuleType(name) for name in names}
+    interface, sparsity = ModuleType("flash_attn.cute.interface"), ModuleType("flash_attn.cute.block_sparsity")
+    Tiles = NamedTuple(
+        "Tiles",
+        [(name, Any) for name in (
+            "mask_block_cnt", "mask_block_idx", "full_block_cnt", "full_block_idx",
+            "block_size", "dq_write_order", "dq_write_order_full", "spt",
+        )],
+    )  # fmt: skip
+    Tiles.__new__.__defaults__ = (None,) * 4
+
+    def dense(tiles, mask_mod, bounds, length, by_column):  # type: ignore[no-untyped-def]
+        """(L, L) bool"""
+        rows, columns = tiles.block_size[:: -1 if by_column else 1]
+        seen = torch.zeros(-(-length // rows) * rows, -(-length // columns) * columns, dtype=torch.bool)
+        place = torch.arange(max(seen.shape))
+        for count, index, whole in (
+            (tiles.mask_block_cnt, tiles.mask_block_idx, False),
+            (tiles.full_block_cnt, tiles.full_block_idx, True),
+        ):
+            assert count.dtype == index.dtype == torch.int32
+            assert count.shape == index.shape[:3] == (1, 1, len(seen) // rows)
+            for row in range(count.shape[2]):
+                listed = index[0, 0, row, : count[0, 0, row]].tolist()
+                assert listed == sorted(listed)
+                for column in listed:
+                    tile = seen[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
+                    assert not tile.any()
+                    down = place[row * rows : (row + 1) * rows, None].clamp(max=length - 1)
+                    across = place[None, column * columns : (column + 1) * columns]
+                    queries, keys = (across.clamp(max=length - 1), down) if by_column else (down, across)
+                    tile[:] = True if whole else mask_mod(0, 0, [queries], keys, None, bounds)
+        return seen[:length, :length].mT if by_column else seen[:length, :length]
+
+    def hidden(q, k, mask_mod, aux_tensors, block_sparse_tensors, seqused_k, by_column):  # type: ignore[no-untyped-def]
+        if seqused_k is not None:
+            assert seqused_k.dtype == torch.int32 and (seqused_k > 0).all() and (seqused_k <= k.shape[1]).all()
+            seen = torch.arange(k.shape[1]) < seqused_k[:, None, None, None]
+        elif mask_mod is not None:
+            seen = dense(block_sparse_tensors, mask_mod, aux_tensors, q.shape[1], by_column)[None, None]
+        else:
+            return None
+        bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+        return bias.expand(len(q), q.shape[2], q.shape[1], k.shape[1])
+
+    def forward(  # type: ignore[no-untyped-def]
+        q,
+        k,
+        v,
+        *,
+        softmax_scale,
+        return_lse,
+        mask_mod=None,
+        aux_tensors=None,
+        block_sparse_tensors=None,
+        seqused_k=None,
+    ):
+        assert return_lse
+        bias = hidden(q, k, mask_mod, aux_tensors, block_sparse_tensors, seqused_k, False)
+        out, lse = _CPU_FORWARD(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=bias, scale=softmax_scale)
+        return out.transpose(1, 2), lse, None, None, None
+
+    def backward(  # type: ignore[no-untyped-def]
+        q, k, v, out, dout, lse, *, softmax_scale, deterministic, mask_mod=None, aux_tensors=None,
+        block_sparse_tensors=None, seqused_k=None,
+    ):  # fmt: skip
+        assert deterministic
+        if block_sparse_tensors is not None:
+            assert block_sparse_tensors.dq_write_order.shape == block_sparse_tensors.mask_block_idx.shape
+            assert block_sparse_tensors.spt is False
+        bias = hidden(q, k, mask_mod, aux_tensors, block_sparse_tensors, seqused_k, True)
+        tensors = (t.transpose(1, 2) for t in (dout, q, k, v, out))
+        found = _CPU_BACKWARD(*tensors, lse, 0.0, False, attn_mask=bias, scale=softmax_scale)
+        return tuple(t.transpose(1, 2) for t in found)
+
+    interface._flash_attn_fwd, interface._flash_attn_bwd = forward, backward  # type: ignore[attr-defined]
+    sparsity.BlockSparseTensorsTorch = Tiles  # type: ignore[attr-defined]
+    sparsity.compute_dq_write_order = lambda *lists: (lists[5], lists[7])  # type: ignore[attr-defined]
+    modules["cutlass"].Int32 = torch.int32
+    modules["cutlass"].cute = modules["cutlass.cute"]
+    modules["cutlass.cute"].jit = lambda function: function
+    modules["flash_attn.cute.utils"].scalar_to_ssa = lambda value, dtype: value
+    modules["flash_attn.cute"].utils = modules["flash_attn.cute.utils"]
+    return modules | {interface.__name__: interface, sparsity.__name__: sparsity}
+
+
+STAND_INS = {
+    "flash_attn 2": flash_attn_2,
+    "flash_attn 4, Hopper": flash_attn_4,
+    "flash_attn 4, Blackwell": flash_attn_4,
+    "xformers": xformers,
+}
+
+
+@pytest.fixture(params=["sdpa", "flex", *STAND_INS])
+def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The implementation, behind the backend's name."""
+    backend = request.param.split()[0]
+    name = f"{FOLDER}.impl_{backend}"
+    module: Any = None
+    if request.param in STAND_INS:
+        for package, stand_in in STAND_INS[request.param]().items():
+            monkeypatch.setitem(sys.modules, package, stand_in)
+        for own in (name, f"{FOLDER}.flash_attn_2", f"{FOLDER}.flash_attn_4"):
+            monkeypatch.setitem(sys.modules, own, ModuleType(own))  # no other test will find the stand-in
+            del sys.modules[own]
+        module = import_module(name)
+        if backend == "flash_attn":
+            there = "flash-attn-4" if "4" in request.param else "flash-attn"
+            monkeypatch.setattr(module, "_installed", lambda package: package == there)
+            capability = (10, 0) if "Blackwell" in request.param else (9, 0)
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    else:
+        module = import_module(name)
+        if backend == "flex":
+            monkeypatch.setattr(module, "_attend", module.flex_attention)
+    # behind the operator, on whatever device
+    others = [each for each in REGISTRY["block_causal_attention"] if each.backend != backend]
+    monkeypatch.setitem(REGISTRY, "block_causal_attention", (*others, Implementation(backend, name)))
+    return module
+
+
+def backend(module: Any) -> str:
+    return str(module.__name__.partition("impl_")[2])
+
+
+@pytest.mark.parametrize("layout", ["slices", "heads last"])
 @pytest.mark.parametrize("block_diagonal", [False, True])
 @pytest.mark.parametrize("name", PREFIXES)
-def test_as_the_reference(forward: Any, name: str, block_diagonal: bool) -> None:
-    q, k, v = (noise(4, LONG.num_tokens, 3, 2, 16, seed=4) * 2).unbind(2)
-    prefix, lengths = None, None
-    if (given := PREFIXES[name]) is not None:
-        prefix = noise(2, 2, given[0], 2, 16, seed=5)
-        lengths = None if given[1] is None else torch.tensor(given[1])
-    shared = (None, None) if prefix is None else tuple(prefix)
-    arguments = (q, k, v, LONG, *shared, lengths, 0.3, block_diagonal, False)
-    if lengths is not None and "flex" not in forward.__module__:
+def test_as_the_reference(
+    module: Any, name: str, block_diagonal: bool, layout: str, request: pytest.FixtureRequest
+) -> None:
+    """Results and gradients, those of the log-sum-exp too."""
+    size, lengths = PREFIXES[name] or (0, None)
+    tensors = [*(noise(4, LONG.num_tokens, 3, 2, 16, seed=4) * 2).unbind(2), *noise(2, 2, size, 2, 16, seed=5)]
+    if layout == "heads last":
+        tensors = [t.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2) for t in tensors]
+    valid = None if lengths is None else torch.tensor(lengths)
+
+    def run(name: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        prefix = PrefixKV(leaves[3], leaves[4], valid) if size else None
+        arguments: Any = {"prefix": prefix, "softmax_scale": 0.3, "block_diagonal": block_diagonal, "backend": name}
+        if name == "flex":  # its backward pass needs a GPU
+            with torch.no_grad():
+                return [block_causal_attention(*leaves[:3], LONG, **arguments)]
+        out, lse = block_causal_attention_with_lse(*leaves[:3], LONG, **arguments)
+        weights = [noise(*t.shape, dtype=dtype, seed=6) for t in (out, lse)]
+        assert out.is_contiguous()
+        return [out, lse, *torch.autograd.grad((out, lse), leaves[: 5 if size else 3], weights)]
+
+    if lengths is not None and any(package in request.node.name for package in ("flash_attn 2", "xformers")):
         with pytest.raises(ValueError, match=r"^block_causal_attention: prefix\.lengths: expected none for backend="):
-            forward(*arguments)
+            run(backend(module), torch.float32)
         return
-    out, _ = forward(*arguments)
-    kv = None if prefix is None else PrefixKV(*prefix, lengths)
-    expected = block_causal_attention(
-        q, k, v, LONG, prefix=kv, softmax_scale=0.3, block_diagonal=block_diagonal, backend="reference"
-    )
-    assert out.is_contiguous()
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    for got, expected in zip(run(backend(module), torch.float32), run("reference", torch.float64), strict=False):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_empty_batch(module: Any, prefixed: bool) -> None:
+    q = torch.empty(0, 5, 2, 16, requires_grad=True)
+    prefix = PrefixKV(*torch.empty(2, 0, 3, 2, 16)) if prefixed else None
+    out = block_causal_attention(q, q, q, ScaleSchedule((1, 2)), prefix=prefix, backend=backend(module))
+    assert out.shape == q.shape
+
+
+class StandIns:
+    """PyTorch's operators for GPUs by that for CPUs: same arguments, results as they lay them out."""
+
+    def _scaled_dot_product_cudnn_attention(self, q, k, v, attn_bias, compute_log_sumexp, *, scale):  # type: ignore[no-untyped-def]
+        assert attn_bias is None and compute_log_sumexp
+        out, lse = _CPU_FORWARD(q, k, v, scale=scale)
+        return out, lse[..., None], None, None, q.shape[2], k.shape[2], None, None, None
+
+    def _scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-untyped-def]
+        self, grad_out, q, k, v, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q, cum_seq_k,
+        max_q, max_k, dropout_p, is_causal, *, scale,
+    ):  # fmt: skip
+        assert logsumexp.ndim == 4 and logsumexp.is_contiguous() and attn_bias is None and not is_causal
+        assert (max_q, max_k) == (q.shape[2], k.shape[2])
+        return _CPU_BACKWARD(grad_out, q, k, v, out, logsumexp[..., 0], dropout_p, is_causal, scale=scale)
+
+    def _scaled_dot_product_flash_attention(self, q, k, v, *, scale):  # type: ignore[no-untyped-def]
+        return *_CPU_FORWARD(q, k, v, scale=scale), None, None, q.shape[2], k.shape[2], None, None, None
+
+    def _scaled_dot_product_flash_attention_backward(  # type: ignore[no-untyped-def]
+        self, grad_out, q, k, v, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
+        philox_seed, philox_offset, *, scale,
+    ):  # fmt: skip
+        assert logsumexp.is_contiguous() and (max_q, max_k) == (q.shape[2], k.shape[2])
+        return _CPU_BACKWARD(grad_out, q, k, v, out, logsumexp, dropout_p, is_causal, scale=scale)
+
+    def _scaled_dot_product_efficient_attention(self, q, k, v, attn_bias, compute_log_sumexp, *, scale):  # type: ignore[no-untyped-def]
+        out, lse = _CPU_FORWARD(q, k, v, attn_mask=attn_bias, scale=scale)
+        return out, F.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf), None, None
+
+    def _scaled_dot_product_efficient_attention_backward(  # type: ignore[no-untyped-def]
+        self, grad_out_, q, k, v, attn_bias, out, logsumexp, philox_seed, philox_offset, dropout_p, grad_input_mask,
+        is_causal=False, *, scale,
+    ):  # fmt: skip
+        rows = q.shape[2]
+        assert logsumexp.shape[2] % 32 == 0 and (logsumexp[:, :, rows:] == torch.inf).all()
+        assert attn_bias is None or all(stride % 8 == 0 for stride in attn_bias.stride()[:3])
+        lse = logsumexp[:, :, :rows].contiguous()
+        found = _CPU_BACKWARD(grad_out_, q, k, v, out, lse, dropout_p, is_causal, attn_mask=attn_bias, scale=scale)
+        return *found, None
+
+
+@pytest.mark.parametrize("lengths", [None, [0, 133], [-3, 1000]])
+@pytest.mark.parametrize("kernel", ["cudnn", "flash", "efficient"])
+def test_kernels_for_gpus(kernel: str, lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of PyTorch's kernels gets its arguments as it wants them. Lengths outside of the prefix are cut to it."""
+    q, k, v = (noise(4, LONG.num_tokens, 3, 2, 16, seed=4) * 2).unbind(2)
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v, *noise(2, 2, 140, 2, 16, seed=5))]
+    results = {}
+    for backend in ("reference", "sdpa"):
+        if backend == "sdpa":
+            monkeypatch.setattr(impl_sdpa, "_ATEN", StandIns())
+            monkeypatch.setattr(impl_sdpa, "_kernel", lambda *args: "efficient" if args[3] is not None else kernel)
+            monkeypatch.setattr(impl_sdpa, "_cudnn_lse_rank", lambda device: 4)
+        valid = None if lengths is None else torch.tensor(lengths)
+        prefix = PrefixKV(leaves[3], leaves[4], valid)
+        out, lse = block_causal_attention_with_lse(*leaves[:3], LONG, prefix=prefix, backend=backend)
+        results[backend] = [out, lse, *torch.autograd.grad((out.sin().sum(), lse.sin().sum()), leaves)]
+    for got, expected in zip(results["sdpa"], results["reference"], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "flash", "efficient"])
+def test_kernels_for_gpus_exist(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch takes the arguments, and its results have the shapes that are expected, on tensors without values."""
+    monkeypatch.setattr(impl_sdpa, "_kernel", lambda *args: kernel)
+    q, k, v = torch.empty(3, 2, 40, 3, 64, dtype=torch.bfloat16, device="meta").transpose(-1, -2).mT
+    package = impl_sdpa._ScaledDotProducts()
+    out, lse = package.attend(q, k, v, 0.1, None)
+    assert out.shape == q.shape and lse.shape == (2, 3, 40) and lse.dtype == torch.float32
+    assert [g.shape for g in package.gradients(out, q, k, v, out, lse, 0.1, None)] == [q.shape] * 3
+
+
+def test_no_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: 0)
+    q = torch.empty(1, 3, 5, 24, dtype=torch.float16, device="meta")
+    with pytest.raises(ValueError, match=r"^block_causal_attention: .*backend='sdpa', .* PyTorch chooses MATH"):
+        impl_sdpa._kernel(q, q, q, None, 1.0)
 
 
 @pytest.mark.parametrize("block_diagonal", [False, True])
@@ -103,12 +370,23 @@ def test_block_mask_is_exact(name: str, block_diagonal: bool) -> None:
                     assert not tiles["masked"][row, column] or (part.any() and not part.all())
 
 
-def test_log_sum_exp() -> None:
-    """FlexAttention gives it; the others say that they do not."""
-    module = import_module(f"{FOLDER}.copied_prefix")
-    q = noise(1, 5, 1, 16)
-    with pytest.raises(ValueError, match=r"^block_causal_attention: with_lse: expected none"):
-        module.by_scale(attention, "xformers", q, q, q, ScaleSchedule((1, 2)), None, None, None, 1.0, False, True)
+def test_flex_compiles_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other lengths are no other graph, and more shapes than PyTorch's limit of eight are no error."""
+    module = import_module(f"{FOLDER}.impl_flex")
+    torch._dynamo.reset()
+    compiled = torch.compile(module.flex_attention, dynamic=False, fullgraph=True, backend="eager")
+    monkeypatch.setattr(module, "_compiled", lambda: compiled)
+    q = noise(4, 5, 2, 16)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for size in range(1, 11):
+        k, v = noise(2, 2, size, 2, 16)
+        for lengths in ([0, size], [size, 1], [-1, size + 5]):  # the last ones are cut to the prefix
+            prefix = (k, v, torch.tensor(lengths))
+            arguments = (q, q, q, ScaleSchedule((1, 2)), *prefix, 0.3, False, False)
+            expected = import_module(f"{FOLDER}.reference").forward(*arguments)[0]
+            with torch.no_grad():
+                torch.testing.assert_close(module.forward(*arguments)[0], expected, rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 10
 
 
 @pytest.mark.parametrize("backend", ["flex", "flash_attn", "xformers"])

@@ -1,4 +1,4 @@
-"""Which implementation runs: the wish, the environment, what "auto" takes, and what an implementation may rely on."""
+"""Which implementation runs: by name, by preference, by the table of GPUs; what an implementation may rely on."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import toy_implementation as toy
 from samples import noise
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvar.ops import _dispatch, adaptive_layer_norm, explain, support
-from fastvar.ops._dispatch import REGISTRY, Implementation
-from fastvar.ops._operator import guard
+from fastvar.ops._choices import CHOICES, Choice
+from fastvar.ops._dispatch import REGISTRY, Implementation, parse_preference
+from fastvar.ops._operator import _surroundings
 
 NAME = "adaptive_layer_norm"
 ROOT = Path(__file__).parents[2]
@@ -31,38 +34,40 @@ def small(tensor: torch.Tensor) -> str | None:
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Have the toy implementation, called "cpu", and after it the reference, which is always the last one."""
+    """Have the toy implementation, by default called "cpu", and after it the reference, which is always the last."""
 
-    def install(**fields: object) -> None:
-        implementation = Implementation("cpu", "toy_implementation", **fields)  # type: ignore[arg-type]
+    def install(backend: str = "cpu", *, prefer: str = "", **fields: Any) -> None:
+        implementation = Implementation(backend, "toy_implementation", **fields)
         monkeypatch.setitem(REGISTRY, NAME, (implementation, REGISTRY[NAME][-1]))
         monkeypatch.setattr(_dispatch, "_warned", set())
-        monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "auto")
+        monkeypatch.setattr(_dispatch, "PREFERENCE", parse_preference(prefer))
+        _dispatch.forget_answers()
         toy.calls.clear()
 
     return install
 
 
-def test_explicit_wish(install: Callable[..., None]) -> None:
-    install(auto=False)
-    assert torch.equal(adaptive_layer_norm(X, SCALE, SHIFT, backend="cpu"), TOY)
+def test_by_name(install: Callable[..., None]) -> None:
+    install("triton")
+    assert torch.equal(adaptive_layer_norm(X, SCALE, SHIFT, backend="triton"), TOY)
     assert toy.calls == ["forward"]
     reference = adaptive_layer_norm(X, SCALE, SHIFT, backend="reference")
     assert toy.calls == ["forward"] and not torch.equal(reference, TOY)
 
 
-def test_auto_needs_leave(install: Callable[..., None]) -> None:
+def test_auto_on_a_cpu(install: Callable[..., None]) -> None:
+    """What is for GPUs is not taken there, even where it could run, as in Triton's interpreter."""
     reference = adaptive_layer_norm(X, SCALE, SHIFT, backend="reference")
-    install(auto=False)
+    install("triton")
     assert torch.equal(adaptive_layer_norm(X, SCALE, SHIFT), reference)
-    install(auto=True)
+    install("cpu")
     assert torch.equal(adaptive_layer_norm(X, SCALE, SHIFT), TOY)
-    install(auto=True, devices=("cuda",))
+    install("cpu", devices=("cuda",))
     assert torch.equal(adaptive_layer_norm(X, SCALE, SHIFT), reference)
 
 
 def test_an_obstacle_is_logged_once(install: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
-    install(auto=True, devices=("cpu",), obstacle=small)
+    install(devices=("cpu",), obstacle=small)
     x, scale, shift = (torch.cat([t, t]) for t in (X, SCALE, SHIFT))
     expected = adaptive_layer_norm(x, scale, shift, backend="reference")
     with caplog.at_level(logging.WARNING, "fastvar"):
@@ -77,7 +82,7 @@ def test_an_obstacle_is_logged_once(install: Callable[..., None], caplog: pytest
 
 
 def test_another_device_is_no_downgrade(install: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
-    install(auto=True, devices=("cuda",))
+    install(devices=("cuda",))
     with caplog.at_level(logging.WARNING, "fastvar"):
         adaptive_layer_norm(X, SCALE, SHIFT)
     assert caplog.records == []
@@ -107,7 +112,7 @@ def gradients(backend: str) -> list[torch.Tensor]:
 
 
 def test_own_backward(install: Callable[..., None]) -> None:
-    install(auto=False)
+    install()
     assert [g.unique().tolist() for g in gradients("cpu")] == [[1.0], [2.0], [3.0]]
     assert toy.calls == ["forward", "backward"]
 
@@ -115,7 +120,7 @@ def test_own_backward(install: Callable[..., None]) -> None:
 def test_without_a_backward_the_forward_is_differentiated(
     install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(auto=False)
+    install()
     monkeypatch.delattr(toy, "backward")
     assert [g.unique().tolist() for g in gradients("cpu")] == [[1.0], [3.0], [0.0]]
     assert toy.calls == ["forward", "forward"]
@@ -125,7 +130,7 @@ def test_without_a_backward_the_forward_is_differentiated(
 def test_autocast_stays_outside(
     install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, own_backward: bool
 ) -> None:
-    install(auto=False)
+    install()
     if not own_backward:
         monkeypatch.delattr(toy, "backward")
     with torch.autocast("cpu", torch.bfloat16):
@@ -137,16 +142,16 @@ def test_autocast_stays_outside(
 
 
 def test_explain(install: Callable[..., None]) -> None:
-    install(auto=False)
+    install("triton")
     told = explain(NAME, X)
     assert told.backend == "reference"
     assert str(told).splitlines() == [
         "adaptive_layer_norm: reference",
-        "  cpu: only on explicit request: no recorded run shows that it pays",
+        "  triton: only on explicit request: auto does not take it for such a call",
         "  reference: chosen",
     ]
-    assert explain(NAME, X, "cpu").reasons == {"cpu": "chosen", "reference": "can run, another one comes first"}
-    install(auto=True, devices=("cpu",), obstacle=small)
+    assert explain(NAME, X, "triton").reasons == {"triton": "chosen", "reference": "can run, another one comes first"}
+    install(devices=("cpu",), obstacle=small)
     told = explain(NAME, torch.cat([X, X]))
     assert told.reasons == {"cpu": "takes at most 2 samples; split the batch", "reference": "chosen"}
     told = explain(NAME, torch.cat([X, X]), "cpu")
@@ -160,7 +165,7 @@ def test_explain(install: Callable[..., None]) -> None:
 
 
 def test_explaining_is_no_downgrade(install: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
-    install(auto=True, devices=("cpu",), obstacle=small)
+    install(devices=("cpu",), obstacle=small)
     with caplog.at_level(logging.WARNING, "fastvar"):
         explain(NAME, torch.cat([X, X]))
     assert caplog.records == []
@@ -175,31 +180,119 @@ def test_support(install: Callable[..., None]) -> None:
     assert len(str(support()).splitlines()) == len(support().rows)
 
 
-def test_environment_is_the_default(install: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    install(auto=False)
-    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "cpu")
+def test_preference(install: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+    """What FASTVAR_BACKEND prefers is taken where it can run; an explicit backend is not touched by it."""
+    reference = adaptive_layer_norm(X, SCALE, SHIFT, backend="reference")
+    install("triton", prefer="cuda,triton")  # there is no cuda
     assert torch.equal(adaptive_layer_norm(X, SCALE, SHIFT), TOY)
-    assert not torch.equal(adaptive_layer_norm(X, SCALE, SHIFT, backend="reference"), TOY)
+    assert explain(NAME, X).reasons["triton"] == "chosen: FASTVAR_BACKEND prefers it"
+    assert torch.equal(adaptive_layer_norm(X, SCALE, SHIFT, backend="reference"), reference)
+    install("cpu", prefer="cpu,adaptive_layer_norm=reference")  # an operator's own comes first
+    assert torch.equal(adaptive_layer_norm(X, SCALE, SHIFT), reference)
+    with caplog.at_level(logging.WARNING, "fastvar"):
+        install("triton", prefer="triton", devices=("cuda",))
+        assert torch.equal(adaptive_layer_norm(X, SCALE, SHIFT), reference)
+        assert caplog.messages == []  # it is for other tensors
+        install("triton", prefer="triton", missing=lambda: "triton is not installed")
+        assert torch.equal(adaptive_layer_norm(X, SCALE, SHIFT), reference)
+    assert caplog.messages == ["adaptive_layer_norm: triton is passed over: triton is not installed"]
+
+
+def test_parse_preference() -> None:
+    assert parse_preference("") == parse_preference("auto") == {}
+    assert parse_preference("triton, cuda,a=sdpa,a=triton,b=reference") == {
+        "": ("triton", "cuda"),
+        "a": ("sdpa", "triton"),
+        "b": ("reference",),
+    }
 
 
 @pytest.mark.parametrize(
-    ("wish", "expected"),
+    ("preference", "expected"),
     [
-        ("reference", "reference"),
-        ("cuda", "RuntimeError: adaptive_layer_norm: backend='cuda' does not exist"),
-        ("gpu", "FASTVAR_BACKEND: expected one of"),
+        ("reference", ""),
+        ("triton", ""),  # for operators and tensors that have it
+        ("cuda,adaptive_layer_norm=reference", ""),
+        ("gpu", "FASTVAR_BACKEND: expected backends among"),
+        ("layer_norm=triton", "FASTVAR_BACKEND: expected operators among"),
+        ("adaptive_layer_norm=cuda", "FASTVAR_BACKEND: adaptive_layer_norm: expected one of"),
     ],
 )
-def test_environment_variable(wish: str, expected: str) -> None:
+def test_environment_variable(preference: str, expected: str) -> None:
     code = (
         "import torch; from fastvar.ops import adaptive_layer_norm, explain\n"
         "x = torch.zeros(1, 2, 3); print(explain('adaptive_layer_norm', x).backend)\n"
         "adaptive_layer_norm(x, x[:, 0], x[:, 0])"
     )
-    environment = {**os.environ, "FASTVAR_BACKEND": wish}
+    environment = {**os.environ, "FASTVAR_BACKEND": preference}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (run.returncode == 0) == (wish == "reference")
-    assert expected in (run.stdout if wish == "reference" else run.stderr)
+    assert (run.returncode == 0) == (not expected) and expected in run.stderr, run.stderr
+    if not expected:
+        assert run.stdout.strip() == ("reference" if "reference" in preference else "cpu")
+
+
+HALF, FLOAT = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "dtype", "options", "expected"),
+    [
+        ("block_causal_attention", (8, 680, 16, 64), HALF, {}, "triton"),
+        ("block_causal_attention", (8, 680, 16, 64), HALF, {"prefix": True, "gradient": True}, "triton"),
+        ("block_causal_attention", (1, 2240, 30, 64), torch.float16, {"gradient": True}, "triton"),
+        ("block_causal_attention", (1, 521, 16, 128), HALF, {"gradient": True}, "triton"),
+        ("block_causal_attention", (1, 10521, 16, 128), HALF, {"gradient": True}, "sdpa"),
+        ("block_causal_attention", (1, 680, 16, 64), FLOAT, {}, "sdpa"),
+        ("cached_attention", (8, 256, 16, 64), HALF, {}, "triton"),
+        ("qk_norm_rope", (8, 680, 16, 64), HALF, {"gradient": True}, "triton"),
+        ("qk_norm_rope_into_cache", (8, 4, 16, 64), HALF, {}, "triton"),
+        ("adaptive_layer_norm", (8, 680, 1024), FLOAT, {}, "triton"),
+        ("adaptive_layer_norm", (8, 680, 1024), torch.float64, {}, "reference"),
+        ("gated_residual", (8, 680, 1024), HALF, {"gradient": True}, "triton"),
+        ("sample_tokens", (8, 256, 4096), FLOAT, {}, "triton"),
+        ("sample_tokens", (8, 256, 2**17), FLOAT, {}, "reference"),
+        ("sample_bits", (8, 256, 64), FLOAT, {}, "triton"),
+        ("token_log_probs", (8, 680, 1024), HALF, {"gradient": True}, "triton"),
+        ("policy_loss", (8, 680), FLOAT, {"gradient": True}, "triton"),
+        ("propagate_mask", (8, 16, 16), torch.bool, {}, "triton"),
+    ],
+)
+def test_what_a_gpu_gets(op: str, shape: tuple[int, ...], dtype: torch.dtype, options: dict, expected: str) -> None:
+    """The table, held with tensors of a GPU that need not be there."""
+    pytest.importorskip("triton")
+    with FakeTensorMode():
+        told = explain(op, torch.empty(shape, dtype=dtype, device="cuda"), **options)
+    assert told.backend == expected, told
+    if expected != "reference":
+        assert told.reasons[expected].startswith("chosen: ")
+
+
+def test_generations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row counts for the families that it names; where it was not measured, that is said."""
+    rows = (Choice("triton", ("sm90",), ("sm90", "sm100"), gradient=True),)
+    monkeypatch.setitem(CHOICES, NAME, rows)
+    monkeypatch.setitem(REGISTRY, NAME, (Implementation("triton", "toy_implementation"), REGISTRY[NAME][-1]))
+    told = {}
+    for family in ("sm90", "sm100", "sm80", ""):
+        monkeypatch.setattr(_dispatch, "generation", lambda device, family=family: family)
+        _dispatch.forget_answers()
+        told[family] = explain(NAME, X, gradient=True)
+    assert [each.backend for each in told.values()] == ["triton", "triton", "reference", "reference"]
+    assert told["sm90"].reasons["triton"] == "chosen: recorded runs on sm90 show that it pays"
+    assert told["sm100"].reasons["triton"] == "chosen: predicted to pay on sm100, not yet measured there as it is now"
+    monkeypatch.setattr(_dispatch, "generation", lambda device: "sm90")
+    _dispatch.forget_answers()
+    toy.calls.clear()
+    adaptive_layer_norm(X, SCALE, SHIFT)
+    assert toy.calls == []
+    adaptive_layer_norm(X.clone().requires_grad_(), SCALE, SHIFT)
+    assert toy.calls == ["forward"]
+
+
+def test_the_table_names_what_there_is() -> None:
+    assert set(CHOICES) == set(REGISTRY)
+    for op, choices in CHOICES.items():
+        assert {choice.backend for choice in choices} <= {each.backend for each in REGISTRY[op]}, op
 
 
 def test_kernels_are_launched_on_the_tensors_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +300,6 @@ def test_kernels_are_launched_on_the_tensors_gpu(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
     for name in ("cuda:0", "cuda:1", "cpu"):
-        with guard(torch.device(name)):
+        with _surroundings("", torch.device(name)):
             pass
     assert entered == [torch.device("cuda:1")]

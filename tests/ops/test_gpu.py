@@ -10,7 +10,7 @@ from samples import SAMPLES
 
 from fastvar.ops._dispatch import REGISTRY
 
-PACKAGES = ("flex", "flash_attn", "xformers")  # take less than all calls: test_attention_packages.py
+PACKAGES = ("sdpa", "flex", "flash_attn", "xformers")  # take less than all calls: test_attention_packages.py
 CALLS = [
     (name, i, implementation.backend)
     for name, make in SAMPLES.items()

@@ -273,6 +273,10 @@ def test_clear_errors() -> None:
         rollout(policy(), "whole", Prompts(["1"], references=torch.zeros(1, 3, 8, 8)))
 
 
-def test_graphs_reach_the_sampler() -> None:
-    with pytest.raises(ValueError, match=r"^generate: graphs: expected a model on a GPU, got one on cpu"):
-        rollout(policy(), "whole", options=RolloutOptions(graphs=True))
+def test_graphs_reach_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    var, asked = policy(), []
+    generate = var.generate
+    monkeypatch.setattr(type(var), "generate", lambda _, *a, graphs, **k: (asked.append(graphs), generate(*a, **k))[1])
+    for graphs in (True, False):
+        rollout(var, "whole", options=RolloutOptions(graphs=graphs))
+    assert asked == [None, False], "where they can be used, and nowhere"

@@ -1,0 +1,92 @@
+"""What "auto" takes on a GPU: the data. The rows of an operator are tried in order: the first one that is for a call
+and whose implementation can run is taken, and the reference where there is none.
+
+A row names the families of GPUs on which recorded rows (benchmarks/data/suites.jsonl) show that the implementation is
+right and faster than what would run otherwise. Elsewhere the choice is a prediction, and `explain` says so.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastvar.kernels.common.tiling import card
+
+ANY = 2**63 - 1
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Choice(NamedTuple):
+    """An implementation and the calls for which it is taken.
+
+    Attributes:
+        backend: its name.
+        measured: families of GPUs on which it was measured in its present form; see `fastvar.kernels.common.tiling`.
+        families: of GPUs that it is taken on; empty for all from compute capability 8.0 on.
+        dtypes: of the lead tensor; empty for all.
+        width: least and largest size of the lead tensor's last dimension: head dimension, channels, vocabulary.
+        length: of its second dimension where it has three or more: tokens.
+        prefix: whether there is a shared prefix; None for either.
+        gradient: whether a gradient is wanted; None for either.
+    """
+
+    backend: str
+    measured: tuple[str, ...] = ()
+    families: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+    width: tuple[int, int] = (0, ANY)
+    length: tuple[int, int] = (0, ANY)
+    prefix: bool | None = None
+    gradient: bool | None = None
+
+    def fits(self, family: str, tensor: torch.Tensor, prefix: bool, gradient: bool) -> bool:
+        """Whether the row is for a call with this lead tensor."""
+        length = tensor.shape[1] if tensor.ndim > 2 else 0
+        return (
+            (not self.families or family in self.families)
+            and (not self.dtypes or tensor.dtype in self.dtypes)
+            and self.width[0] <= tensor.shape[-1] <= self.width[1]
+            and self.length[0] <= length <= self.length[1]
+            and self.prefix in (None, prefix)
+            and self.gradient in (None, gradient)
+        )
+
+
+HOPPER = ("sm90",)
+CHOICES: dict[str, tuple[Choice, ...]] = {
+    "block_causal_attention": (
+        # Wide heads and long rows: cuDNN, which SDPA calls there, comes to 64 % of the matmul rate in training.
+        Choice("sdpa", (), HOPPER, HALF, width=(97, ANY), length=(4096, ANY)),
+        Choice("triton", dtypes=HALF),
+        Choice("sdpa", dtypes=(torch.float32,)),
+    ),
+    "cached_attention": (Choice("triton"),),
+    "qk_norm_rope": (Choice("triton"),),
+    "qk_norm_rope_into_cache": (Choice("triton"),),
+    "adaptive_layer_norm": (Choice("triton"),),
+    "gated_residual": (Choice("triton"),),
+    "gated_residual_norm": (Choice("triton"),),
+    "residual_quantize": (Choice("cuda"), Choice("triton")),
+    "accumulate_scale": (Choice("cuda"),),
+    "bitwise_residual_quantize": (Choice("cuda", HOPPER),),
+    "accumulate_bits": (Choice("cuda"),),
+    "sample_tokens": (Choice("triton"),),
+    "sample_bits": (Choice("triton"),),
+    "token_log_probs": (Choice("triton"),),
+    "policy_loss": (Choice("triton"),),
+    "propagate_mask": (Choice("triton"), Choice("cuda")),
+}
+
+
+def generation(device: torch.device) -> str:
+    """The family of a GPU that the table is for, or "" for any other device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return ""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return ""
+    return card(device).family
+
+
+# Tracing takes the answer as a constant: it cannot follow a question to the driver.
+generation.__dict__["_dynamo_marked_constant"] = True

@@ -1,0 +1,34 @@
+"""Tiles of the kernels over rows of channels: ROWS rows of a sample, whole, a step.
+
+`width` is the number of channels padded to a power of two. All forward kernels share one table and all backward kernels
+another, so that operators fused and apart add in the same order. A thread holds 16 elements of a tensor, two loads of
+16 bytes in 16-bit types: a row lies in few warps, and registers are left for many programs.
+
+Forward a program takes one step. Backward it takes PART rows, whose sums over rows it keeps in registers.
+"""
+
+from fastvar.kernels.common.tiling import Row, Table
+
+_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+def _forward(width: int) -> dict[str, int]:
+    warps = min(max(width // 256, 1), 16)
+    return {"ROWS": max(512 * warps // width, 1), "num_warps": warps}
+
+
+def _backward(width: int) -> dict[str, int]:
+    warps = min(max(width // 512, 1), 32)
+    return {"ROWS": max(512 * warps // width, 1), "PART": 32, "num_warps": warps}
+
+
+FORWARD = Table(
+    "adaptive_layer_norm.forward",
+    [*(Row(_forward(width), most={"width": width}) for width in _SIZES), Row({"ROWS": 1, "num_warps": 32})],
+    candidates={"ROWS": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8)},
+)
+BACKWARD = Table(
+    "adaptive_layer_norm.backward",
+    [*(Row(_backward(width), most={"width": width}) for width in _SIZES), Row(_backward(1 << 16))],
+    candidates={"ROWS": (1, 2, 4), "PART": (16, 32, 64, 128), "num_warps": (1, 2, 4, 8)},
+)

@@ -1,0 +1,134 @@
+"""Block-causal attention by the package flash-attn-4 on Hopper and Blackwell: one call with a mask function.
+
+A tile of the scores that no query sees is left out, one that is seen whole has no mask. Which these are depends on the
+schedule alone, so that the lists of tiles are made once. Which keys a query sees the mask function reads from two
+tensors, so that one compiled kernel serves all schedules.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from fastvar.kernels.block_causal_attention.by_scale import Scales, Seen
+from flash_attn.cute import utils
+from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch, compute_dq_write_order
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+COLUMNS = 128
+ROWS = 128  # in the backward pass
+FORWARD_ROWS = 256  # two tiles of Blackwell's forward kernel, which takes them in pairs
+
+
+@cute.jit
+def visible(batch, head, row, column, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
+    """Whether a query sees a key: the first one that it sees and the one past the last are in `aux_tensors`."""
+    first = utils.scalar_to_ssa(aux_tensors[0][row[0]], cutlass.Int32)
+    end = utils.scalar_to_ssa(aux_tensors[1][row[0]], cutlass.Int32)
+    return (column >= first) & (column < end)
+
+
+class FlashAttention4:
+    name = "flash_attn"
+    takes_lengths = True
+
+    def __init__(self, major: int) -> None:
+        # Tiles have other sizes beyond 128. On Hopper the gradient with a list of tiles is not deterministic.
+        self.takes_scales = (128, 128 if major == 10 else 0)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: Seen
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        options: dict[str, Any] = {}
+        if isinstance(seen, Scales):
+            masks = _masks(seen, q.device)
+            options = {"mask_mod": visible, "aux_tensors": masks.bounds, "block_sparse_tensors": masks.forward}
+        elif seen is not None:
+            options = {"seqused_k": _used(seen, k)}
+        out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True, **options)
+        return out, lse
+
+    def gradients(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        scale: float,
+        seen: Seen,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        options: dict[str, Any] = {}
+        if isinstance(seen, Scales):
+            masks = _masks(seen, q.device)
+            options = {"mask_mod": visible, "aux_tensors": masks.bounds, "block_sparse_tensors": masks.backward}
+        elif seen is not None:
+            options = {"seqused_k": _used(seen, k)}
+        dq, dk, dv, *_ = _flash_attn_bwd(q, k, v, out, grad, lse, softmax_scale=scale, deterministic=True, **options)
+        return dq, dk, dv
+
+
+class _Masks(NamedTuple):
+    """What flash-attn-4 wants to know of a schedule."""
+
+    bounds: list[torch.Tensor]  # two of (L,) int32
+    forward: BlockSparseTensorsTorch
+    backward: BlockSparseTensorsTorch
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # it may be made there, and is kept
+def _masks(scales: Scales, device: torch.device) -> _Masks:
+    of_token = torch.tensor(scales.schedule.scale_of_token, device="cpu")
+    first = torch.tensor(scales.schedule.starts, device="cpu")[of_token] * scales.block_diagonal
+    end = torch.tensor(scales.schedule.ends, device="cpu")[of_token]
+    forward = _listed(*_tiles(first, end, FORWARD_ROWS))
+    masked, whole = _tiles(first, end, ROWS)
+    by_row, by_column = _listed(masked, whole), _listed(masked.mT, whole.mT)
+    # the gradient of a query's tile is added up over tiles of keys in the order of these numbers
+    order = compute_dq_write_order(*by_row, *by_column)
+    bounds, forward, backward, order = (
+        [t.int().to(device) for t in tensors] for tensors in ((first, end), forward, by_column, order)
+    )
+    return _Masks(
+        bounds,
+        BlockSparseTensorsTorch(*forward, block_size=(FORWARD_ROWS, COLUMNS)),
+        BlockSparseTensorsTorch(
+            *backward,
+            block_size=(ROWS, COLUMNS),
+            dq_write_order=order[0],
+            dq_write_order_full=order[1],
+            spt=False,  # these numbers rise with the keys
+        ),
+    )
+
+
+def _tiles(first: torch.Tensor, end: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the tiles of the scores (rows of tiles, columns of tiles) those that are seen in part and those that are seen
+    whole, which one that reaches past the last token never is. Bounds rise with the row: the first and last decide."""
+    length = len(first)
+    top = torch.arange(0, length, rows, device="cpu")[:, None]
+    bottom = (top + rows).clamp(max=length) - 1
+    left = torch.arange(0, length, COLUMNS, device="cpu")
+    right = left + COLUMNS
+    seen = (right > first[top]) & (left < end[bottom])
+    whole = (left >= first[bottom]) & (right <= end[top]) & (top + rows <= length)
+    return seen & ~whole, whole
+
+
+def _listed(masked: torch.Tensor, whole: torch.Tensor) -> list[torch.Tensor]:
+    """For each row of tiles how many are set (1, 1, M) and their columns (1, 1, M, N), rising; of both kinds."""
+    found = []
+    for tiles in (masked, whole):
+        tiles = tiles[None, None]
+        order = tiles.int().argsort(dim=-1, descending=True, stable=True)  # those that are set come first
+        found += [tiles.sum(-1, dtype=torch.int32), order.int()]
+    return found
+
+
+def _used(lengths: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return lengths.clamp(1, k.shape[1]).int()

@@ -1,0 +1,95 @@
+"""No operator waits for the device: where there is no GPU, nothing that would wait is called on a CPU.
+
+What an operator makes once for a schedule and a device may wait; so every call is made twice, and watched the second
+time. Kernels in Triton are not run but recorded, for what matters is what the launching code asks of tensors.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from samples import SAMPLES
+from waiting import Waits
+
+from fastvar import ScaleSchedule
+from fastvar.ops import _triton, bitwise_residual_quantize
+from fastvar.ops._dispatch import REGISTRY
+
+CALLS = [
+    (name, i, backend)
+    for name, make in SAMPLES.items()
+    for i, _ in enumerate(make(torch.float32))
+    for backend in ("reference", "triton")
+    if any(implementation.backend == backend for implementation in REGISTRY[name])
+    and (name, backend) != ("sample_tokens", "reference")  # NumPy has a part in it on CPUs alone
+]
+
+
+def test_what_is_watched() -> None:
+    """The hook sees the usual ways to wait, and nothing in what does not."""
+    x = torch.ones(3)
+    for call in (
+        lambda: x.sum().item(),
+        lambda: x.tolist(),
+        lambda: bool(x[0] > 0),
+        lambda: torch.tensor([1.0, 2.0]),
+        lambda: x.new_tensor([1.0]),
+        lambda: x[x > 0],
+        lambda: x.nonzero(),
+        lambda: torch.repeat_interleave(x, torch.ones(3, dtype=torch.int64)),
+    ):
+        with Waits() as waits:
+            call()
+        assert waits.seen
+    with Waits() as waits:
+        torch.where(x > 0, x, 0).sum() + torch.zeros(3).new_zeros(3) + torch.full((3,), 2.0) + torch.arange(3)
+    assert not waits.seen
+
+
+def test_numbers_for_each_scale_are_kept() -> None:
+    features = torch.randn(1, 2, 3, 3)
+    schedule = ScaleSchedule((1, 3))
+    for flip_probability, seen in (([0.25, 0.5], True), ([0.25, 0.5], False), ([0.5, 0.5], True)):
+        with Waits() as waits:
+            bitwise_residual_quantize(
+                features, schedule, flip_probability=flip_probability, seed=0, backend="reference"
+            )
+        assert bool(waits.seen) == seen
+
+
+@pytest.mark.parametrize(("name", "index", "backend"), CALLS)
+def test_no_operator_waits(name: str, index: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recording: Any = nullcontext()
+    if backend == "triton":
+        if find_spec("triton") is None:
+            pytest.skip("triton is not installed")
+        from ahead_of_time import recorded
+
+        recording = recorded()
+        for op, implementations in REGISTRY.items():  # one function may call several operators
+            here = tuple(replace(i, devices=()) if i.backend == "triton" else i for i in implementations)
+            monkeypatch.setitem(REGISTRY, op, here)
+        monkeypatch.setattr(_triton, "_INSTALLED", True)
+        monkeypatch.setattr(torch, "empty", torch.zeros)  # nothing is written there, and indices have to exist
+
+    function, arguments, names = list(SAMPLES[name](torch.float32))[index]
+    leaves = [arguments[key].detach().requires_grad_() for key in names]
+    arguments = {**arguments, **dict(zip(names, leaves, strict=True)), "backend": backend}
+
+    def run() -> None:
+        results = function(**arguments)
+        results = [results] if isinstance(results, torch.Tensor) else results
+        outputs = [r for r in results if isinstance(r, torch.Tensor) and r.requires_grad]
+        if outputs:
+            torch.autograd.grad(outputs, leaves, [torch.ones_like(r) for r in outputs], allow_unused=True)
+
+    with recording:
+        run()
+        with Waits() as waits:
+            run()
+    assert not waits.seen, waits.seen

@@ -1,0 +1,101 @@
+"""Kernels whose time is that of the memory move 16 bytes a thread and instruction: read from their compiled code.
+
+What is loaded once a row or once a program (a scale, an angle's place) may be narrow, a few instructions a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ahead_of_time import Launch, accesses, compile_for, launches_of
+from fastvar.kernels.qk_norm_rope import impl_triton as rotations
+
+WIDE = 16
+
+
+def heads(dtype: torch.dtype, head_dim: int, count: int = 2) -> list[torch.Tensor]:
+    """Slices of one projection."""
+    return list(torch.empty(2, 9, count, 6, head_dim, dtype=dtype, device="meta").unbind(2))
+
+
+def turned(head_dim: int) -> list[torch.Tensor]:
+    return [torch.empty(9, head_dim // 2, device="meta") for _ in range(2)]
+
+
+def rotate(dtype: torch.dtype, head_dim: int, norm: bool = True, turn: bool = False) -> Launch:
+    q, k = heads(dtype, head_dim)
+    scale, tables = torch.empty(6, device="meta") if norm else None, turned(head_dim) if turn else (None, None)
+    return one(lambda: rotations.forward(q, k, scale, *tables, 1e-12))
+
+
+def rotate_into_cache(dtype: torch.dtype, head_dim: int, turn: bool = False) -> Launch:
+    """A cache whose rows of a head lie together."""
+    caches = torch.empty(2, 2, 6, 20, head_dim, dtype=dtype, device="meta").transpose(2, 3)
+    tables = turned(head_dim) if turn else (None, None)
+    scale = torch.empty(6, device="meta")
+    return one(lambda: rotations.into_cache(*heads(dtype, head_dim, 3), *caches, 3, scale, *tables, 1e-12))
+
+
+def rotate_back(dtype: torch.dtype, head_dim: int, turn: bool = False) -> Launch:
+    q, k = heads(dtype, head_dim)
+    tables = turned(head_dim) if turn else (None, None)
+    scale, grads = torch.empty(6, device="meta"), heads(dtype, head_dim)
+    return one(lambda: rotations.backward(grads, q, k, scale, *tables, 1e-12, [True] * 3 + [False] * 2))
+
+
+def one(call: Callable[[], Any]) -> Launch:
+    return launches_of(call)[0]
+
+
+def tile_bytes(launch: Launch, tensor: int) -> int:
+    """Of a tile of a tensor argument."""
+    named = launch.named
+    width = named["BLOCK_D"] if "BLOCK_D" in named else named["BLOCK"]
+    return int(named["ROWS"] * width * launch.arguments[tensor].element_size())
+
+
+def held(launch: Launch, loads: int, stores: int) -> None:
+    """So many tiles are loaded and stored in wide accesses, and there are but a few narrow ones."""
+    few = 2 * launch.arguments[0].element_size()  # a thread holds more rows of a wider type
+    found = accesses(compile_for(launch, 90).ptx)
+    threads = 32 * launch.named["num_warps"]
+    each = tile_bytes(launch, 0) // (WIDE * threads)
+    where = f"{launch.kernel.__name__}: {dict(found)}"
+    assert each >= 1, where
+    assert found["ld", WIDE] >= loads * each and found["st", WIDE] >= stores * each, where
+    assert sum(number for (_, size), number in found.items() if size < WIDE) <= few, where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [(torch.bfloat16, d) for d in (64, 96, 104, 112, 120, 128)] + [(torch.float16, 64), (torch.float32, 104)],
+)
+def test_normalised_heads(dtype: torch.dtype, head_dim: int) -> None:
+    """Queries and keys; those, values and a cache; both and their gradients."""
+    held(rotate(dtype, head_dim), 2, 2)
+    held(rotate(dtype, head_dim, norm=False, turn=True), 2, 2)
+    held(rotate_into_cache(dtype, head_dim), 3, 3)
+    held(rotate_back(dtype, head_dim), 4, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 128), (torch.bfloat16, 104), (torch.float32, 64)])
+def test_rotated_heads(dtype: torch.dtype, head_dim: int) -> None:
+    """With tables: pairs are taken apart in registers."""
+    held(rotate(dtype, head_dim, turn=True), 2, 2)
+    held(rotate_into_cache(dtype, head_dim, turn=True), 3, 3)
+    held(rotate_back(dtype, head_dim, turn=True), 4, 2)
+
+
+@pytest.mark.slow
+def test_it_sees_narrow_accesses() -> None:
+    """Rows that do not begin at multiples of 16 bytes cannot be loaded so."""
+    with pytest.raises(AssertionError, match="_forward"):
+        held(rotate(torch.bfloat16, 12), 2, 2)
