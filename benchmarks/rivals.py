@@ -37,7 +37,9 @@ def missing_package(name: str, device: torch.device, *, needs_gpu: bool = True) 
     if find_spec(name) is None:
         return f"{name} is not installed"
     try:
-        import_module(name)
+        module = import_module(name)
+        if name == "flash_attn" and not hasattr(module, "flash_attn_func"):  # flash-attn-4 alone, a part of that name
+            return f"{name} is not installed"
     except Exception as error:  # built for another torch, say
         return f"{name} does not import: {type(error).__name__}: {error}"[:200]
     return f"{name} needs a GPU" if needs_gpu and device.type != "cuda" else None

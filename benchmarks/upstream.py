@@ -55,17 +55,19 @@ def build_upstream(
     schedule: ScaleSchedule = VAR_256,
     shared_adaln: bool = False,
     device: torch.device | str = "cpu",
+    decode: bool = False,
 ) -> Any:
-    """Upstream's VAR of a depth with random weights, in evaluation mode; it answers feature maps, not images.
+    """Upstream's VAR of a depth with random weights, in evaluation mode; it answers feature maps, or images if it is to
+    decode.
 
     Embeddings have variance 1 and weights 1 / fan-in, so that every block counts and logits differ clearly: upstream's
-    own initialisation all but switches the blocks off. The tokenizer's encoder and decoder are narrow, as they do not
+    own initialisation all but switches the blocks off. The tokenizer's encoder and decoder are narrow where they do not
     run. The state dicts of the model and of `vae_proxy[0]` are what `fastvar.models.load_var` takes.
     """
     sides = tuple(height for height, _ in schedule)
     silent = contextlib.redirect_stdout(io.StringIO())  # its constructor prints
     with upstream_modules(checkout, device) as (var, vqvae), silent, torch.device(device):
-        tokenizer = vqvae.VQVAE(ch=32, v_patch_nums=sides)
+        tokenizer = vqvae.VQVAE(ch=160 if decode else 32, v_patch_nums=sides)
         model = var.VAR(
             tokenizer,
             depth=depth,
@@ -82,7 +84,8 @@ def build_upstream(
             module.weight.normal_()
     model.pos_start.normal_()
     model.pos_1LC.normal_()
-    tokenizer.fhat_to_img = lambda feature_map: feature_map
+    if not decode:
+        tokenizer.fhat_to_img = lambda feature_map: feature_map
     return model.eval()
 
 

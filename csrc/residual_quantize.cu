@@ -1,6 +1,7 @@
-// residual_quantize and accumulate_scale on GPUs. All scales in one launch: a block for each image, or a cluster that
-// shares one where there are fewer images than multiprocessors, or an image does not fit into a block's shared memory.
-// What does not fit into a cluster's takes two launches a scale. One step takes one launch.
+// residual_quantize and accumulate_scale on GPUs. One launch packs the codes for the search, a second one does all
+// scales: a block for each image, or a cluster that shares one where there are fewer images than multiprocessors, or an
+// image does not fit into a block's shared memory. What does not fit into a cluster's takes two launches a scale. One
+// step takes one launch. All blocks lie along one axis of the grid, the only one that holds more than 65,535.
 #include "residual_quantize_team.h"
 
 #include "residual_quantize_checks.h"
@@ -11,6 +12,9 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
+#include <map>
+#include <mutex>
+#include <tuple>
 #include <vector>
 
 namespace fastvar::quantize {
@@ -18,8 +22,10 @@ namespace {
 
 constexpr size_t MOST_SCALES = 64;
 constexpr int32_t MOST_PARTS = 8;  // of a cluster on any GPU that has them
-constexpr int32_t IMAGE_THREADS = 512, TILE_THREADS = 256;
-constexpr int32_t TILE_ROWS = 64;     // of the search
+constexpr int32_t IMAGE_THREADS = 256, TILE_THREADS = 256;
+constexpr int32_t PACK_THREADS = 64, MOST_PACKS = 64;
+constexpr int32_t SEARCH_ROWS = 64;   // of a block of the search
+constexpr int32_t WISHED_ROWS = 256;  // of a tile of the search where an image's rows are in shared memory
 constexpr int32_t STEP_CHANNELS = 8;  // of a block of accumulate_scale
 
 struct Schedule {
@@ -48,6 +54,21 @@ struct ClusterBlock : Block {
 #endif
 };
 
+// Of a launch along x: `each` blocks for each image, from the image `first` on.
+struct Images {
+  int64_t first;
+  int32_t each;
+
+  __device__ int64_t index() const { return first + blockIdx.x / unsigned(each); }
+  __device__ int32_t block() const { return int32_t(blockIdx.x % unsigned(each)); }
+};
+
+__global__ void __launch_bounds__(PACK_THREADS)
+    pack_kernel(const Tokenizer tokenizer, const __grid_constant__ Codes codes) {
+  __shared__ float bounds[2];
+  pack(Block{}, tokenizer, codes, int32_t(blockIdx.x), bounds);
+}
+
 template <typename Team>
 __device__ void image_of_block(const Team& team, const Call& call, const Schedule& schedule, const Sharing& sharing,
                                int64_t index) {
@@ -59,38 +80,40 @@ __device__ void image_of_block(const Team& team, const Call& call, const Schedul
 }
 
 __global__ void __launch_bounds__(IMAGE_THREADS, 1)
-    image_kernel(const __grid_constant__ Call call, const __grid_constant__ Schedule schedule, const Sharing sharing) {
-  image_of_block(Alone<Block>(Block{}), call, schedule, sharing, blockIdx.x);
+    image_kernel(const Images images, const __grid_constant__ Call call, const __grid_constant__ Schedule schedule,
+                 const __grid_constant__ Sharing sharing) {
+  image_of_block(Alone<Block>(Block{}), call, schedule, sharing, images.index());
 }
 
 __global__ void __launch_bounds__(IMAGE_THREADS, 1)
-    cluster_kernel(const __grid_constant__ Call call, const __grid_constant__ Schedule schedule,
-                   const Sharing sharing) {
-  image_of_block(ClusterBlock{}, call, schedule, sharing, blockIdx.x / ClusterBlock::parts());
+    cluster_kernel(const Images images, const __grid_constant__ Call call, const __grid_constant__ Schedule schedule,
+                   const __grid_constant__ Sharing sharing) {
+  image_of_block(ClusterBlock{}, call, schedule, sharing, images.index());
 }
 
-__global__ void __launch_bounds__(TILE_THREADS)
-    search_kernel(const __grid_constant__ TiledCall tiled, const __grid_constant__ Schedule schedule,
-                  const Space space) {
+__global__ void __launch_bounds__(TILE_THREADS, 1)
+    search_kernel(const Images images, const __grid_constant__ TiledCall tiled,
+                  const __grid_constant__ Schedule schedule) {
   extern __shared__ Four dynamic[];
   TiledCall own = tiled;
   own.call.grids = schedule.grids;
-  tiled_search(Alone<Block>(Block{}), own, blockIdx.y, int32_t(blockIdx.x), space, dynamic[0].at);
+  tiled_search(Alone<Block>(Block{}), own, images.index(), images.block(), dynamic[0].at);
 }
 
-__global__ void __launch_bounds__(TILE_THREADS)
-    add_kernel(const __grid_constant__ TiledCall tiled, const __grid_constant__ Schedule schedule, const Space space) {
+__global__ void __launch_bounds__(TILE_THREADS, 1)
+    add_kernel(const Images images, const __grid_constant__ TiledCall tiled,
+               const __grid_constant__ Schedule schedule) {
   extern __shared__ Four dynamic[];
   TiledCall own = tiled;
   own.call.grids = schedule.grids;
   own.call.phi_index = schedule.phi_index;
-  tiled_add(Alone<Block>(Block{}), own, blockIdx.y, int32_t(blockIdx.x), space, dynamic[0].at);
+  tiled_add(Alone<Block>(Block{}), own, images.index(), images.block(), dynamic[0].at);
 }
 
-__global__ void __launch_bounds__(TILE_THREADS)
-    step_kernel(const __grid_constant__ AccumulateCall call, const Space space) {
+__global__ void __launch_bounds__(TILE_THREADS, 1)
+    step_kernel(const Images images, const __grid_constant__ AccumulateCall call) {
   extern __shared__ Four dynamic[];
-  accumulate(Alone<Block>(Block{}), call, blockIdx.y, int32_t(blockIdx.x), space, dynamic[0].at);
+  accumulate(Alone<Block>(Block{}), call, images.index(), images.block(), dynamic[0].at);
 }
 
 // What this GPU has.
@@ -106,21 +129,23 @@ struct Device {
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
   }
+
+  // Bytes of which two blocks of a multiprocessor have as many.
+  int64_t half() const { return (shared - 2048) / 2; }
 };
 
-// Blocks (x, y) of so many threads with so many floats of shared memory, in clusters of `parts` blocks along x.
+// Kernels of which each block has so many threads and floats of shared memory, in clusters of `parts` blocks.
 template <typename... Parameters>
 class Launch {
  public:
-  Launch(void (*kernel)(Parameters...), const Device& device, dim3 blocks, int32_t threads, int64_t floats,
+  Launch(void (*kernel)(Images, Parameters...), const Device& device, int32_t threads, int64_t floats,
          int32_t parts = 1)
-      : kernel_(kernel) {
+      : kernel_(kernel), device_(device) {
     const auto bytes = int64_t(sizeof(float)) * floats;
     STD_TORCH_CHECK(bytes <= device.shared, "expected channels and grids of which a block's part fits into ",
                     device.shared, " bytes of shared memory, got ", bytes);
     STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-    config_.gridDim = blocks;
     config_.blockDim = dim3(threads);
     config_.dynamicSmemBytes = size_t(bytes);
     config_.stream = device.stream;
@@ -132,39 +157,64 @@ class Launch {
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
 
-  // Returns whether the GPU, or the part of it that there is, has room for a cluster; otherwise nothing is launched.
-  bool operator()(Parameters... parameters) const {
-    int clusters = 1;
-    if (config_.numAttrs) STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel_, &config_));
-    if (clusters) STD_CUDA_CHECK(cudaLaunchKernelEx(&config_, kernel_, parameters...));
-    return clusters > 0;
+  // With `each` blocks for each of the images. Returns whether the GPU, or the part of it that there is, has room for a
+  // cluster; otherwise nothing is launched.
+  bool operator()(int64_t images, int64_t each, const Parameters&... parameters) {
+    STD_TORCH_CHECK(each <= INT32_MAX, "expected at most ", INT32_MAX, " blocks of an image, got ", each);
+    if (!has_room()) return false;
+    const int64_t most = INT32_MAX / each;
+    for (int64_t first = 0; first < images; first += most) {
+      config_.gridDim = dim3(unsigned(std::min(images - first, most) * each));
+      STD_CUDA_CHECK(cudaLaunchKernelEx(&config_, kernel_, Images{first, int32_t(each)}, parameters...));
+    }
+    return true;
   }
 
  private:
-  void (*const kernel_)(Parameters...);
+  // The driver takes long to answer, and its answer stays: it is asked once.
+  bool has_room() {
+    if (!config_.numAttrs) return true;
+    static std::mutex mutex;
+    static std::map<std::tuple<int, size_t, unsigned>, bool> known;
+    const std::lock_guard<std::mutex> guard(mutex);
+    const auto [found, added] =
+        known.try_emplace({device_.index, config_.dynamicSmemBytes, cluster_.val.clusterDim.x}, false);
+    if (added) {
+      int clusters = 0;
+      config_.gridDim = dim3(cluster_.val.clusterDim.x);
+      const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel_, &config_);
+      if (error != cudaSuccess) known.erase(found);
+      STD_CUDA_CHECK(error);
+      found->second = clusters > 0;
+    }
+    return found->second;
+  }
+
+  void (*const kernel_)(Images, Parameters...);
+  const Device& device_;
   cudaLaunchConfig_t config_{};
   cudaLaunchAttribute cluster_{};
 };
 
-// The most rows of a strip of which two blocks share a multiprocessor, as far as that is possible.
-int32_t strip_lines(const Device& device, int32_t channels, Grid size, Grid grid) {
-  int32_t lines = size.height;
-  while (lines > 1) {
-    const Space space(channels, TILE_THREADS, staged_floats(channels, size, grid, lines));
-    if (tiled_add_floats(space, size, lines) * int64_t(sizeof(float)) <= (device.shared - 2048) / 2) break;
-    lines = (lines + 1) / 2;
+// Lines of as few strips as fit into so many bytes, of one row if none do.
+int32_t strip_lines(int64_t bytes, int32_t channels, int32_t filters, Grid size, Grid grid) {
+  for (int32_t strips = 1; strips < size.height; ++strips) {
+    const int32_t lines = (size.height + strips - 1) / strips;
+    if (strip_floats(channels, filters, size, grid, lines) * int64_t(sizeof(float)) <= bytes) return lines;
   }
-  return lines;
+  return 1;
 }
 
-// With strips as long as fit, of one row if none do.
-Sharing longest_strips(const Device& device, const Call& call, int32_t parts) {
-  int32_t lines = call.finest().height;
-  for (;;) {
-    const Sharing sharing(call, IMAGE_THREADS, parts, lines);
-    if (lines == 1 || sharing.floats(call.finest()) * int64_t(sizeof(float)) <= device.shared) return sharing;
-    lines = (lines + 1) / 2;
+// With as few strips as fit, of one row if none do.
+Sharing fewest_strips(const Device& device, const Call& call, int32_t parts) {
+  const Grid size = call.finest();
+  for (int32_t strips = 1; strips < size.height; ++strips) {
+    for (const int32_t rows : {WISHED_ROWS, 0}) {
+      const Sharing sharing(call, parts, (size.height + strips - 1) / strips, rows);
+      if (sharing.floats(size) * int64_t(sizeof(float)) <= device.shared) return sharing;
+    }
   }
+  return Sharing(call, parts, 1, 0);
 }
 
 void residual_quantize(const Tensor features, const Tensor codebook, const std::optional<Tensor> phi_weight,
@@ -186,11 +236,11 @@ void residual_quantize(const Tensor features, const Tensor codebook, const std::
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const Device device(features);
   Call call{tokenizer_of(codebook, phi_weight, phi_bias, phi_ratio),
+            {},
             input<float>(features),
             schedule.grids,  // for the host; the kernels have their own
             schedule.phi_index,
             int32_t(scales),
-            cosine,
             tokens.size(1),
             output<int64_t>(tokens),
             output<float>(feature_map),
@@ -198,8 +248,13 @@ void residual_quantize(const Tensor features, const Tensor codebook, const std::
             output<int64_t>(usage)};
   const Grid size = call.finest();
   const auto channels = int32_t(features.size(1));
+  const auto packs = int32_t(std::min<int64_t>((codebook.size(0) + PACK_THREADS - 1) / PACK_THREADS, MOST_PACKS));
+  const Tensor packed = torch::stable::new_empty(features, {Codes::floats(call.tokenizer, cosine, packs)});
+  call.codes = Codes::in(output<float>(packed), call.tokenizer, cosine, packs);
+  pack_kernel<<<packs, PACK_THREADS, 0, device.stream>>>(call.tokenizer, call.codes);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
   const auto fits = [&](int32_t parts) {
-    return longest_strips(device, call, parts).floats(size) * int64_t(sizeof(float)) <= device.shared;
+    return fewest_strips(device, call, parts).floats(size) * int64_t(sizeof(float)) <= device.shared;
   };
   // clusters as large as leave no multiprocessor idle, or as the image needs; smaller ones where there is no room
   const int32_t most_parts = device.major >= 9 ? MOST_PARTS : 1;
@@ -207,34 +262,19 @@ void residual_quantize(const Tensor features, const Tensor codebook, const std::
   while (parts > 1 && batch * parts > device.processors) parts /= 2;
   while (parts < most_parts && !fits(parts)) parts *= 2;
   for (; parts > 0 && fits(parts); parts /= 2) {
-    const Sharing sharing = longest_strips(device, call, parts);
-    const Launch launch(parts > 1 ? cluster_kernel : image_kernel, device, dim3(unsigned(batch * parts)),
-                        IMAGE_THREADS, sharing.floats(size), parts);
-    if (launch(call, schedule, sharing)) return;
+    const Sharing sharing = fewest_strips(device, call, parts);
+    Launch launch(parts > 1 ? cluster_kernel : image_kernel, device, IMAGE_THREADS, sharing.floats(size), parts);
+    if (launch(batch, parts, call, schedule, sharing)) return;
   }
   const Tensor residual = torch::stable::new_empty(features, {batch, channels, size.height, size.width});
-  TiledCall tiled{call, output<float>(residual), 0, 0, TILE_ROWS, 0};
+  TiledCall tiled{call, output<float>(residual), 0, 0, SEARCH_ROWS, 0};
+  Launch search(search_kernel, device, TILE_THREADS, tiled_search_floats(channels, SEARCH_ROWS));
   for (; tiled.scale < call.scales; ++tiled.scale) {
     const Grid grid = schedule.grids[tiled.scale];
-    tiled.lines = strip_lines(device, channels, size, grid);
-    const Space searched(channels, TILE_THREADS, 0);
-    const Space added(channels, TILE_THREADS, staged_floats(channels, size, grid, tiled.lines));
-    const auto blocks = unsigned((grid.tokens() + TILE_ROWS - 1) / TILE_ROWS);
-    const auto strips = unsigned((size.height + tiled.lines - 1) / tiled.lines);
-    for (int64_t first = 0; first < batch; first += 65535) {  // as many blocks as fit along y
-      const auto count = unsigned(std::min<int64_t>(batch - first, 65535));
-      TiledCall part = tiled;
-      const int64_t plane = channels * size.tokens();
-      part.residual += first * plane;
-      part.call.features += first * plane;
-      part.call.feature_map += first * plane;
-      part.call.tokens += first * call.length;
-      part.call.inputs += first * call.inputs_length() * channels;
-      Launch(search_kernel, device, dim3(blocks, count), TILE_THREADS,
-             tiled_search_floats(searched, TILE_ROWS))(part, schedule, searched);
-      Launch(add_kernel, device, dim3(strips, count), TILE_THREADS,
-             tiled_add_floats(added, size, tiled.lines))(part, schedule, added);
-    }
+    tiled.lines = strip_lines(device.half(), channels, channels, size, grid);
+    search(batch, (grid.tokens() + SEARCH_ROWS - 1) / SEARCH_ROWS, tiled, schedule);
+    Launch add(add_kernel, device, TILE_THREADS, strip_floats(channels, channels, size, grid, tiled.lines));
+    add(batch, (size.height + tiled.lines - 1) / tiled.lines, tiled, schedule);
     tiled.start += grid.tokens();
   }
 }
@@ -260,20 +300,10 @@ void accumulate_scale(const Tensor feature_map, const Tensor tokens, const Tenso
                       output<float>(accumulated),
                       output<float>(inputs)};
   const auto channels = int32_t(feature_map.size(1));
-  call.lines = strip_lines(device, channels, call.finest, call.grid);
-  const Space space(channels, TILE_THREADS, staged_floats(channels, call.finest, call.grid, call.lines));
-  const auto blocks = unsigned((channels + STEP_CHANNELS - 1) / STEP_CHANNELS);
-  const int64_t plane = channels * call.finest.tokens();
-  for (int64_t first = 0; first < batch; first += 65535) {
-    const auto count = unsigned(std::min<int64_t>(batch - first, 65535));
-    AccumulateCall part = call;
-    part.feature_map += first * plane;
-    part.accumulated += first * plane;
-    part.tokens += first * call.grid.tokens();
-    part.inputs += first * call.next.tokens() * channels;
-    Launch(step_kernel, device, dim3(blocks, count), TILE_THREADS,
-           tiled_add_floats(space, call.finest, call.lines))(part, space);
-  }
+  call.lines = strip_lines(device.half(), channels, STEP_CHANNELS, call.finest, call.grid);
+  Launch step(step_kernel, device, TILE_THREADS,
+              strip_floats(channels, STEP_CHANNELS, call.finest, call.grid, call.lines));
+  step(batch, (channels + STEP_CHANNELS - 1) / STEP_CHANNELS, call);
 }
 
 }  // namespace

@@ -35,8 +35,20 @@ std::unique_ptr<Four[]> block_memory(int64_t floats) {
   return memory;
 }
 
+// The codes as a launch of blocks packs them.
+std::unique_ptr<Four[]> packed(Call* call, bool cosine, int32_t members) {
+  constexpr int32_t PACKS = 3;
+  auto memory = block_memory(Codes::floats(call->tokenizer, cosine, PACKS));
+  call->codes = Codes::in(memory[0].at, call->tokenizer, cosine, PACKS);
+  for (int32_t block = 0; block < PACKS; ++block) {
+    const auto own = block_memory(2);
+    as_team(members, [&](const Rank& rank) { pack(rank, call->tokenizer, call->codes, block, own[0].at); });
+  }
+  return memory;
+}
+
 void clusters(const Call& call, int64_t batch, int32_t members, int32_t parts, int32_t lines) {
-  const Sharing sharing(call, members, parts, lines);
+  const Sharing sharing(call, parts, lines, 0);
   for (int64_t index = 0; index < batch; ++index) {
     std::vector<std::unique_ptr<Four[]>> memories;
     std::vector<float*> floats;
@@ -55,23 +67,19 @@ void clusters(const Call& call, int64_t batch, int32_t members, int32_t parts, i
 
 void tiles(const Call& call, int64_t batch, int32_t members, int32_t rows, int32_t lines) {
   const Grid size = call.finest();
-  const int64_t channels = call.tokenizer.channels;
+  const auto channels = int32_t(call.tokenizer.channels);
   const std::unique_ptr<float[]> residual(new float[batch * channels * size.tokens()]);
   TiledCall tiled{call, residual.get(), 0, 0, rows, lines};
   for (; tiled.scale < call.scales; ++tiled.scale) {
     const Grid grid = call.grids[tiled.scale];
-    const Space space(int32_t(channels), members, staged_floats(int32_t(channels), size, grid, lines));
-    const int64_t floats = std::max(tiled_search_floats(space, rows), tiled_add_floats(space, size, lines));
     for (int64_t index = 0; index < batch; ++index) {
       for (int32_t block = 0; block * rows < grid.tokens(); ++block) {
-        const auto memory = block_memory(floats);
-        as_team(members,
-                [&](const Rank& rank) { tiled_search(Alone<Rank>(rank), tiled, index, block, space, memory[0].at); });
+        const auto memory = block_memory(tiled_search_floats(channels, rows));
+        as_team(members, [&](const Rank& rank) { tiled_search(Alone<Rank>(rank), tiled, index, block, memory[0].at); });
       }
       for (int32_t block = 0; block * lines < size.height; ++block) {
-        const auto memory = block_memory(floats);
-        as_team(members,
-                [&](const Rank& rank) { tiled_add(Alone<Rank>(rank), tiled, index, block, space, memory[0].at); });
+        const auto memory = block_memory(strip_floats(channels, channels, size, grid, lines));
+        as_team(members, [&](const Rank& rank) { tiled_add(Alone<Rank>(rank), tiled, index, block, memory[0].at); });
       }
     }
     tiled.start += grid.tokens();
@@ -89,23 +97,24 @@ void residual_quantize(const Tensor features, const Tensor codebook, const std::
   const Checks checks("residual_quantize_by_teams", features);
   checks.number("members", members, 1, MOST_THREADS);
   checks.number("parts", parts, 1, MOST_THREADS / members);
-  checks.number("rows", rows % ROWS, 0, 0);
+  checks.number("rows", rows % TILE_ROWS, 0, 0);
   checks.number("lines", lines, 1, MOST_SIDE);
   std::vector<Grid> sizes;
   for (size_t i = 0; i < grids.size(); i += 2) sizes.push_back({int32_t(grids[i]), int32_t(grids[i + 1])});
   std::vector<int32_t> phis(phi_index.begin(), phi_index.end());
   phis.resize(sizes.size());
-  const Call call{tokenizer_of(codebook, phi_weight, phi_bias, phi_ratio),
+  Call call{tokenizer_of(codebook, phi_weight, phi_bias, phi_ratio),
+                  {},
                   input<float>(features),
                   sizes.data(),
                   phis.data(),
                   int32_t(sizes.size()),
-                  cosine,
                   tokens.size(1),
                   output<int64_t>(tokens),
                   output<float>(feature_map),
                   output<float>(inputs),
                   output<int64_t>(usage)};
+  const auto memory = packed(&call, cosine, int32_t(members));
   if (rows > 0)
     tiles(call, features.size(0), int32_t(members), int32_t(rows), int32_t(lines));
   else
@@ -133,12 +142,11 @@ void accumulate_scale(const Tensor feature_map, const Tensor tokens, const Tenso
                             output<float>(accumulated),
                             output<float>(inputs)};
   const auto all = int32_t(feature_map.size(1));
-  const Space space(all, int32_t(members), staged_floats(all, call.finest, call.grid, call.lines));
   for (int64_t index = 0; index < feature_map.size(0); ++index)
     for (int32_t block = 0; block * channels < all; ++block) {
-      const auto memory = block_memory(tiled_add_floats(space, call.finest, call.lines));
+      const auto memory = block_memory(strip_floats(all, int32_t(channels), call.finest, call.grid, call.lines));
       as_team(int32_t(members),
-              [&](const Rank& rank) { accumulate(Alone<Rank>(rank), call, index, block, space, memory[0].at); });
+              [&](const Rank& rank) { accumulate(Alone<Rank>(rank), call, index, block, memory[0].at); });
     }
 }
 

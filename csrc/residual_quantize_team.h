@@ -25,29 +25,13 @@ struct Alone : Team {
   FASTVAR_HOST_DEVICE inline void sync_parts() const { Team::sync(); }
 };
 
-// What memory a team needs, in floats.
-struct Space {
-  int32_t channels;
-  int32_t tile;     // codes in shared memory at a time, a multiple of CODES; there are two such tiles
-  int32_t scratch;  // tiles, or the search's partial results, or codes of a grid, or weights
-
-  FASTVAR_HOST_DEVICE inline Space(int32_t channels, int32_t members, int64_t staged)
-      : channels(channels), tile(4096 / channels < 32 ? 32 : 4096 / channels / 32 * 32) {
-    int64_t most = 2 * int64_t(tile) * channels;
-    const int64_t partial = 2 * int64_t(members) * ROWS, weights = int64_t(DEPTH) * 9 * (channels + FILTERS);
-    most = partial > most ? partial : most;
-    most = weights > most ? weights : most;
-    scratch = int32_t(round_to_fours(staged > most ? staged : most));
-  }
-};
-
 struct Call {
   Tokenizer tokenizer;
+  Codes codes;
   const float* features;     // (B, C, H, W)
   const Grid* grids;         // (K,)
   const int32_t* phi_index;  // (K,)
   int32_t scales;
-  bool cosine;
   int64_t length;      // L
   int64_t* tokens;     // (B, L)
   float* feature_map;  // (B, C, H, W)
@@ -68,49 +52,55 @@ FASTVAR_HOST_DEVICE inline void put_token(const Call& call, int64_t index, int64
 #endif
 }
 
-// Floats of the scratch that a strip's codes take, at most.
-FASTVAR_HOST_DEVICE inline int64_t staged_floats(int32_t channels, Grid size, Grid grid, int32_t lines) {
-  int64_t most = 0;
-  for (int32_t first = 0; first < size.height; first += lines) {
-    const Bin staged = rows_below(first - 1, lines + 2, size, grid);
-    const int64_t floats = int64_t(channels) * (staged.end - staged.first) * grid.width;
-    most = floats > most ? floats : most;
+// Floats of the memory that a block's search needs, and its parts: rows, candidates, what is found, and the bounds.
+struct SearchMemory {
+  float* rows;
+  float* queue;
+  int64_t room;  // candidates
+  uint64_t* keys;
+  uint64_t* candidates;
+  uint32_t* bounds;
+
+  FASTVAR_HOST_DEVICE inline Rows rows_of(const Codes& codes, int32_t count) const {
+    return Rows(codes, count, rows, keys, candidates);
   }
-  return most;
-}
+  static constexpr int32_t BESIDES = 4;  // floats of the number of candidates and the bounds
+};
 
 // How the blocks of a cluster share an image: each has the planes of some channels, searches some of the codes for all
 // rows, tile by tile, and convolves its channels, strip by strip.
 struct Sharing {
-  Space space;
-  int32_t share;  // channels of a block
-  int32_t lines;  // of a strip
-  int32_t rows;   // of a tile at most, as many as find room in the memory of a strip
+  int32_t channels;
+  int32_t share;    // channels of a block
+  int32_t lines;    // of a strip
+  int32_t rows;     // of a tile of the search, a multiple of TILE_ROWS
+  int64_t strip;    // floats of a strip or of a tile's rows
+  int64_t scratch;  // floats of staged codes, weights, candidates
 
-  Sharing(const Call& call, int32_t members, int32_t parts, int32_t lines)
-      : space(int32_t(call.tokenizer.channels), members, staged(call, lines)),
-        share((space.channels + parts - 1) / parts),
-        lines(lines) {
-    const int64_t room = framed(call.finest()) / ROWS, needed = (call.finest().tokens() + ROWS - 1) / ROWS;
-    rows = int32_t((room < needed ? room : needed) * ROWS);
-  }
-
-  static int64_t staged(const Call& call, int32_t lines) {
-    int64_t most = 0;
+  // With tiles of at most `most_rows` rows, or as many as find room in a strip's memory.
+  Sharing(const Call& call, int32_t parts, int32_t lines, int32_t most_rows)
+      : channels(int32_t(call.tokenizer.channels)), share((channels + parts - 1) / parts), lines(lines) {
+    const Grid size = call.finest();
+    const int64_t least = Strip(size, lines).floats(channels), each = row_floats(channels);
+    const int64_t needed = round_up(size.tokens(), TILE_ROWS);
+    int64_t tile = most_rows > least / each ? most_rows : least / each;
+    tile = (tile < needed ? tile : needed) / TILE_ROWS * TILE_ROWS;
+    rows = int32_t(tile < TILE_ROWS ? TILE_ROWS : tile);
+    strip = round_to_fours(rows * each > least ? rows * each : least);
+    scratch = 2 * LEAST_QUEUE;
+    const int64_t weights = Weights(channels, share).floats();
+    if (weights > scratch) scratch = weights;
     for (int32_t k = 0; k < call.scales; ++k) {
-      const int64_t floats = staged_floats(int32_t(call.tokenizer.channels), call.finest(), call.grids[k], lines);
-      most = floats > most ? floats : most;
+      const int64_t staged = staged_floats(channels, size, call.grids[k], lines);
+      if (staged > scratch) scratch = staged;
     }
-    return most;
+    scratch = round_to_fours(scratch);
   }
-
-  // cells of a strip with its frame
-  FASTVAR_HOST_DEVICE inline int64_t framed(Grid size) const { return int64_t(lines + 2) * (size.width + 2); }
 
   // a block's memory
   FASTVAR_HOST_DEVICE inline int64_t floats(Grid size) const {
-    return 2 * round_to_fours(share * size.tokens()) + round_to_fours(space.channels * framed(size)) + space.scratch +
-           2 * rows;
+    return 2 * round_to_fours(share * size.tokens()) + strip + scratch + 2 * rows + SearchMemory::BESIDES +
+           round_to_fours(size.tokens());
   }
 };
 
@@ -126,57 +116,58 @@ FASTVAR_HOST_DEVICE inline void image(const Team& team, const Call& call, int64_
   float* residual = floats;  // planes low to high - 1, and so the map
   float* map = residual + round_to_fours(int64_t(sharing.share) * cells);
   float* strip = map + round_to_fours(int64_t(sharing.share) * cells);  // or the rows of the search
-  float* scratch = strip + round_to_fours(channels * sharing.framed(size));
-  float* distances = scratch + sharing.space.scratch;
-  auto* found = reinterpret_cast<int32_t*>(distances + sharing.rows);
-  const auto plane = [&](int32_t channel) -> const float* {
-    return team.of_part(residual, channel / sharing.share) + channel % sharing.share * cells;
-  };
+  float* scratch = strip + sharing.strip;
+  auto* keys = reinterpret_cast<uint64_t*>(scratch + sharing.scratch);
+  auto* tokens = reinterpret_cast<int32_t*>(keys + sharing.rows + SearchMemory::BESIDES / 2);  // of a scale
+  const SearchMemory memory{strip, scratch, sharing.scratch / 2, keys, keys + sharing.rows,
+                            reinterpret_cast<uint32_t*>(keys + sharing.rows + 1)};
   const int64_t first_plane = (index * channels + low) * cells;
+  gather_bounds(team, call.codes, memory.bounds);
   for (int32_t i = team.rank(); i < (high - low) * cells; i += team.size()) {
     residual[i] = call.features[first_plane + i];
     map[i] = 0;
   }
-  team.sync_parts();
   int64_t start = 0;
   for (int32_t k = 0; k < call.scales; ++k) {
     const Grid grid = call.grids[k];
     const auto count = int32_t(grid.tokens());
-    // tiles of about as many rows each: where rows and members do not match, members are idle
-    const int32_t tiles = (count + sharing.rows - 1) / sharing.rows, even = (count + tiles - 1) / tiles;
-    const int32_t rows = (even + ROWS - 1) / ROWS * ROWS;
-    for (int32_t first = 0; first < count; first += rows) {
-      const int32_t taken = count - first < rows ? count - first : rows;
-      const int32_t stride = (taken + ROWS - 1) / ROWS * ROWS;
-      make_rows(team, tokenizer, call.cosine, plane, size, grid, first, taken, stride, strip);
-      search(team, tokenizer, call.cosine, strip, stride, taken, sharing.space.tile, scratch, distances, found);
-      agree(team, taken, distances, found,
-            [&](int32_t row, int32_t token) { put_token(call, index, start + first + row, token); });
+    float* inputs = call.inputs + (index * call.inputs_length() + start - call.grids[0].tokens()) * channels + low;
+    // tiles of about as many rows each: where rows and warps do not match, warps are idle
+    const int32_t tiles = (count + sharing.rows - 1) / sharing.rows;
+    const auto step = int32_t(round_up((count + tiles - 1) / tiles, TILE_ROWS));
+    team.sync_parts();  // what was a strip can hold rows
+    for (int32_t first = 0; first < count; first += step) {
+      const Rows rows = memory.rows_of(call.codes, count - first < step ? count - first : step);
+      each_bin(team, high - low, size, grid, first, rows.count, [&](int32_t c, int32_t place, const Bins& bins) {
+        const float mean = bin_mean(residual + c * cells, size, bins);
+        for (int32_t part = 0; part < team.parts(); ++part)
+          team.of_part(rows.exact, part)[place * rows.stride + low + c] = -2 * mean;
+        if (k > 0) inputs[int64_t(first + place) * channels + c] = bin_mean(map + c * cells, size, bins);
+      });
+      team.sync_parts();
+      prepare(team, call.codes, memory.bounds, rows);
+      search(team, call.codes, rows, memory.queue, memory.room);
+      team.sync_parts();
+      agree(team, rows, [&](int32_t row, int32_t token) {
+        tokens[first + row] = token;
+        if (row % team.parts() == team.part()) put_token(call, index, start + first + row, token);
+      });
     }
+    team.sync();
+    const Strip shape(size, sharing.lines);
     for (int32_t first = 0; first < size.height; first += sharing.lines) {
-      const Bin staged = rows_below(first - 1, sharing.lines + 2, size, grid);
-      stage_codes(team, tokenizer, call.tokens + index * call.length + start, grid, staged, scratch);
-      upsample(team, channels, scratch, staged, grid, size, first, sharing.lines, strip);
-      apply_phi(team, tokenizer, call.phi_index[k], strip, size, first, sharing.lines, low, high, scratch,
+      upsample(team, tokenizer, tokens, grid, size, first, shape, scratch, strip);
+      apply_phi(team, tokenizer, call.phi_index[k], strip, size, first, shape, low, high, scratch,
                 [&](int32_t channel, int32_t y, int32_t x, float value) {
                   const int32_t place = (channel - low) * cells + y * size.width + x;
                   residual[place] -= value;
                   map[place] += value;
                 });
-      team.sync();
     }
-    team.sync_parts();
     start += count;
-    if (k + 1 == call.scales) break;
-    const Grid next = call.grids[k + 1];
-    const auto following = int32_t(next.tokens());
-    float* inputs = call.inputs + (index * call.inputs_length() + start - call.grids[0].tokens()) * channels + low;
-    for (int32_t i = team.rank(); i < (high - low) * following; i += team.size()) {
-      const int32_t c = i / following, place = i % following;
-      inputs[int64_t(place) * channels + c] = bin_mean(map + c * cells, size, next, place);
-    }
   }
   for (int32_t i = team.rank(); i < (high - low) * cells; i += team.size()) call.feature_map[first_plane + i] = map[i];
+  team.sync_parts();  // a block's memory is there as long as another may read it
 }
 
 // Images that do not fit into a cluster's memory have their state in the results: two launches a scale, a block for
@@ -187,58 +178,63 @@ struct TiledCall {
   float* residual;  // (B, C, H, W)
   int32_t scale;
   int64_t start;        // of the scale's tokens
-  int32_t rows, lines;  // of a block: of the search, of the image
+  int32_t rows, lines;  // of a block: of the search, a multiple of TILE_ROWS; of the image
 };
 
-// Floats of the memory of a block of tiled_search and of tiled_add.
-FASTVAR_HOST_DEVICE inline int64_t tiled_search_floats(const Space& space, int32_t rows) {
-  return int64_t(space.channels) * rows + space.scratch + 2 * rows;
+// Floats of the memory of a block of tiled_search, and of one that convolves a strip for so many filters.
+FASTVAR_HOST_DEVICE inline int64_t tiled_search_floats(int32_t channels, int32_t rows) {
+  return round_to_fours(int64_t(row_floats(channels)) * rows) + 2 * LEAST_QUEUE + 2 * rows + SearchMemory::BESIDES;
 }
 
-FASTVAR_HOST_DEVICE inline int64_t tiled_add_floats(const Space& space, Grid size, int32_t lines) {
-  return round_to_fours(int64_t(space.channels) * (lines + 2) * (size.width + 2)) + space.scratch;
+FASTVAR_HOST_DEVICE inline int64_t strip_floats(int32_t channels, int32_t filters, Grid size, Grid grid,
+                                                int32_t lines) {
+  const int64_t staged = staged_floats(channels, size, grid, lines), weights = Weights(channels, filters).floats();
+  return Strip(size, lines).floats(channels) + (staged > weights ? staged : weights);
 }
 
 // The tokens of some rows of a scale, and their inputs.
 template <typename Team>
 FASTVAR_HOST_DEVICE inline void tiled_search(const Team& team, const TiledCall& tiled, int64_t index, int32_t block,
-                                             const Space& space, float* floats) {
+                                             float* floats) {
   const Call& call = tiled.call;
   const Grid size = call.finest(), grid = call.grids[tiled.scale];
-  const int64_t channels = call.tokenizer.channels, plane = index * channels * size.tokens();
+  const auto channels = int32_t(call.tokenizer.channels);
+  const int64_t plane = index * channels * size.tokens();
   const int32_t first = block * tiled.rows;
   const int32_t count = grid.tokens() - first < tiled.rows ? int32_t(grid.tokens() - first) : tiled.rows;
-  float* scratch = floats + channels * tiled.rows;
-  float* distances = scratch + space.scratch;
-  auto* found = reinterpret_cast<int32_t*>(distances + tiled.rows);
+  float* queue = floats + round_to_fours(int64_t(row_floats(channels)) * tiled.rows);
+  auto* keys = reinterpret_cast<uint64_t*>(queue + 2 * LEAST_QUEUE);
+  const SearchMemory memory{floats, queue, LEAST_QUEUE, keys, keys + tiled.rows,
+                            reinterpret_cast<uint32_t*>(keys + tiled.rows + 1)};
+  const Rows rows = memory.rows_of(call.codes, count);
   const float* residual = (tiled.scale ? tiled.residual : call.features) + plane;
-  const auto plane_of = [&](int32_t channel) { return residual + channel * size.tokens(); };
-  make_rows(team, call.tokenizer, call.cosine, plane_of, size, grid, first, count, tiled.rows, floats);
-  search(team, call.tokenizer, call.cosine, floats, tiled.rows, count, space.tile, scratch, distances, found);
-  for (int32_t i = team.rank(); i < count; i += team.size()) put_token(call, index, tiled.start + first + i, found[i]);
-  if (tiled.scale == 0) return;
   float* inputs =
       call.inputs + (index * call.inputs_length() + tiled.start - call.grids[0].tokens() + first) * channels;
-  for (int32_t i = team.rank(); i < channels * count; i += team.size()) {
-    const int32_t c = i / count, place = i % count;
-    inputs[place * channels + c] = bin_mean(call.feature_map + plane + c * size.tokens(), size, grid, first + place);
-  }
+  each_bin(team, channels, size, grid, first, count, [&](int32_t c, int32_t place, const Bins& bins) {
+    rows.exact[place * rows.stride + c] = -2 * bin_mean(residual + c * size.tokens(), size, bins);
+    if (tiled.scale)
+      inputs[int64_t(place) * channels + c] = bin_mean(call.feature_map + plane + c * size.tokens(), size, bins);
+  });
+  gather_bounds(team, call.codes, memory.bounds);
+  prepare(team, call.codes, memory.bounds, rows);
+  search(team, call.codes, rows, memory.queue, memory.room);
+  agree(team, rows, [&](int32_t row, int32_t token) { put_token(call, index, tiled.start + first + row, token); });
 }
 
 // A strip of the image with what the scale's tokens add.
 template <typename Team>
 FASTVAR_HOST_DEVICE inline void tiled_add(const Team& team, const TiledCall& tiled, int64_t index, int32_t block,
-                                          const Space& space, float* floats) {
+                                          float* floats) {
   const Call& call = tiled.call;
   const Grid size = call.finest(), grid = call.grids[tiled.scale];
   const auto channels = int32_t(call.tokenizer.channels);
   const int64_t plane = index * channels * size.tokens();
   const int32_t first = block * tiled.lines;
-  float* scratch = floats + round_to_fours(int64_t(channels) * (tiled.lines + 2) * (size.width + 2));
-  const Bin staged = rows_below(first - 1, tiled.lines + 2, size, grid);
-  stage_codes(team, call.tokenizer, call.tokens + index * call.length + tiled.start, grid, staged, scratch);
-  upsample(team, channels, scratch, staged, grid, size, first, tiled.lines, floats);
-  apply_phi(team, call.tokenizer, call.phi_index[tiled.scale], floats, size, first, tiled.lines, 0, channels, scratch,
+  const Strip strip(size, tiled.lines);
+  float* scratch = floats + strip.floats(channels);
+  upsample(team, call.tokenizer, call.tokens + index * call.length + tiled.start, grid, size, first, strip, scratch,
+           floats);
+  apply_phi(team, call.tokenizer, call.phi_index[tiled.scale], floats, size, first, strip, 0, channels, scratch,
             [&](int32_t channel, int32_t y, int32_t x, float value) {
               const int64_t place = plane + channel * size.tokens() + y * size.width + x;
               tiled.residual[place] = (tiled.scale ? tiled.residual : call.features)[place] - value;
@@ -259,30 +255,28 @@ struct AccumulateCall {
 // Some channels of one step for an image.
 template <typename Team>
 FASTVAR_HOST_DEVICE inline void accumulate(const Team& team, const AccumulateCall& call, int64_t index, int32_t block,
-                                           const Space& space, float* floats) {
+                                           float* floats) {
   const Grid size = call.finest, grid = call.grid;
   const auto channels = int32_t(call.tokenizer.channels);
   const int32_t low = block * call.channels;
   const int32_t high = low + call.channels < channels ? low + call.channels : channels;
   const int64_t plane = index * channels * size.tokens();
-  float* scratch = floats + round_to_fours(int64_t(channels) * (call.lines + 2) * (size.width + 2));
+  const Strip strip(size, call.lines);
+  float* scratch = floats + strip.floats(channels);
   for (int32_t first = 0; first < size.height; first += call.lines) {
-    const Bin staged = rows_below(first - 1, call.lines + 2, size, grid);
-    stage_codes(team, call.tokenizer, call.tokens + index * grid.tokens(), grid, staged, scratch);
-    upsample(team, channels, scratch, staged, grid, size, first, call.lines, floats);
-    apply_phi(team, call.tokenizer, 0, floats, size, first, call.lines, low, high, scratch,
+    upsample(team, call.tokenizer, call.tokens + index * grid.tokens(), grid, size, first, strip, scratch, floats);
+    apply_phi(team, call.tokenizer, 0, floats, size, first, strip, low, high, scratch,
               [&](int32_t channel, int32_t y, int32_t x, float value) {
                 const int64_t place = plane + channel * size.tokens() + y * size.width + x;
                 call.accumulated[place] = call.feature_map[place] + value;
               });
-    team.sync();
   }
   const auto following = int32_t(call.next.tokens());
-  for (int32_t i = team.rank(); i < (high - low) * following; i += team.size()) {
-    const int32_t c = low + i / following, place = i % following;
-    call.inputs[(index * following + place) * channels + c] =
-        bin_mean(call.accumulated + plane + c * size.tokens(), size, call.next, place);
-  }
+  if (following == 0) return;
+  each_bin(team, high - low, size, call.next, 0, following, [&](int32_t c, int32_t place, const Bins& bins) {
+    call.inputs[(index * following + place) * channels + low + c] =
+        bin_mean(call.accumulated + plane + (low + c) * size.tokens(), size, bins);
+  });
 }
 
 }  // namespace fastvar::quantize

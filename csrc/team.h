@@ -5,6 +5,7 @@
 #include "common.h"
 
 #if !defined(__CUDACC__)
+#include <atomic>
 #include <barrier>
 #include <thread>
 #include <vector>
@@ -53,5 +54,60 @@ void as_team(int32_t size, const F& f) {
 }
 
 #endif
+
+// Members side by side that go in step. A thread that stands for one of a block does the work of a whole warp.
+#if defined(__CUDACC__)
+constexpr int32_t WARP = 32;
+#else
+constexpr int32_t WARP = 1;
+#endif
+
+// What several members do to one number at once; the result does not depend on their order.
+
+template <typename T>
+FASTVAR_HOST_DEVICE inline void lower(T* at, T value) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 8)
+    atomicMin(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
+  else
+    atomicMin(at, value);
+#elif !defined(__CUDACC__)
+  std::atomic_ref<T> number(*at);
+  for (T old = number; value < old && !number.compare_exchange_weak(old, value);) {
+  }
+#endif
+}
+
+template <typename T>
+FASTVAR_HOST_DEVICE inline void raise(T* at, T value) {
+#if defined(__CUDA_ARCH__)
+  atomicMax(at, value);
+#elif !defined(__CUDACC__)
+  std::atomic_ref<T> number(*at);
+  for (T old = number; value > old && !number.compare_exchange_weak(old, value);) {
+  }
+#endif
+}
+
+// Adds 1; returns what was there.
+FASTVAR_HOST_DEVICE inline uint64_t count_up(uint64_t* at) {
+#if defined(__CUDA_ARCH__)
+  return atomicAdd(reinterpret_cast<unsigned long long*>(at), 1ull);
+#elif !defined(__CUDACC__)
+  return std::atomic_ref<uint64_t>(*at).fetch_add(1);
+#else
+  return 0;
+#endif
+}
+
+// Bits of floats as whole numbers that are in the order of the floats.
+FASTVAR_HOST_DEVICE inline uint32_t to_ordered(float value) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+FASTVAR_HOST_DEVICE inline float from_ordered(uint32_t bits) {
+  return __builtin_bit_cast(float, bits >> 31 ? bits & 0x7fffffff : ~bits);
+}
 
 }  // namespace fastvar

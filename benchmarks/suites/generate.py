@@ -1,9 +1,10 @@
 """Sampling of whole images: `VAR.generate` against FoundationVision/VAR's `autoregressive_infer_cfg`.
 
 Both have the same random weights, sample with guidance and truncation as in VAR's evaluation, and stop short of
-decoding. They draw other random numbers, so it is greedy samples (top_k=1) that are checked before anything is timed:
-the error is the share of tokens that are not the likeliest after those before them, by teacher forcing in float32. Two
-contenders without error have the same tokens. A setting's dtype is that of our weights.
+decoding unless a setting says so (tokenizer_decode checks images). They draw other random numbers, so it is greedy
+samples (top_k=1) that are checked before anything is timed: the error is the share of tokens that are not the likeliest
+after those before them, by teacher forcing in float32. Two contenders without error have the same tokens. A setting's
+dtype is that of our weights.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from benchmarks.cases import OURS, Contender, Problem, Setting, Suite
 from benchmarks.rivals import checkout
 from benchmarks.shapes import MODELS, ModelShape
+from benchmarks.suites.tokenizer_decode import decoder_flops
 from benchmarks.upstream import build_upstream
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig, load_var
 from fastvar.models.sampling import guidance_per_scale
@@ -26,7 +28,7 @@ GUIDANCE = 1.5
 TRUNCATION = {"top_k": 900, "top_p": 0.96}
 CLASSES = 1000
 CHECKED = 2  # images of the greedy check: one more would show nothing else, and costs time
-GRAPHS = "fastvar graphs"
+EAGER = "fastvar without graphs"
 FLOAT32 = "upstream float32"
 AUTOCAST = {"upstream bfloat16 autocast": torch.bfloat16, "upstream float16 autocast": torch.float16}
 
@@ -39,7 +41,7 @@ def shape_of(setting: Setting) -> ModelShape:
     return ModelShape(setting["grids"], setting["depth"], width, width // 64, 4096, 32)
 
 
-def build_models(shape: ModelShape, device: torch.device) -> tuple[VAR, Any | str]:
+def build_models(shape: ModelShape, device: torch.device, decode: bool = False) -> tuple[VAR, Any | str]:
     """Our VAR and FoundationVision/VAR's of the same random float32 weights, in evaluation mode; or ours alone and why
     there is no other. No condition is dropped in training, so that both always have the same one."""
     schedule = shape.schedule
@@ -50,11 +52,11 @@ def build_models(shape: ModelShape, device: torch.device) -> tuple[VAR, Any | st
     common = {"grids": schedule.grids, "vocab_size": shape.vocab_size, "code_channels": shape.channels}
     with device:  # weights are drawn where they are used, which for large models is much faster
         if isinstance(path, str):
-            narrow = VQTokenizerConfig(**common, channels=8, norm_groups=8, blocks_per_level=1)
+            narrow = {} if decode else {"channels": 8, "norm_groups": 8, "blocks_per_level": 1}
             sizes = {"depth": shape.depth, "embed_dim": shape.width, "num_heads": shape.heads}
             config = VARConfig(**common, **sizes, num_classes=CLASSES, gate_init=1.0, condition_dropout=0.0)
-            return VAR(config, VQTokenizer(narrow)).eval(), path
-        upstream = build_upstream(path, shape.depth, schedule=schedule, device=device)
+            return VAR(config, VQTokenizer(VQTokenizerConfig(**common, **narrow))).eval(), path
+        upstream = build_upstream(path, shape.depth, schedule=schedule, device=device, decode=decode)
         var, _ = load_var(upstream.state_dict(), upstream.vae_proxy[0].state_dict())
     var.config = replace(var.config, condition_dropout=0.0)
     upstream.cond_drop_rate = 0.0
@@ -85,9 +87,9 @@ class Sampler:
         return self.tokens(labels, top_k=1)
 
 
-def our_sampler(var: VAR, graphs: bool = False) -> Sampler:
+def our_sampler(var: VAR, decode: bool = False, graphs: bool | None = None) -> Sampler:
     def tokens(labels: torch.Tensor, **options: Any) -> torch.Tensor:
-        return var.generate(labels, guidance=GUIDANCE, decode=False, graphs=graphs, **options).tokens
+        return var.generate(labels, guidance=GUIDANCE, decode=decode, graphs=graphs, **options).tokens
 
     return Sampler(tokens, tokens)
 
@@ -121,11 +123,12 @@ def likeliest(var: VAR, labels: torch.Tensor, tokens: torch.Tensor) -> torch.Ten
 def build(setting: Setting, device: torch.device) -> Problem:
     shape, dtype = shape_of(setting), getattr(torch, setting["dtype"])
     plain = dtype == torch.float32
-    var, upstream = build_models(shape, device)
+    decode = setting.get("decoded", False)
+    var, upstream = build_models(shape, device, decode)
     own_var = var if plain else var.clone().to(dtype)
-    contenders: dict[str, Contender] = {OURS: our_sampler(own_var), GRAPHS: "needs a GPU"}
+    contenders: dict[str, Contender] = {OURS: our_sampler(own_var, decode), EAGER: "is what fastvar runs on a CPU"}
     if device.type == "cuda":
-        contenders[GRAPHS] = our_sampler(own_var, graphs=True)
+        contenders[EAGER] = our_sampler(own_var, decode, graphs=False)
     for name, autocast in {FLOAT32: None, **AUTOCAST}.items():
         if isinstance(upstream, str):
             contenders[name] = upstream
@@ -143,6 +146,8 @@ def build(setting: Setting, device: torch.device) -> Problem:
         return (tokens != likeliest(var, labels[:CHECKED], tokens)).double().mean().item()
 
     flops, moved = work(shape, setting["batch"], dtype)
+    if decode:
+        flops += decoder_flops(var.tokenizer, setting["batch"])
     return Problem(
         {"labels": labels},
         contenders,
@@ -170,16 +175,18 @@ SUITE = Suite(
     {
         "tiny": [
             {"model": "tiny", "batch": 2, "dtype": "float32"},
+            {"model": "tiny", "batch": 1, "dtype": "float32", "decoded": True},
             {"grids": "1,2,3,4", "depth": 1, "width": 64, "batch": 2, "dtype": "bfloat16"},
         ],
         "cpu": [{"model": "VAR-d16", "batch": 1, "dtype": dtype} for dtype in ("float32", "bfloat16")],
         "gpu": [
             {"model": "VAR-d16", "batch": 8, "dtype": "float32"},
+            *({"model": "VAR-d16", "batch": batch, "dtype": "bfloat16", "decoded": True} for batch in (1, 8, 64)),
             *({"model": "VAR-d16", "batch": batch, "dtype": "bfloat16"} for batch in (1, 8, 64)),
             {"model": "VAR-d30", "batch": 8, "dtype": "bfloat16"},
         ],
     },
-    (OURS, GRAPHS, FLOAT32, *AUTOCAST),
+    (OURS, EAGER, FLOAT32, *AUTOCAST),
     build,
     graphs=False,
 )

@@ -1,6 +1,7 @@
 """Images to tokens with the public tokenizer of FoundationVision/VAR, 109 million parameters at random: a job.
 
-Both run in float32, as upstream's training has it (on a GPU convolutions are in TF32, PyTorch's default).
+All run in float32, as upstream's training has it (on a GPU convolutions are in TF32, PyTorch's default).
+torch.compile has our modules with PyTorch's own norms.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from benchmarks.cases import OURS, Contender, Problem, Setting, Suite
 from benchmarks.rivals import compiled
 from benchmarks.shapes import MODELS
 from benchmarks.suites.residual_quantize import LIMIT, eager, nearest_code_error, quantize_flops
+from benchmarks.suites.tokenizer_decode import build_tokenizer, with_plain_norms
 from benchmarks.upstream import upstream_tokenizer
-from fastvar.models import VQTokenizer, VQTokenizerConfig
+from fastvar.models import VQTokenizer
 from fastvar.ops import QuantizedResidual
 
 
@@ -35,25 +37,17 @@ def encoder_flops(tokenizer: VQTokenizer, images: torch.Tensor) -> float:
 
 def build(setting: Setting, device: torch.device) -> Problem:
     shape, batch = MODELS[setting["model"]], setting["batch"]
-    config = VQTokenizerConfig(
-        grids=shape.schedule.grids,
-        vocab_size=shape.vocab_size,
-        code_channels=shape.channels,
-        channels=setting["channels"],
-    )
-    tokenizer = VQTokenizer(config).to(device).eval().requires_grad_(False)
-    for weight in tokenizer.parameters():
-        if weight.ndim == 4:  # a convolution's, so that features vary with the image, as those of trained weights do
-            weight.normal_(std=weight[0].numel() ** -0.5)
+    tokenizer = build_tokenizer(setting, device)
     phi = tokenizer.phi
     assert phi is not None
-    images = torch.rand(batch, 3, *config.image_size, device=device) * 2 - 1
+    images = torch.rand(batch, 3, *tokenizer.config.image_size, device=device) * 2 - 1
 
+    @torch.no_grad()
     def plain(images: torch.Tensor) -> torch.Tensor:
         return eager(tokenizer.encode_features(images), tokenizer.codebook, phi, tokenizer.schedule).tokens
 
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        features = tokenizer.encode_features(images)
+        features = with_plain_norms(tokenizer.encode_features)(images)
     nearest = nearest_code_error(
         features,
         tokenizer.codebook,
@@ -65,6 +59,7 @@ def build(setting: Setting, device: torch.device) -> Problem:
     def check(tokens: torch.Tensor, expected: Any) -> float:
         return nearest(QuantizedResidual(tokens, None, None, None), expected)  # type: ignore[arg-type]
 
+    with_compile: Contender = compiled(plain, setting)
     weights = sum(t.numel() for part in (tokenizer.encoder, tokenizer.quant_conv) for t in part.parameters())
     weights += tokenizer.codebook.numel() + phi.weight.numel()
     return Problem(
@@ -72,7 +67,7 @@ def build(setting: Setting, device: torch.device) -> Problem:
         {
             OURS: tokenizer.encode,
             "FoundationVision/VAR": upstream(tokenizer),
-            "torch.compile": compiled(plain, setting),
+            "torch.compile": with_compile if isinstance(with_compile, str) else with_plain_norms(with_compile),
         },
         backend=fastvar.explain("residual_quantize", features).backend,
         check=check,

@@ -25,7 +25,16 @@ class Info:
             print(fastvar.support().markdown(), end="")
             return
         print(f"fastvar {fastvar.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
-        for name in ("triton", "accelerate", "flash_attn", "xformers", "open_clip", "timm", "transformers"):
+        for name in (
+            "triton",
+            "accelerate",
+            "flash-attn",
+            "flash-attn-4",
+            "xformers",
+            "open_clip",
+            "timm",
+            "transformers",
+        ):
             print(f"{name}: {_version(name)}")
         print(f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
         for i in range(torch.cuda.device_count()):
@@ -73,6 +82,6 @@ def _version(package: str) -> str:
     from importlib import metadata
 
     try:
-        return metadata.version({"open_clip": "open_clip_torch", "flash_attn": "flash-attn"}.get(package, package))
+        return metadata.version({"open_clip": "open_clip_torch"}.get(package, package))
     except metadata.PackageNotFoundError:
         return "not installed"

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fastvar.models.kv_cache import KVCache
 from fastvar.models.linear import Linear
 from fastvar.models.pretrained import PretrainedModel, has_model
-from fastvar.models.var_block import Block, Modulations, attend_to_cache, attend_to_scales, gate_and_norm
+from fastvar.models.var_block import Block, Modulations, attend_to_cache, attend_to_scales
 from fastvar.models.var_config import VARConfig
 from fastvar.models.vq_tokenizer import VQTokenizer
 from fastvar.ops import (
@@ -28,6 +28,7 @@ from fastvar.ops import (
     TokenLogProbs,
     adaptive_layer_norm,
     cross_entropy,
+    gated_residual_norm,
     token_log_probs,
 )
 from fastvar.schedule import ScaleSchedule
@@ -450,7 +451,7 @@ class VAR(PretrainedModel):
             zip(self.blocks, modulations.blocks, modulations.biases, strict=True)
         ):
             x, h = block.mix(x, h, modulation, attend_to_cache(cache, i, position, end), bias)
-            x, h = gate_and_norm(x, h, rows[i][1], *norms[i + 1], eps=eps)
+            x, h = gated_residual_norm(x, h, rows[i][1], *norms[i + 1], eps=eps)
         cache.length = end
         return h
 

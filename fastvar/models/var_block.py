@@ -19,6 +19,7 @@ from fastvar.ops import (
     block_causal_attention,
     cached_attention,
     gated_residual,
+    gated_residual_norm,
     qk_norm_rope,
     qk_norm_rope_into_cache,
 )
@@ -116,7 +117,7 @@ class Block(nn.Module):
         adds to it, before its gate. So the gate can be applied together with the norm that comes next."""
         gate, _, _, scale, _, shift = modulation.unbind(1)
         h = self.proj(attend(self, *self.project(h, bias)).flatten(2))
-        x, h = gate_and_norm(x, self._dropped(h), gate, scale, shift, eps=self.eps)
+        x, h = gated_residual_norm(x, self._dropped(h), gate, scale, shift, eps=self.eps)
         if type(self.mlp_in) is Linear:  # noqa: SIM108
             h = self.mlp_in(h, gelu=True)
         else:  # wrapped, as by LoRA: what is added to the projection must pass the GELU too
@@ -128,14 +129,6 @@ class Block(nn.Module):
             return h
         keep = 1 - self.drop_path
         return h * (torch.rand(h.shape[0], 1, 1, device=h.device) < keep).to(h.dtype).div(keep)
-
-
-def gate_and_norm(
-    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, *, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + gate y and its norm, all (B, L, C) but gate, scale and shift (B, C)."""
-    x = gated_residual(x, y, gate)
-    return x, adaptive_layer_norm(x, scale, shift, eps=eps)
 
 
 Attend = Callable[[Block, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

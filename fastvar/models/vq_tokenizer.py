@@ -136,6 +136,10 @@ class VQTokenizer(PretrainedModel):
             convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(config.residual_convs)]
             self.phi_weight = nn.Parameter(torch.stack([conv.weight.detach() for conv in convs]))
             self.phi_bias = nn.Parameter(torch.zeros(config.residual_convs, width))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
+                module.weight = nn.Parameter(weight)
 
     @property
     def phi(self) -> ResidualConv | None:

@@ -6,6 +6,7 @@ from fastvar.ops.bitwise_residual_quantize import QuantizedBits, accumulate_bits
 from fastvar.ops.block_causal_attention import PrefixKV, block_causal_attention, block_causal_attention_with_lse
 from fastvar.ops.cached_attention import cached_attention
 from fastvar.ops.cross_entropy import CrossEntropy, cross_entropy
+from fastvar.ops.group_norm_silu import group_norm_silu
 from fastvar.ops.policy_loss import PolicyLoss, group_advantages, policy_loss
 from fastvar.ops.propagate_mask import boxes_to_mask, propagate_mask
 from fastvar.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_into_cache, rope_tables
@@ -46,6 +47,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_norm",
     "group_advantages",
+    "group_norm_silu",
     "policy_loss",
     "propagate_mask",
     "qk_norm_rope",

@@ -68,13 +68,15 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
     "gated_residual": (Choice("triton"),),
     "gated_residual_norm": (Choice("triton"),),
     "residual_quantize": (Choice("cuda"), Choice("triton")),
-    "accumulate_scale": (Choice("cuda"),),
+    "accumulate_scale": (Choice("cuda"), Choice("triton")),
     "bitwise_residual_quantize": (Choice("cuda", HOPPER),),
     "accumulate_bits": (Choice("cuda"),),
     "sample_tokens": (Choice("triton"),),
     "sample_bits": (Choice("triton"),),
     "token_log_probs": (Choice("triton"),),
+    "cross_entropy": (Choice("triton"),),
     "policy_loss": (Choice("triton"),),
+    "group_norm_silu": (Choice("triton"),),
     "propagate_mask": (Choice("triton"), Choice("cuda")),
 }
 

@@ -97,15 +97,18 @@ def block_causal_attention(
             the fused implementations. Its gradients are summed over the group.
         softmax_scale: multiplies the scores; 1 / sqrt(D) by default.
         block_diagonal: a token sees the prefix and its own scale only (Switti, arXiv 2412.01819).
-        backend: see `fastvar.support()`. "flex", "flash_attn" and "xformers" are PyTorch's FlexAttention and other
-            packages a scale at a time; they copy the prefix for every sample, and of them only FlexAttention takes
-            prefixes of several lengths.
+        backend: see `fastvar.support()`. "sdpa" (PyTorch's fused kernels), "flash_attn" (flash-attn) and "xformers" go
+            a scale at a time, flash-attn-4, which "flash_attn" takes on Hopper and Blackwell, in one call. They read
+            a prefix once a group and merge; prefixes of several lengths are beyond flash-attn and xFormers. "flex" is
+            PyTorch's FlexAttention, compiled once a shape; it copies the prefix for every sample. Gradients by "sdpa"
+            are the same from run to run on a GPU only under `torch.use_deterministic_algorithms(True)`.
 
     Returns:
         (B, L, H, D) in q's dtype, contiguous. Softmax statistics in float32.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a batch that the prefix's rows do not divide.
+        ValueError: shapes, dtypes or devices that do not fit, a batch that the prefix's rows do not divide, a prefix of
+            several lengths that the backend asked for does not take.
 
     Source: VAR (arXiv 2404.02905); the subject prefix is DreamVAR's (arXiv 2601.22507).
     """

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
-from fastvar.ops.token_log_probs import score
+from fastvar.ops._one_pass import wanted, with_gradients
+from fastvar.ops._operator import Operator
+from fastvar.ops.token_log_probs import checked, fake_gradients, implementations
 
 
 class CrossEntropy(NamedTuple):
@@ -24,6 +26,32 @@ class CrossEntropy(NamedTuple):
     entropy: torch.Tensor
 
 
+def _fake(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    tokens: torch.Tensor,
+    weights: torch.Tensor | None,
+    label_smoothing: float,
+    needs: list[bool],
+) -> tuple[torch.Tensor, ...]:
+    shape, dtype = tokens.shape[:2], torch.promote_types(hidden.dtype, torch.float32)
+    results = (hidden.new_empty(each, dtype=dtype) for each in ((), shape, shape))
+    return (*results, *fake_gradients(hidden, weight, bias, needs))
+
+
+_CROSS_ENTROPY = Operator(
+    "cross_entropy",
+    "Tensor hidden, Tensor? weight, Tensor? bias, Tensor tokens, Tensor? weights, float label_smoothing, bool[] needs",
+    # the loss, losses, entropy; the loss's gradients of hidden, weight and bias, empty where not needed
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    implementations=implementations(),
+    differentiable=False,  # see `with_gradients`
+    function="cross_entropy",
+)
+
+
 def cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor | None,
@@ -34,10 +62,11 @@ def cross_entropy(
     weights: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> CrossEntropy:
-    """Mean of -log p(token) under softmax(hidden weight^T + bias), by the kernels of `token_log_probs`.
+    """Mean of -log p(token) under softmax(hidden weight^T + bias), and its gradient in the same pass.
 
     With label smoothing e the target is 1 - e at the token plus e / V everywhere, as in `F.cross_entropy`:
-    -(1 - e) log p(token) - e mean_j log p(j). The mean is one more sum of the same kernels.
+    -(1 - e) log p(token) - e mean_j log p(j). Where a gradient is wanted it is made while the logits of some rows are
+    there, and the backward pass only multiplies it with the one that comes in.
 
     Args:
         hidden, weight, bias, tokens: as `token_log_probs` takes them, bits too: each bit has a vocabulary of two, and
@@ -45,7 +74,7 @@ def cross_entropy(
         label_smoothing: e, from 0 to 1.
         weights: (L,) or (B, L), at least 0, how much each token counts; for weights of the scales `w[scale_of_token]`.
             None counts all alike. What stands where the weight is 0 has no effect, NaN neither.
-        backend: see `fastvar.support()`; of the operator `token_log_probs`.
+        backend: see `fastvar.support()`.
 
     Returns:
         See `CrossEntropy`. Differentiable in hidden, weight and bias, in float32 (float64 for float64). Without tokens,
@@ -62,15 +91,8 @@ def cross_entropy(
         _checks.shape(op, "weights", weights, *shape)
         _checks.floating(op, "weights", weights)
         _checks.same_device(op, "hidden", hidden, weights=weights)
-    smooth = label_smoothing > 0
-    found = score(op, backend, hidden, weight, bias, tokens, 1.0, mean=smooth)
-    losses = -found.log_probs
-    if found.mean is not None:
-        losses = (1 - label_smoothing) * losses - label_smoothing * found.mean
-    if weights is None:
-        loss = losses.sum() / max(losses.numel(), 1)
-    else:
-        each = weights.detach().to(losses.dtype).expand_as(losses)
-        total = each.sum()
-        loss = (each * torch.where(each > 0, losses, 0)).sum() / torch.where(total > 0, total, 1)
-    return CrossEntropy(loss, losses.detach(), found.entropy.detach())
+    hidden, weight, bias = checked(op, hidden, weight, bias, tokens)
+    needs = wanted(hidden, weight, bias)
+    given = [None if t is None else t.detach() for t in (hidden, weight, bias, tokens, weights)]
+    loss, losses, entropy, *gradients = _CROSS_ENTROPY(backend, *given, label_smoothing, needs)
+    return CrossEntropy(with_gradients(loss, (hidden, weight, bias), gradients, needs), losses, entropy)

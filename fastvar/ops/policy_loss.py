@@ -8,13 +8,12 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
-from fastvar.ops._dispatch import Implementation, resolve
+from fastvar.ops._dispatch import resolve
+from fastvar.ops._one_pass import wanted, with_gradients
 from fastvar.ops._operator import Operator
-from fastvar.ops._triton import triton_implementation
-from fastvar.ops.token_log_probs import Head, score
+from fastvar.ops.token_log_probs import Head, checked, checked_reference, fake_gradients, implementations
 from fastvar.schedule import ScaleSchedule
 
-_REFERENCE = "fastvar.kernels.policy_loss.reference"
 NORMALISATIONS = ("group", "batch", "none")
 PANW_NORMALISATIONS = ("per_segment", "per_scale", "none")
 RATIO_LEVELS = ("token", "scale", "sample")
@@ -49,30 +48,31 @@ class PolicyLoss(NamedTuple):
     scale_ratio: torch.Tensor
 
 
-def _fake(log_probs: torch.Tensor, *rest: object) -> tuple[torch.Tensor, ...]:
-    grids = rest[7]
-    assert isinstance(grids, list | tuple)
+def _fake(
+    hidden: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, tokens: torch.Tensor, *rest: object
+) -> tuple[torch.Tensor, ...]:
+    needs, grids = rest[4], rest[10]
+    assert isinstance(needs, list | tuple) and isinstance(grids, list | tuple)
     scales = (len(grids) // 2,)
-    shapes = (*[()] * 5, *[scales] * 3, *[log_probs.shape] * 2)
-    return tuple(log_probs.new_empty(shape) for shape in shapes)
+    shapes = (*[()] * 5, *[scales] * 3, tokens.shape[:2])
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return (*(hidden.new_empty(s, dtype=dtype) for s in shapes), *fake_gradients(hidden, weight, bias, needs))
 
 
 _LOSS = Operator(
     "policy_loss",
-    "Tensor log_probs, Tensor entropy, Tensor? exact_kl, Tensor? old_log_probs, Tensor? reference_log_probs, "
+    "Tensor hidden, Tensor? weight, Tensor? bias, Tensor tokens, Tensor? reference_hidden, Tensor? reference_weight, "
+    "Tensor? reference_bias, float temperature, bool[] needs, Tensor? old_log_probs, Tensor? reference_log_probs, "
     "Tensor advantages, Tensor? token_mask, Tensor? mask_totals, int[] grids, int first_scale, float panw_alpha, "
     "str panw_normalisation, float clip_low, float clip_high, str ratio_level, float kl_weight, str kl_estimator, "
     "float entropy_weight",
-    # the loss, seven measurements; for the backward pass each token's slope and share
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # the loss, seven measurements, log-probabilities; the loss's gradients of hidden, weight and bias, empty where not
+    # needed
+    f"({', '.join(['Tensor'] * 12)})",
     fake=_fake,
-    implementations=[
-        triton_implementation("policy_loss"),
-        # few numbers a token: what costs time is token_log_probs, which has a CPU implementation of its own
-        Implementation("cpu", _REFERENCE, devices=("cpu",), verified=("CPU",)),
-        Implementation("reference", _REFERENCE, verified=("CPU",)),
-    ],
-    keeps_results=True,
+    implementations=implementations(),
+    differentiable=False,  # see `with_gradients`
+    function="policy_loss",
 )
 
 
@@ -264,23 +264,18 @@ def policy_loss(
         _checks.shape(op, "advantages", advantages, batch)
         _checks.floating(op, "advantages", advantages)
         _on_device(op, "advantages", advantages, hidden)
-        advantages = advantages.detach()
 
-    scored = score(op, backend, hidden, weight, bias, tokens, temperature, reference_head)
-    # Without gradients that would be 0: their part of the head's backward pass is then left out.
-    entropies = scored.entropy if entropy_weight != 0 else scored.entropy.detach()
-    kls = scored.kl.detach() if scored.kl is not None and kl_weight == 0 else scored.kl
-    constants = [None if t is None else t.detach() for t in (old_log_probs, reference_log_probs)]
-    mask = None if token_mask is None else token_mask.detach()
-    loss, *measured = _LOSS(
+    hidden, weight, bias = checked(op, hidden, weight, bias, tokens, temperature)
+    other = checked_reference(op, hidden, weight, reference_head)
+    needs = wanted(hidden, weight, bias)
+    constants = (old_log_probs, reference_log_probs, advantages, token_mask, mask_totals)
+    loss, *measured, log_probs, of_hidden, of_weight, of_bias = _LOSS(
         backend,
-        scored.log_probs,
-        entropies,
-        kls,
-        *constants,
-        advantages,
-        mask,
-        None if mask_totals is None else mask_totals.detach(),
+        *(None if t is None else t.detach() for t in (hidden, weight, bias, tokens)),
+        *other,
+        temperature,
+        needs,
+        *(None if t is None else t.detach() for t in constants),
         schedule.flat,
         first_scale,
         panw_alpha,
@@ -292,8 +287,9 @@ def policy_loss(
         kl_estimator,
         entropy_weight,
     )
-    kl, clip_fraction, entropy, *by_scale = (value.detach() for value in measured[:7])
-    return PolicyLoss(loss, kl, clip_fraction, entropy, scored.log_probs.detach(), *by_scale)
+    loss = with_gradients(loss, (hidden, weight, bias), (of_hidden, of_weight, of_bias), needs)
+    kl, clip_fraction, entropy, *by_scale = measured
+    return PolicyLoss(loss, kl, clip_fraction, entropy, log_probs, *by_scale)
 
 
 def _choice(op: str, argument: str, value: str, choices: tuple[str, ...]) -> None:

@@ -162,6 +162,7 @@ _ACCUMULATE = Operator(
     fake=_fake_accumulate,
     implementations=[
         _extension("cuda", "accumulate_scale"),
+        triton_implementation("residual_quantize"),
         _extension("cpu", "accumulate_scale"),
         Implementation("reference", _MODULE, verified=("CPU",)),
     ],
@@ -248,7 +249,7 @@ def accumulate_scale(
         ValueError: shapes, dtypes or devices that do not fit, a scale that does not exist. With FASTVAR_DEBUG=1 also
             numbers that are not finite and tokens that do not exist; without, such a token is an error on CPUs (which
             one depends on the implementation), and on GPUs, where nothing waits for it, stands for the first or the
-            last code in CUDA.
+            last code in CUDA and Triton.
     """
     op = "accumulate_scale"
     check_features(op, "feature_map", feature_map, schedule)

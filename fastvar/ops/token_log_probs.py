@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,16 +14,6 @@ from fastvar.ops._operator import Operator
 from fastvar.ops._triton import triton_implementation
 
 Head = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-
-
-class Scores(NamedTuple):
-    """What the operators on top of these kernels take: a `TokenLogProbs` and, if asked for, the mean log-probability of
-    the vocabulary (B, L)."""
-
-    log_probs: torch.Tensor
-    entropy: torch.Tensor
-    kl: torch.Tensor | None
-    mean: torch.Tensor | None
 
 
 class TokenLogProbs(NamedTuple):
@@ -52,17 +43,34 @@ def _fake(
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
+def fake_gradients(
+    hidden: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, needs: Sequence[bool]
+) -> list[torch.Tensor]:
+    """What a loss's op makes of gradients of hidden, weight and bias; empty where not needed."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    dtypes = (wide if hidden.dtype == torch.float16 else hidden.dtype, wide, wide)
+    return [
+        hidden.new_empty(leaf.shape, dtype=dtype) if need and leaf is not None else hidden.new_empty(0, dtype=wide)
+        for leaf, dtype, need in zip((hidden, weight, bias), dtypes, needs, strict=True)
+    ]
+
+
+def implementations() -> list[Implementation]:
+    """The modules that hold this operator and the losses made of it."""
+    return [
+        triton_implementation("token_log_probs"),
+        Implementation("cpu", "fastvar.kernels.token_log_probs.impl_cpu", devices=("cpu",), verified=("CPU",)),
+        Implementation("reference", "fastvar.kernels.token_log_probs.reference", verified=("CPU",)),
+    ]
+
+
 _LOG_PROBS = Operator(
     "token_log_probs",
     "Tensor hidden, Tensor? weight, Tensor? bias, Tensor tokens, Tensor? reference_hidden, Tensor? reference_weight, "
     "Tensor? reference_bias, float temperature, bool mean",
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",  # log_probs, entropy, kl, mean, sums for the backward pass
     fake=_fake,
-    implementations=[
-        triton_implementation("token_log_probs"),
-        Implementation("cpu", "fastvar.kernels.token_log_probs.impl_cpu", devices=("cpu",), verified=("CPU",)),
-        Implementation("reference", "fastvar.kernels.token_log_probs.reference", verified=("CPU",)),
-    ],
+    implementations=implementations(),
     keeps_results=True,
 )
 
@@ -112,22 +120,22 @@ def token_log_probs(
         ValueError: shapes or dtypes that do not fit, no logits at all, temperature not above 0; on a CPU also tokens
             out of range (on other devices that would need a synchronisation, and the result is undefined).
     """
-    found = score("token_log_probs", backend, hidden, weight, bias, tokens, temperature, reference_head)
-    return TokenLogProbs(*found[:3])
+    op = "token_log_probs"
+    hidden, weight, bias = checked(op, hidden, weight, bias, tokens, temperature)
+    other = checked_reference(op, hidden, weight, reference_head)
+    found = _LOG_PROBS(backend, hidden, weight, bias, tokens, *other, temperature, False)
+    return TokenLogProbs(found[0], found[1], None if reference_head is None else found[2])
 
 
-def score(
+def checked(
     op: str,
-    backend: str,
     hidden: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     tokens: torch.Tensor,
-    temperature: float,
-    reference_head: Head | None = None,
-    mean: bool = False,
-) -> Scores:
-    """`token_log_probs` on behalf of the operator `op`, which its errors name."""
+    temperature: float = 1.0,
+) -> Head:
+    """The head, checked together with the tokens on behalf of the operator `op`, rounded as autocast asks for."""
     _checks.shape(op, "hidden", hidden, "B", "L", "V" if weight is None else "E")
     if not 0 < temperature < math.inf:
         _checks.fail(op, "temperature", "a number above 0", temperature)
@@ -145,21 +153,27 @@ def score(
         _checks.integer(op, "tokens", tokens)
     if tokens.device != hidden.device:
         _checks.fail(op, "tokens", f"a tensor on {hidden.device} as hidden", tokens.device)
-    other: Head | tuple[None, None, None] = (None, None, None)
-    if reference_head is not None:
-        if len(reference_head) != 3:
-            _checks.fail(op, "reference_head", "(hidden, weight, bias)", f"{len(reference_head)} items")
-        if reference_head[0] is None:
-            _checks.fail(op, "reference_head", "hidden states or logits first", None)
-        states = reference_head[0].detach()
-        matrix, offset = (None if t is None else t.detach() for t in reference_head[1:])
-        _checks.shape(op, "reference_head hidden", states, *hidden.shape[:2], size if matrix is None else "E")
-        other = _checked_head(op, "reference_head ", states, matrix, offset, size)
-        if (other[0].dtype == torch.float64) != (hidden.dtype == torch.float64):
-            _checks.fail(op, "reference_head hidden", f"a dtype that goes with {hidden.dtype}", other[0].dtype)
-    found = _LOG_PROBS(backend, hidden, weight, bias, tokens, *other, temperature, mean)
-    kl, average = None if reference_head is None else found[2], found[3] if mean else None
-    return Scores(found[0], found[1], kl, average)
+    return hidden, weight, bias
+
+
+def checked_reference(
+    op: str, hidden: torch.Tensor, weight: torch.Tensor | None, head: Head | None
+) -> Head | tuple[None, None, None]:
+    """The same for the head of a reference policy; of no gradient."""
+    if head is None:
+        return None, None, None
+    if len(head) != 3:
+        _checks.fail(op, "reference_head", "(hidden, weight, bias)", f"{len(head)} items")
+    if head[0] is None:
+        _checks.fail(op, "reference_head", "hidden states or logits first", None)
+    size = hidden.shape[2] if weight is None else weight.shape[0]
+    states = head[0].detach()
+    matrix, offset = (None if t is None else t.detach() for t in head[1:])
+    _checks.shape(op, "reference_head hidden", states, *hidden.shape[:2], size if matrix is None else "E")
+    other = _checked_head(op, "reference_head ", states, matrix, offset, size)
+    if (other[0].dtype == torch.float64) != (hidden.dtype == torch.float64):
+        _checks.fail(op, "reference_head hidden", f"a dtype that goes with {hidden.dtype}", other[0].dtype)
+    return other
 
 
 def _checked_head(

@@ -12,6 +12,7 @@ import torch
 from fastvar.data import HandwritingScenes
 from fastvar.evaluation import every_number
 from fastvar.models.var import VAR, Labels
+from fastvar.rl.rows import taken
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,11 @@ class Prompts:
     def take(self, rows: Sequence[int]) -> Prompts:
         """The prompts of these rows, in this order; a row may come several times."""
 
-        def taken(column: Labels) -> Labels:
-            return column[list(rows)] if isinstance(column, torch.Tensor) else [column[i] for i in rows]
-
         texts = [self.texts[i] for i in rows]
-        labels = None if self.labels is None else taken(self.labels)
-        references = None if self.references is None else self.references[list(rows)]
+        labels: Labels | None = self.labels
+        if labels is not None:
+            labels = taken(labels, rows) if isinstance(labels, torch.Tensor) else [labels[i] for i in rows]
+        references = None if self.references is None else taken(self.references, rows)
         return Prompts(texts, labels, references)
 
     @classmethod
@@ -121,4 +121,4 @@ def subject_of(var: VAR, prompts: Prompts) -> torch.Tensor | None:
         return None
     if var.config.subject == "none":
         raise ValueError("Prompts: references: expected None, as the model has no subject prefix")
-    return var.tokenizer.pyramid(var.tokenizer.encode(prompts.references.to(var.device) * 2 - 1))
+    return var.tokenizer.pyramid(var.tokenizer.encode(prompts.references.to(var.device, non_blocking=True) * 2 - 1))

@@ -10,6 +10,7 @@ import torch
 
 from fastvar.models import VAR, SamplingState
 from fastvar.rl.prompts import Prompts, subject_of
+from fastvar.rl.rows import taken
 
 Segment = Literal["whole", "coarse", "fine"]
 
@@ -134,7 +135,7 @@ def roll_out(
         middle if segment == "fine" else 0,
         rows,
         group_size,
-        None if artist.subject is None else artist.subject[[row // group_size for row in rows]],
+        None if artist.subject is None else taken(artist.subject, [row // group_size for row in rows]),
         artist.passed_tokens,
     )
 
@@ -165,7 +166,7 @@ class _Artist:
         if self.subject is not None:
             aligned = rows.start % times == 0 and rows.stop % times == 0
             owners = [row // times for row in (rows[::times] if aligned else rows)]
-            subject = self.subject[owners]
+            subject = taken(self.subject, owners)
         return self._draw(labels, None, stop, self.seed, rows.start, subject)
 
     def go_on(self, drawn: _Drawn, times: int, first_row: int) -> _Drawn:

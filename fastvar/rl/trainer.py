@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from fastvar.files import write_json
 from fastvar.models import VAR
@@ -25,6 +26,7 @@ from fastvar.rl.prompts import Prompts
 from fastvar.rl.returns import middle_returns
 from fastvar.rl.rewards import RewardSum
 from fastvar.rl.rollout import Rollout, roll_out
+from fastvar.rl.rows import indices, taken
 from fastvar.rl.scores import score
 from fastvar.rl.update import segment_loss, token_totals
 from fastvar.rl.wrapping import CalledPolicy, gather_for_methods
@@ -269,19 +271,20 @@ class VMRGRPOTrainer:
             if classes.isfinite().all() and (classes != classes[:, :1, :1]).any():
                 metrics["explained_by_coarse"] = intraclass_correlation(classes)
         totals = self.accelerator.reduce(token_totals(mask, schedule), "sum")
-        return Graded(advantages[rows], mask, totals, metrics)
+        return Graded(advantages[rows], mask, totals, self._parts(mask), metrics)
 
     def update(
         self, rollout: Rollout, graded: Graded, old_log_probs: torch.Tensor | None
     ) -> tuple[dict[str, float], torch.Tensor]:
         """One optimizer step; what it measured, and the log-probabilities (n, L') before it (0 where a row was left
-        out). A gradient that is not finite is dropped and counted; where there is nothing to learn, none is made."""
+        out). A gradient that is not finite is dropped and counted; where there is nothing to learn, none is made. The
+        host waits for the device once, to know whether the gradient is finite."""
         config, accelerator = self.config, self.accelerator
         log_probs = torch.zeros_like(rollout.log_probs)
-        if not graded.totals.any():
-            return {"gradient_norm": 0.0}, log_probs
         sums: dict[str, torch.Tensor] = {}
-        parts = self._parts(graded.mask)
+        parts = graded.parts
+        if not parts:
+            return {"gradient_norm": 0.0}, log_probs
         for number, (rows, real) in enumerate(parts):
             mask = graded.mask if real else torch.zeros_like(graded.mask)
             with accelerator.no_sync(self.model) if number + 1 < len(parts) else nullcontext(), self._autocast():
@@ -300,14 +303,17 @@ class VMRGRPOTrainer:
                 # The parts add up to the whole batch's loss; processes average their gradients.
                 accelerator.backward(found.loss * accelerator.num_processes)
             if real:
-                log_probs[rows] = found.log_probs
-            part = token_totals(mask[rows], self.policy.schedule.with_num_tokens(mask.shape[1]))
+                log_probs.index_copy_(0, indices(rows, log_probs.device), found.log_probs)
+            part = token_totals(taken(mask, rows), self.policy.schedule.with_num_tokens(mask.shape[1]))
             for name, value in loss_metrics(found, part, graded.totals).items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value
-        metrics = self._sum_over_processes(sums)
+        gaps = torch.where(graded.mask > 0, (log_probs - rollout.log_probs).abs(), 0)
+        sums |= {"gap": gaps.sum(dtype=torch.float64), "trained": (graded.mask > 0).sum()}
+        gradient_norm = accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        metrics, worst, norm = self._read(sums, gaps, gradient_norm)
+        gap = metrics.pop("gap") / max(metrics.pop("trained"), 1.0)
         if old_log_probs is None:
-            metrics |= self.check_log_probs(rollout, graded, log_probs)
-        norm = float(accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm))
+            metrics |= self.check_log_probs(gap, worst)
         if math.isfinite(norm):
             self.optimizer.step()
             self.progress.skipped = 0
@@ -322,29 +328,23 @@ class VMRGRPOTrainer:
             )
         return {**metrics, "gradient_norm": norm}, log_probs
 
-    def check_log_probs(self, rollout: Rollout, graded: Graded, log_probs: torch.Tensor) -> dict[str, float]:
-        """How much the log-probabilities of rollout and training differ, over the trained tokens.
+    def check_log_probs(self, mean: float, worst: list[float]) -> dict[str, float]:
+        """How much the log-probabilities of rollout and training differ: `mean` over the trained tokens, `worst` of
+        each scale.
 
         Raises:
             RuntimeError: more than rounding: another policy would be trained than was drawn from.
         """
-        schedule = self.policy.schedule.with_num_tokens(log_probs.shape[1])
-        gaps = torch.where(graded.mask > 0, (log_probs - rollout.log_probs).abs(), 0)
-        worst = self.accelerator.gather(torch.stack([part.amax() for part in gaps.split(schedule.lengths, 1)])[None])
-        worst = worst.amax(0)
-        count = self._total(float((graded.mask > 0).sum()))
-        mean = self._total(float(gaps.sum())) / max(count, 1.0)
         limit = self.config.largest_difference
         if self.config.updates > 1 and not self.config.rescore:
             limit = min(limit, TOLERANCES[self.config.precision])
         if mean > limit:
-            scale = int(worst.argmax())
-            found = f"{mean:.2g} on average (tolerance {limit:g}), {float(worst[scale]):.2g} at scale {scale}"
+            found = f"{mean:.2g} on average (tolerance {limit:g}), {max(worst):.2g} at scale {worst.index(max(worst))}"
             raise RuntimeError(
                 f"VMRGRPOTrainer: log-probabilities of rollout and training differ by {found}: cached sampling and "
                 "teacher forcing are not the same model (precision? dropout? a patched forward?)"
             )
-        return {"rollout_difference": float(worst.amax()), "rollout_difference_mean": mean}
+        return {"rollout_difference": max(worst), "rollout_difference_mean": mean}
 
     def evaluate(self, done: int, log: RunLog) -> dict[str, float]:
         """Fixed prompts and seeds on the averaged weights: metrics and a picture; the best are kept in `best/`.
@@ -415,9 +415,17 @@ class VMRGRPOTrainer:
     def _mean(self, value: float) -> float:
         return self._total(value) / self.accelerator.num_processes
 
-    def _sum_over_processes(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-        values = torch.stack([value.float().to(self.accelerator.device) for value in sums.values()])
-        return dict(zip(sums, self.accelerator.reduce(values, "sum").tolist(), strict=True))
+    def _read(
+        self, sums: dict[str, torch.Tensor], gaps: torch.Tensor, norm: torch.Tensor
+    ) -> tuple[dict[str, float], list[float], float]:
+        """On the host, in one go: sums over all processes, the largest gap (n, L') of each scale, and the norm."""
+        accelerator = self.accelerator
+        lengths = self.policy.schedule.with_num_tokens(gaps.shape[1]).lengths
+        values = torch.stack([value.to(accelerator.device, torch.float64) for value in sums.values()])
+        worst = accelerator.gather(torch.stack([part.amax() for part in gaps.split(lengths, 1)])[None]).amax(0)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        found = torch.cat([accelerator.reduce(values, "sum"), worst.double(), norm.double().reshape(1)]).tolist()
+        return dict(zip(sums, found, strict=False)), found[len(sums) : -1], found[-1]
 
     def _settings(self) -> dict[str, Any]:
         settings = {
@@ -452,12 +460,14 @@ class Graded(NamedTuple):
         advantages: (n,) of this process's rows.
         mask: (n, L') which tokens are to be trained.
         totals: (K',) sums of all processes' masks over each scale's tokens.
+        parts: the rows of each micro-batch, see `VMRGRPOTrainer._parts`; none where there is nothing to learn.
         metrics: for the log.
     """
 
     advantages: torch.Tensor
     mask: torch.Tensor
     totals: torch.Tensor
+    parts: list[tuple[list[int], bool]]
     metrics: dict[str, float]
 
 

@@ -14,6 +14,7 @@ from fastvar.ops import PolicyLoss, policy_loss
 from fastvar.ops.policy_loss import KL_ESTIMATORS, NORMALISATIONS, PANW_NORMALISATIONS, RATIO_LEVELS
 from fastvar.rl.adapters import without_adapters
 from fastvar.rl.rollout import Rollout
+from fastvar.rl.rows import taken
 from fastvar.schedule import ScaleSchedule
 
 
@@ -94,11 +95,11 @@ def segment_loss(
     if options.kl_weight != 0 and reference is None:
         raise ValueError(f"segment_loss: reference: expected a model, as kl_weight is {options.kl_weight}, got None")
     rows = list(range(len(rollout.tokens)) if rows is None else rows)
-    tokens, prompts = rollout.tokens[rows], rollout.prompts.take(rows)
+    tokens, prompts = taken(rollout.tokens, rows), rollout.prompts.take(rows)
     inputs = var.tokenizer.teacher_forcing(tokens)[:, : tokens.shape[1] - var.schedule.lengths[0]]
     subject = None
     if rollout.subject is not None:
-        subject = rollout.subject[rows[:: _rows_per_subject(rollout, rows)]]
+        subject = taken(rollout.subject, rows[:: _rows_per_subject(rollout, rows)])
     hidden = var.hidden(prompts.conditions, inputs, subject=subject)
     head, log_probs = None, None
     if reference is not None and options.kl_weight != 0:
@@ -116,11 +117,11 @@ def segment_loss(
         tokens,
         None,
         var.schedule.with_num_tokens(tokens.shape[1]),
-        advantages=advantages[rows],
-        old_log_probs=None if old_log_probs is None else old_log_probs[rows],
+        advantages=taken(advantages, rows),
+        old_log_probs=None if old_log_probs is None else taken(old_log_probs, rows),
         reference_log_probs=log_probs,
         reference_head=head,
-        token_mask=None if mask is None else mask[rows],
+        token_mask=None if mask is None else taken(mask, rows),
         mask_totals=mask_totals,
         first_scale=rollout.first_scale,
         panw_alpha=options.panw_alpha,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fastvar.files import write_json
 from fastvar.training.batches import StepSampler, step_loader
@@ -220,15 +221,22 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
     )
     log = RunLog(output, first_step, config.steps, title=task.name, active=accelerator.is_main_process)
     result = TrainResult(ema.model, output, 0.0, max(config.steps - first_step, 0))
+    check: _Check | None = None
     try:
         for step, batch in enumerate(step_loader(dataset, sampler, workers=config.workers), first_step):
-            metrics = _step(accelerator, task, model, optimizer, batch, config, step)
+            before = check
+            metrics, check = _step(accelerator, task, model, optimizer, batch, config, step)
+            if before is not None:  # by now it is known, and the device is busy with this step
+                before.raise_if_bad()
             ema.update(accelerator.unwrap_model(model))
             done, last = step + 1, step + 1 == config.steps
+            shown = last or (config.picture_every and done % config.picture_every == 0)
+            if shown or done % config.log_every == 0 or done % config.save_every == 0:
+                check.raise_if_bad()
             log.advance()
             if done % config.log_every == 0 or last:
                 log.write(done, _over_processes(accelerator, metrics))
-            if accelerator.is_main_process and (last or (config.picture_every and done % config.picture_every == 0)):
+            if accelerator.is_main_process and shown:
                 _show(task, ema, log, done, output, result)
             if done % config.save_every == 0 or last:
                 save_checkpoint(accelerator, output, done, config.keep)
@@ -243,7 +251,8 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
 
 def _step(
     accelerator: Any, task: Task, model: nn.Module, optimizer: Any, batch: Any, config: TrainConfig, step: int
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], _Check]:
+    """One optimizer step; it is left out where the gradient is not finite. Nothing waits for the device."""
     model.train()
     rate = config.learning_rate_at(step)
     for group in optimizer.param_groups:
@@ -258,12 +267,32 @@ def _step(
         for name, value in {"loss": loss, **logged}.items():
             metrics[name] = metrics.get(name, 0.0) + value.detach() / config.accumulate
     norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
-    if not math.isfinite(float(norm)):  # the same in all processes, so that all of them stop
-        found = f"the loss is {float(metrics['loss'])}, its gradient's norm {float(norm)}"
-        raise RuntimeError(f"{task.name}: at step {step + 1} {found}")
+    check = _Check(task.name, step, metrics["loss"], norm)
+    if isinstance(norm, DTensor):  # of sharded weights, which cannot be asked together with what follows
+        check.raise_if_bad()
+    else:
+        optimizer.optimizer.found_inf = check.bad  # what PyTorch's fused optimizers ask, as under loss scaling
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {**metrics, "gradient_norm": norm, "learning_rate": rate}
+    return {**metrics, "gradient_norm": norm, "learning_rate": rate}, check
+
+
+class _Check:
+    """Whether a step's gradient is finite, on its way to the host. It is the same in all processes, so that all of them
+    stop."""
+
+    def __init__(self, name: str, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.name, self.step, self.bad = name, step, (~norm.isfinite()).float()
+        self.found = torch.stack([loss.float(), norm.float()]).to("cpu", non_blocking=True)
+        self.event = torch.cuda.current_stream(norm.device).record_event() if norm.is_cuda else None
+
+    def raise_if_bad(self) -> None:
+        if self.event is not None:
+            self.event.synchronize()
+        loss, norm = self.found.tolist()
+        if not math.isfinite(norm):
+            raise RuntimeError(f"{self.name}: at step {self.step + 1} the loss is {loss}, its gradient's norm {norm}")
 
 
 # Settings that change what a run shows and keeps, but not what it learns.

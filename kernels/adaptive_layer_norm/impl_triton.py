@@ -71,8 +71,9 @@ def _norm_forward(
 def _norm_backward(
     g_ptr, stream_ptr, x_ptr, y_ptr, gate_ptr, scale_ptr, dx_ptr, dy_ptr, sums_ptr,
     g_b, g_l, stream_b, stream_l, x_b, x_l, y_b, y_l, gate_b, scale_b, L, eps,
-    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, ALIGNED: tl.constexpr,
-    DX: tl.constexpr, DMODULATION: tl.constexpr, STREAM: tl.constexpr, DY: tl.constexpr, DGATE: tl.constexpr,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr, DX: tl.constexpr, DMODULATION: tl.constexpr, STREAM: tl.constexpr, DY: tl.constexpr,
+    DGATE: tl.constexpr,
 ):  # fmt: skip
     """Of the norm; with DY or DGATE of the residual before it as well. `stream` is the gradient that comes along the
     residual; what is added to it is rounded, and so is the sum, as where the two operators are apart."""
@@ -86,7 +87,7 @@ def _norm_backward(
     dscale = tl.zeros((ROWS, BLOCK), tl.float32)
     dshift = tl.zeros((ROWS, BLOCK), tl.float32)
     dgate = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(first, last, ROWS):
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
         seen = (row[:, None] < last) & (column < C)
         place = (image * L + row)[:, None] * C + column
@@ -143,8 +144,8 @@ def _gate_forward(
 @triton.jit(do_not_specialize=["L"])
 def _gate_backward(
     g_ptr, y_ptr, gate_ptr, dy_ptr, sums_ptr, g_b, g_l, y_b, y_l, gate_b, L,
-    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, ALIGNED: tl.constexpr,
-    DY: tl.constexpr, DGATE: tl.constexpr,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr, DY: tl.constexpr, DGATE: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(L, PART)
     image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
@@ -152,7 +153,7 @@ def _gate_backward(
     column = tl.arange(0, BLOCK)[None, :]
     gate = _modulation(gate_ptr, image, gate_b, C, BLOCK, ALIGNED)
     dgate = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(first, last, ROWS):
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
         seen = (row[:, None] < last) & (column < C)
         g = tl.load(_rows(g_ptr, image, row, g_b, g_l, ALIGNED) + column, seen, 0.0).to(tl.float32)

@@ -4,10 +4,11 @@
 another, so that operators fused and apart add in the same order. A thread holds 16 elements of a tensor, two loads of
 16 bytes in 16-bit types: a row lies in few warps, and registers are left for many programs.
 
-Forward a program takes one step. Backward it takes PART rows, whose sums over rows it keeps in registers.
+Forward a program takes one step. Backward it takes PART rows, whose sums over rows it keeps in registers; the next rows
+are on their way while it works on some (STAGES).
 """
 
-from fastvar.kernels.common.tiling import Row, Table
+from fastvar.kernels.common.tiling import Key, Row, Table, Tile
 
 _SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
@@ -17,9 +18,14 @@ def _forward(width: int) -> dict[str, int]:
     return {"ROWS": max(512 * warps // width, 1), "num_warps": warps}
 
 
-def _backward(width: int) -> dict[str, int]:
+def _backward(width: int, stages: int = 2) -> dict[str, int]:
     warps = min(max(width // 512, 1), 32)
-    return {"ROWS": max(512 * warps // width, 1), "PART": 32, "num_warps": warps}
+    return {"ROWS": max(512 * warps // width, 1), "PART": 32, "STAGES": stages, "num_warps": warps}
+
+
+def _on_their_way(tile: Tile, key: Key) -> int:
+    """Bytes of rows of four tensors in float32."""
+    return (tile["STAGES"] - 1) * tile["ROWS"] * key["width"] * 4 * 4
 
 
 FORWARD = Table(
@@ -29,6 +35,10 @@ FORWARD = Table(
 )
 BACKWARD = Table(
     "adaptive_layer_norm.backward",
-    [*(Row(_backward(width), most={"width": width}) for width in _SIZES), Row(_backward(1 << 16))],
-    candidates={"ROWS": (1, 2, 4), "PART": (16, 32, 64, 128), "num_warps": (1, 2, 4, 8)},
+    [
+        *(Row(_backward(width, stages), most={"width": width}) for stages in (2, 1) for width in _SIZES),
+        Row(_backward(1 << 16, 1)),
+    ],
+    shared=_on_their_way,
+    candidates={"ROWS": (1, 2), "PART": (16, 32, 64, 128), "STAGES": (1, 2, 3), "num_warps": (1, 2, 4, 8)},
 )

@@ -167,6 +167,7 @@ class ByScale:
             if dk is None or dv is None:
                 if part_k.shape == k.shape:
                     dk, dv = part_k.contiguous(), part_v.contiguous()
+                    del part_q, part_k, part_v
                     continue
                 dk, dv = torch.empty_like(dq), torch.empty_like(dq)
             if block_diagonal:
@@ -174,6 +175,7 @@ class ByScale:
             else:
                 dk[:, keys] += part_k
                 dv[:, keys] += part_v
+            del part_q, part_k, part_v  # before the next call, which has as much of its own
         found = (dq, dk, dv, prefix_dk, prefix_dv)
         return [t.contiguous() for t, need in zip(found, needs, strict=False) if need and t is not None]
 

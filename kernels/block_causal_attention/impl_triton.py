@@ -33,15 +33,20 @@ from fastvar.schedule import ScaleSchedule
 PROGRAMS = 1024  # that a prefix alone should have: eight for each multiprocessor of an H200
 SHORTEST = 8  # tiles of rows that a part has at least
 PARTS_BYTES = 256 << 20  # that the parts' sums may take; prefixes are taken in turn where more would be needed
+CACHED = 16 << 20  # bytes of keys and values that neighbouring programs read
 SUMMED = 1024  # numbers of a program that adds parts
 
 
 @triton.jit
-def _place(length, H, BLOCK: tl.constexpr):
-    """A program's tile, sample and head. Tiles of a head are neighbours: what they read stays in the cache."""
+def _place(length, H, bundle, BLOCK: tl.constexpr):
+    """A program's tile, sample and head. The heads of a bundle take turns, tile by tile: what they read stays in the
+    cache, and the programs that come last, when multiprocessors run idle, are those that have least to do."""
     tiles = tl.cdiv(length, BLOCK)
-    line = tl.program_id(0) // tiles
-    return tl.program_id(0) % tiles, (line // H).to(tl.int64), (line % H).to(tl.int64)
+    start = tl.program_id(0) // (bundle * tiles) * bundle  # of the bundle's heads, counted over all samples
+    width = tl.minimum(bundle, tl.num_programs(0) // tiles - start)
+    i = tl.program_id(0) - start * tiles
+    line = start + i % width
+    return i // width, (line // H).to(tl.int64), (line % H).to(tl.int64)
 
 
 @triton.jit
@@ -100,12 +105,12 @@ def _attend(
 def _forward(
     q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, k_tiles, v_tiles, pk_tiles, pv_tiles, lengths_ptr, firsts_ptr, lasts_ptr,
     out_ptr, lse_ptr, q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, pk_b, pk_l, pk_h, pv_b, pv_l, pv_h,
-    L, P, GROUP, H, factor,
+    L, P, GROUP, H, bundle, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ALIGNED: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries of one head; a head's last tiles, which have most to do, come first."""
-    t, b, h = _place(L, H, BLOCK_M)
+    t, b, h = _place(L, H, bundle, BLOCK_M)
     start = (tl.cdiv(L, BLOCK_M) - 1 - t) * BLOCK_M
     row = start + tl.arange(0, BLOCK_M)
     q = tile(_head(q_ptr, b, h, q_b, q_h, ALIGNED), row, q_l, L, D, BLOCK_D, True)
@@ -160,13 +165,13 @@ def _gather_dq(
 def _backward_q(
     q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, lengths_ptr, firsts_ptr, lasts_ptr, out_ptr, g_ptr, lse_ptr, g_lse_ptr,
     delta_ptr, dq_ptr, q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, pk_b, pk_l, pk_h, pv_b, pv_l, pv_h, g_b, g_l, g_h,
-    L, P, GROUP, H, factor, scale,
+    L, P, GROUP, H, bundle, factor, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ALIGNED: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `_forward`, for the gradient of a tile of queries. On the way what is subtracted from every score's gradient:
     a row's sum(out * gradient), less the gradient of its lse."""
-    t, b, h = _place(L, H, BLOCK_M)
+    t, b, h = _place(L, H, bundle, BLOCK_M)
     start = (tl.cdiv(L, BLOCK_M) - 1 - t) * BLOCK_M
     row = start + tl.arange(0, BLOCK_M)
     line = (b * H + h) * L + row
@@ -238,12 +243,12 @@ def _add_rows(
 @triton.jit
 def _backward_kv(
     q_ptr, k_ptr, v_ptr, firsts_ptr, lasts_ptr, g_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, g_b, g_l, g_h, L, H, factor, scale,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, g_b, g_l, g_h, L, H, bundle, factor, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ALIGNED: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys of one head; the first ones are seen by most rows."""
-    t, b, h = _place(L, H, BLOCK_N)
+    t, b, h = _place(L, H, bundle, BLOCK_N)
     start = t * BLOCK_N
     column = start + tl.arange(0, BLOCK_N)
     k = tile(_head(k_ptr, b, h, k_b, k_h, ALIGNED), column, k_l, L, D, BLOCK_D, True)
@@ -277,7 +282,7 @@ def _backward_prefix(
 ):  # fmt: skip
     """A tile of the keys of one of COUNT prefixes, with one part of all rows of its group; the sum goes to place
     [part, prefix] of (PARTS, COUNT, P, H, D)."""
-    t, place, h = _place(P, H, BLOCK_N)
+    t, place, h = _place(P, H, 1, BLOCK_N)
     part, s = place // COUNT, place % COUNT
     column = t * BLOCK_N + tl.arange(0, BLOCK_N)
     seen = _seen(lengths_ptr, s, P)
@@ -351,7 +356,7 @@ def forward(
     _forward[(triton.cdiv(length, size["BLOCK_M"]) * batch * heads,)](
         q, k, v, pk, pv, *tiles, lengths, *_spans(schedule, q.device), out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(pk), *_strides(pv),
-        length, tokens, group, heads, softmax_scale * LOG2_E.value, DIAGONAL=block_diagonal, **size,
+        length, tokens, group, heads, _bundle(q), softmax_scale * LOG2_E.value, DIAGONAL=block_diagonal, **size,
     )  # fmt: skip
     return out, lse
 
@@ -392,19 +397,19 @@ def backward(
         q, k, v = rows_adjacent(q), rows_adjacent(k), rows_adjacent(v)
         pk, pv, tokens, group = _prefix(q, prefix_k, prefix_v)
         lengths = None if prefix_lengths is None else prefix_lengths.contiguous()
-        spans, factor = _spans(schedule, q.device), softmax_scale * LOG2_E.value
+        spans, factor, bundle = _spans(schedule, q.device), softmax_scale * LOG2_E.value, _bundle(q)
         delta = torch.empty_like(lse)
         size = _tile(BACKWARD_Q, q, k, v, pk, pv, g)
         _backward_q[(triton.cdiv(length, size["BLOCK_M"]) * batch * heads,)](
             q, k, v, pk, pv, lengths, *spans, out, g, lse, None if grad_lse is None else grad_lse.contiguous(),
             delta, dq, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(pk), *_strides(pv), *g.stride()[:3],
-            length, tokens, group, heads, factor, softmax_scale, DIAGONAL=block_diagonal, **size,
+            length, tokens, group, heads, bundle, factor, softmax_scale, DIAGONAL=block_diagonal, **size,
         )  # fmt: skip
         if dk is not None:
             size = _tile(BACKWARD_KV, q, k, v, g)
             _backward_kv[(triton.cdiv(length, size["BLOCK_N"]) * batch * heads,)](
                 q, k, v, *spans, g, lse, delta, dk, dv, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                *g.stride()[:3], length, heads, factor, softmax_scale, DIAGONAL=block_diagonal, **size,
+                *g.stride()[:3], length, heads, bundle, factor, softmax_scale, DIAGONAL=block_diagonal, **size,
             )  # fmt: skip
         if dpk is not None and dpv is not None and pk is not None and pv is not None:
             _prefix_gradients(q, pk, pv, lengths, g, lse, delta, dpk, dpv, softmax_scale)
@@ -455,6 +460,11 @@ def _tile(table: Table, q: torch.Tensor, *others: torch.Tensor | None) -> dict[s
     strides = [step for t in (q, *others) if t is not None for step in (t.stride(0), t.stride(2))]
     aligned = 8 if all(step % 8 == 0 for step in strides) else 1
     return {**constants(head_dim, q.dtype), **chosen, "ALIGNED": aligned}
+
+
+def _bundle(q: torch.Tensor) -> int:
+    """Heads whose keys and values fit into a third of an H200's cache."""
+    return max(min(CACHED // (2 * q.shape[1] * q.shape[3] * q.element_size()), 32), 1)
 
 
 @lru_cache

@@ -17,7 +17,7 @@ def _tile(block_m: int, block_n: int, warps: int, stages: int, **more: int) -> T
 
 
 def _bytes(held: int, moving: int, tile: Tile, key: Key) -> int:
-    """Of so many rows that stay, and as many of those on their way as there are stages."""
+    """Of so many rows that stay or are turned, and as many of those on their way as there are stages."""
     width = max(16, 1 << (key["head_dim"] - 1).bit_length())
     return (held + moving * tile["num_stages"]) * width * key["bits"] // 8
 
@@ -41,7 +41,8 @@ FORWARD = Table(
         Row(_tile(64, 64, 4, 3, DESCRIPTORS=0), "sm90", _half(64), H200),
         Row(_tile(64, 64, 4, 3, DESCRIPTORS=1), "sm90", _half(128, 2048)),  # more programs where rows are few
         Row(_tile(128, 128, 8, 3, DESCRIPTORS=1), "sm90", _half(128), H200),
-        Row(_tile(128, 64, 4, 3, DESCRIPTORS=0), most=_half(64)),
+        Row(_tile(128, 64, 4, 3, DESCRIPTORS=0), "sm100", _half(64)),  # its matrix units take 128 rows
+        Row(_tile(64, 64, 4, 3, DESCRIPTORS=0), most=_half(64)),
         Row(_tile(128, 64, 8, 3, DESCRIPTORS=0), most=_half(128)),
         Row(_tile(64, 64, 4, 2, DESCRIPTORS=0), most=_half(128)),
         *_small(DESCRIPTORS=0),
@@ -58,7 +59,7 @@ BACKWARD_Q = Table(
         Row(_tile(64, 64, 8, 1), most=_half(128)),
         *_small(),
     ),
-    shared=lambda tile, key: _bytes(2 * tile["BLOCK_M"], 2 * tile["BLOCK_N"], tile, key),
+    shared=lambda tile, key: _bytes(2 * tile["BLOCK_M"] + tile["BLOCK_N"], 2 * tile["BLOCK_N"], tile, key),
     candidates=CANDIDATES,
 )
 
@@ -74,7 +75,7 @@ def _keys(name: str) -> Table:
             Row(_tile(64, 64, 8, 1), most=_half(128)),
             *_small(),
         ),
-        shared=lambda tile, key: _bytes(2 * tile["BLOCK_N"], 2 * tile["BLOCK_M"], tile, key),
+        shared=lambda tile, key: _bytes(2 * tile["BLOCK_N"] + 2 * tile["BLOCK_M"], 2 * tile["BLOCK_M"], tile, key),
         candidates=CANDIDATES,
     )
 

@@ -1,8 +1,8 @@
-"""Multi-scale residual quantisation with the search for the nearest codes in Triton: a product of matrices whose
-results stay in registers, with a running minimum. All else is the reference's.
+"""Multi-scale residual quantisation and its single step in Triton: the search, the means of bins, and upsampling. The
+convolutions are PyTorch's.
 
-Programs take some rows and a part of the codes, as there are few rows at coarse scales; the parts are merged in their
-order.
+The search is a product of matrices whose results stay in registers, with a running minimum. Its programs take some rows
+and a part of the codes, as there are few rows at coarse scales; the parts are merged in their order.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from fastvar.kernels.common.tiling import card
 from fastvar.kernels.residual_quantize import reference
+from fastvar.kernels.residual_quantize.gradients import accumulate_scale_backward
+from fastvar.kernels.residual_quantize.tiles import MEANS, SEARCH, UPSAMPLED
 
 from fastvar.schedule import ScaleSchedule
 
-BLOCK_ROWS = 64
-BLOCK_CODES = 128
+__all__ = ["accumulate_scale", "accumulate_scale_backward", "forward"]
+
 PROGRAMS = 256  # that a search should have, to fill a GPU
+MOST_CHANNELS = 128  # of a program that resamples, at a time
 
 
 @triton.jit
@@ -28,10 +32,10 @@ def _nearest_codes(
     C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, WIDTH)
     inside = channel[None, :] < C
-    x = tl.load(rows_ptr + row[:, None].to(tl.int64) * C + channel[None, :], (row[:, None] < N) & inside, 0.0)
+    x = tl.load(rows_ptr + row[:, None] * C + channel[None, :], (row[:, None] < N) & inside, 0.0)
     best = tl.full((ROWS,), float("inf"), tl.float32)
     at = tl.zeros((ROWS,), tl.int32)
     for start in range(part * size, min((part + 1) * size, V), CODES):
@@ -51,6 +55,72 @@ def _nearest_codes(
     tl.store(found_ptr + place, at, row < N)
 
 
+@triton.jit
+def _bin_means(
+    image_ptr, rows_ptr, height, width, H, W, C: tl.constexpr, CHANNELS: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    """One bin of an image (C, H, W): rows (B, h w, C)."""
+    program = tl.program_id(0).to(tl.int64)
+    image, place = program // (height * width), (program % (height * width)).to(tl.int32)
+    top, left = place // width * H // height, place % width * W // width
+    bottom = ((place // width + 1) * H + height - 1) // height
+    across = ((place % width + 1) * W + width - 1) // width - left
+    count = (bottom - top) * across
+    for start in tl.static_range(0, C, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        plane_ptr = image_ptr + (image * C + channel[:, None]) * (H * W)
+        total = tl.zeros((CHANNELS,), tl.float32)
+        for first in range(0, count, CELLS):
+            cell = first + tl.arange(0, CELLS)
+            offset = (top + cell // across) * W + left + cell % across
+            values = tl.load(plane_ptr + offset[None, :], (channel[:, None] < C) & (cell[None, :] < count), 0.0)
+            total += tl.sum(values, 1)
+        tl.store(rows_ptr + program * C + channel, tl.div_rn(total, count.to(tl.float32)), channel < C)
+
+
+@triton.jit
+def _cubic_weight(tap: tl.constexpr, t):
+    """Of the cell `tap` - 1 from the one at or before a place, t past that one: Keys' kernel with a = -0.75."""
+    x = tl.abs(t + 1 - tap)
+    if tap == 1 or tap == 2:
+        return (1.25 * x - 2.25) * x * x + 1
+    else:
+        return ((-0.75 * x + 3.75) * x - 6) * x + 3
+
+
+@triton.jit
+def _upsample(
+    tokens_ptr, codes_ptr, image_ptr, V, height, width, H, W, down, across, tiles,
+    C: tl.constexpr, CHANNELS: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    """Some cells of an image (C, H, W), interpolated from the codes of tokens (B, h w); `down` is h / H, `across`
+    w / W. A token that does not exist stands for the first or the last code."""
+    image = tl.program_id(0).to(tl.int64) // tiles
+    cell = tl.program_id(0) % tiles * CELLS + tl.arange(0, CELLS)
+    inside = cell < H * W
+    y, x = down * ((cell // W).to(tl.float32) + 0.5) - 0.5, across * ((cell % W).to(tl.float32) + 0.5) - 0.5
+    row, column = tl.floor(y), tl.floor(x)
+    for start in tl.static_range(0, C, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        value = tl.zeros((CELLS, CHANNELS), tl.float32)
+        for a in tl.static_range(4):
+            weight = _cubic_weight(a, y - row)
+            place = tl.minimum(tl.maximum(row.to(tl.int32) + (a - 1), 0), height - 1) * width
+            part = tl.zeros((CELLS, CHANNELS), tl.float32)
+            for b in tl.static_range(4):
+                share = _cubic_weight(b, x - column)
+                # what does not count is not read: it may be nothing that can be added
+                counts = inside & (weight != 0) & (share != 0)
+                near = tl.minimum(tl.maximum(column.to(tl.int32) + (b - 1), 0), width - 1)
+                token = tl.load(tokens_ptr + image * height * width + place + near, counts, 0)
+                token = tl.minimum(tl.maximum(token, 0), V - 1)
+                used = counts[:, None] & (channel[None, :] < C)
+                part += share[:, None] * tl.load(codes_ptr + token[:, None] * C + channel[None, :], used, 0.0)
+            value += weight[:, None] * part
+        pointers = image_ptr + (image * C + channel[None, :]) * (H * W) + cell[:, None]
+        tl.store(pointers, value, inside[:, None] & (channel[None, :] < C))
+
+
 def forward(
     features: torch.Tensor,
     codebook: torch.Tensor,
@@ -62,26 +132,92 @@ def forward(
     znorm: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See the reference. A distance that is not a number is never the smallest; without any number the token is 0."""
-    residual = features.to(torch.float32).contiguous()
+    residual = features.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     codebook = codebook.to(torch.float32).contiguous()
     directions = F.normalize(codebook, dim=1) if znorm else codebook
     norms = torch.zeros_like(codebook[:, 0]) if znorm else codebook.square().sum(1)
     feature_map = torch.zeros_like(residual)
-    tokens, inputs = [], []
+    tokens, inputs = [], [residual.new_empty(residual.shape[0], 0, residual.shape[1])]
     for k, grid in enumerate(schedule):
-        rows = reference._to_rows(reference._area(residual, grid))  # [B, n_k, C]
+        if k:
+            inputs.append(_means(feature_map, grid))
+        rows = _means(residual, grid)  # [B, n_k, C]
         tokens.append(_search(F.normalize(rows, dim=2) if znorm else rows, directions, norms))
         weight, bias = None, None
         if phi_weight is not None and phi_bias is not None:
             weight, bias = phi_weight[phi_index[k]], phi_bias[phi_index[k]]
-        codes = reference._upsampled(tokens[k], codebook, grid, schedule.finest, weight, bias, phi_ratio)
-        feature_map = feature_map + codes
-        residual = residual - codes
-        if k + 1 < len(schedule):
-            inputs.append(reference._to_rows(reference._area(feature_map, schedule[k + 1])))
-    empty = residual.new_zeros(residual.shape[0], 0, residual.shape[1])
+        codes = _upsampled(tokens[k], codebook, grid, schedule.finest, weight, bias, phi_ratio)
+        feature_map += codes
+        residual -= codes
     found = torch.cat(tokens, 1)
-    return found, feature_map, torch.cat([empty, *inputs], 1), reference._uses(found, len(codebook))
+    return found, feature_map, torch.cat(inputs, 1), reference._uses(found, len(codebook))
+
+
+def accumulate_scale(
+    feature_map: torch.Tensor,
+    tokens: torch.Tensor,
+    codebook: torch.Tensor,
+    phi_weight: torch.Tensor | None,
+    phi_bias: torch.Tensor | None,
+    phi_ratio: float,
+    height: int,
+    width: int,
+    next_height: int,
+    next_width: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the reference. A token that does not exist stands for the first or the last code: nothing waits for an error
+    here."""
+    codes = codebook.to(torch.float32).contiguous()
+    tokens = tokens.to(torch.int64).contiguous()
+    added = _upsampled(tokens, codes, (height, width), feature_map.shape[-2:], phi_weight, phi_bias, phi_ratio)
+    accumulated = added.add_(feature_map)
+    if next_height * next_width == 0:
+        return accumulated, accumulated.new_empty(accumulated.shape[0], 0, accumulated.shape[1])
+    return accumulated, _means(accumulated, (next_height, next_width))
+
+
+def _means(image: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """The means of images (B, C, H, W) over the bins of a grid: (B, h w, C). Its bins are the reference's."""
+    (batch, channels, height, width), (h, w) = image.shape, grid
+    rows = image.new_empty(batch, h * w, channels)
+    if rows.numel():
+        most = 1 if (h, w) == (height, width) else (-(-height // h) + 1) * (-(-width // w) + 1)
+        _bin_means[(batch * h * w,)](
+            image, rows, h, w, height, width,
+            C=channels, CHANNELS=_power(channels), **MEANS.choose(card(image.device), cells=most),
+        )  # fmt: skip
+    return rows
+
+
+def _upsampled(
+    tokens: torch.Tensor,
+    codebook: torch.Tensor,
+    grid: Sequence[int],
+    size: Sequence[int],
+    phi_weight: torch.Tensor | None,
+    phi_bias: torch.Tensor | None,
+    phi_ratio: float,
+) -> torch.Tensor:
+    """What the tokens (B, n) of a grid add to the feature map of `size`: phi(bicubic(codes)), (B, C, H, W)."""
+    (batch, _), (vocabulary, channels), (height, width) = tokens.shape, codebook.shape, size
+    codes = codebook.new_empty(batch, channels, height, width)
+    if not codes.numel():
+        return codes
+    tile = UPSAMPLED.choose(card(tokens.device))
+    tiles = triton.cdiv(height * width, tile["CELLS"])
+    _upsample[(batch * tiles,)](
+        tokens, codebook, codes, vocabulary, *grid, height, width, grid[0] / height, grid[1] / width, tiles,
+        C=channels, CHANNELS=_power(channels), **tile,
+    )  # fmt: skip
+    if phi_weight is None or phi_bias is None:
+        return codes
+    # follows torch.backends.cudnn, as in the reference
+    blurred = F.conv2d(codes, phi_weight.to(torch.float32), phi_bias.to(torch.float32), padding=1)
+    return codes.mul_(1 - phi_ratio).add_(blurred, alpha=phi_ratio)
+
+
+def _power(channels: int) -> int:
+    return min(MOST_CHANNELS, triton.next_power_of_2(channels))
 
 
 def _search(rows: torch.Tensor, codes: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
@@ -91,16 +227,15 @@ def _search(rows: torch.Tensor, codes: torch.Tensor, norms: torch.Tensor) -> tor
     if not rows.numel():
         return torch.zeros(batch, length, dtype=torch.int64, device=rows.device)
     width = max(16, triton.next_power_of_2(channels))
-    block_rows = min(BLOCK_ROWS, max(16, triton.next_power_of_2(count)))
-    tiles, blocks = triton.cdiv(count, block_rows), triton.cdiv(size, BLOCK_CODES)
+    tile = SEARCH.choose(card(rows.device), length=length)
+    tiles, blocks = triton.cdiv(count, tile["ROWS"]), triton.cdiv(size, tile["CODES"])
     each = triton.cdiv(blocks, min(blocks, triton.cdiv(PROGRAMS, tiles)))
     parts = triton.cdiv(blocks, each)
     distances = torch.empty(parts, count, dtype=torch.float32, device=rows.device)
     found = torch.empty(parts, count, dtype=torch.int32, device=rows.device)
     _nearest_codes[(tiles, parts)](
-        rows, codes, norms, distances, found, count, size, each * BLOCK_CODES,
-        C=channels, WIDTH=width, ROWS=block_rows, CODES=BLOCK_CODES, num_warps=8 if block_rows == BLOCK_ROWS else 4,
-    )  # fmt: skip
+        rows, codes, norms, distances, found, count, size, each * tile["CODES"], C=channels, WIDTH=width, **tile
+    )
     if parts > 1:
         found = torch.where(distances == distances.amin(0), found, size).amin(0)
     return found.view(batch, length).to(torch.int64)

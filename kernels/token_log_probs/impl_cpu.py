@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastvar.kernels.token_log_probs import reference
+from fastvar.kernels.token_log_probs import losses, reference
 from fastvar.kernels.token_log_probs.reference import IMPOSSIBLE, check_range, chunks, live_rows, padded
 
 # Tiles of many rows read the weight, turn it round and add to its gradient less often. Larger tiles are little faster
@@ -62,18 +63,24 @@ def backward(
     mean: bool,
     results: Sequence[torch.Tensor],
     needs: Sequence[bool],
+    unrounded: bool = False,
 ) -> list[torch.Tensor]:
     """Gradients of hidden, weight and bias, as far as they are needed; the logits of each tile are computed anew. Rows
-    whose incoming gradients are all 0 are left out."""
+    whose incoming gradients are all 0 are left out. `unrounded` as in the reference."""
     others = (reference_hidden, reference_weight, reference_bias)
     if tokens.ndim == 3:
-        return reference.backward(grads, hidden, weight, bias, tokens, *others, temperature, mean, results, needs)
+        return reference.backward(
+            grads, hidden, weight, bias, tokens, *others, temperature, mean, results, needs, unrounded
+        )
     head = _Head(hidden, weight, bias, temperature)
     other = None
     if reference_hidden is not None and grads[2] is not None:
         other = _Head(reference_hidden, reference_weight, reference_bias, temperature)
     picked = tokens.flatten().long()
-    of_hidden = torch.empty(head.rows.shape, dtype=hidden.dtype) if needs[0] else None
+    of_hidden = None
+    if needs[0]:
+        dtype = losses.unrounded(hidden.dtype) if unrounded else hidden.dtype
+        of_hidden = torch.empty(head.rows.shape, dtype=dtype)
     of_weight = torch.zeros(weight.shape, dtype=head.dtype) if needs[1] and weight is not None else None
     of_bias = torch.zeros(head.size, dtype=head.dtype) if needs[2] and bias is not None else None
     live = live_rows(grads, tokens)
@@ -100,10 +107,20 @@ def backward(
     if of_hidden is not None:
         found.append(of_hidden.view(hidden.shape))
     if of_weight is not None and weight is not None:
-        found.append(of_weight.to(weight.dtype))
+        found.append(of_weight if unrounded else of_weight.to(weight.dtype))
     if of_bias is not None and bias is not None:
-        found.append(of_bias.to(bias.dtype))
+        found.append(of_bias if unrounded else of_bias.to(bias.dtype))
     return found
+
+
+def policy_loss(*args: Any) -> tuple[torch.Tensor, ...]:
+    """See `losses.policy_loss`."""
+    return losses.policy_loss(forward, backward, *args)
+
+
+def cross_entropy(*args: Any) -> tuple[torch.Tensor, ...]:
+    """See `losses.cross_entropy`."""
+    return losses.cross_entropy(forward, backward, *args)
 
 
 class _Head:

@@ -1,209 +1,238 @@
-"""Log-probability, entropy and KL of tokens in Triton: logits exist in tiles, backward in the slopes of some rows.
+"""Log-probability, entropy and KL of tokens and the losses made of them, in Triton: the logits of some rows at a time.
 
-Forward, a program multiplies a tile of rows with a part of the vocabulary and keeps sums of its softmax; a second
-kernel merges the parts in order. How the vocabulary is divided depends on its size alone, and a row of a tile knows
-nothing of the other rows: so results do not depend on the batch. Backward, a kernel computes the logits of some rows
-anew and writes the gradient of the loss with respect to them; the products of that with head and hidden states are
-plain ones, which cuBLAS does best. Backward starts from the softmax's sums of the forward pass, whose tiles it repeats.
+Those logits are a plain product, which cuBLAS does best, in float32 and few enough for the L2 cache. A kernel reads
+them there once and has all that a row needs in registers: statistics, the terms of a loss and the slopes, gradients of
+the logits. Two more plain products take the slopes to hidden states and weight. So a loss and its gradient take three
+products, and scoring takes one.
 
-The logits' own products are as exact as float32 whatever torch's settings for products of matrices are; those plain
-ones follow the settings, as a linear layer's gradients do.
+A product always has the same number of rows, the last one padded, so that cuBLAS always takes the same kernel, in which
+no row looks at another: a token's log-probability does not depend on the batch, and scoring and training run the same
+operations in the same order. Products of float32 follow torch.set_float32_matmul_precision, as a linear layer's do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fastvar.kernels.token_log_probs.reference import live_rows
+from fastvar.kernels.common.tiling import card
+from fastvar.kernels.token_log_probs import losses
+from fastvar.kernels.token_log_probs.policy_triton import Policy, estimate, surrogate
+from fastvar.kernels.token_log_probs.tiles import LOGITS
 
 IMPOSSIBLE = tl.constexpr(-1e30)  # stands for minus infinity: 0 * log 0 is 0
-PARTS = 16  # of the vocabulary, at most: programs for few rows
-GROUP = 8  # tiles of rows whose programs follow one another: they share parts of the head in the cache
-SLOPES = 2**25  # elements that the slopes of some rows may have: 64 MiB in 16 bits
-ROWS = (1024, 8192)  # but not fewer rows and no more
-SHARE = (256, 8)  # nor more than this part of all rows, but this many: else a small batch has all its logits in memory
+PRODUCT = 2**22  # logits of a product: 16 MiB
+ROWS = (512, 4096)  # of a product; fewer would read the weight too often
+SLOPES = 2**26  # elements that the slopes of some rows may have: 128 MiB in 16 bits
+SLOPE_ROWS = (1024, 4096)  # but not fewer rows and no more: the weight's gradient is added to once for so many
+SHARE = 8  # nor more than this part of all rows, in whole products: else a small batch has all its slopes in memory
 LARGEST = 2.0**8  # of scaled slopes, per nat: float16 has room for gaps of 255 nats above, for 2**-32 of it below
-MERGED = 128  # rows that a program merges
 
 
 @triton.jit
-def _logits(
-    h_ptr, w_ptr, b_ptr, row, column, h_m, h_e, w_v, w_e, factor,
-    V: tl.constexpr, E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A tile [M, V] of logits divided by the temperature, with IMPOSSIBLE for minus infinity. All rows [M], int64, have
-    to exist; what stands in columns [V] that do not is left to the caller."""
-    if w_ptr is None:
-        h_at = h_ptr + row[:, None] * h_m + column.to(tl.int64)[None, :] * h_e
-        z = tl.load(h_at, (column < V)[None, :], 0.0).to(tl.float32)
-    else:
-        column = tl.minimum(column, V - 1).to(tl.int64)
-        z = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-        for start in range(0, E, BLOCK_E):
-            within = tl.arange(0, BLOCK_E)
-            e = start + within
-            first = tl.cast(start, tl.int64)
-            h_at = h_ptr + first * h_e + row[:, None] * h_m + within[None, :] * h_e
-            w_at = w_ptr + first * w_e + column[None, :] * w_v + within[:, None] * w_e
-            if E % BLOCK_E == 0:
-                h, w = tl.load(h_at), tl.load(w_at)  # [M, BLOCK_E], [BLOCK_E, V]
-            else:
-                h, w = tl.load(h_at, e[None, :] < E, 0.0), tl.load(w_at, e[:, None] < E, 0.0)
-            z = tl.dot(h.to(w.dtype), w, z, input_precision=PRECISION)
-        if b_ptr is not None:
-            z += tl.load(b_ptr + column).to(tl.float32)[None, :]
+def _logits(z_ptr, b_ptr, place, column, z_m, z_v, factor, V: tl.constexpr, BLOCK_V: tl.constexpr):
+    """A tile [M, V] of logits divided by the temperature, with IMPOSSIBLE for minus infinity and past V."""
+    z_at = z_ptr + place[:, None] * z_m + column.to(tl.int64)[None, :] * z_v
+    z = tl.load(z_at) if V % BLOCK_V == 0 else tl.load(z_at, (column < V)[None, :], 0.0)
+    z = z.to(tl.float32)
+    if b_ptr is not None:
+        z += tl.load(b_ptr + column, column < V, 0.0).to(tl.float32)[None, :]
     z = z * factor
-    return tl.where(z < IMPOSSIBLE, IMPOSSIBLE, z)
+    z = tl.where(z < IMPOSSIBLE, IMPOSSIBLE, z)
+    if V % BLOCK_V != 0:
+        z = tl.where((column < V)[None, :], z, IMPOSSIBLE)
+    return z
 
 
 @triton.jit
-def _place(M, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
-    """Which tile of rows this program takes, and which part of the vocabulary. Parts of a group of tiles come one
-    after the other, so that the group reads each part of the head once from memory."""
-    program = tl.program_id(0)
-    tiles = tl.cdiv(M, BLOCK_M)
-    first = program // (GROUP * PARTS) * GROUP
-    within = program % (GROUP * PARTS)
-    size = tl.minimum(tiles - first, GROUP)
-    return first + within % size, within // size
-
-
-@triton.jit
-def _take(z, seen, peak, total):
+def _take(z, peak, total):
     """Softmax sums of rows [M] with a tile more: the largest logit and the sum of exp(z - peak). Also z - peak and its
     exponentials [M, V], and by how much the peak rose, negative."""
-    highest = tl.maximum(peak, tl.max(tl.where(seen, z, IMPOSSIBLE), 1))
+    highest = tl.maximum(peak, tl.max(z, 1))
     step = peak - highest
     centred = z - highest[:, None]
-    powers = tl.where(seen, tl.exp(centred), 0.0)
+    powers = tl.exp(centred)
     return centred, powers, step, highest, tl.exp(step) * total + tl.sum(powers, 1)
-
-
-@triton.jit
-def _forward(
-    h_ptr, w_ptr, b_ptr, token_ptr, other_h_ptr, other_w_ptr, other_b_ptr, part_ptr,
-    h_m, h_e, w_v, w_e, other_h_m, other_h_e, other_w_v, other_w_e, factor, M,
-    V: tl.constexpr, E: tl.constexpr, OTHER_E: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr,
-    PARTS: tl.constexpr, PART: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_E: tl.constexpr, OTHER_BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, OTHER_PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Sums of some rows over a part of the vocabulary: part_ptr (8, PARTS, M)."""
-    tile, part = _place(M, PARTS, BLOCK_M, GROUP)
-    place = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = tl.minimum(place, M - 1).to(tl.int64)
-    token = tl.load(token_ptr + row)
-    peak = tl.full((BLOCK_M,), IMPOSSIBLE, tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    along = tl.zeros((BLOCK_M,), tl.float32)
-    own = tl.zeros((BLOCK_M,), tl.float32)
-    mean = tl.zeros((BLOCK_M,), tl.float32)
-    gap = tl.zeros((BLOCK_M,), tl.float32)
-    other_peak, other_total = peak, total
-    for start in range(part * PART, min((part + 1) * PART, V), BLOCK_V):
-        column = start + tl.arange(0, BLOCK_V)
-        seen = (column < V)[None, :]
-        if KL:  # first: a product of float32 needs many registers
-            y = _logits(
-                other_h_ptr, other_w_ptr, other_b_ptr, row, column, other_h_m, other_h_e, other_w_v, other_w_e, factor,
-                V, OTHER_E, BLOCK_M, BLOCK_V, OTHER_BLOCK_E, OTHER_PRECISION,
-            )  # fmt: skip
-        z = _logits(
-            h_ptr, w_ptr, b_ptr, row, column, h_m, h_e, w_v, w_e, factor, V, E, BLOCK_M, BLOCK_V, BLOCK_E, PRECISION
-        )
-        own += tl.sum(tl.where(column[None, :] == token[:, None], z, 0.0), 1)
-        earlier = total
-        centred, powers, step, peak, total = _take(z, seen, peak, total)
-        decay = tl.exp(step)
-        along = decay * (along + step * earlier) + tl.sum(powers * centred, 1)
-        if MEAN:
-            mean += step * (start - part * PART) + tl.sum(tl.where(seen, centred, 0.0), 1)
-        if KL:
-            other_centred, _, other_step, other_peak, other_total = _take(y, seen, other_peak, other_total)
-            gap = decay * (gap + (step - other_step) * earlier) + tl.sum(powers * (centred - other_centred), 1)
-    size = tl.cast(PARTS, tl.int64) * M
-    at = part_ptr + part.to(tl.int64) * M + place
-    tl.store(at, peak, place < M)
-    tl.store(at + size, total, place < M)
-    tl.store(at + 2 * size, along, place < M)
-    tl.store(at + 3 * size, own, place < M)
-    if MEAN:
-        tl.store(at + 4 * size, mean, place < M)
-    if KL:
-        tl.store(at + 5 * size, gap, place < M)
-        tl.store(at + 6 * size, other_peak, place < M)
-        tl.store(at + 7 * size, other_total, place < M)
-
-
-@triton.jit
-def _merge(
-    part_ptr, own_ptr, entropy_ptr, kl_ptr, mean_ptr, sum_ptr, M,
-    V: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The parts' sums in the vocabulary's order, and what follows from them. The mean and the gap, like the sum along,
-    are sums over logits less the largest."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = place < M
-    size = tl.cast(PARTS, tl.int64) * M
-    peak = tl.full((BLOCK,), IMPOSSIBLE, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    along = tl.zeros((BLOCK,), tl.float32)
-    own = tl.zeros((BLOCK,), tl.float32)
-    mean = tl.zeros((BLOCK,), tl.float32)
-    gap = tl.zeros((BLOCK,), tl.float32)
-    other_peak, other_total = peak, total
-    for part in range(PARTS):
-        at = part_ptr + tl.cast(part, tl.int64) * M + place
-        next_peak = tl.load(at, valid, 0.0)
-        next_total = tl.load(at + size, valid, 1.0)
-        highest = tl.maximum(peak, next_peak)
-        step, next_step = peak - highest, next_peak - highest
-        decay, next_decay = tl.exp(step), tl.exp(next_step)
-        if KL:
-            other_next = tl.load(at + 6 * size, valid, 0.0)
-            other_highest = tl.maximum(other_peak, other_next)
-            other_step, other_next_step = other_peak - other_highest, other_next - other_highest
-            gap = decay * (gap + (step - other_step) * total) + next_decay * (
-                tl.load(at + 5 * size, valid, 0.0) + (next_step - other_next_step) * next_total
-            )
-            other_total = tl.exp(other_step) * other_total + tl.exp(other_next_step) * tl.load(
-                at + 7 * size, valid, 1.0
-            )
-            other_peak = other_highest
-        along = decay * (along + step * total) + next_decay * (
-            tl.load(at + 2 * size, valid, 0.0) + next_step * next_total
-        )
-        total = decay * total + next_decay * next_total
-        peak = highest
-        own += tl.load(at + 3 * size, valid, 0.0)
-        if MEAN:
-            mean += step * (part * PART) + tl.load(at + 4 * size, valid, 0.0)
-            mean += next_step * tl.minimum(PART, V - part * PART)
-    log = _log(total, peak)
-    own = tl.where(own <= IMPOSSIBLE, float("-inf"), own)
-    tl.store(own_ptr + place, own - peak - log, valid)
-    tl.store(entropy_ptr + place, log - along / total, valid)
-    at = sum_ptr + place
-    tl.store(at, peak, valid)
-    tl.store(at + M, log, valid)
-    if MEAN:
-        tl.store(mean_ptr + place, mean / V - log, valid)
-    if KL:
-        other_log = _log(other_total, other_peak)
-        tl.store(kl_ptr + place, gap / total - log + other_log, valid)
-        tl.store(at + tl.cast(M, tl.int64) * 2, other_peak, valid)
-        tl.store(at + tl.cast(M, tl.int64) * 3, other_log, valid)
 
 
 @triton.jit
 def _log(total, peak):
     """NaN where no logit is above minus infinity."""
     return tl.where(peak > IMPOSSIBLE, tl.log(total), float("nan"))
+
+
+@triton.jit
+def _coefficients(
+    row, score, of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr,
+    share_ptr, advantage_ptr, old_ptr, reference_ptr, L, low, high, kl_weight, entropy_weight,
+    ESTIMATOR: tl.constexpr, EXACT: tl.constexpr, BONUS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a loss with respect to the log-probability, the entropy, the KL and the mean of rows [M]: those
+    given or, with shares, those of the policy loss, whose other scores are `score`."""
+    own = tl.zeros_like(score)
+    of_entropy, of_kl, mean = own, own, own
+    if share_ptr is not None:
+        share = tl.load(share_ptr + row)
+        trained = share > 0
+        ratio = own + 1.0
+        if old_ptr is not None:
+            ratio = tl.exp(tl.where(trained, score - tl.load(old_ptr + row).to(tl.float32), 0.0))
+        _, push, _ = surrogate(ratio, tl.load(advantage_ptr + row // L).to(tl.float32), trained, low, high)
+        own = -share * push
+        if reference_ptr is not None:
+            gap = tl.where(trained, tl.load(reference_ptr + row).to(tl.float32) - score, 0.0)
+            _, pull = estimate(gap, ESTIMATOR)
+            own -= tl.where(kl_weight != 0, kl_weight * share * pull, 0.0)
+        if EXACT:
+            of_kl = kl_weight * share
+        if BONUS:
+            of_entropy = -entropy_weight * share
+    if of_own_ptr is not None:
+        own = tl.load(of_own_ptr + row)
+    if of_entropy_ptr is not None:
+        of_entropy = tl.load(of_entropy_ptr + row)
+    if of_kl_ptr is not None:
+        of_kl = tl.load(of_kl_ptr + row)
+    if of_mean_ptr is not None:
+        mean = tl.load(of_mean_ptr + row)
+    live = (own != 0) | (of_entropy != 0) | (of_kl != 0) | (mean != 0)
+    return own, of_entropy, of_kl, mean, live
+
+
+@triton.jit
+def _copy_states(
+    h_ptr, state_ptr, row, place, valid, live, h_m, h_e,
+    E: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Hidden states of live rows, zeros for the others, whatever stands there, with a 1 behind those of live rows if
+    there is room: its product with the slopes is the bias's gradient."""
+    for start in range(0, STRIDE, BLOCK_E):
+        e = start + tl.arange(0, BLOCK_E)
+        h_at = h_ptr + row[:, None] * h_m + e.to(tl.int64)[None, :] * h_e
+        h = tl.load(h_at, live[:, None] & (e < E)[None, :], 0.0)
+        if STRIDE > E:
+            h = tl.where((e == E)[None, :] & live[:, None], 1.0, h)
+        at = state_ptr + place[:, None] * STRIDE + e[None, :]
+        tl.store(at, h.to(state_ptr.dtype.element_ty), valid[:, None] & (e < STRIDE)[None, :])
+
+
+@triton.jit
+def _lay_out(like_ptr, place, values, never, V: tl.constexpr, BLOCK_V: tl.constexpr):
+    """A store that is never carried out. It has the compiler give a thread the same logits as where slopes are stored,
+    so that sums are added up in the same order: a policy's ratio to itself is exactly 1."""
+    column = tl.arange(0, BLOCK_V)
+    at = like_ptr + place[:, None] * V + column[None, :]
+    tl.store(at, values, never & (place >= 0)[:, None] & (column < V)[None, :])
+
+
+@triton.jit
+def _tokens(
+    z_ptr, b_ptr, y_ptr, c_ptr, token_ptr, own_ptr, entropy_ptr, kl_ptr, mean_ptr, sum_ptr,
+    of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr, reference_ptr,
+    slope_ptr, scale_ptr, h_ptr, state_ptr, like_ptr,
+    z_m, z_v, y_m, y_v, h_m, h_e, first, count, M, L, factor, low, high, kl_weight, entropy_weight,
+    V: tl.constexpr, E: tl.constexpr, STRIDE: tl.constexpr, ESTIMATOR: tl.constexpr, EXACT: tl.constexpr,
+    BONUS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Rows `first` to `first + count` of M, whose logits are z_ptr (count, V) and, of the reference, y_ptr: results
+    are written if there is room for them; gradients of the logits before the temperature to slope_ptr (count, V), times
+    what scale_ptr (1) holds. 0 in rows whose coefficients are all 0."""
+    place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = place < count
+    place = tl.minimum(place, count - 1).to(tl.int64)
+    row = first + place
+    token = tl.load(token_ptr + row)
+    zero = tl.zeros((BLOCK_M,), tl.float32)
+    peak = tl.full((BLOCK_M,), IMPOSSIBLE, tl.float32)
+    total, along, own, mean, gap = zero, zero, zero, zero, zero
+    other_peak, other_total = peak, zero
+    if V <= BLOCK_V:  # stays in registers
+        column = tl.arange(0, BLOCK_V)
+        z = _logits(z_ptr, b_ptr, place, column, z_m, z_v, factor, V, BLOCK_V)
+        if y_ptr is not None:
+            y = _logits(y_ptr, c_ptr, place, column, y_m, y_v, factor, V, BLOCK_V)
+            other_centred = y
+        centred = z
+    powers = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    for start in range(0, V, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
+        if V > BLOCK_V:
+            z = _logits(z_ptr, b_ptr, place, column, z_m, z_v, factor, V, BLOCK_V)
+            if y_ptr is not None:
+                y = _logits(y_ptr, c_ptr, place, column, y_m, y_v, factor, V, BLOCK_V)
+        own += tl.sum(tl.where(column[None, :] == token[:, None], z, 0.0), 1)
+        earlier = total
+        centred, powers, step, peak, total = _take(z, peak, total)
+        decay = tl.exp(step)
+        along = decay * (along + step * earlier) + tl.sum(powers * centred, 1)
+        if mean_ptr is not None:
+            mean += step * start + tl.sum(tl.where((column < V)[None, :], centred, 0.0), 1)
+        if y_ptr is not None:
+            other_centred, _, other_step, other_peak, other_total = _take(y, other_peak, other_total)
+            gap = decay * (gap + (step - other_step) * earlier) + tl.sum(powers * (centred - other_centred), 1)
+    log = _log(total, peak)
+    entropy = log - along / total
+    score = tl.where(own <= IMPOSSIBLE, float("-inf"), own) - peak - log
+    kl, other_log = zero, zero
+    if y_ptr is not None:
+        other_log = _log(other_total, other_peak)
+        kl = gap / total - log + other_log
+    if own_ptr is not None:
+        tl.store(own_ptr + row, score, valid)
+        tl.store(entropy_ptr + row, entropy, valid)
+        if mean_ptr is not None:
+            tl.store(mean_ptr + row, mean / V - log, valid)
+        if y_ptr is not None:
+            tl.store(kl_ptr + row, kl, valid)
+    if sum_ptr is not None:
+        tl.store(sum_ptr + row, peak, valid)
+        tl.store(sum_ptr + row + M, log, valid)
+        if y_ptr is not None:
+            size = tl.cast(M, tl.int64)
+            tl.store(sum_ptr + row + 2 * size, other_peak, valid)
+            tl.store(sum_ptr + row + 3 * size, other_log, valid)
+    if slope_ptr is None:
+        _lay_out(like_ptr, place, powers, count < 0, V, BLOCK_V)
+    else:
+        of_own, of_entropy, of_kl, of_mean, live = _coefficients(
+            row, score, of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr,
+            reference_ptr, L, low, high, kl_weight, entropy_weight, ESTIMATOR, EXACT, BONUS,
+        )  # fmt: skip
+        scale = factor
+        if scale_ptr is not None:
+            scale *= tl.load(scale_ptr)
+        inverse = tl.where(peak > IMPOSSIBLE, 1.0 / total, float("nan"))
+        for start in range(0, V, BLOCK_V):
+            column = start + tl.arange(0, BLOCK_V)
+            if V > BLOCK_V:
+                z = _logits(z_ptr, b_ptr, place, column, z_m, z_v, factor, V, BLOCK_V)
+                centred = z - peak[:, None]
+                powers = tl.exp(centred)
+                if EXACT or of_kl_ptr is not None:
+                    y = _logits(y_ptr, c_ptr, place, column, y_m, y_v, factor, V, BLOCK_V)
+                    other_centred = y - other_peak[:, None]
+            slope = tl.zeros((BLOCK_M, BLOCK_V), tl.float32) - (of_own + of_mean)[:, None]
+            if BONUS or of_entropy_ptr is not None:
+                slope -= of_entropy[:, None] * (centred - (log - entropy)[:, None])
+            if EXACT or of_kl_ptr is not None:
+                slope += of_kl[:, None] * (centred - other_centred - (log - other_log + kl)[:, None])
+            slope = powers * inverse[:, None] * slope
+            if of_mean_ptr is not None:
+                slope += (of_mean / V)[:, None]
+            slope += tl.where(column[None, :] == token[:, None], of_own[:, None], 0.0)
+            slope = tl.where(live[:, None], slope * scale, 0.0)
+            at = slope_ptr + place[:, None] * V + column[None, :]
+            if V % BLOCK_V == 0:
+                tl.store(at, slope, valid[:, None])
+            else:
+                tl.store(at, slope, valid[:, None] & (column < V)[None, :])
+        if state_ptr is not None:
+            _copy_states(h_ptr, state_ptr, row, place, valid, live, h_m, h_e, E, STRIDE, BLOCK_M, BLOCK_E)
 
 
 @triton.jit
@@ -225,34 +254,32 @@ def _sigmoid(z):
 
 
 @triton.jit
-def _finite(z):
-    """Of a certain bit: 0 times it is 0. `_logits` sees to minus infinity."""
+def _bit_logits(z_ptr, b_ptr, place, column, z_m, z_v, factor, V: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Finite, those of certain bits too: 0 times them is 0."""
+    z = _logits(z_ptr, b_ptr, place, column, z_m, z_v, factor, V, BLOCK_V)
     return tl.where(z > -IMPOSSIBLE, -IMPOSSIBLE, z)
 
 
 @triton.jit
-def _bits_forward(
-    h_ptr, w_ptr, b_ptr, bit_ptr, other_h_ptr, other_w_ptr, other_b_ptr,
-    own_ptr, entropy_ptr, kl_ptr, mean_ptr,
-    h_m, h_e, w_v, w_e, bit_m, bit_v, other_h_m, other_h_e, other_w_v, other_w_e, factor, M,
-    V: tl.constexpr, E: tl.constexpr, OTHER_E: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, OTHER_BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr, OTHER_PRECISION: tl.constexpr,
+def _bits(
+    z_ptr, b_ptr, y_ptr, c_ptr, bit_ptr, own_ptr, entropy_ptr, kl_ptr, mean_ptr,
+    of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr, reference_ptr,
+    slope_ptr, scale_ptr, h_ptr, state_ptr, like_ptr,
+    z_m, z_v, y_m, y_v, h_m, h_e, bit_m, bit_v, first, count, L, factor, low, high, kl_weight, entropy_weight,
+    V: tl.constexpr, E: tl.constexpr, STRIDE: tl.constexpr, ESTIMATOR: tl.constexpr, EXACT: tl.constexpr,
+    BONUS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """All bits of some rows; see the formulas in the reference."""
+    """The same of rows of bits; see the formulas in the reference."""
     place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = tl.minimum(place, M - 1).to(tl.int64)
-    own = tl.zeros((BLOCK_M,), tl.float32)
-    entropy = tl.zeros((BLOCK_M,), tl.float32)
-    kl = tl.zeros((BLOCK_M,), tl.float32)
-    mean = tl.zeros((BLOCK_M,), tl.float32)
+    valid = place < count
+    place = tl.minimum(place, count - 1).to(tl.int64)
+    row = first + place
+    zero = tl.zeros((BLOCK_M,), tl.float32)
+    own, entropy, kl, mean = zero, zero, zero, zero
     for start in range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         seen = (column < V)[None, :]
-        z = _logits(
-            h_ptr, w_ptr, b_ptr, row, column, h_m, h_e, w_v, w_e, factor, V, E, BLOCK_M, BLOCK_V, BLOCK_E, PRECISION
-        )
-        z = _finite(z)
+        z = _bit_logits(z_ptr, b_ptr, place, column, z_m, z_v, factor, V, BLOCK_V)
         bit = tl.load(bit_ptr + row[:, None] * bit_m + column.to(tl.int64)[None, :] * bit_v, seen, 0) != 0
         likely = -_log1p_exp(z)  # log-probability of the likelier value
         size = tl.abs(z)  # of the less likely one that much less
@@ -260,95 +287,47 @@ def _bits_forward(
         own += tl.sum(tl.where(seen, likely + tl.where(less <= IMPOSSIBLE, float("-inf"), less), 0.0), 1)
         entropy += tl.sum(tl.where(seen, size * _sigmoid(-size) - likely, 0.0), 1)
         mean += tl.sum(tl.where(seen, likely - 0.5 * size, 0.0), 1)
-        if KL:
-            y = _logits(
-                other_h_ptr, other_w_ptr, other_b_ptr, row, column, other_h_m, other_h_e, other_w_v, other_w_e, factor,
-                V, OTHER_E, BLOCK_M, BLOCK_V, OTHER_BLOCK_E, OTHER_PRECISION,
-            )  # fmt: skip
-            y = _finite(y)
+        if y_ptr is not None:
+            y = _bit_logits(y_ptr, c_ptr, place, column, y_m, y_v, factor, V, BLOCK_V)
             other, turned = -_log1p_exp(y), tl.where(z < 0, -y, y)  # above 0 where both prefer the same value
             gap = _sigmoid(size) * (likely - (other + tl.minimum(turned, 0.0)))
             gap += _sigmoid(-size) * ((likely - size) - (other - tl.maximum(turned, 0.0)))
             kl += tl.sum(tl.where(seen, gap, 0.0), 1)
-    tl.store(own_ptr + place, own, place < M)
-    tl.store(entropy_ptr + place, entropy, place < M)
-    if MEAN:
-        tl.store(mean_ptr + place, mean, place < M)
-    if KL:
-        tl.store(kl_ptr + place, kl, place < M)
-
-
-@triton.jit
-def _slopes(
-    h_ptr, w_ptr, b_ptr, token_ptr, other_h_ptr, other_w_ptr, other_b_ptr,
-    of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, entropy_ptr, kl_ptr, sum_ptr, scale_ptr, slope_ptr, of_bias_ptr,
-    h_m, h_e, w_v, w_e, token_m, token_v, other_h_m, other_h_e, other_w_v, other_w_e, factor, first, last, M,
-    V: tl.constexpr, E: tl.constexpr, OTHER_E: tl.constexpr, BITS: tl.constexpr,
-    PARTS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
-    OTHER_BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, OTHER_PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the logits before the temperature, of rows `first` to `last`: slope_ptr (last - first, V), times
-    what scale_ptr (1) holds, and their sums over this program's rows, not scaled: of_bias_ptr (tiles of rows, V). 0 in
-    rows whose incoming gradients are all 0."""
-    tile, part = _place(last - first, PARTS, BLOCK_M, GROUP)
-    place = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = place < last - first
-    row = tl.minimum(first + place, last - 1).to(tl.int64)
-    column = part * BLOCK_V + tl.arange(0, BLOCK_V)
-    seen = (column < V)[None, :]
-    if of_kl_ptr is not None:
-        y = _logits(
-            other_h_ptr, other_w_ptr, other_b_ptr, row, column, other_h_m, other_h_e, other_w_v, other_w_e, factor,
-            V, OTHER_E, BLOCK_M, BLOCK_V, OTHER_BLOCK_E, OTHER_PRECISION,
-        )  # fmt: skip
-    z = _logits(
-        h_ptr, w_ptr, b_ptr, row, column, h_m, h_e, w_v, w_e, factor, V, E, BLOCK_M, BLOCK_V, BLOCK_E, PRECISION
-    )
-    own = tl.zeros((BLOCK_M,), tl.float32)
-    of_entropy, of_kl, mean = own, own, own
-    if of_own_ptr is not None:
-        own = tl.load(of_own_ptr + row)
-    if of_entropy_ptr is not None:
-        of_entropy = tl.load(of_entropy_ptr + row)
-    if of_kl_ptr is not None:
-        of_kl = tl.load(of_kl_ptr + row)
-    if of_mean_ptr is not None:
-        mean = tl.load(of_mean_ptr + row)
-    live = (own != 0) | (of_entropy != 0) | (of_kl != 0) | (mean != 0)
-    slope = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    if BITS:
-        z = _finite(z)
-        one, zero = _sigmoid(z), _sigmoid(-z)
-        if of_own_ptr is not None:
-            bit_at = token_ptr + row[:, None] * token_m + column.to(tl.int64)[None, :] * token_v
-            bit = tl.load(bit_at, seen, 0) != 0
-            slope += own[:, None] * tl.where(bit, zero, -one)
-        if of_entropy_ptr is not None:
-            slope -= of_entropy[:, None] * (z * (one * zero))
-        if of_kl_ptr is not None:
-            slope += of_kl[:, None] * ((z - _finite(y)) * (one * zero))
-        if of_mean_ptr is not None:
-            slope += mean[:, None] * (0.5 * (zero - one))
+    if own_ptr is not None:
+        tl.store(own_ptr + row, own, valid)
+        tl.store(entropy_ptr + row, entropy, valid)
+        if mean_ptr is not None:
+            tl.store(mean_ptr + row, mean, valid)
+        if y_ptr is not None:
+            tl.store(kl_ptr + row, kl, valid)
+    if slope_ptr is None:
+        _lay_out(like_ptr, place, tl.zeros((BLOCK_M, BLOCK_V), tl.float32) + own[:, None], count < 0, V, BLOCK_V)
     else:
-        sum_at = sum_ptr + row
-        log_probs = z - tl.load(sum_at)[:, None] - tl.load(sum_at + M)[:, None]
-        slope += -(own + mean)[:, None]
-        if of_entropy_ptr is not None:
-            slope -= of_entropy[:, None] * (log_probs + tl.load(entropy_ptr + row)[:, None])
-        if of_kl_ptr is not None:
-            size = tl.cast(M, tl.int64)
-            other = y - tl.load(sum_at + 2 * size)[:, None] - tl.load(sum_at + 3 * size)[:, None]
-            slope += of_kl[:, None] * (log_probs - other - tl.load(kl_ptr + row)[:, None])
-        slope = tl.exp(log_probs) * slope + (mean / V)[:, None]
-        token = tl.load(token_ptr + row * token_m)
-        slope += tl.where(column[None, :] == token[:, None], own[:, None], 0.0)
-    slope = tl.where((valid & live)[:, None] & seen, slope * factor, 0.0)
-    at = slope_ptr + place.to(tl.int64)[:, None] * V + column[None, :]
-    if of_bias_ptr is not None:
-        tl.store(of_bias_ptr + tile.to(tl.int64) * V + column, tl.sum(slope, 0), column < V)
-    if scale_ptr is not None:
-        slope *= tl.load(scale_ptr)
-    tl.store(at, slope, valid[:, None] & seen)
+        of_own, of_entropy, of_kl, of_mean, live = _coefficients(
+            row, own, of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr,
+            reference_ptr, L, low, high, kl_weight, entropy_weight, ESTIMATOR, EXACT, BONUS,
+        )  # fmt: skip
+        scale = factor
+        if scale_ptr is not None:
+            scale *= tl.load(scale_ptr)
+        for start in range(0, V, BLOCK_V):
+            column = start + tl.arange(0, BLOCK_V)
+            seen = (column < V)[None, :]
+            z = _bit_logits(z_ptr, b_ptr, place, column, z_m, z_v, factor, V, BLOCK_V)
+            one, none = _sigmoid(z), _sigmoid(-z)
+            bit = tl.load(bit_ptr + row[:, None] * bit_m + column.to(tl.int64)[None, :] * bit_v, seen, 0) != 0
+            slope = of_own[:, None] * tl.where(bit, none, -one)
+            if BONUS or of_entropy_ptr is not None:
+                slope -= of_entropy[:, None] * (z * (one * none))
+            if EXACT or of_kl_ptr is not None:
+                y = _bit_logits(y_ptr, c_ptr, place, column, y_m, y_v, factor, V, BLOCK_V)
+                slope += of_kl[:, None] * ((z - y) * (one * none))
+            if of_mean_ptr is not None:
+                slope += of_mean[:, None] * (0.5 * (none - one))
+            slope = tl.where(live[:, None], slope * scale, 0.0)
+            tl.store(slope_ptr + place[:, None] * V + column[None, :], slope, valid[:, None] & seen)
+        if state_ptr is not None:
+            _copy_states(h_ptr, state_ptr, row, place, valid, live, h_m, h_e, E, STRIDE, BLOCK_M, BLOCK_E)
 
 
 def forward(
@@ -363,35 +342,10 @@ def forward(
     mean: bool,
 ) -> tuple[torch.Tensor, ...]:
     """See the reference."""
-    bits, kl = tokens.ndim == 3, reference_hidden is not None
-    shape, none = tokens.shape[:2], (0,)
-    sums = 0 if bits else 2 + 2 * kl
-    shapes = (shape, shape, shape if kl else none, shape if mean else none, (sums, *shape))
-    results = tuple(torch.empty(each, dtype=torch.float32, device=hidden.device) for each in shapes)
-    count = shape.numel()
-    if not count:
-        return results
-    head = _Head(hidden, weight, bias, reference_hidden, reference_weight, reference_bias, temperature)
-    options = {**head.options, "KL": kl, "MEAN": mean}
-    picked = tokens.flatten(0, 1)
-    if bits:
-        _bits_forward[(triton.cdiv(count, options["BLOCK_M"]),)](
-            *head.tensors, picked, *head.others, *results[:4], *head.strides, *picked.stride(), *head.other_strides,
-            head.factor, count, **options,
-        )  # fmt: skip
-        return results
-    tiles = triton.cdiv(head.size, options["BLOCK_V"])
-    each = triton.cdiv(tiles, PARTS)
-    parts = triton.cdiv(tiles, each)
-    found = torch.empty(8, parts, count, dtype=torch.float32, device=hidden.device)
-    _forward[(triton.cdiv(count, options["BLOCK_M"]) * parts,)](
-        *head.tensors, picked.contiguous(), *head.others, found, *head.strides, *head.other_strides, head.factor, count,
-        PARTS=parts, PART=each * options["BLOCK_V"], GROUP=GROUP, **options,
-    )  # fmt: skip
-    _merge[(triton.cdiv(count, MERGED),)](
-        found, *results, count, V=head.size, KL=kl, MEAN=mean, PARTS=parts, PART=each * options["BLOCK_V"],
-        BLOCK=MERGED, num_warps=4,
-    )  # fmt: skip
+    results = _new_results(hidden, tokens, reference_hidden is not None, mean)
+    head = _Head(hidden, weight, bias)
+    other = None if reference_hidden is None else _Head(reference_hidden, reference_weight, reference_bias)
+    _Pass(head, other, tokens, temperature, results).run()
     return results
 
 
@@ -408,66 +362,280 @@ def backward(
     mean: bool,
     results: Sequence[torch.Tensor],
     needs: Sequence[bool],
+    unrounded: bool = False,
 ) -> list[torch.Tensor]:
-    """Gradients of hidden, weight and bias, as far as they are needed; the logits of some rows are computed anew.
+    """Gradients of hidden, weight and bias, as far as they are needed; the logits of some rows are computed anew. Rows
+    whose incoming gradients are all 0 are left out. `unrounded` as in the reference."""
+    given = [None if g is None or not g.numel() else g.flatten().float().contiguous() for g in grads[:4]]
+    head = _Head(hidden, weight, bias)
+    other = None if given[2] is None or reference_hidden is None else reference_hidden
+    reference = None if other is None else _Head(other, reference_weight, reference_bias)
+    gradients = _Gradients(head, needs, unrounded)
+    _Pass(head, reference, tokens, temperature, None, gradients, given).run()
+    return gradients.found()
 
-    Slopes are rounded to the dtype of the head. Those of a mean over many tokens would be below the least float16, so
-    there they are scaled by a power of two, which the float32 results of the products are divided by. Rows whose
-    incoming gradients are all 0 are left out."""
-    head = _Head(hidden, weight, bias, reference_hidden, reference_weight, reference_bias, temperature)
-    of_rows = [None if g is None or not g.numel() else g.flatten().float().contiguous() for g in grads[:4]]
-    picked = tokens.flatten(0, 1)
-    count, size = len(picked), head.size
-    token_strides = (*picked.stride(), 0)[:2]
-    tiles = triton.cdiv(size, head.options["BLOCK_V"])
 
-    def slopes(
-        first: int, last: int, out: torch.Tensor, of_bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
+def policy_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    tokens: torch.Tensor,
+    reference_hidden: torch.Tensor | None,
+    reference_weight: torch.Tensor | None,
+    reference_bias: torch.Tensor | None,
+    temperature: float,
+    wanted: Sequence[bool],
+    *settings: Any,
+) -> tuple[torch.Tensor, ...]:
+    """See `losses.policy_loss`. The loss of a ratio of many tokens is not known before all their log-probabilities are,
+    and the scale that float16 slopes need is not known before the slopes: both take a second pass over the logits."""
+    policy = Policy(tokens.shape[:2], hidden.device, *settings)
+    head = _Head(hidden, weight, bias)
+    if any(wanted) and (policy.level != "token" or head.slope_dtype == torch.float16):
+
+        def terms(log_probs: torch.Tensor, entropy: torch.Tensor, kl: torch.Tensor | None, *_: Any) -> Any:
+            slope = torch.empty_like(policy.share)
+            return (*policy.measure(log_probs, entropy, kl, slope), slope, policy.share)
+
+        rest = (reference_hidden, reference_weight, reference_bias, temperature, wanted, *settings)
+        return losses.policy_loss(forward, backward, hidden, weight, bias, tokens, *rest, terms=terms)
+    results = _new_results(hidden, tokens, reference_hidden is not None, False)
+    reference = None if reference_hidden is None else _Head(reference_hidden, reference_weight, reference_bias)
+    gradients = _Gradients(head, wanted, True) if any(wanted) else None
+    _Pass(head, reference, tokens, temperature, (*results[:4], None), gradients, policy=policy).run()
+    measured = policy.measure(results[0], results[1], None if reference is None else results[2], None)
+    return (*measured, results[0], *_three(gradients, wanted, hidden))
+
+
+def cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    tokens: torch.Tensor,
+    weights: torch.Tensor | None,
+    label_smoothing: float,
+    wanted: Sequence[bool],
+) -> tuple[torch.Tensor, ...]:
+    """See `losses.cross_entropy`."""
+    results = _new_results(hidden, tokens, False, label_smoothing > 0)
+    head, share = _Head(hidden, weight, bias), losses.shares(weights, results[0])
+    given = [None if g is None else g.flatten() for g in losses.of_scores(share, label_smoothing)]
+    gradients = _Gradients(head, wanted, True) if any(wanted) else None
+    _Pass(head, None, tokens, 1.0, (*results[:4], None), gradients, given).run()
+    return (*losses.smoothed(results, share, label_smoothing), *_three(gradients, wanted, hidden))
+
+
+def _new_results(hidden: torch.Tensor, tokens: torch.Tensor, kl: bool, mean: bool) -> tuple[torch.Tensor, ...]:
+    shape, none = tokens.shape[:2], (0,)
+    sums = 0 if tokens.ndim == 3 else 2 + 2 * kl
+    shapes = (shape, shape, shape if kl else none, shape if mean else none, (sums, *shape))
+    return tuple(torch.empty(each, dtype=torch.float32, device=hidden.device) for each in shapes)
+
+
+def _three(gradients: _Gradients | None, wanted: Sequence[bool], hidden: torch.Tensor) -> list[torch.Tensor]:
+    """Empty where not wanted."""
+    found = iter(() if gradients is None else gradients.found())
+    return [next(found) if each else hidden.new_empty(0, dtype=torch.float32) for each in wanted]
+
+
+class _Head:
+    """Logits (., V) of some rows, without the bias and before the temperature.
+
+    Attributes:
+        rows: (M, E) hidden states, or the logits (M, V) where there is no weight.
+        step: rows of a product; all there are where there is none.
+    """
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+        self.shape, self.rows = hidden.shape, hidden.detach().flatten(0, 1)
+        self.weight = None if weight is None else weight.detach().contiguous()
+        self.bias = None if bias is None else bias.detach().contiguous()
+        self.size = hidden.shape[-1] if weight is None else len(weight)
+        self.step = len(self.rows) if weight is None else product_rows(self.size)
+        self.slope_dtype = torch.float32 if self.weight is None else self.weight.dtype
+        self._product: torch.Tensor | None = None
+
+    def logits(self, first: int, last: int) -> torch.Tensor:
+        """Of the rows `first` to `last`, at most `step`; in the same memory each time."""
+        if self.weight is None:
+            return self.rows[first:last]
+        if self._product is None:
+            self._product = torch.empty(self.step, self.size, dtype=torch.float32, device=self.rows.device)
+        states = self.rows[first:last].to(self.weight.dtype).contiguous()
+        if len(states) < self.step:
+            states = F.pad(states, (0, 0, 0, self.step - len(states)))
+        _wide_product(states, self.weight.T, out=self._product)
+        return self._product
+
+
+def product_rows(size: int) -> int:
+    """How many rows of logits one product gives: of the vocabulary alone."""
+    return min(max(PRODUCT // size // 128 * 128, ROWS[0]), ROWS[1])
+
+
+class _Gradients:
+    """Gradients of a head's tensors from the slopes of its logits, some rows at a time.
+
+    The weight's is summed in float32, and the bias's with it as one more column. Slopes are rounded to the weight's
+    dtype; those of a mean over many tokens would be below the least float16, so there they are scaled by a power of
+    two, which the float32 results of the products are divided by.
+
+    Attributes:
+        step: rows at a time.
+        slopes: (step, V), to be filled.
+        states: (step, STRIDE), to be filled with the hidden states; None where there is no weight that needs them.
+    """
+
+    def __init__(self, head: _Head, needs: Sequence[bool], unrounded: bool) -> None:
+        self.head, self.unrounded = head, unrounded
+        self.needs = needs[0], needs[1] and head.weight is not None, needs[2] and head.bias is not None
+        count, width = head.rows.shape
+        like: dict[str, Any] = {"device": head.rows.device}
+        self.of_hidden = None
+        if self.needs[0]:
+            dtype = losses.unrounded(head.rows.dtype) if unrounded else head.rows.dtype
+            self.of_hidden = torch.empty(count, width, dtype=dtype, **like)
+        self.step, self.width = count, width
+        self.states = self.of_head = None
+        if head.weight is None:
+            self.slopes = self.of_hidden
+            return
+        step = min(max(SLOPES // head.size, SLOPE_ROWS[0]), SLOPE_ROWS[1], max(count // SHARE, 1))
+        self.step = triton.cdiv(step, head.step) * head.step
+        self.stride = width + 8 if self.needs[2] else width  # keeps rows at multiples of 16 bytes
+        self.slopes = torch.empty(min(count, self.step), head.size, dtype=head.slope_dtype, **like)
+        if self.needs[1] or self.needs[2]:
+            self.states = torch.empty(len(self.slopes), self.stride, dtype=head.slope_dtype, **like)
+            self.of_head = torch.zeros(head.size, self.stride, dtype=torch.float32, **like)
+
+    def add(self, first: int, last: int, scale: torch.Tensor | None) -> None:
+        """Take in the slopes and states of the rows `first` to `last`."""
+        if self.head.weight is None or self.slopes is None:
+            return
+        slopes = self.slopes[: last - first]
+        if self.of_hidden is not None:
+            rows = self.of_hidden[first:last]
+            if scale is None and rows.dtype == slopes.dtype:
+                torch.mm(slopes, self.head.weight, out=rows)
+            else:
+                product = _wide_product(slopes, self.head.weight)
+                rows.copy_(product if scale is None else product.div_(scale))
+        if self.of_head is not None and self.states is not None:
+            states = self.states[: last - first]
+            if scale is None:
+                _add_product(self.of_head, slopes.T, states)
+            else:
+                self.of_head += _wide_product(slopes.T, states).div_(scale)
+
+    def found(self) -> list[torch.Tensor]:
+        """The gradients that are needed."""
+        self.slopes = self.states = None
+        found = []
+        if self.of_hidden is not None:
+            found.append(self.of_hidden.view(self.head.shape))
+        if self.of_head is not None and self.head.weight is not None:
+            dtype = torch.float32 if self.unrounded else self.head.weight.dtype
+            if self.needs[1]:
+                found.append(self.of_head[:, : self.width].to(dtype).contiguous())
+            if self.needs[2]:
+                found.append(self.of_head[:, self.width].to(dtype, copy=True))
+        return found
+
+
+class _Pass:
+    """One pass over the logits: results, if there is room for them, and gradients, if there are any to be made, of
+    what is given a token or of a policy's objective."""
+
+    def __init__(
+        self,
+        head: _Head,
+        other: _Head | None,
+        tokens: torch.Tensor,
+        temperature: float,
+        results: Sequence[torch.Tensor] | None,
+        gradients: _Gradients | None = None,
+        given: Sequence[torch.Tensor | None] = (None,) * 4,
+        policy: Policy | None = None,
     ) -> None:
-        blocks = triton.cdiv(last - first, head.options["BLOCK_M"])
-        _slopes[(blocks * tiles,)](
-            *head.tensors, picked, *head.others, *of_rows, results[1], results[2], results[4], scale, out, of_bias,
-            *head.strides, *token_strides, *head.other_strides, head.factor, first, last, count,
-            BITS=tokens.ndim == 3, PARTS=tiles, GROUP=GROUP, **head.options,
-        )  # fmt: skip
+        self.head, self.other, self.gradients, self.given, self.policy = head, other, gradients, given, policy
+        self.results, self.factor = results, 1.0 / temperature
+        self.bits = tokens.ndim == 3
+        self.tokens = tokens.flatten(0, 1) if self.bits else tokens.flatten().contiguous()
+        width = head.rows.shape[1]
+        stride = width if gradients is None or gradients.states is None else gradients.stride
+        self.options = tile_options(head.size, width, stride, head.rows.device)
+        self.options |= {"ESTIMATOR": "", "EXACT": False, "BONUS": False}
+        if policy is not None:
+            self.options["ESTIMATOR"] = policy.estimator
+            self.options["EXACT"] = other is not None and policy.kl_weight != 0
+            self.options["BONUS"] = policy.entropy_weight != 0
 
-    like = {"dtype": torch.float32, "device": hidden.device}
-    of_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs[0] else None
-    if weight is None:
-        if of_hidden is not None and count:
-            slopes(0, count, of_hidden)
-        return [] if of_hidden is None else [of_hidden]
-    matrix = weight.detach()
-    of_weight = torch.zeros(weight.shape, **like) if needs[1] and not count else None
-    of_bias = torch.zeros(size, **like) if needs[2] else None
-    step = min(max(SLOPES // size, ROWS[0]), ROWS[1], max(SHARE[0], count // SHARE[1]))
-    step = triton.cdiv(step, head.options["BLOCK_M"]) * head.options["BLOCK_M"]
-    buffer = torch.empty(min(count, step), size, dtype=weight.dtype, device=hidden.device)
-    live = live_rows(grads, tokens) if needs[1] else None
-    for first in range(0, count, step):
-        last = min(first + step, count)
-        slope, states = buffer[: last - first], head.tensors[0][first:last]
-        blocks = triton.cdiv(last - first, head.options["BLOCK_M"])
-        sums = None if of_bias is None else torch.empty(blocks, size, **like)
-        scale = _scale(of_rows, first, last, head.factor) if slope.dtype == torch.float16 else None
-        slopes(first, last, slope, sums, scale)
-        if of_hidden is not None:
-            own = slope @ matrix if scale is None else _wide_product(slope, matrix).div_(scale)
-            of_hidden.flatten(0, 1)[first:last] = own
-        if live is not None:
-            states = torch.where(live[first:last], states, 0)
-            product = _wide_product(slope.T, states.to(slope.dtype))
-            if scale is not None:
-                product.div_(scale)
-            of_weight = product if of_weight is None else of_weight.add_(product)
-        if of_bias is not None:
-            of_bias += sums.sum(0)
-    found = [] if of_hidden is None else [of_hidden]
-    if of_weight is not None:
-        found.append(of_weight.to(weight.dtype))
-    if of_bias is not None and bias is not None:
-        found.append(of_bias.to(bias.dtype))
-    return found
+    def run(self) -> None:
+        count = len(self.head.rows)
+        outer = count if self.gradients is None else self.gradients.step
+        step = self.head.step if self.other is None else min(self.head.step, self.other.step)
+        for first in range(0, count, max(outer, 1)):
+            last = min(first + outer, count)
+            scale = None
+            if self.gradients is not None and self.head.slope_dtype == torch.float16:
+                scale = _scale(self.given, first, last, self.factor)
+            for begin in range(first, last, step):
+                self._launch(begin, min(begin + step, last), begin - first, scale)
+            if self.gradients is not None:
+                self.gradients.add(first, last, scale)
+
+    def _launch(self, first: int, last: int, offset: int, scale: torch.Tensor | None) -> None:
+        """Rows `first` to `last`, whose slopes begin at the row `offset` of those held."""
+        head, other, policy, gradients = self.head, self.other, self.policy, self.gradients
+        z, y = head.logits(first, last), None if other is None else other.logits(first, last)
+        own, entropy, kl, mean, sums = self.results if self.results is not None else (None,) * 5
+        slopes = states = None
+        if gradients is not None:
+            slopes = None if gradients.slopes is None else gradients.slopes[offset:]
+            states = None if gradients.states is None else gradients.states[offset:]
+        # an empty result is one that nobody asked for
+        kl, mean = (None if t is None or not t.numel() else t for t in (kl, mean))
+        logits = (z, head.bias, y, None if other is None else other.bias, self.tokens, own, entropy, kl, mean)
+        of_loss: tuple[Any, ...] = (None,) * 4
+        settings: tuple[Any, ...] = (1, 0.0, 0.0, 0.0, 0.0)
+        if policy is not None:
+            of_loss = (policy.share, policy.advantages, policy.old, policy.reference)
+            settings = (policy.length, policy.low, policy.high, policy.kl_weight, policy.entropy_weight)
+        rest = (*self.given, *of_loss, slopes, scale, None if states is None else head.rows, states)
+        rest = (*rest, head.rows if head.weight is None else head.weight)
+        strides = (*z.stride(), *((0, 0) if y is None else y.stride()), *head.rows.stride())
+        grid = (triton.cdiv(last - first, self.options["BLOCK_M"]),)
+        length, *bounds = settings
+        if self.bits:
+            _bits[grid](
+                *logits, *rest, *strides, *self.tokens.stride(), first, last - first, length, self.factor, *bounds,
+                **self.options,
+            )  # fmt: skip
+        else:
+            _tokens[grid](
+                *logits, sums, *rest, *strides, first, last - first, len(head.rows), length, self.factor, *bounds,
+                **self.options,
+            )  # fmt: skip
+
+
+def tile_options(size: int, width: int, stride: int, device: torch.device) -> dict[str, Any]:
+    """The kernels' constants for a vocabulary and hidden sizes. Multiplications and additions are not fused: whether
+    they were could differ between scoring and training."""
+    tile = LOGITS.choose(card(device), size=size)
+    elements = tile.pop("ELEMENTS")
+    block = min(triton.next_power_of_2(max(size, 16)), elements)
+    rows = min(elements // block, 64)
+    return {
+        "V": size,
+        "E": width,
+        "STRIDE": stride,
+        "BLOCK_M": rows,
+        "BLOCK_V": block,
+        "BLOCK_E": min(triton.next_power_of_2(max(stride, 16)), max(elements // rows, 16)),
+        "num_stages": 1,
+        "enable_fp_fusion": False,
+        **tile,
+    }
 
 
 def _scale(of_rows: Sequence[torch.Tensor | None], first: int, last: int, factor: float) -> torch.Tensor | None:
@@ -481,68 +649,31 @@ def _scale(of_rows: Sequence[torch.Tensor | None], first: int, last: int, factor
     return LARGEST / 2 / power.clamp_min(2.0**-100)
 
 
-def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _wide_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """a b in float32."""
-    if a.dtype != torch.float32 and a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    if a.device.type == "cpu":  # interpreted
+        return torch.mm(a.float(), b.float(), out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-class _Head:
-    """What all launches are given of a head and the reference's."""
-
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        reference_hidden: torch.Tensor | None,
-        reference_weight: torch.Tensor | None,
-        reference_bias: torch.Tensor | None,
-        temperature: float,
-    ) -> None:
-        self.size = hidden.shape[-1] if weight is None else len(weight)
-        self.factor = 1.0 / temperature
-        self.tensors, self.strides = _arguments(hidden, weight, bias)
-        self.others, self.other_strides = _arguments(reference_hidden, reference_weight, reference_bias)
-        width, other = (0 if h is None else h.shape[-1] for h in (hidden, reference_hidden))
-        dtype, other_dtype = (
-            h.dtype if w is None else w.dtype
-            for h, w in ((hidden, weight), (hidden if reference_hidden is None else reference_hidden, reference_weight))
-        )
-        self.options = tile_options(self.size, width, other, dtype, other_dtype, weight is not None)
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a b, in float32."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.device.type != "cpu" and _adds_wide(a.device, a.dtype):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += _wide_product(a, b)
 
 
-def _arguments(
-    hidden: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None
-) -> tuple[tuple[torch.Tensor | None, ...], tuple[int, ...]]:
-    """Rows (M, E), weight and bias as kernels take them, and the strides of the first two."""
-    rows = None if hidden is None else hidden.detach().flatten(0, 1)
-    strides = (t.stride() if t is not None else (0, 0) for t in (rows, weight))
-    return (rows, weight, None if bias is None else bias.contiguous()), tuple(s for pair in strides for s in pair)
-
-
-def tile_options(
-    size: int, width: int, other: int, dtype: torch.dtype, other_dtype: torch.dtype, weighted: bool
-) -> dict[str, Any]:
-    """The kernels' constants for a vocabulary and hidden sizes and dtypes. None but those named OTHER depend on the
-    reference, and none on the number of rows: a token's log-probability must not, to the bit."""
-
-    def block(n: int, most: int) -> int:
-        return max(16, min(triton.next_power_of_2(max(n, 1)), most))
-
-    wide = dtype == torch.float32
-    wide_other = other_dtype == torch.float32
-    product = {"BLOCK_M": 64 if wide else 128, "num_warps": 8, "num_stages": 2 if wide else 3}
-    plain = {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}  # logits are read: no product to share loads
-    return {
-        **(product if weighted else plain),
-        "V": size,
-        "E": width,
-        "OTHER_E": other,
-        "BLOCK_V": block(size, 128),
-        "BLOCK_E": block(width, 32 if wide else 64),
-        "OTHER_BLOCK_E": block(other, 32 if wide_other else 64),
-        "PRECISION": "tf32x3" if wide else "tf32",  # says nothing for 16 bits
-        "OTHER_PRECISION": "tf32x3" if wide_other else "tf32",
-    }
+@cache
+def _adds_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch adds a product of 16 bits to a sum in float32; older ones want the sum in 16 bits too."""
+    factor, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True

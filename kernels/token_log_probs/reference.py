@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fastvar.kernels.token_log_probs import losses
 
 _ROWS = 256  # of a chunk: 4 MiB of float32 logits at V = 4096
 _STEP = 16  # chunks are padded to a multiple: matrix products of very few rows may sum in another order
@@ -56,9 +58,11 @@ def backward(
     mean: bool,
     results: Sequence[torch.Tensor],
     needs: Sequence[bool],
+    unrounded: bool = False,
 ) -> list[torch.Tensor]:
     """Gradients of hidden, weight and bias, those that `needs` asks for; the logits of each chunk are computed anew.
-    Rows whose incoming gradients are all 0 are left out: hidden states there may be anything, NaN included."""
+    Rows whose incoming gradients are all 0 are left out: hidden states there may be anything, NaN included. With
+    `unrounded` those of weight and bias stay in the dtype they were summed in, float16's of hidden in float32."""
     head = _Head(hidden, weight, bias, temperature)
     reference = None
     if reference_hidden is not None and grads[2] is not None:
@@ -68,7 +72,10 @@ def backward(
     # under torch.compile results that nobody used, even empty ones, have gradients of zeros
     incoming = [None if g is None or not g.numel() else g.reshape(-1, 1).to(head.dtype) for g in grads[:4]]
     live = live_rows(grads, tokens)
-    of_hidden = head.rows.new_empty(head.rows.shape) if needs[0] else None
+    of_hidden = None
+    if needs[0]:
+        dtype = losses.unrounded(hidden.dtype) if unrounded else hidden.dtype
+        of_hidden = head.rows.new_empty(head.rows.shape, dtype=dtype)
     of_weight = (
         head.rows.new_zeros(head.weight.shape, dtype=head.dtype) if needs[1] and head.weight is not None else None
     )
@@ -91,10 +98,20 @@ def backward(
     if of_hidden is not None:
         found.append(of_hidden.view(hidden.shape))
     if of_weight is not None and weight is not None:
-        found.append(of_weight.to(weight.dtype))
+        found.append(of_weight if unrounded else of_weight.to(weight.dtype))
     if of_bias is not None and bias is not None:
-        found.append(of_bias.to(bias.dtype))
+        found.append(of_bias if unrounded else of_bias.to(bias.dtype))
     return found
+
+
+def policy_loss(*args: Any) -> tuple[torch.Tensor, ...]:
+    """See `losses.policy_loss`."""
+    return losses.policy_loss(forward, backward, *args)
+
+
+def cross_entropy(*args: Any) -> tuple[torch.Tensor, ...]:
+    """See `losses.cross_entropy`."""
+    return losses.cross_entropy(forward, backward, *args)
 
 
 class _Head:

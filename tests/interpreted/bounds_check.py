@@ -55,9 +55,9 @@ def install() -> None:
         _SPANS.clear()
         return execute(self, *arguments, **options)
 
-    def loading(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def loading(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         _check(pointers, mask, "load")
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **named)
 
     def storing(self: Any, pointers: Any, values: Any, mask: Any, *rest: Any) -> Any:
         _check(pointers, mask, "store")

@@ -16,6 +16,7 @@ from test_kernels import check
 from fastvar import ScaleSchedule, ops
 
 scores = importlib.import_module("fastvar.kernels.token_log_probs.impl_triton")
+tiles = importlib.import_module("fastvar.kernels.token_log_probs.tiles")
 
 
 def problem(rows: int, size: int, width: int, *, bits: bool = False, seed: int = 0) -> dict[str, Any]:
@@ -37,25 +38,37 @@ def with_reference(rows: int, size: int, **options: Any) -> dict[str, Any]:
 NAMES = ("hidden", "weight", "bias")
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs hold 64 logits, products have 16 rows, slopes 32."""
+    tile = {"ELEMENTS": 64, "num_warps": 4}
+    monkeypatch.setattr(tiles.LOGITS, "forced", tile)
+    monkeypatch.setattr(scores, "PRODUCT", 1)
+    monkeypatch.setattr(scores, "ROWS", (16, 16))
+    monkeypatch.setattr(scores, "SLOPE_ROWS", (32, 32))
+    monkeypatch.setattr(scores, "SHARE", 1)
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("bits", [False, True])
 @pytest.mark.parametrize("reference", [False, True])
-@pytest.mark.parametrize(("rows", "size", "parts"), [(70, 300, 2), (3, 520, 16), (65, 128, 16)])
-def test_several_tiles(
-    rows: int, size: int, parts: int, reference: bool, bits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ragged tiles of rows and of the vocabulary, several tiles in a part, hidden sizes that are no power of two."""
-    monkeypatch.setattr(scores, "PARTS", parts)
+@pytest.mark.parametrize(("rows", "size"), [(40, 150), (3, 128), (65, 20), (1, 1)])
+def test_several_tiles(rows: int, size: int, reference: bool, bits: bool) -> None:
+    """Rows in parts and several rows in a program, ragged ends, hidden sizes that are no power of two."""
     make = with_reference if reference else lambda *a, **o: problem(*a, 36, **o)
     check(ops.token_log_probs, make(rows, size, bits=bits), NAMES)
+    if not reference:
+        arguments = make(rows, size, bits=bits)
+        check(ops.cross_entropy, {**arguments, "label_smoothing": 0.3, "weights": torch.arange(rows) % 3 + 0.0}, NAMES)
 
 
 @pytest.mark.parametrize("bits", [False, True])
 @pytest.mark.parametrize(
     ("rows", "settings", "most"),
     [
-        (150, {"SLOPES": 1, "ROWS": (64, 64)}, 64),
-        (150, {"SHARE": (16, 2)}, 128),  # 75, in whole tiles
-        (300, {}, 256),
+        (150, {"ROWS": (32, 32), "SLOPES": 1, "SLOPE_ROWS": (64, 64), "SHARE": 1}, 64),
+        (150, {"ROWS": (16, 16), "SHARE": 2}, 80),  # 75, in whole products
+        (300, {}, 300),
     ],
 )
 def test_slopes_of_some_rows_at_a_time(
@@ -65,17 +78,16 @@ def test_slopes_of_some_rows_at_a_time(
     arguments = with_reference(rows, 40, bits=bits)
     for name, value in settings.items():
         monkeypatch.setattr(scores, name, value)
-    empty, largest = torch.empty, 0
+    made: list[int] = []
+    gradients = scores._Gradients.__init__
 
-    def recorded(*shape: Any, **options: Any) -> torch.Tensor:
-        nonlocal largest
-        tensor = empty(*shape, **options)
-        largest = max(largest, tensor.numel() if tensor.ndim == 2 and tensor.shape[1] == 40 else 0)
-        return tensor
+    def recorded(self: Any, *args: Any) -> None:
+        gradients(self, *args)
+        made.append(len(self.slopes))
 
-    monkeypatch.setattr(torch, "empty", recorded)
+    monkeypatch.setattr(scores._Gradients, "__init__", recorded)
     check(ops.token_log_probs, arguments, NAMES)
-    assert largest == most * 40
+    assert made == [most]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1 / 43520])
@@ -106,12 +118,6 @@ def test_scale_of_slopes(value: float) -> None:
     assert 0 < scale < torch.inf and torch.tensor(scale).frexp().mantissa == 0.5
     assert value < 2.0**-100 or scores.LARGEST / 2 <= scale * value / 2 < scores.LARGEST
     assert 1 / scale < 2.0**127
-
-
-def test_smoothed_and_weighted() -> None:
-    for bits in (False, True):
-        arguments = problem(70, 300, 20, bits=bits)
-        check(ops.cross_entropy, {**arguments, "label_smoothing": 0.3, "weights": torch.arange(70.0)}, NAMES)
 
 
 def test_logits_of_several_tiles() -> None:

@@ -9,16 +9,16 @@ from replay import replayed
 from samples import noise
 from test_residual_quantize import make_phi
 
-from fastvar.ops import residual_quantize
+from fastvar.ops import accumulate_scale, residual_quantize
 from fastvar.schedule import ScaleSchedule
 
-SCHEDULE = ScaleSchedule((1, (3, 2), (9, 10)))
+SCHEDULE = ScaleSchedule((1, (3, 2), (7, 8)))
 
 
 @pytest.mark.parametrize("znorm", [False, True])
 @pytest.mark.parametrize(("channels", "size"), [(8, 700), (12, 300), (32, 129), (3, 5)])
 def test_nearest_codes(channels: int, size: int, znorm: bool) -> None:
-    features, codebook = noise(2, channels, 9, 10), noise(size, channels, seed=1)
+    features, codebook = noise(2, channels, 7, 8), noise(size, channels, seed=1)
     phi = make_phi(channels, len(SCHEDULE))
     found = residual_quantize(features, codebook, SCHEDULE, phi=phi, znorm=znorm, backend="triton")
     excess, rounding, feature_map, inputs = replayed(found.tokens, features, codebook, SCHEDULE, phi, znorm)
@@ -34,9 +34,33 @@ def test_ties_and_what_is_not_finite(programs: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(impl_triton, "PROGRAMS", programs)
     # whole numbers, whose products are exact: the interpreter's differ from column to column
     features, codebook = (4 * noise(3, 3, 9, 10, seed=1)).round(), (4 * noise(5, 3)).round().repeat(100, 1)
-    assert residual_quantize(features, codebook, ScaleSchedule(((9, 10),)), backend="triton").tokens.max() < 5
+    assert residual_quantize(features, codebook, ScaleSchedule(((7, 8),)), backend="triton").tokens.max() < 5
     features[0], features[1, 2], codebook[7, 1] = torch.nan, torch.inf, torch.nan
     for znorm in (False, True):
         tokens = residual_quantize(features, codebook, SCHEDULE, znorm=znorm, backend="triton").tokens
         assert tokens[0].tolist() == [0] * SCHEDULE.num_tokens
         assert tokens.min() >= 0 and tokens.max() < 500
+
+
+@pytest.mark.parametrize("znorm", [False, True])
+@pytest.mark.parametrize(("grids", "batch", "channels", "size"), [((1, (2, 3)), 3, 1, 50), ((2,), 2, 3, 1)])
+def test_degenerate_shapes(
+    grids: tuple[int | tuple[int, int], ...], batch: int, channels: int, size: int, znorm: bool
+) -> None:
+    """The reference's tokens, though with one channel all directions of a sign are equally near."""
+    schedule = ScaleSchedule(grids)
+    features, codebook = noise(batch, channels, *schedule.finest), noise(size, channels, seed=1)
+    expected = residual_quantize(features, codebook, schedule, znorm=znorm, backend="reference")
+    found = residual_quantize(features, codebook, schedule, znorm=znorm, backend="triton")
+    assert torch.equal(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.feature_map, expected.feature_map)
+
+
+def test_codes_that_do_not_count_are_not_added() -> None:
+    """At the finest grid a code that is nothing stays in its cell; a token that does not exist is the first or last."""
+    codebook, tokens = noise(7, 3), torch.tensor([[0, 5, 1, 2, 9, -4]])
+    codebook[5] = torch.nan
+    feature_map, schedule = noise(1, 3, 2, 3), ScaleSchedule((1, (2, 3)))
+    found = accumulate_scale(tokens, feature_map, codebook, schedule, 1, backend="triton").feature_map
+    expected = feature_map + codebook[tokens.clamp(0, 6)].mT.unflatten(2, (2, 3))
+    torch.testing.assert_close(found, expected, equal_nan=True)

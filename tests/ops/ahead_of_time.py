@@ -41,12 +41,13 @@ class Launch(NamedTuple):
 
 class Compiled(NamedTuple):
     """What a compilation gave: registers and bytes of stack (spills and local arrays) of a thread, bytes of shared
-    memory, the assembly."""
+    memory, the assembly, and the code before that, which says how tensors lie over the threads."""
 
     registers: int
     stack: int
     shared: int
     ptx: str
+    ttgir: str = ""
 
 
 @contextmanager
@@ -97,7 +98,7 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = _resources(kernel.asm["cubin"])
-    return Compiled(registers, stack, kernel.metadata.shared, kernel.asm["ptx"])
+    return Compiled(registers, stack, kernel.metadata.shared, kernel.asm["ptx"], kernel.asm["ttgir"])
 
 
 def accesses(ptx: str) -> Counter[tuple[str, int]]:

@@ -128,6 +128,21 @@ def _gated_residual(dtype: torch.dtype) -> Iterator[Sample]:
         yield ops.gated_residual, arguments, ("x", "y", "gate")
 
 
+@sample("group_norm_silu")
+def _group_norm_silu(dtype: torch.dtype) -> Iterator[Sample]:
+    for batch, length, channels, groups in [(2, 5, 12, 4), (0, 5, 12, 4), (1, 1, 7, 7), (2, 200, 40, 8), (1, 3, 6, 1)]:
+        arguments: dict[str, Any] = {
+            "x": noise(batch, length, channels, dtype=dtype),
+            "weight": noise(channels, dtype=dtype, seed=1),
+            "bias": noise(channels, dtype=dtype, seed=2),
+            "groups": groups,
+        }
+        yield ops.group_norm_silu, arguments, ("x", "weight", "bias")
+    shift = noise(channels, dtype=dtype, seed=3)
+    yield ops.group_norm_silu, {**arguments, "shift": shift}, ("x", "weight", "bias", "shift")
+    yield ops.group_norm_silu, {**arguments, "silu": False}, ("x", "weight", "bias")
+
+
 @sample("gated_residual_norm")
 def _gated_residual_norm(dtype: torch.dtype) -> Iterator[Sample]:
     for batch, length, width in [(2, 5, 12), (0, 5, 12), (1, 1, 7), (2, 40, 6)]:
@@ -261,6 +276,14 @@ def _token_log_probs(dtype: torch.dtype) -> Iterator[Sample]:
         yield ops.token_log_probs, {**head, "tokens": bits, "reference_head": other, "temperature": 0.7}, names
         yield ops.token_log_probs, {**head, "bias": None, "tokens": bits.int()}, ("hidden", "weight")
         yield ops.token_log_probs, {**logits, "tokens": tokens.int()}, ("hidden",)
+
+
+@sample("cross_entropy")
+def _cross_entropy(dtype: torch.dtype) -> Iterator[Sample]:
+    for batch, length in [(2, 5), (0, 5), (1, 1)]:
+        head, names = _head(batch, length, 7, dtype), ("hidden", "weight", "bias")
+        tokens = torch.arange(batch * length).view(batch, length) % 7
+        bits = noise(batch, length, 7, seed=5) > 0
         smooth = {"label_smoothing": 0.2, "weights": torch.arange(length) + torch.ones((), dtype=dtype)}
         yield ops.cross_entropy, {**head, "tokens": tokens, **smooth}, names
         yield ops.cross_entropy, {**head, "tokens": bits, **smooth}, names

@@ -56,6 +56,8 @@ def small_launches(dtype: torch.dtype, width: int, head_dim: int) -> Iterator[La
         lambda: norms.backward([x], x, modulation, modulation, 1e-6, [True] * 3),
         lambda: norms.gated_residual(x, x, modulation),
         lambda: norms.gated_residual_backward([x], x, x, modulation, [False, True, True]),
+        lambda: norms.gated_residual_norm(x, x, modulation, modulation, modulation, 1e-6),
+        lambda: norms.gated_residual_norm_backward([x, x], x, x, *[modulation] * 3, 1e-6, [x, x], [True] * 5),
         lambda: rotations.forward(q, q, log_scale, cos, sin, 1e-12),
         lambda: rotations.into_cache(q, q, q, q, q, 0, log_scale, None, None, 1e-12),
         lambda: rotations.backward([q, q], q, q, log_scale, cos, sin, 1e-12, [True] * 3),

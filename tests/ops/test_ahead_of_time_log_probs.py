@@ -1,7 +1,8 @@
-"""The kernels of log-probabilities and of the policy loss, compiled for GPUs that are not there."""
+"""The kernels of log-probabilities and of the losses made of them, compiled for GPUs that are not there."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,90 +10,128 @@ import torch
 
 pytest.importorskip("triton")
 
-from ahead_of_time import Launch, compile_for, launches_of
-from fastvar.kernels.policy_loss import impl_triton as losses
+from ahead_of_time import Compiled, Launch, compile_for, launches_of
 from fastvar.kernels.token_log_probs import impl_triton as scores
+from fastvar.kernels.token_log_probs import policy_triton as policy
 
 from fastvar import ScaleSchedule
 
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may have
-MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-# Bytes of a thread's registers that lie in memory instead, of the exact KL, which holds two tiles of logits, and of all
-# others. The tiles are chosen for Hopper. A float32 reference, whose products are split in three, has to take those of
-# a policy in 16 bits, and comes first, before the policy's logits need registers.
-STACK, FEW = {80: 768, 90: 256, 100: 768}, 64
-CASES: dict[str, dict[str, Any]] = {
-    "bfloat16": {"dtype": torch.bfloat16, "width": 1920},
-    "large vocabulary": {"dtype": torch.float16, "size": 32768, "mean": True},
-    "exact KL": {"dtype": torch.bfloat16, "width": 1920, "kl": True},
-    "exact KL, float32 reference": {"dtype": torch.bfloat16, "width": 1920, "kl": True, "other": torch.float32},
-    "float32": {"dtype": torch.float32},
-    "float32 head": {"dtype": torch.bfloat16, "head": torch.float32, "width": 2048},
-    "bits": {"dtype": torch.bfloat16, "size": 32, "width": 2048, "bits": True, "kl": True},
-    "logits": {"dtype": torch.bfloat16, "logits": True},
-}
+SHARED = 99 * 1024  # bytes that a block may have on any card from compute capability 8.0 on
+# Bytes of a thread's registers that lie in memory instead: of rows of 16384 logits that hold the reference's as well,
+# whose 512 threads have 128 registers each, and of all others.
+STACK, FEW = 16, 0
+SIZES = (2000, 4096, 16384, 32768)
+CAPABILITIES = (80, 90, 100)
+WAYS = ("scores", "given", "policy", "cross-entropy")
 
 
-def score_launches(
-    dtype: torch.dtype,
-    head: torch.dtype | None = None,
+def launches(
+    way: str,
     size: int = 4096,
-    width: int = 1024,
     *,
+    dtype: torch.dtype = torch.bfloat16,
+    head: torch.dtype | None = None,
     bits: bool = False,
     logits: bool = False,
     kl: bool = False,
-    mean: bool = False,
-    other: torch.dtype | None = None,
 ) -> list[Launch]:
-    """Forward and backward, with gradients of everything; few rows, as products outside of kernels are computed."""
-    hidden = torch.empty(2, 8, size if logits else width, dtype=dtype)
-    weight, bias = torch.empty(size, width, dtype=head or dtype), torch.empty(size, dtype=head or dtype)
-    tokens = torch.empty(2, 8, size, dtype=torch.bool) if bits else torch.empty(2, 8, dtype=torch.int64)
+    """Of the kernels over logits, for a few rows."""
+    rows, width = (1, 5), 1024
+    hidden = torch.empty(*rows, size if logits else width, dtype=dtype)
+    weight, bias = (torch.empty(*s, dtype=head or dtype) for s in ((size, width), (size,)))
+    tokens = torch.empty(*rows, size, dtype=torch.bool) if bits else torch.zeros(rows, dtype=torch.int64)
     own = (hidden, None, None) if logits else (hidden, weight, bias)
-    reference = [None if t is None or not kl else t.to(other or t.dtype) for t in own]
-    rest = (tokens, *reference, 1.0, mean)
+    other = own if kl else (None, None, None)
+    needs = [t is not None for t in own]
+    values = torch.empty(rows)
+    objective = ("token", 0.1, "exact", 0.1) if kl else ("token", 0.1, "k3", 0.0)
+    reference = None if kl else values
+    settings = (values, reference, values[:, 0], None, None, ScaleSchedule((1, 2)), 0, 0.6, "per_scale", 0.2, 0.2)
 
     def call() -> None:
-        results = scores.forward(*own, *rest)
-        gradients = [results[0], results[1] if kl else None, results[2], results[3], None]
-        scores.backward(gradients, *own, *rest, results, [True] * 3)
+        if way == "scores":
+            scores.forward(*own, tokens, *other, 1.0, False)
+        elif way == "given":
+            results = [values, values, values, values, values.expand(4, *rows)]
+            scores.backward(
+                [values, None, values if kl else None, None], *own, tokens, *other, 1.0, False, results, needs
+            )
+        elif way == "policy":
+            scores.policy_loss(*own, tokens, *other, 1.0, needs, *settings, *objective)
+        else:
+            scores.cross_entropy(*own, tokens, None, 0.1, needs)
 
-    return launches_of(call)
+    with pytest.MonkeyPatch.context() as patch:  # products take long
+        patch.setattr(scores, "_wide_product", lambda a, b, out=None: torch.empty(len(a), b.shape[1]))
+        patch.setattr(scores._Gradients, "add", lambda *_: None)
+        found = launches_of(call)
+    found = [launch for launch in found if launch.kernel.__name__ in ("_tokens", "_bits")]
+    assert len(found) == 1
+    return found
 
 
-def loss_launches() -> list[Launch]:
+def layouts(found: Compiled) -> set[str]:
+    """How the tiles that are summed lie over the threads."""
+    named = dict(re.findall(r"^(#\w+) = (#ttg.*)$", found.ttgir, re.MULTILINE))
+    tiles = re.findall(r"tensor<(\d+x\d+)xf32, (#\w+)>\) -> tensor", found.ttgir)
+    return {f"{shape} {named[layout]}" for shape, layout in tiles}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_of_logits(size: int, capability: int) -> None:
+    """No spills, logits and slopes in accesses of 16 bytes, and sums that training adds up as scoring does."""
+    orders = set()
+    for way in WAYS:
+        for kl in (False, True) if way != "cross-entropy" else (False,):
+            found = compile_for(launches(way, size, kl=kl)[0], capability)
+            where = f"{way}, {size}, sm_{capability}: {found._replace(ptx='', ttgir='')}"
+            assert found.stack <= (STACK if kl and size == 16384 else FEW) and found.shared <= SHARED, where
+            assert "ld.global.v4.b32" in found.ptx and "st.global.v4.b32" in found.ptx, where
+            assert not re.search(r"(ld|st)\.global\.[\w:.]*b(8|16)\b", found.ptx), where
+            orders |= layouts(found)
+    assert len(orders) == 1, orders
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "float16": {"dtype": torch.float16},
+    "float32": {"dtype": torch.float32},
+    "float32 head": {"head": torch.float32},
+    "bits": {"size": 32, "bits": True},
+    "float32 bits": {"size": 32, "bits": True, "dtype": torch.float32},
+    "logits": {"logits": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_other_kinds_of_logits(case: str) -> None:
+    orders = set()
+    for way in WAYS:
+        if case != "float16" or way != "policy":  # takes two passes
+            for kl in (False, True) if way != "cross-entropy" else (False,):
+                found = compile_for(launches(way, **CASES[case], kl=kl)[0], 90)
+                where = f"{way}, {case}: {found._replace(ptx='', ttgir='')}"
+                assert found.stack <= FEW and found.shared <= SHARED, where
+                orders |= layouts(found)
+    assert len(orders) == 1, orders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("level", ["token", "scale"])
+def test_policy(level: str, capability: int) -> None:
     schedule = ScaleSchedule.parse("var-256")
     values, gains = torch.empty(8, schedule.num_tokens), torch.empty(8)
-    settings = (schedule, 1, 0.6, "per_scale", 0.2, 0.2, "scale", 0.1, "k3", 0.1)
-    return launches_of(lambda: losses.forward(values, values, None, values, values, gains, values, None, *settings))
+    settings = (values, values, gains, values, None, schedule, 1, 0.6, "per_scale", 0.2, 0.2, level, 0.1, "k3", 0.1)
 
+    def call() -> None:
+        objective = policy.Policy(values.shape, values.device, *settings)
+        objective.measure(values, values, None, values)
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("capability", "case"),
-    [*((90, case) for case in CASES), *((c, case) for c in (80, 100) for case in ("bfloat16", "exact KL", "float32"))],
-)
-def test_token_log_probs(capability: int, case: str) -> None:
-    options = CASES[case]
-    launches = score_launches(**options)
-    assert len(launches) == (2 if "bits" in options else 3)
-    for launch in launches:
-        found = compile_for(launch, capability)
-        where = f"{launch.kernel.__name__}, sm_{capability}: {found._replace(ptx='')}"
-        most = STACK[capability] if "kl" in options else FEW
-        assert found.stack <= most and found.shared <= SHARED[capability], where
-        product = launch.kernel.__name__ != "_merge" and "logits" not in options
-        assert not product or MATRIX[capability] in found.ptx, where
-        if product and options.get("other") == torch.float32:  # each step of 8 hidden values is multiplied three times
-            assert found.ptx.count(".f32.tf32.tf32") == 3 * launch.named["OTHER_BLOCK_E"] // 8, where
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_policy_loss(capability: int) -> None:
-    launches = loss_launches()
-    assert len(launches) == 3
-    for launch in launches:
-        found = compile_for(launch, capability)
-        assert found.stack == 0 and found.shared <= SHARED[80], (launch.kernel.__name__, found._replace(ptx=""))
+    found = launches_of(call)
+    assert len(found) == (5 if level == "token" else 6)
+    for launch in found:
+        compiled = compile_for(launch, capability)
+        assert compiled.stack == 0 and compiled.shared <= SHARED, (launch.kernel.__name__, compiled._replace(ptx=""))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from bounds import assert_as_accurate
 from fastvar.kernels.block_causal_attention import impl_sdpa
 from samples import noise
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvar import ScaleSchedule
 from fastvar.ops import PrefixKV, block_causal_attention, block_causal_attention_with_lse
@@ -389,6 +390,32 @@ def test_flex_compiles_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 10
 
 
+@pytest.mark.parametrize(
+    ("dtype", "dim", "reason"),
+    [
+        (torch.bfloat16, 64, None),
+        (torch.float32, 128, None),
+        (torch.float64, 64, "takes float32 or float16 or bfloat16, the tensor is float64"),
+        (torch.float16, 20, "takes head dimensions that are multiples of 8 up to 256, the tensor's is 20"),
+        (torch.float16, 264, "takes head dimensions that are multiples of 8 up to 256, the tensor's is 264"),
+    ],
+)
+def test_what_sdpa_takes_on_a_gpu(dtype: torch.dtype, dim: int, reason: str | None) -> None:
+    implementation = next(each for each in REGISTRY["block_causal_attention"] if each.backend == "sdpa")
+    with FakeTensorMode():
+        assert implementation.why_not(torch.empty(1, 5, 1, dim, dtype=dtype, device="cuda")) == reason
+
+
+def test_flash_attn_4_is_for_hopper_and_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module(f"{FOLDER}.impl_flash_attn")
+    monkeypatch.setattr(module, "_installed", lambda package: package == "flash-attn-4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(
+        ValueError, match=r"^block_causal_attention: backend='flash_attn': expected the package flash-attn"
+    ):
+        module._implementation.__wrapped__(torch.device("cuda", 0))
+
+
 @pytest.mark.parametrize("backend", ["flex", "flash_attn", "xformers"])
 def test_says_why_it_cannot_run(backend: str) -> None:
     q = noise(1, 5, 1, 16)
@@ -399,23 +426,35 @@ def test_says_why_it_cannot_run(backend: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", PREFIXES)
-@pytest.mark.parametrize("backend", ["flex", "flash_attn", "xformers"])
-def test_on_a_gpu(backend: str, name: str) -> None:
-    """As the package computes it, with gradients, against the reference in float64."""
-    if backend != "flex":
-        pytest.importorskip(backend)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("backend", ["sdpa", "flex", "flash_attn", "xformers"])
+def test_on_a_gpu(backend: str, name: str, dim: int) -> None:
+    """As the package computes it, with gradients, against the reference in float64. In a second call nothing waits for
+    the device."""
+    why_not = next(each for each in REGISTRY["block_causal_attention"] if each.backend == backend).missing()
+    if why_not is not None:
+        pytest.skip(why_not)
     size, lengths = PREFIXES[name] or (0, None)
-    if lengths is not None and backend != "flex":
+    one_call = torch.cuda.get_device_capability()[0] in (9, 10)  # flash-attn-4, which takes them
+    if lengths is not None and (backend == "xformers" or (backend == "flash_attn" and not one_call)):
         pytest.skip("takes no prefixes of several lengths")
-    tensors = [*(noise(4, LONG.num_tokens, 3, 2, 64, seed=4) * 2).unbind(2), *noise(2, 2, size, 2, 64, seed=5)]
-    results = {}
-    for run, dtype in (("reference", torch.float64), ("plain", torch.bfloat16), (backend, torch.bfloat16)):
-        leaves = [t.to("cuda", torch.bfloat16).to(dtype).requires_grad_() for t in tensors]
-        valid = None if lengths is None else torch.tensor(lengths, device="cuda")
+    tensors = [*(noise(4, LONG.num_tokens, 3, 2, dim, seed=4) * 2).unbind(2), *noise(2, 2, size, 2, dim, seed=5)]
+    valid = None if lengths is None else torch.tensor(lengths, device="cuda")
+
+    def run(backend: str) -> list[torch.Tensor]:
         prefix = PrefixKV(leaves[3], leaves[4], valid) if size else None
-        chosen = backend if run == backend else "reference"
-        out = block_causal_attention(*leaves[:3], LONG, prefix=prefix, backend=chosen)
-        gradients = torch.autograd.grad(out.sum(), leaves[: 5 if size else 3])
-        results[run] = [t.detach().cpu() for t in (out, *gradients)]
+        out = block_causal_attention(*leaves[:3], LONG, prefix=prefix, backend=backend)
+        return [out, *torch.autograd.grad(out, leaves[: 5 if size else 3], torch.ones_like(out))]
+
+    results = {}
+    for case, dtype in (("reference", torch.float64), ("plain", torch.bfloat16), (backend, torch.bfloat16)):
+        leaves = [t.to("cuda", torch.bfloat16).to(dtype).requires_grad_() for t in tensors]
+        results[case] = [t.detach().cpu() for t in run(backend if case == backend else "reference")]
     for got, plain, exact in zip(results[backend], results["plain"], results["reference"], strict=True):
         assert_as_accurate(got, plain, exact)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(backend)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -136,7 +136,9 @@ def test_opcheck(name: str, index: int, backend: str) -> None:
         results = floating(function(**{**arguments, **leaves}))
         if results:
             torch.autograd.backward(results, [torch.ones_like(r) for r in results])
-    assert len(recorded.calls) >= (2 if results else 1), "the public function never reached its op"
+    # losses make their gradient in the forward pass
+    calls = 2 if results and name not in ("policy_loss", "cross_entropy") else 1
+    assert len(recorded.calls) >= calls, "the public function never reached its op"
     for op, args in recorded.calls:
         # opcheck itself cannot describe a sliced tensor without elements
         plain = [a.detach() if isinstance(a, torch.Tensor) and a.numel() else a for a in args]

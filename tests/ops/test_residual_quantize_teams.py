@@ -11,7 +11,7 @@ from replay import replayed
 from samples import noise
 from test_residual_quantize import make_phi
 
-from fastvar.ops import QuantizedResidual, ResidualConv, accumulate_scale, explain
+from fastvar.ops import QuantizedResidual, ResidualConv, accumulate_scale, explain, residual_quantize
 from fastvar.ops._extension import missing
 from fastvar.schedule import VAR_256, ScaleSchedule
 
@@ -51,7 +51,7 @@ LAUNCHES = [
     {"members": 3, "parts": 5},
     {"members": 7, "lines": 2},
     {"members": 5, "parts": 3, "lines": 1},
-    {"members": 1, "rows": 8, "lines": 1},
+    {"members": 1, "rows": 16, "lines": 1},
     {"members": 6, "rows": 16, "lines": 2},
     {"members": 33, "rows": 64, "lines": 4},
 ]
@@ -101,6 +101,70 @@ def test_the_first_of_equal_codes_and_what_is_not_finite() -> None:
         tokens = quantize(broken, codebook, schedule, None, True, **launch)[0]
         assert tokens[0].tolist() == [0] * 21
         assert tokens.min() >= 0 and tokens.max() < len(codebook)
+
+
+def chain(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The sum of a b over the last dimension, from its first element to its last, each rounded to float32."""
+    total = torch.zeros(1)
+    for x, y in zip(a.unbind(-1), b.unbind(-1), strict=True):
+        total = total + x * y
+    return total
+
+
+def nearest(rows: torch.Tensor, codebook: torch.Tensor, znorm: bool) -> torch.Tensor:
+    """The first of the smallest distances in float32, which the search promises: rows (N, C), codes (V, C)."""
+    if znorm:
+        rows, codebook = (t / chain(t, t).sqrt()[:, None].clamp(min=1e-12) for t in (rows, codebook))
+        return chain(-rows[:, None], codebook).argmin(1)
+    return (chain(-2 * rows[:, None], codebook) + chain(codebook, codebook)).argmin(1)
+
+
+@pytest.mark.parametrize("znorm", [False, True])
+@pytest.mark.parametrize("scale", [1e-3, 1, 1e6])
+@pytest.mark.parametrize("spread", [1e-4, 1e-2, 1])  # of the codes about some points: most are alike in bfloat16
+@pytest.mark.parametrize(("channels", "size"), [(32, 500), (5, 777), (40, 96), (1, 33)])
+def test_the_screen_changes_nothing(channels: int, size: int, spread: float, scale: float, znorm: bool) -> None:
+    points, features = noise(9, channels), scale * noise(2, channels, 6, 7, seed=1)
+    codebook = scale * (points[torch.arange(size) % 9] + spread * noise(size, channels, seed=2))
+    expected = nearest(features.flatten(2).mT.flatten(0, 1), codebook, znorm).view(2, -1)
+    for launch in ({"members": 3}, {"members": 2, "parts": 4}, {"members": 5, "rows": 16, "lines": 3}):
+        found = quantize(features, codebook, ScaleSchedule(((6, 7),)), None, znorm, **launch)
+        assert torch.equal(found.tokens, expected)
+
+
+DEGENERATE = [  # schedule, batch, channels, codes
+    (RECTANGLES, 3, 1, 50),
+    (RECTANGLES, 2, 3, 1),
+    (RECTANGLES, 0, 3, 5),
+    (ScaleSchedule((1,)), 2, 1, 1),
+    (ScaleSchedule((1, 1)), 2, 4, 7),
+]
+
+
+@pytest.mark.parametrize("znorm", [False, True])
+@pytest.mark.parametrize(("schedule", "batch", "channels", "size"), DEGENERATE)
+def test_degenerate_shapes(schedule: ScaleSchedule, batch: int, channels: int, size: int, znorm: bool) -> None:
+    """All ways find the same codes, though with one channel all directions of a sign are equally near."""
+    features, codebook = noise(batch, channels, *schedule.finest), noise(size, channels, seed=1)
+    expected = residual_quantize(features, codebook, schedule, znorm=znorm, backend="reference")
+    on_cpu = residual_quantize(features, codebook, schedule, znorm=znorm, backend="cpu")
+    assert torch.equal(on_cpu.tokens, expected.tokens)
+    for launch in LAUNCHES:
+        found = quantize(features, codebook, schedule, None, znorm, **launch)
+        assert torch.equal(found.tokens, expected.tokens)
+        torch.testing.assert_close(found.feature_map, expected.feature_map)
+
+
+def test_rows_of_nothing() -> None:
+    """Of zeros all cosines are 0 and the shortest code is the nearest; codes that are not finite are never taken."""
+    codebook = noise(300, 4) + 1
+    codebook[0], codebook[17], codebook[5, 2] = torch.nan, 0.5 * codebook[17], torch.inf
+    features = torch.zeros(1, 4, 3, 3)
+    shortest = int(chain(codebook, codebook).nan_to_num(torch.inf).argmin())
+    for launch in LAUNCHES:
+        assert set(quantize(features, codebook, ScaleSchedule((3,)), None, True, **launch).tokens[0].tolist()) == {1}
+        found = quantize(features, codebook, ScaleSchedule((3,)), None, False, **launch).tokens
+        assert set(found[0].tolist()) == {shortest}
 
 
 @pytest.mark.parametrize("with_phi", [False, True])

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from ahead_of_time import Launch, accesses, compile_for, launches_of
+from fastvar.kernels.adaptive_layer_norm import impl_triton as norms
 from fastvar.kernels.qk_norm_rope import impl_triton as rotations
 
 WIDE = 16
@@ -47,6 +48,15 @@ def rotate_back(dtype: torch.dtype, head_dim: int, turn: bool = False) -> Launch
     tables = turned(head_dim) if turn else (None, None)
     scale, grads = torch.empty(6, device="meta"), heads(dtype, head_dim)
     return one(lambda: rotations.backward(grads, q, k, scale, *tables, 1e-12, [True] * 3 + [False] * 2))
+
+
+def rows(dtype: torch.dtype, width: int) -> torch.Tensor:
+    return torch.empty(2, 70, width, dtype=dtype, device="meta")
+
+
+def modulations(dtype: torch.dtype, width: int) -> list[torch.Tensor]:
+    """As models hand them over: neighbours in one tensor."""
+    return list(torch.empty(2, 6, width, dtype=dtype, device="meta").unbind(1)[2:5])
 
 
 def one(call: Callable[[], Any]) -> Launch:
@@ -92,6 +102,30 @@ def test_rotated_heads(dtype: torch.dtype, head_dim: int) -> None:
     held(rotate(dtype, head_dim, turn=True), 2, 2)
     held(rotate_into_cache(dtype, head_dim, turn=True), 3, 3)
     held(rotate_back(dtype, head_dim, turn=True), 4, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modulation", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [
+        (torch.bfloat16, 256),
+        (torch.bfloat16, 1024),
+        (torch.bfloat16, 1920),
+        (torch.bfloat16, 2048),
+        (torch.float32, 1024),
+    ],
+)
+def test_rows_of_channels(dtype: torch.dtype, width: int, modulation: torch.dtype) -> None:
+    """Modulations are loaded wide too."""
+    x, (gate, scale, shift) = rows(dtype, width), modulations(modulation, width)
+    held(one(lambda: norms.forward(x, scale, shift, 1e-6)), 1, 1)
+    held(one(lambda: norms.gated_residual(x, x, gate)), 2, 1)
+    held(one(lambda: norms.gated_residual_norm(x, x, gate, scale, shift, 1e-6)), 2, 2)
+    held(one(lambda: norms.backward([x], x, scale, shift, 1e-6, [True] * 3)), 2, 1)
+    held(one(lambda: norms.gated_residual_backward([x], x, x, gate, [False, True, True])), 2, 1)
+    both = [x, x], x, x, gate, scale, shift, 1e-6, [x, x], [True] * 5
+    held(one(lambda: norms.gated_residual_norm_backward(*both)), 4, 2)
 
 
 @pytest.mark.slow

@@ -1,0 +1,88 @@
+// Products of tiles of bfloat16 numbers, summed in float32: by a warp on a GPU's matrix units. In tests on a CPU one
+// thread does the work of a warp, with the same layout of all memory.
+#pragma once
+
+#include "bfloat16.h"
+#include "team.h"
+
+namespace fastvar {
+
+constexpr int32_t TILE_ROWS = 16, TILE_COLUMNS = 8;
+constexpr int32_t TILE_DEPTH = 32;  // numbers of each row and column that one product takes
+
+#if defined(__CUDACC__)
+
+// Of a tile of results a lane has some columns of some rows.
+constexpr int32_t OWN_ROWS = 2, OWN_COLUMNS = 2;
+
+FASTVAR_HOST_DEVICE inline int32_t own_row(int32_t lane, int32_t r) { return lane / 4 + 8 * r; }
+FASTVAR_HOST_DEVICE inline int32_t own_column(int32_t lane, int32_t c) { return lane % 4 * 2 + c; }
+
+struct alignas(16) Words {
+  uint32_t at[4];
+};
+
+// Lane l has eight numbers, from 8 (l % 4) on, of the rows l / 4 and l / 4 + 8, and of the column l / 4. The units take
+// these numbers in another order, the same for rows and columns: the sum is over all of them.
+struct RowTile {
+  Words low, high;
+};
+using ColumnTile = Words;
+
+// Of rows (TILE_ROWS, TILE_DEPTH) and columns (TILE_COLUMNS, TILE_DEPTH).
+FASTVAR_HOST_DEVICE inline RowTile load_rows(const uint16_t* rows, int32_t lane) {
+  const uint16_t* at = rows + lane / 4 * TILE_DEPTH + lane % 4 * 8;
+  return {*reinterpret_cast<const Words*>(at), *reinterpret_cast<const Words*>(at + 8 * TILE_DEPTH)};
+}
+
+FASTVAR_HOST_DEVICE inline ColumnTile load_columns(const uint16_t* columns, int32_t lane) {
+  return *reinterpret_cast<const Words*>(columns + lane / 4 * TILE_DEPTH + lane % 4 * 8);
+}
+
+FASTVAR_HOST_DEVICE inline void multiply(const RowTile& rows, const ColumnTile& columns,
+                                         float (&sums)[OWN_ROWS][OWN_COLUMNS]) {
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+  for (int32_t half = 0; half < 2; ++half)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0][0]), "+f"(sums[0][1]), "+f"(sums[1][0]), "+f"(sums[1][1])
+        : "r"(rows.low.at[2 * half]), "r"(rows.high.at[2 * half]), "r"(rows.low.at[2 * half + 1]),
+          "r"(rows.high.at[2 * half + 1]), "r"(columns.at[2 * half]), "r"(columns.at[2 * half + 1]));
+#endif
+}
+
+// The smallest of a row's numbers that the lanes hold; every one of them gets it.
+FASTVAR_HOST_DEVICE inline float lowest_of_row(float value) {
+#if defined(__CUDA_ARCH__)
+  value = fminf(value, __shfl_xor_sync(0xffffffff, value, 1));
+  value = fminf(value, __shfl_xor_sync(0xffffffff, value, 2));
+#endif
+  return value;
+}
+
+#else
+
+constexpr int32_t OWN_ROWS = TILE_ROWS, OWN_COLUMNS = TILE_COLUMNS;
+
+inline int32_t own_row(int32_t, int32_t r) { return r; }
+inline int32_t own_column(int32_t, int32_t c) { return c; }
+
+using RowTile = const uint16_t*;
+using ColumnTile = const uint16_t*;
+
+inline RowTile load_rows(const uint16_t* rows, int32_t) { return rows; }
+inline ColumnTile load_columns(const uint16_t* columns, int32_t) { return columns; }
+
+inline void multiply(RowTile rows, ColumnTile columns, float (&sums)[OWN_ROWS][OWN_COLUMNS]) {
+  for (int32_t r = 0; r < OWN_ROWS; ++r)
+    for (int32_t c = 0; c < OWN_COLUMNS; ++c)
+      for (int32_t k = 0; k < TILE_DEPTH; ++k)
+        sums[r][c] += from_bfloat16(rows[r * TILE_DEPTH + k]) * from_bfloat16(columns[c * TILE_DEPTH + k]);
+}
+
+inline float lowest_of_row(float value) { return value; }
+
+#endif
+
+}  // namespace fastvar

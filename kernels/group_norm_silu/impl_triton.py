@@ -1,0 +1,283 @@
+"""Group norm and SiLU in Triton, forward and backward, over rows of adjacent channels.
+
+Three launches: sums of each channel over a part of the rows, statistics of each group from all parts' sums, and the
+result. Sums are those of the distance to the sample's first row, so that a large mean costs no digits. The backward
+pass computes the statistics anew and has the same three steps. All sums are added in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastvar.kernels.common.tiling import card
+from fastvar.kernels.group_norm_silu.tiles import TILE
+
+PARTS = 64  # the most parts of a sample's rows, for sums over them
+COLUMNS = 128  # the most channels that a program takes
+
+
+@triton.jit
+def _place(parts, C: tl.constexpr, COLS: tl.constexpr):
+    """This program's sample, part of the rows, and columns [1, COLS]."""
+    BLOCKS: tl.constexpr = (C + COLS - 1) // COLS
+    pid = tl.program_id(0)
+    column = (pid % BLOCKS) * COLS + tl.arange(0, COLS)[None, :]
+    return (pid // BLOCKS // parts).to(tl.int64), pid // BLOCKS % parts, column
+
+
+@triton.jit
+def _load(ptr, b, row, column, b_stride, n_stride, c_stride, seen):
+    return tl.load(ptr + b * b_stride + row.to(tl.int64) * n_stride + column * c_stride, seen, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _added(ptr, b, channel, valid, parts, C: tl.constexpr, G2: tl.constexpr, STEP: tl.constexpr):
+    """Both sums of a group's channels [G2] over all parts."""
+    first = tl.zeros((STEP, G2), tl.float32)
+    second = tl.zeros((STEP, G2), tl.float32)
+    for start in range(0, parts, STEP):
+        part = start + tl.arange(0, STEP)[:, None]
+        place = ptr + (b * parts + part) * 2 * C + channel[None, :]
+        first += tl.load(place, (part < parts) & valid[None, :], 0.0)
+        second += tl.load(place + C, (part < parts) & valid[None, :], 0.0)
+    return tl.sum(first, 0), tl.sum(second, 0)
+
+
+@triton.jit
+def _sums(
+    x_ptr, sums_ptr, x_b, x_n, x_c, N, size, parts,
+    C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    b, part, column = _place(parts, C, COLS)
+    first = tl.load(x_ptr + b * x_b + column * x_c, column < C, 0.0).to(tl.float32)  # [1, COLS]
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    squares = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(part * size, tl.minimum((part + 1) * size, N), ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        seen = (row < N) & (column < C)
+        x = _load(x_ptr, b, row, column, x_b, x_n, x_c, seen)  # [ROWS, COLS]
+        x = tl.where(seen, x - first, 0.0)
+        total += x
+        squares += x * x
+    place = sums_ptr + (b * parts + part) * 2 * C + column
+    tl.store(place, tl.sum(total, 0)[None, :], column < C)
+    tl.store(place + C, tl.sum(squares, 0)[None, :], column < C)
+
+
+@triton.jit
+def _statistics(
+    x_ptr, sums_ptr, shift_ptr, statistics_ptr, x_b, x_c, N, parts, eps,
+    C: tl.constexpr, GROUPS: tl.constexpr, G2: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    G: tl.constexpr = C // GROUPS
+    b, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
+    valid = tl.arange(0, G2) < G
+    channel = group * G + tl.arange(0, G2)
+    total, squares = _added(sums_ptr, b, channel, valid, parts, C, G2, STEP)
+    first = tl.load(x_ptr + b * x_b + channel * x_c, valid, 0.0).to(tl.float32)  # [G2]
+    shift = tl.zeros((G2,), tl.float32)
+    if SHIFT:
+        shift = tl.load(shift_ptr + channel, valid, 0.0).to(tl.float32)
+    means = tl.where(valid, first + shift + total / N, 0.0)
+    mean = tl.sum(means, 0) / G
+    spread = tl.where(valid, means - mean, 0.0)
+    variance = (tl.sum(squares - total * total / N, 0) + tl.sum(spread * spread, 0) * N) / G / N
+    rstd = 1 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
+    place = statistics_ptr + b * 2 * C + channel
+    tl.store(place, mean - shift, valid)
+    tl.store(place + C, tl.zeros((G2,), tl.float32) + rstd, valid)
+
+
+@triton.jit
+def _normalised(x, statistics_ptr, weight_ptr, bias_ptr, b, column, C: tl.constexpr):
+    """The normalised rows, the gain 1 / deviation and the weight [1, COLS], and the result before SiLU."""
+    mean = tl.load(statistics_ptr + b * 2 * C + column, column < C, 0.0)
+    rstd = tl.load(statistics_ptr + b * 2 * C + C + column, column < C, 0.0)
+    weight = tl.load(weight_ptr + column, column < C, 0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, column < C, 0.0).to(tl.float32)
+    normed = (x - mean) * rstd
+    return normed, rstd, weight, normed * weight + bias
+
+
+@triton.jit
+def _forward(
+    x_ptr, statistics_ptr, weight_ptr, bias_ptr, out_ptr, x_b, x_n, x_c, N, tiles,
+    C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    b, tile, column = _place(tiles, C, COLS)
+    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+    seen = (row < N) & (column < C)
+    x = _load(x_ptr, b, row, column, x_b, x_n, x_c, seen)
+    _, _, _, y = _normalised(x, statistics_ptr, weight_ptr, bias_ptr, b, column, C)
+    if SILU:
+        y = y / (1 + tl.exp(-y))
+    tl.store(out_ptr + (b * N + row) * C + column, y, seen)
+
+
+@triton.jit
+def _slope(g, y, SILU: tl.constexpr):
+    """The gradient before SiLU."""
+    if SILU:
+        gate = 1 / (1 + tl.exp(-y))
+        g = g * gate * (1 + y * (1 - gate))
+    return g
+
+
+@triton.jit
+def _gradient_sums(
+    g_ptr, x_ptr, statistics_ptr, weight_ptr, bias_ptr, sums_ptr,
+    g_b, g_n, g_c, x_b, x_n, x_c, N, size, parts,
+    C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    b, part, column = _place(parts, C, COLS)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    along = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(part * size, tl.minimum((part + 1) * size, N), ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        seen = (row < N) & (column < C)
+        x = _load(x_ptr, b, row, column, x_b, x_n, x_c, seen)
+        normed, _, _, y = _normalised(x, statistics_ptr, weight_ptr, bias_ptr, b, column, C)
+        g = _slope(_load(g_ptr, b, row, column, g_b, g_n, g_c, seen), y, SILU)
+        total += g
+        along += tl.where(seen, g * normed, 0.0)
+    place = sums_ptr + (b * parts + part) * 2 * C + column
+    tl.store(place, tl.sum(total, 0)[None, :], column < C)
+    tl.store(place + C, tl.sum(along, 0)[None, :], column < C)
+
+
+@triton.jit
+def _gradient_statistics(
+    sums_ptr, weight_ptr, channels_ptr, groups_ptr, N, parts,
+    C: tl.constexpr, GROUPS: tl.constexpr, G2: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    G: tl.constexpr = C // GROUPS
+    b, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
+    valid = tl.arange(0, G2) < G
+    channel = group * G + tl.arange(0, G2)
+    total, along = _added(sums_ptr, b, channel, valid, parts, C, G2, STEP)
+    weight = tl.load(weight_ptr + channel, valid, 0.0).to(tl.float32)
+    place = b * 2 * C + channel
+    tl.store(channels_ptr + place, total, valid)
+    tl.store(channels_ptr + place + C, along, valid)
+    tl.store(groups_ptr + place, tl.zeros((G2,), tl.float32) + tl.sum(weight * total, 0) / G / N, valid)
+    tl.store(groups_ptr + place + C, tl.zeros((G2,), tl.float32) + tl.sum(weight * along, 0) / G / N, valid)
+
+
+@triton.jit
+def _backward(
+    g_ptr, x_ptr, statistics_ptr, weight_ptr, bias_ptr, groups_ptr, dx_ptr,
+    g_b, g_n, g_c, x_b, x_n, x_c, N, tiles,
+    C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    b, tile, column = _place(tiles, C, COLS)
+    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+    seen = (row < N) & (column < C)
+    x = _load(x_ptr, b, row, column, x_b, x_n, x_c, seen)
+    normed, rstd, weight, y = _normalised(x, statistics_ptr, weight_ptr, bias_ptr, b, column, C)
+    g = _slope(_load(g_ptr, b, row, column, g_b, g_n, g_c, seen), y, SILU)
+    total = tl.load(groups_ptr + b * 2 * C + column, column < C, 0.0)
+    along = tl.load(groups_ptr + b * 2 * C + C + column, column < C, 0.0)
+    tl.store(dx_ptr + (b * N + row) * C + column, rstd * (weight * g - total - normed * along), seen)
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> torch.Tensor:
+    """See the reference."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel():
+        launch = _Launch(x, groups)
+        statistics = launch.statistics(x, shift, eps)
+        _forward[(launch.blocks * launch.tiles,)](
+            x, statistics, weight.contiguous(), bias.contiguous(), out, *x.stride(), x.shape[1], launch.tiles,
+            SILU=silu, **launch.tile,
+        )  # fmt: skip
+    return out
+
+
+def backward(
+    grads: Sequence[torch.Tensor | None],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Gradients of x, weight, bias and shift, as far as they are needed."""
+    g, (batch, length, channels) = grads[0], x.shape
+    if g is None or not x.numel():
+        tensors = (x, weight, bias, shift)
+        return [torch.zeros_like(t, memory_format=torch.contiguous_format)
+                for t, need in zip(tensors, needs, strict=True) if need and t is not None]  # fmt: skip
+    launch = _Launch(x, groups)
+    statistics = launch.statistics(x, shift, eps)
+    affine = (weight.contiguous(), bias.contiguous())
+    sums = launch.sums_of(x)
+    _gradient_sums[(launch.blocks * launch.parts,)](
+        g, x, statistics, *affine, sums, *g.stride(), *x.stride(), length, launch.size, launch.parts,
+        SILU=silu, **launch.tile,
+    )  # fmt: skip
+    by_channel, by_group = torch.empty(2, batch, 2, channels, dtype=torch.float32, device=x.device)
+    _gradient_statistics[(batch * groups,)](sums, affine[0], by_channel, by_group, length, launch.parts, **launch.group)
+    dx = x.new_empty(0)
+    if needs[0] or needs[3]:
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _backward[(launch.blocks * launch.tiles,)](
+            g, x, statistics, *affine, by_group, dx, *g.stride(), *x.stride(), length, launch.tiles,
+            SILU=silu, **launch.tile,
+        )  # fmt: skip
+    found = [dx]
+    if any(needs[1:3]):
+        dbias, dweight = by_channel.sum(0)
+        found += [dweight.to(weight.dtype), dbias.to(bias.dtype)]
+    else:
+        found += [dx, dx]
+    found.append(dx.sum((0, 1), dtype=torch.float32).to(shift.dtype) if needs[3] and shift is not None else dx)
+    return [gradient for gradient, need in zip(found, needs, strict=True) if need]
+
+
+class _Launch:
+    """How the rows of a call are divided; it does not depend on the batch."""
+
+    def __init__(self, x: torch.Tensor, groups: int) -> None:
+        batch, length, channels = x.shape
+        options = TILE.choose(card(x.device), bits=8 * x.element_size())
+        tile = options.pop("TILE")
+        exact = channels & -channels  # the largest power of two that divides them: no lane is idle
+        columns = min(exact if exact >= 32 else triton.next_power_of_2(channels), COLUMNS)
+        rows = max(tile // columns, 1)
+        self.size = rows * triton.cdiv(triton.cdiv(length, PARTS), rows)
+        self.parts, self.tiles = triton.cdiv(length, self.size), triton.cdiv(length, rows)
+        self.blocks = batch * triton.cdiv(channels, columns)
+        self.tile: dict[str, Any] = {"C": channels, "ROWS": rows, "COLS": columns, **options}
+        wide = triton.next_power_of_2(channels // groups)
+        self.group: dict[str, Any] = {"C": channels, "GROUPS": groups, "G2": wide, "num_warps": 1}
+        self.group["STEP"] = max(min(triton.next_power_of_2(self.parts), 1024 // wide), 1)
+
+    def sums_of(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.empty(x.shape[0], self.parts, 2, x.shape[2], dtype=torch.float32, device=x.device)
+
+    def statistics(self, x: torch.Tensor, shift: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """(B, 2, C): what is subtracted from each channel and 1 / deviation."""
+        sums = self.sums_of(x)
+        _sums[(self.blocks * self.parts,)](x, sums, *x.stride(), x.shape[1], self.size, self.parts, **self.tile)
+        found = torch.empty(x.shape[0], 2, x.shape[2], dtype=torch.float32, device=x.device)
+        shifts = found if shift is None else shift.contiguous()
+        _statistics[(x.shape[0] * self.group["GROUPS"],)](
+            x, sums, shifts, found, x.stride(0), x.stride(2), x.shape[1], self.parts, eps,
+            SHIFT=shift is not None, **self.group,
+        )  # fmt: skip
+        return found

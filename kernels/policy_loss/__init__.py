@@ -1,1 +1,0 @@
-"""Implementations behind fastvar/ops/policy_loss.py, where the contract stands."""

@@ -1,0 +1,211 @@
+"""Attention in Triton beyond the calls of the contract: tiles, layouts, parts of a group, addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from fastvar.kernels.block_causal_attention import impl_triton, tiles
+from fastvar.kernels.cached_attention import tiles as cached_tiles
+from test_kernels import attend, attention, check, run
+
+from fastvar import ScaleSchedule, ops
+from fastvar.ops.block_causal_attention import PrefixKV
+
+NAMES = ("q", "k", "v", "prefix_k", "prefix_v")
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Makes all tiles 16 x 16, so that few tokens are several tiles; keys come by descriptors if told so."""
+
+    def force(descriptors: int) -> None:
+        for table in (tiles.BACKWARD_Q, tiles.BACKWARD_KV, tiles.BACKWARD_PREFIX, cached_tiles.PART):
+            monkeypatch.setattr(table, "forced", SMALL)
+        monkeypatch.setattr(tiles.FORWARD, "forced", {**SMALL, "DESCRIPTORS": descriptors})
+
+    force(0)
+    yield force
+
+
+def group(members: int = 2, prefix: int = 40) -> dict[str, Any]:
+    """Two prefixes, each of so many samples."""
+    return attention((1, 3, 5), 2, 16, group=members, prefix=prefix)
+
+
+@pytest.mark.parametrize("block_diagonal", [False, True])
+def test_small_tiles(small: Any, block_diagonal: bool) -> None:
+    check(attend, group() | {"block_diagonal": block_diagonal}, NAMES)
+    check(attend, attention((1, 2, 3, 5, 6), 3, 24) | {"block_diagonal": block_diagonal}, ("q", "k", "v"))
+
+
+@pytest.mark.parametrize("lengths", [None, [40, 0], [17, 32]])
+def test_keys_by_descriptors(small: Any, lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as by pointers; taken where the layout lets them, as of values that are a slice of a projection."""
+    arguments = group() | {"lengths": None if lengths is None else torch.tensor(lengths)}
+    plain = run(attend, arguments, NAMES, "triton")
+    taken = []
+    describe = impl_triton._descriptor
+    monkeypatch.setattr(impl_triton, "_descriptor", lambda *a: taken.append(describe(*a)) or taken[-1])
+    small(1)
+    sliced = arguments | {"v": torch.stack([arguments["v"]] * 3, 2)[:, :, 2]}
+    for one in (arguments, sliced):
+        taken.clear()
+        assert all(torch.equal(a, b) for a, b in zip(plain, run(attend, one, NAMES, "triton"), strict=True))
+        assert len(taken) == 4 and None not in taken
+    odd = torch.cat([arguments["k"], arguments["k"]], -1).transpose(1, 2).contiguous().transpose(1, 2)[..., :16]
+    heads_first = {n: arguments[n].transpose(1, 2).contiguous().transpose(1, 2) for n in NAMES}
+    for other in ({"k": odd}, heads_first):
+        taken.clear()
+        found = run(attend, arguments | other, NAMES, "triton")
+        assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
+        assert None in taken
+
+
+def test_descriptors_of_what_the_hardware_takes() -> None:
+    whole = torch.empty(2, 5, 3, 16, dtype=torch.float16)
+    taken = impl_triton._descriptor(whole, 8)
+    assert taken is not None and taken.shape == (10, 48) and taken.strides == (48, 1) and taken.block_shape == [8, 16]
+    gap = torch.empty(2, 6, 3, 16, dtype=torch.float16)[:, :5]
+    shifted = torch.empty(481, dtype=torch.float16)[1:].view(2, 5, 3, 16)
+    odd = torch.empty(2, 5, 3, 12, dtype=torch.float16)
+    narrow = torch.empty(2, 5, 1, 4, dtype=torch.float16)
+    expanded = torch.empty(1, 1, 3, 16, dtype=torch.float16).expand(1, 5, 3, 16)
+    assert not any(impl_triton._descriptor(t, 8) for t in (gap, shifted, odd, narrow, expanded, None))
+    assert impl_triton._descriptor(gap[:1], 8) is not None
+
+
+@pytest.mark.parametrize(("dim", "grids"), [(128, (2, 4, 6)), (104, (2, 7)), (120, (4,))])
+def test_wide_heads_in_half_precision(dim: int, grids: tuple[int, ...]) -> None:
+    arguments = attention(grids, 1, dim, group=2, prefix=70)
+    check(attend, {n: t.half() if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}, NAMES)
+
+
+@pytest.mark.parametrize("softmax_scale", [-0.4, 0.0])
+def test_scales_that_are_not_positive(small: Any, softmax_scale: float) -> None:
+    check(attend, group() | {"softmax_scale": softmax_scale}, NAMES)
+    q = group()["q"]
+    check(ops.cached_attention, {"q": q, "k": q, "v": q, "softmax_scale": softmax_scale}, ())
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "heads first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "channels first": lambda t: t.movedim(3, 1).contiguous().movedim(1, 3),
+    "every second": lambda t: torch.stack([t, t], -1)[..., 0],
+    "one row": lambda t: t[:1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_of_any_layout(small: Any, layout: str) -> None:
+    arguments = group()
+    turned = {n: LAYOUTS[layout](arguments[n]) for n in NAMES}
+    plain = {n: t.contiguous() for n, t in turned.items()}
+    found, expected = (run(attend, arguments | a, NAMES, "triton") for a in (turned, plain))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    found, expected = (ops.cached_attention(a["q"], a["k"], a["v"], backend="triton") for a in (turned, plain))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("alone", [("q",), ("k",), ("prefix_v",), ("v", "prefix_k")])
+def test_only_some_gradients(small: Any, alone: tuple[str, ...]) -> None:
+    check(attend, group(), alone)
+
+
+@pytest.mark.parametrize("block_diagonal", [False, True])
+def test_gradient_of_the_log_sum_exp_alone(small: Any, block_diagonal: bool) -> None:
+    def sums(**arguments: Any) -> torch.Tensor:
+        return attend(**arguments)[1]
+
+    check(sums, group() | {"block_diagonal": block_diagonal}, ("q", "k", "prefix_k"))
+
+
+def prefix_gradients(arguments: Mapping[str, Any]) -> list[torch.Tensor]:
+    return run(attend, dict(arguments), ("prefix_k", "prefix_v"), "triton", layout=torch.ones_like)[2:]
+
+
+def test_parts_of_a_group(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefix's gradient is right in any number of parts, and has the same bits beside other prefixes, and where they
+    are taken in turn."""
+    arguments = group(members=4) | {"lengths": torch.tensor([40, 21])}
+    monkeypatch.setattr(impl_triton, "SHORTEST", 1)
+    launches: list[int] = []
+    add = impl_triton._add_parts
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            launches.append(grid[0])
+            return add[grid]
+
+    monkeypatch.setattr(impl_triton, "_add_parts", Counted())
+    for programs, parts in ((1, False), (12, True), (1000, True)):
+        monkeypatch.setattr(impl_triton, "PROGRAMS", programs)
+        launches.clear()
+        check(attend, arguments, ("prefix_k", "prefix_v"))
+        assert bool(launches) == parts
+        both = prefix_gradients(arguments)
+        first = {n: t[: len(t) // 2] if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
+        assert all(torch.equal(a[:1], b) for a, b in zip(both, prefix_gradients(first), strict=True))
+        with monkeypatch.context() as patch:
+            patch.setattr(impl_triton, "PARTS_BYTES", 1)
+            launches.clear()
+            assert all(torch.equal(a, b) for a, b in zip(both, prefix_gradients(arguments), strict=True))
+            assert len(launches) == 2 * parts
+
+
+def test_lengths_outside_of_the_prefix(small: Any) -> None:
+    """Those above P mean P, and those below 0 mean 0."""
+    arguments = group(prefix=20)
+    given, meant = ({**arguments, "lengths": torch.tensor(lengths)} for lengths in ([2**31 + 5, -3], [20, 0]))
+    found, expected = (run(attend, a, NAMES, "triton") for a in (given, meant))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    q = arguments["q"]
+    found, expected = (
+        ops.cached_attention(q, q, q, prefix=PrefixKV(a["prefix_k"], a["prefix_v"], a["lengths"]), backend="triton")
+        for a in (given, meant)
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("bundle", [0, 1 << 12, 1 << 30])
+def test_order_of_programs(small: Any, bundle: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which heads take turns changes no bit; three heads of two samples are no multiple of a bundle."""
+    arguments = attention((1, 3, 5), 3, 16)
+    plain = run(attend, arguments, ("q", "k", "v"), "triton")
+    monkeypatch.setattr(impl_triton, "CACHED", bundle)
+    found = run(attend, arguments, ("q", "k", "v"), "triton")
+    assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
+
+
+def spread(values: torch.Tensor, axis: int, gap: int) -> torch.Tensor:
+    """The same with elements so far apart along an axis, in memory of which a few pages are touched."""
+    strides, step = [0] * values.ndim, 1
+    for i in reversed(range(values.ndim)):
+        if i != axis:
+            strides[i] = step
+            step *= values.shape[i]
+    strides[axis] = gap
+    memory = torch.empty(gap * (values.shape[axis] - 1) + step, dtype=values.dtype)
+    return memory.as_strided(values.shape, strides).copy_(values)
+
+
+@pytest.mark.parametrize(("axis", "gap"), [(0, 2**30), (1, 2**30), (2, 2**30)])
+def test_rows_far_apart(axis: int, gap: int) -> None:
+    """Beyond 2**31 elements, as of a sequence-first projection of a large model."""
+    torch.manual_seed(0)
+    near = dict(zip(("q", "k", "v"), torch.randn(3, 4, 4, 4, 16).half().unbind(), strict=True))
+    rest = (ScaleSchedule(((1, 1), (1, 3))), None, None, None, 0.3, False, True)
+    needs = [True, True, True, False, False]
+    for name in near:
+        far = near | {name: spread(near[name], axis, gap)}
+        results = []
+        for each in (near, far):
+            found = impl_triton.forward(*each.values(), *rest)
+            made = impl_triton.backward((near["q"], None), *each.values(), *rest, found, needs)
+            results.append([*found, *made])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        one, other = (ops.cached_attention(*each.values(), backend="triton") for each in (far, near))
+        assert torch.equal(one, other)

@@ -1,0 +1,136 @@
+"""What a step asks of a device: how many operators, and never to wait for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_var_sampling import LABELS
+from tiny import tiny_var
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from waits import GPU, run_without_waiting
+
+from fastvar.models import VAR
+from fastvar.models.linear import linear
+from fastvar.rl import LossOptions, Prompts, RolloutOptions, roll_out, segment_loss
+from fastvar.training import TokenizerTask, VARTask
+
+VIEWS = {"alias", "detach", "empty", "expand", "select", "slice", "split", "t", "transpose", "unbind", "unsqueeze"}
+VIEWS |= {"_unsafe_view", "device", "empty_like", "permute", "view"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators inside that are more than a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def total(self) -> int:
+        return sum(count for name, count in self.counts.items() if name not in VIEWS)
+
+
+def launches(depth: int, **options: Any) -> Launches:
+    var = tiny_var(depth=depth)
+    with torch.backends.mkldnn.flags(enabled=False), Launches() as found:
+        var.generate(LABELS, guidance=1.5, decode=False, **options)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_launches_of_a_block_and_of_a_scale() -> None:
+    """A block is four products, attention and what comes before it, and two fused norms; a GELU that is not in its
+    product's epilogue, as on GPUs, is one more. The model has three scales."""
+    one, two = launches(1), launches(2)
+    block = two.total - one.total
+    assert block <= 3 * (4 + 2 + 2 + 1) + 3, two.counts - one.counts  # and its modulation, once
+    scale = one.total - launches(1, stop=2).total - 9
+    assert scale <= 7, one.counts
+    assert one.total - block - 3 * scale <= 19, one.counts
+    assert launches(2, log_probs=True).total <= two.total + 3
+
+
+def test_gelu_is_in_the_epilogue_on_a_gpu() -> None:
+    """On CUDA, where it is the tanh approximation."""
+
+    with FakeTensorMode(), torch.no_grad():
+        x, weight, bias = (torch.empty(shape, device=GPU) for shape in ((2, 5, 16), (8, 16), (8,)))
+        with Launches() as found:
+            assert linear(x, weight, bias, gelu=True).shape == (2, 5, 8)
+    assert found.total == found.counts["_addmm_activation"] == 1, found.counts
+
+
+@pytest.mark.parametrize("subject", ["none", "block_causal"])
+def test_sampling_waits_for_nothing(subject: str) -> None:
+    def call(var: VAR) -> None:
+        pyramids = None
+        if subject != "none":
+            pyramids = var.tokenizer.pyramid(torch.zeros(2, 14, dtype=torch.int64, device=GPU))
+        options: dict[str, Any] = {"guidance": 1.5, "top_k": 5, "top_p": 0.9, "log_probs": True}
+        labels = torch.arange(4, device=GPU)
+        state = var.generate(labels, subject=pyramids, stop=2, **options).state
+        assert var.generate(state=state.fork(2), **options).images.shape == (8, 3, 6, 6)
+
+    assert run_without_waiting(call, subject=subject) > 100
+
+
+@pytest.mark.parametrize(
+    ("message", "wait"),
+    [
+        ("copy from cpu to cuda:0", lambda x: x[[1, 0]]),
+        ("index by indices on the host", lambda x: x[torch.tensor([1, 0])]),
+        ("index by a mask", lambda x: x[x > 0]),
+        ("copy from cpu to cuda:0", lambda x: x + torch.ones(3).to(x.device)),
+        ("copy from cpu to cuda:0", lambda x: torch.tensor([1, 2], device=x.device)),
+        ("copy from cuda to cpu", lambda x: x.cpu()),
+        ("_local_scalar_dense", lambda x: x.sum().item()),
+        ("_local_scalar_dense", lambda x: bool(x.any())),
+        ("nonzero", lambda x: x.nonzero()),
+    ],
+)
+def test_a_wait_is_found(message: str, wait: Callable[[torch.Tensor], Any]) -> None:
+    with pytest.raises(AssertionError, match=message):
+        run_without_waiting(lambda var: wait(torch.ones(3, device=GPU)))
+
+
+def test_training_waits_for_nothing() -> None:
+    def call(var: VAR) -> None:
+        task = object.__new__(VARTask)  # what it notes of the model for the run's settings cannot be read of a fake
+        task.model, task.label_smoothing, task.token_weights = var.train(), 0.1, torch.ones(14, device=GPU)
+        images = torch.zeros(4, 3, 6, 6, device=GPU)
+        batch = {"image": images, "reference": images[:2], "label": torch.arange(4, device=GPU)}
+        task.loss(var, batch)
+        tokenizer = var.tokenizer.requires_grad_(True).train()
+        TokenizerTask(tokenizer).loss(tokenizer, batch)
+
+    assert run_without_waiting(call, subject="block_causal") > 100
+
+
+@pytest.mark.parametrize("segment", ["whole", "coarse", "fine"])
+def test_rollouts_and_their_losses_wait_for_nothing(segment: Any) -> None:
+    def call(var: VAR) -> None:
+        prompts = Prompts(["a", "b"], torch.arange(2, device=GPU))
+        drawn = roll_out(
+            var, prompts, segment=segment, group_size=3, middle=1, continuations=2, seed=1,
+            options=RolloutOptions(guidance=1.0, chunk=4),
+        )  # fmt: skip
+        options, reference = LossOptions(kl_weight=0.1), var.clone()
+        for rows in (None, [0, 2, 5]):
+            old = drawn.log_probs
+            advantages = torch.zeros(6, device=GPU)
+            totals = torch.ones(len(var.schedule.with_num_tokens(old.shape[1])), device=GPU)
+            others = {"mask_totals": totals, "old_log_probs": old, "reference": reference}
+            mask = torch.ones_like(old)
+            found = segment_loss(var, drawn, advantages, options, rows=rows, mask=mask, **others)
+            assert found.loss.device == GPU
+
+    assert run_without_waiting(call) > 100
