@@ -60,7 +60,7 @@ class Workload:
 def workloads(shapes: Sequence[Shape] = SHAPES) -> list[Workload]:
     """What is tuned, the most important first."""
     found = []
-    for make in (_attention, _rows, _losses, _cached_attention, _quantiser, _sampling):
+    for make in (_attention, _rows, _losses, _cached_attention, _quantiser, _tokenizer, _sampling):
         for shape in shapes:
             found += list(make(shape))
     return found
@@ -182,6 +182,24 @@ def _quantiser(shape: Shape) -> Iterator[Workload]:
         return _call(call, [features], False)
 
     yield Workload("residual_quantize", f"{shape.name}, batch {shape.batch}", build)
+
+
+def _tokenizer(shape: Shape) -> Iterator[Workload]:
+    """The largest norm of a tokenizer: full resolution, 160 channels."""
+    if shape.rope:
+        return
+
+    def build(device: torch.device, dtype: torch.dtype, backend: str, training: bool) -> Call:
+        height, width = shape.schedule.finest
+        x = _normal((max(1, shape.batch // 4), 256 * height * width, 160), device, dtype)
+        weight, bias = (_normal((160,), device, torch.float32) for _ in range(2))
+
+        def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            return ops.group_norm_silu(x, weight, bias, groups=32, backend=backend)
+
+        return _call(call, [x, weight, bias], training)
+
+    yield from _passes("group_norm_silu", f"{shape.name}, batch {max(1, shape.batch // 4)}, 160 channels", build)
 
 
 def _sampling(shape: Shape) -> Iterator[Workload]:
