@@ -29,6 +29,8 @@ class Choice(NamedTuple):
         length: of its second dimension where it has three or more: tokens.
         prefix: whether there is a shared prefix; None for either.
         gradient: whether a gradient is wanted; None for either.
+        deterministic: whether the gradient has the same bits in every run. One that has not is not taken under
+            `torch.use_deterministic_algorithms(True)`.
     """
 
     backend: str
@@ -39,6 +41,7 @@ class Choice(NamedTuple):
     length: tuple[int, int] = (0, ANY)
     prefix: bool | None = None
     gradient: bool | None = None
+    deterministic: bool = True
 
     def fits(self, family: str, tensor: torch.Tensor, prefix: bool, gradient: bool) -> bool:
         """Whether the row is for a call with this lead tensor."""
@@ -50,6 +53,7 @@ class Choice(NamedTuple):
             and self.length[0] <= length <= self.length[1]
             and self.prefix in (None, prefix)
             and self.gradient in (None, gradient)
+            and (self.deterministic or not gradient or not torch.are_deterministic_algorithms_enabled())
         )
 
 
@@ -57,9 +61,10 @@ HOPPER = ("sm90",)
 CHOICES: dict[str, tuple[Choice, ...]] = {
     "block_causal_attention": (
         # Wide heads and long rows: cuDNN, which SDPA calls there, comes to 64 % of the matmul rate in training.
-        Choice("sdpa", (), HOPPER, HALF, width=(97, ANY), length=(4096, ANY)),
+        Choice("sdpa", (), HOPPER, HALF, width=(97, ANY), length=(4096, ANY), deterministic=False),
         Choice("triton", dtypes=HALF),
-        Choice("sdpa", dtypes=(torch.float32,)),
+        Choice("sdpa", dtypes=(torch.float32,), deterministic=False),
+        Choice("triton"),
     ),
     "cached_attention": (Choice("triton"),),
     "qk_norm_rope": (Choice("triton"),),

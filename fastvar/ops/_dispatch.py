@@ -150,7 +150,8 @@ def resolve(
         return backend
     if not log or torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
         return _auto(op, tensor, prefix, gradient, log)
-    key = (op, tensor.device, tensor.dtype, tensor.shape, prefix, gradient)
+    exact = torch.are_deterministic_algorithms_enabled()
+    key = (op, tensor.device, tensor.dtype, tensor.shape, prefix, gradient, exact)
     if key not in _answers:
         if len(_answers) >= _MOST_ANSWERS:
             _answers.clear()

@@ -92,7 +92,7 @@ def _masks(scales: Scales, device: torch.device) -> _Masks:
     # the gradient of a query's tile is added up over tiles of keys in the order of these numbers
     order = compute_dq_write_order(*by_row, *by_column)
     bounds, forward, backward, order = (
-        [t.int().to(device) for t in tensors] for tensors in ((first, end), forward, by_column, order)
+        [t.int().contiguous().to(device) for t in tensors] for tensors in ((first, end), forward, by_column, order)
     )
     return _Masks(
         bounds,

@@ -115,7 +115,7 @@ def flash_attn_4() -> dict[str, ModuleType]:
             (tiles.mask_block_cnt, tiles.mask_block_idx, False),
             (tiles.full_block_cnt, tiles.full_block_idx, True),
         ):
-            assert count.dtype == index.dtype == torch.int32
+            assert count.dtype == index.dtype == torch.int32 and index.is_contiguous()
             assert count.shape == index.shape[:3] == (1, 1, len(seen) // rows)
             for row in range(count.shape[2]):
                 listed = index[0, 0, row, : count[0, 0, row]].tolist()

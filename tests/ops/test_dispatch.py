@@ -289,6 +289,21 @@ def test_generations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert toy.calls == ["forward"]
 
 
+def test_deterministic_algorithms() -> None:
+    """Gradients whose bits change from run to run are for those who did not ask for others."""
+    pytest.importorskip("triton")
+    found = []
+    with FakeTensorMode():
+        q = torch.empty(1, 10521, 16, 128, dtype=HALF, device="cuda")
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            try:
+                found.append([explain("block_causal_attention", q, gradient=g).backend for g in (False, True)])
+            finally:
+                torch.use_deterministic_algorithms(False)
+    assert found == [["sdpa", "sdpa"], ["sdpa", "triton"]]
+
+
 def test_the_table_names_what_there_is() -> None:
     assert set(CHOICES) == set(REGISTRY)
     for op, choices in CHOICES.items():
