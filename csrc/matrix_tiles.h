@@ -52,6 +52,13 @@ FASTVAR_HOST_DEVICE inline void multiply(const RowTile& rows, const ColumnTile& 
 #endif
 }
 
+// Before a product that follows on what lanes did apart.
+FASTVAR_HOST_DEVICE inline void meet() {
+#if defined(__CUDA_ARCH__)
+  __syncwarp();
+#endif
+}
+
 // The smallest of a row's numbers that the lanes hold; every one of them gets it.
 FASTVAR_HOST_DEVICE inline float lowest_of_row(float value) {
 #if defined(__CUDA_ARCH__)
@@ -80,6 +87,8 @@ inline void multiply(RowTile rows, ColumnTile columns, float (&sums)[OWN_ROWS][O
       for (int32_t k = 0; k < TILE_DEPTH; ++k)
         sums[r][c] += from_bfloat16(rows[r * TILE_DEPTH + k]) * from_bfloat16(columns[c * TILE_DEPTH + k]);
 }
+
+inline void meet() {}
 
 inline float lowest_of_row(float value) { return value; }
 
