@@ -35,8 +35,15 @@ FASTVAR_HOST_DEVICE inline RowTile load_rows(const uint16_t* rows, int32_t lane)
   return {*reinterpret_cast<const Words*>(at), *reinterpret_cast<const Words*>(at + 8 * TILE_DEPTH)};
 }
 
+// The columns lie in global memory, and nobody writes to them meanwhile.
 FASTVAR_HOST_DEVICE inline ColumnTile load_columns(const uint16_t* columns, int32_t lane) {
-  return *reinterpret_cast<const Words*>(columns + lane / 4 * TILE_DEPTH + lane % 4 * 8);
+  const uint16_t* at = columns + lane / 4 * TILE_DEPTH + lane % 4 * 8;
+#if defined(__CUDA_ARCH__)
+  const uint4 words = __ldg(reinterpret_cast<const uint4*>(at));
+  return {{words.x, words.y, words.z, words.w}};
+#else
+  return *reinterpret_cast<const Words*>(at);
+#endif
 }
 
 FASTVAR_HOST_DEVICE inline void multiply(const RowTile& rows, const ColumnTile& columns,
