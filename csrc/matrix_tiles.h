@@ -35,8 +35,15 @@ FASTVAR_HOST_DEVICE inline RowTile load_rows(const uint16_t* rows, int32_t lane)
   return {*reinterpret_cast<const Words*>(at), *reinterpret_cast<const Words*>(at + 8 * TILE_DEPTH)};
 }
 
+// The columns lie in global memory, and nobody writes to them meanwhile.
 FASTVAR_HOST_DEVICE inline ColumnTile load_columns(const uint16_t* columns, int32_t lane) {
-  return *reinterpret_cast<const Words*>(columns + lane / 4 * TILE_DEPTH + lane % 4 * 8);
+  const uint16_t* at = columns + lane / 4 * TILE_DEPTH + lane % 4 * 8;
+#if defined(__CUDA_ARCH__)
+  const uint4 words = __ldg(reinterpret_cast<const uint4*>(at));
+  return {{words.x, words.y, words.z, words.w}};
+#else
+  return *reinterpret_cast<const Words*>(at);
+#endif
 }
 
 FASTVAR_HOST_DEVICE inline void multiply(const RowTile& rows, const ColumnTile& columns,
@@ -49,6 +56,13 @@ FASTVAR_HOST_DEVICE inline void multiply(const RowTile& rows, const ColumnTile& 
         : "+f"(sums[0][0]), "+f"(sums[0][1]), "+f"(sums[1][0]), "+f"(sums[1][1])
         : "r"(rows.low.at[2 * half]), "r"(rows.high.at[2 * half]), "r"(rows.low.at[2 * half + 1]),
           "r"(rows.high.at[2 * half + 1]), "r"(columns.at[2 * half]), "r"(columns.at[2 * half + 1]));
+#endif
+}
+
+// Before a product that follows on what lanes did apart.
+FASTVAR_HOST_DEVICE inline void meet() {
+#if defined(__CUDA_ARCH__)
+  __syncwarp();
 #endif
 }
 
@@ -80,6 +94,8 @@ inline void multiply(RowTile rows, ColumnTile columns, float (&sums)[OWN_ROWS][O
       for (int32_t k = 0; k < TILE_DEPTH; ++k)
         sums[r][c] += from_bfloat16(rows[r * TILE_DEPTH + k]) * from_bfloat16(columns[c * TILE_DEPTH + k]);
 }
+
+inline void meet() {}
 
 inline float lowest_of_row(float value) { return value; }
 

@@ -26,6 +26,7 @@ constexpr int32_t IMAGE_THREADS = 256, TILE_THREADS = 256;
 constexpr int32_t PACK_THREADS = 64, MOST_PACKS = 64;
 constexpr int32_t SEARCH_ROWS = 64;   // of a block of the search
 constexpr int32_t WISHED_ROWS = 256;  // of a tile of the search where an image's rows are in shared memory
+constexpr int32_t LEAST_LINES = 4;    // of a strip there: shorter ones are mostly frame
 constexpr int32_t STEP_CHANNELS = 8;  // of a block of accumulate_scale
 
 struct Schedule {
@@ -205,7 +206,7 @@ int32_t strip_lines(int64_t bytes, int32_t channels, int32_t filters, Grid size,
   return 1;
 }
 
-// With as few strips as fit, of one row if none do.
+// With as few strips as fit, of one row if none do, which is then too short.
 Sharing fewest_strips(const Device& device, const Call& call, int32_t parts) {
   const Grid size = call.finest();
   for (int32_t strips = 1; strips < size.height; ++strips) {
@@ -254,7 +255,9 @@ void residual_quantize(const Tensor features, const Tensor codebook, const std::
   pack_kernel<<<packs, PACK_THREADS, 0, device.stream>>>(call.tokenizer, call.codes);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   const auto fits = [&](int32_t parts) {
-    return fewest_strips(device, call, parts).floats(size) * int64_t(sizeof(float)) <= device.shared;
+    const Sharing sharing = fewest_strips(device, call, parts);
+    return sharing.lines >= std::min(size.height, LEAST_LINES) &&
+           sharing.floats(size) * int64_t(sizeof(float)) <= device.shared;
   };
   // clusters as large as leave no multiprocessor idle, or as the image needs; smaller ones where there is no room
   const int32_t most_parts = device.major >= 9 ? MOST_PARTS : 1;

@@ -306,6 +306,7 @@ FASTVAR_HOST_DEVICE inline void screen(const Team& team, const Codes& codes, con
 #pragma unroll
       for (int32_t g = 0; g < GROUP; ++g) {
         if (first_tile + g >= tiles) break;
+        meet();
         float sums[WIDE][OWN_ROWS][OWN_COLUMNS];
 #pragma unroll
         for (int32_t w = 0; w < WIDE; ++w)

@@ -22,8 +22,8 @@ CASES = [
     (VAR_256, 3, 8, 700),
     (VAR_512, 2, 32, 4096),
     (VAR_512, 70, 32, 512),  # clusters because of the size
-    (VAR_1024, 1, 32, 4096),
-    (ScaleSchedule((1, 7, 80)), 1, 32, 300),  # tiles
+    (VAR_1024, 1, 32, 4096),  # tiles
+    (ScaleSchedule((1, 7, 80)), 1, 32, 300),
     (RECTANGLES, 3, 12, 50),
     (ScaleSchedule((1, 7, 64)), 2, 64, 1000),
 ]
