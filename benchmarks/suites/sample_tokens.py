@@ -32,7 +32,8 @@ class Expected(NamedTuple):
 
     Attributes:
         own: (B, n, V) log-probabilities of the model, without guidance and truncation.
-        sampled: (B, n, V) of the sampler, keeping a little more than top-p asks for; minus infinity for what it drops.
+        sampled: (B, n, V) of the sampler, keeping a little more than top-k and top-p ask for; minus infinity for what
+            it drops.
         narrow: (B, n), log of the share of that which is kept by keeping a little less.
     """
 
@@ -51,9 +52,13 @@ def at(values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def truncated(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     """The logits, with minus infinity for all that top-k and then top-p drop."""
-    kept = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    return shared_out(logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf), top_p)
+
+
+def shared_out(kept: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Top-p alone."""
     rising = kept.sort(-1).values
-    dropped = (rising.softmax(-1).cumsum(-1) <= 1 - top_p).sum(-1, keepdim=True).clamp_max(logits.shape[-1] - 1)
+    dropped = (rising.softmax(-1).cumsum(-1) <= 1 - top_p).sum(-1, keepdim=True).clamp_max(kept.shape[-1] - 1)
     return kept.masked_fill(kept < rising.gather(-1, dropped), -torch.inf)
 
 
@@ -102,9 +107,16 @@ def _scored(logits: torch.Tensor, kept: torch.Tensor, tokens: torch.Tensor, log_
 
 
 def reference(logits: torch.Tensor, unconditional: torch.Tensor, *, top_k: int, **_: Any) -> Expected:
+    """Where two logits at the k-th place are within roundings of float32, top-k may keep one more or less; of 16,384
+    tokens that one weighs more than EDGE, so that top-p may then cut at another token too."""
     mixed = guided(logits, unconditional)
-    sampled = truncated(mixed, top_k, TOP_P + EDGE).log_softmax(-1)
-    dropped = truncated(mixed, top_k, TOP_P - EDGE) == -torch.inf
+    size = ((1 + GUIDANCE) * logits.abs() + GUIDANCE * unconditional.abs()).amax(-1, keepdim=True)
+    rounding = size * 2.0**-22  # two guided logits, each off by two roundings of its parts
+    last, next_ = mixed.topk(top_k + 1).values[..., -2:].split(1, -1)
+    most = mixed.masked_fill(mixed < last - rounding, -torch.inf)
+    least = mixed.masked_fill(mixed <= next_ + rounding, -torch.inf)
+    sampled = shared_out(most, TOP_P + EDGE).log_softmax(-1)
+    dropped = shared_out(least, TOP_P - EDGE) == -torch.inf
     return Expected(logits.log_softmax(-1), sampled, sampled.masked_fill(dropped, -torch.inf).logsumexp(-1))
 
 

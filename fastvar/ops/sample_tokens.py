@@ -97,7 +97,7 @@ def sample_tokens(
     in index order exceeds u, a uniform number that depends on the sample's seed and the token's position alone.
 
     Args:
-        logits: (B, n, V), any floating dtype.
+        logits: (B, n, V), any floating dtype. Minus infinity bans a token, whatever `unconditional` says of it.
         unconditional: (B, n, V), the logits without the condition; needed where guidance is not 0.
         guidance: t as VAR defines it. Infinity's cfg * conditional + (1 - cfg) * unconditional is t = cfg - 1.
         temperature: above 0; for the largest logit take top_k=1.

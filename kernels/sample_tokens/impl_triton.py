@@ -128,7 +128,8 @@ def _scores(
     z = own
     if GUIDED:
         other = tl.load(others + place * others_v, seen, 0.0).to(tl.float32)
-        z = tl.where(seen, own * gain - other * guidance, float("-inf"))
+        # what the condition makes impossible stays so, as do places past the end
+        z = tl.where(own == float("-inf"), own, own * gain - other * guidance)
     if TEMPERED:
         z, own = tl.div_rn(z, temperature), tl.div_rn(own, temperature)
     return z, own

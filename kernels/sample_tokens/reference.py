@@ -127,10 +127,13 @@ def _finite(logits: torch.Tensor | None) -> torch.Tensor | None:
 def _guided(
     logits: torch.Tensor, unconditional: torch.Tensor | None, guidance: float, temperature: float
 ) -> torch.Tensor:
-    """((1 + t) conditional - t unconditional) / temperature, each operation rounded, in float32 or float64."""
+    """((1 + t) conditional - t unconditional) / temperature, each operation rounded, in float32 or float64; what the
+    condition makes impossible stays so."""
     out = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
     if unconditional is not None and guidance != 0:
+        impossible = out == -math.inf
         out = out * (1 + guidance) - unconditional.to(out.dtype) * guidance
+        out.masked_fill_(impossible, -math.inf)
     return out / temperature if temperature != 1 else out
 
 

@@ -1,4 +1,4 @@
-"""Operators over rows in Triton: tensors whose parts lie far apart, caches of any layout, heads of any size."""
+"""Operators over rows in Triton: tensors whose parts lie far apart, caches of any layout, rows of any size."""
 
 from __future__ import annotations
 
@@ -97,6 +97,23 @@ def test_channels_that_lie_far_apart(axis: int, gap: int) -> None:
     expected = results(x, y)
     for found in (results(wide, y), results(x, spread(y, axis, gap))):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("axis", "gap"), [(0, 2**31), (1, 2**30), (2, 2**27)])
+def test_logits_and_masks_that_lie_far_apart(axis: int, gap: int) -> None:
+    logits, others, seeds = noise(2, 3, 20), noise(2, 3, 20, seed=1), torch.arange(2)
+    options: dict[str, Any] = {"seeds": seeds, "log_probs": True, "backend": "triton", "guidance": 1.5, "top_k": 7}
+    far, far_others = spread(logits, axis, gap), spread(others, axis, gap)
+    for draw, rest in ((ops.sample_tokens, options), (ops.sample_bits, {**options, "top_k": 2})):
+        for a, b in zip(
+            draw(far, unconditional=far_others, **rest), draw(logits, unconditional=others, **rest), strict=True
+        ):
+            assert torch.equal(a, b)
+    masks, schedule = noise(2, 3, 4), ScaleSchedule((1, (3, 4)))
+    for soft in (False, True):
+        given = masks.clamp(0, 1)
+        wanted = ops.propagate_mask(given, schedule, soft=soft, backend="triton")
+        assert torch.equal(ops.propagate_mask(spread(given, axis, gap), schedule, soft=soft, backend="triton"), wanted)
 
 
 def in_two(x: Any, y: Any, gate: Any, scale: Any, shift: Any, backend: str) -> tuple[torch.Tensor, torch.Tensor]:

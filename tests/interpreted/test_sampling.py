@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from draws import distance
+from draws import check_banned_tokens, distance
 from fastvar.kernels.common.philox import uniform as philox_uniform
 from fastvar.kernels.propagate_mask import impl_triton as masks
 from fastvar.kernels.propagate_mask import reference as mask_reference
@@ -166,6 +166,10 @@ def test_extreme_draws_stay_in_the_set(draw: float, monkeypatch: pytest.MonkeyPa
         assert inside.gather(-1, result.tokens[0][:, None]).all()
         if draw == 0:
             assert torch.equal(result.tokens[0], inside.int().argmax(-1))
+
+
+def test_banned_tokens_are_not_drawn() -> None:
+    check_banned_tokens("triton")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

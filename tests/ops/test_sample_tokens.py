@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from draws import check_banned_tokens
 from samples import noise
 from torch._dynamo.testing import CompileCounter
 
@@ -132,6 +133,10 @@ def test_minus_infinity_is_never_drawn() -> None:
     logits[..., 5] = -90
     for settings in ({"top_k": 4, "top_p": 0.9}, {"top_p": 0.9}, {"top_k": 4}, {"top_k": 1}, {}):
         assert (sample_tokens(logits, seeds=torch.arange(4), **settings).tokens == 2).all()
+
+
+def test_banned_tokens_are_not_drawn() -> None:
+    check_banned_tokens("reference")
 
 
 FULL = {"guidance": 1.5, "temperature": 0.8, "top_p": 0.9, "log_probs": True}
