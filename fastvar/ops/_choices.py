@@ -72,6 +72,7 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
     "adaptive_layer_norm": (Choice("triton"),),
     "gated_residual": (Choice("triton"),),
     "gated_residual_norm": (Choice("triton"),),
+    "group_norm_silu": (Choice("triton"),),
     "residual_quantize": (Choice("cuda"), Choice("triton")),
     "accumulate_scale": (Choice("cuda"), Choice("triton")),
     "bitwise_residual_quantize": (Choice("cuda", HOPPER),),
