@@ -13,7 +13,7 @@ from benchmarks.rivals import compiled, own, own_names
 from benchmarks.suites.token_log_probs import attribute, costs, head
 from fastvar.ops import cross_entropy
 
-OP = "token_log_probs"  # whose kernels these are
+OP = "cross_entropy"
 SMOOTHING = 0.1
 
 
@@ -69,7 +69,7 @@ def build(setting: Setting, device: torch.device) -> Problem:
 
 
 SUITE = Suite(
-    "cross_entropy",
+    OP,
     {
         "tiny": [{"model": "tiny", "batch": 2, "dtype": "float32"}],
         "cpu": [{"model": "VAR-d16", "batch": 2, "dtype": "float32"}],

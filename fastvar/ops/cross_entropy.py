@@ -95,4 +95,5 @@ def cross_entropy(
     needs = wanted(hidden, weight, bias)
     given = [None if t is None else t.detach() for t in (hidden, weight, bias, tokens, weights)]
     loss, losses, entropy, *gradients = _CROSS_ENTROPY(backend, *given, label_smoothing, needs)
-    return CrossEntropy(with_gradients(loss, (hidden, weight, bias), gradients, needs), losses, entropy)
+    loss = with_gradients(loss, (hidden, weight, bias), gradients, needs, _CROSS_ENTROPY.resolve(backend, hidden))
+    return CrossEntropy(loss, losses, entropy)

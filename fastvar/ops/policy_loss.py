@@ -111,23 +111,31 @@ def _group_advantages(
         _checks.fail(op, "group_size", f"a number that divides the batch {rewards.shape[0]}", group_size)
     _choice(op, "normalise", normalise, NORMALISATIONS)
     _at_least_zero(op, spread_floor=spread_floor)
-    groups = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size or 1)
-    valid = groups.isfinite()
+    groups = rewards.detach().double().view(-1, group_size or 1)
+    deviation, spread = _deviations(groups)
+    if normalise == "batch":
+        spread = _deviations(groups.view(1, -1))[1]
+    if normalise != "none":
+        # Where nothing deviates there is no spread: with a floor of 0 that would be 0 / 0.
+        deviation = torch.where(deviation != 0, deviation / (spread + spread_floor), 0)
+    return deviation.view(-1).to(torch.promote_types(rewards.dtype, torch.float32))
+
+
+def _deviations(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the finite rewards of each row (n, m) from their mean, 0 for the others and where all are equal, and the
+    standard deviation (n, 1). All is computed from (reward - middle) / half of the range, at most 1: nothing overflows,
+    and a common offset takes no digits but those that it took from the rewards."""
+    valid = rewards.isfinite()
+    if not rewards.shape[1]:
+        return rewards, rewards.sum(1, keepdim=True)
+    highest = torch.where(valid, rewards, -math.inf).amax(1, keepdim=True)
+    lowest = torch.where(valid, rewards, math.inf).amin(1, keepdim=True)
+    varied = highest > lowest
+    half = torch.where(varied, highest / 2 - lowest / 2, 1)
+    moved = torch.where(valid & varied, (rewards - (highest / 2 + lowest / 2)) / half, 0)  # [-1, 1]
     count = valid.sum(1, keepdim=True).clamp_min(1)
-    mean = torch.where(valid, groups, 0).sum(1, keepdim=True) / count
-    deviation = torch.where(valid, groups - mean, 0)
-    highest = torch.where(valid, groups, -math.inf).amax(1, keepdim=True)
-    lowest = torch.where(valid, groups, math.inf).amin(1, keepdim=True)
-    # Rounding may leave a mean beside rewards that are all equal.
-    deviation = torch.where(highest > lowest, deviation, 0)
-    if normalise == "group":
-        deviation = deviation / ((deviation.square().sum(1, keepdim=True) / count).sqrt() + spread_floor)
-    elif normalise == "batch":
-        total = valid.sum().clamp_min(1)
-        centred = torch.where(valid, groups - torch.where(valid, groups, 0).sum() / total, 0)
-        deviation = deviation / ((centred.square().sum() / total).sqrt() + spread_floor)
-    # With a floor of 0 a group without spread would be 0 / 0.
-    return torch.where(highest > lowest, deviation, 0).view(-1)
+    moved = torch.where(valid & varied, moved - moved.sum(1, keepdim=True) / count, 0)
+    return moved * half, (moved.square().sum(1, keepdim=True) / count).sqrt() * half
 
 
 def policy_loss(
@@ -287,7 +295,8 @@ def policy_loss(
         kl_estimator,
         entropy_weight,
     )
-    loss = with_gradients(loss, (hidden, weight, bias), (of_hidden, of_weight, of_bias), needs)
+    gradients = (of_hidden, of_weight, of_bias)
+    loss = with_gradients(loss, (hidden, weight, bias), gradients, needs, _LOSS.resolve(backend, hidden))
     kl, clip_fraction, entropy, *by_scale = measured
     return PolicyLoss(loss, kl, clip_fraction, entropy, log_probs, *by_scale)
 

@@ -330,6 +330,20 @@ def _bits(
             _copy_states(h_ptr, state_ptr, row, place, valid, live, h_m, h_e, E, STRIDE, BLOCK_M, BLOCK_E)
 
 
+@triton.jit
+def _multiply(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(x_ptr + at, tl.load(x_ptr + at, at < count, 0.0).to(tl.float32) * factor, at < count)
+
+
+def multiply(x: torch.Tensor, factor: torch.Tensor) -> None:
+    """x *= factor (1), rounded once. Where the factor is 1, as that of a loss itself, x is not even read."""
+    if x.numel():
+        _multiply[(triton.cdiv(x.numel(), 4096),)](x, factor, x.numel(), BLOCK=4096, num_warps=8)
+
+
 def forward(
     hidden: torch.Tensor,
     weight: torch.Tensor | None,

@@ -110,6 +110,14 @@ def test_float16_gradients_of_a_mean_over_many_tokens(scale: float) -> None:
         assert error <= 2 * own + torch.finfo(torch.float16).eps / 2 * float(e.norm()), (error, own, float(e.norm()))
 
 
+@pytest.mark.parametrize("factor", [1.0, 1 / 3])
+def test_gradients_are_multiplied_in_place(factor: float) -> None:
+    x = noise(5000).half()
+    expected = (x.float() * factor).half()
+    scores.multiply(x, torch.tensor([factor]))
+    assert torch.equal(x, expected)
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-40, 2.0**-16, 1.0, 3.0, 1e30])
 def test_scale_of_slopes(value: float) -> None:
     """A finite power of two that brings the largest below LARGEST, whatever is not finite elsewhere."""

@@ -139,6 +139,23 @@ def trained_tokens(backend: str) -> None:
         assert policy_loss(**given, **settings, old_log_probs=old, backend=backend).loss.isnan()
 
 
+def nothing_times_infinity(backend: str) -> None:
+    """Beside ratios that overflow an advantage of 0 is nothing, and so is one of NaN where nothing is trained."""
+    logits, tokens = noise(2, 5, 7), torch.zeros(2, 5, dtype=torch.int64)
+    given = {"hidden": logits, "weight": None, "bias": None, "tokens": tokens, "schedule": ScaleSchedule((1, 2))}
+    drifted = token_log_probs(logits, None, None, tokens).log_probs
+    drifted[0] -= 100  # e^100 is past float32
+    mask = torch.ones(2, 5)
+    mask[0] = 0
+    for level in ("token", "scale", "sample"):
+        settings = {"rewards": None, "old_log_probs": drifted, "ratio_level": level, "clip_high": INF}
+        for gain, trained, expected in ((0.0, None, -0.5), (math.nan, mask, -1.0), (INF, mask, -1.0)):
+            loss = settings | {"advantages": torch.tensor([gain, 1.0]), "token_mask": trained}
+            found = _results(policy_loss, given | loss, ("hidden",), backend)
+            assert float(found[0]) == pytest.approx(expected) and found[-1].isfinite().all()
+            assert (found[-1][0] == 0).all() and (found[-1][1] != 0).any()
+
+
 def certain_bits(backend: str) -> None:
     """Infinite logits: log-probability 0 and minus infinity, no entropy and no NaN."""
     logits = torch.tensor([[[INF, -INF, 0.5], [INF, -INF, 0.5], [0.5, 0.5, 0.5]]])
@@ -244,6 +261,7 @@ CHECKS = (
     infinite_logits,
     untrained_tokens,
     trained_tokens,
+    nothing_times_infinity,
     certain_bits,
     certain_bits_are_drawn,
     no_tokens,

@@ -86,6 +86,30 @@ def test_missing_rewards_leave_the_others_alone(normalise: str, bad: float) -> N
     assert torch.equal(got[3:6], group_advantages(rewards[3:6], 3, normalise=normalise))
 
 
+@pytest.mark.parametrize("normalise", ["group", "batch"])
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        (0.0, 1.0, 2.0, -1e20),  # the square of a deviation leaves float32
+        (1e25, 2e25, 3e25, 4e25),
+        (0.0, 1.0, torch.finfo(torch.float32).min, torch.finfo(torch.float32).min),  # and so does the sum
+        (2.0**24, 2.0**24 + 2, 2.0**24 + 4, 2.0**24 + 6),  # float32 rounds the sum
+        (1e6, 1e6 + 0.25, 1e6 + 0.5, 1e6 + 0.5625),
+    ],
+)
+def test_advantages_of_large_and_of_nearly_equal_rewards(rewards: tuple[float, ...], normalise: str) -> None:
+    got = group_advantages(torch.tensor(rewards), 4, normalise=normalise)
+    exact = torch.tensor(rewards, dtype=torch.float64)
+    expected = (exact - exact.mean()) / (exact.std(correction=0) + 1e-4)
+    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_advantages_at_the_end_of_float64() -> None:
+    rewards = torch.tensor([1e308, -1e308, 1.5e308, -1.5e308], dtype=torch.float64)
+    expected = group_advantages(rewards / 2.0**1000, 4, spread_floor=0)
+    torch.testing.assert_close(group_advantages(rewards, 4, spread_floor=0), expected, rtol=1e-12, atol=0)
+
+
 # The loss
 
 
