@@ -24,13 +24,23 @@ import torch
 import triton
 import triton.language as tl
 from fastvar.kernels.block_causal_attention.tiles import BACKWARD_KV, BACKWARD_PREFIX, BACKWARD_Q, FORWARD
-from fastvar.kernels.common.tiles import LOG2_E, attend, constants, rows_adjacent, softmax_step, store, tile
+from fastvar.kernels.common.tiles import (
+    LOG2_E,
+    attend,
+    common_factor,
+    constants,
+    head,
+    rows_adjacent,
+    softmax_step,
+    store,
+    tile,
+)
 from fastvar.kernels.common.tiling import Table, card
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvar.schedule import ScaleSchedule
 
-PROGRAMS = 1024  # that a prefix alone should have: eight for each multiprocessor of an H200
+PROGRAMS = 768  # that a prefix alone should have: about three times what run at once on an H200
 SHORTEST = 8  # tiles of rows that a part has at least
 PARTS_BYTES = 256 << 20  # that the parts' sums may take; prefixes are taken in turn where more would be needed
 CACHED = 16 << 20  # bytes of keys and values that neighbouring programs read
@@ -47,12 +57,6 @@ def _place(length, H, bundle, BLOCK: tl.constexpr):
     i = tl.program_id(0) - start * tiles
     line = start + i % width
     return i // width, (line // H).to(tl.int64), (line % H).to(tl.int64)
-
-
-@triton.jit
-def _head(ptr, b, h, b_stride, h_stride, ALIGNED: tl.constexpr):
-    """Where sample b's head h begins; the compiler finds only multiples of 16 elements on its own."""
-    return ptr + tl.multiple_of(b * b_stride + h * h_stride, ALIGNED)
 
 
 @triton.jit
@@ -113,7 +117,7 @@ def _forward(
     t, b, h = _place(L, H, bundle, BLOCK_M)
     start = (tl.cdiv(L, BLOCK_M) - 1 - t) * BLOCK_M
     row = start + tl.arange(0, BLOCK_M)
-    q = tile(_head(q_ptr, b, h, q_b, q_h, ALIGNED), row, q_l, L, D, BLOCK_D, True)
+    q = tile(head(q_ptr, b, h, q_b, q_h, ALIGNED), row, q_l, L, D, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -122,12 +126,12 @@ def _forward(
         s = b // GROUP
         seen = _seen(lengths_ptr, s, P)
         acc, total, peak = _attend(
-            acc, total, peak, q, _head(pk_ptr, s, h, pk_b, pk_h, ALIGNED), _head(pv_ptr, s, h, pv_b, pv_h, ALIGNED),
+            acc, total, peak, q, head(pk_ptr, s, h, pk_b, pk_h, ALIGNED), head(pv_ptr, s, h, pv_b, pv_h, ALIGNED),
             pk_l, pv_l, pk_tiles, pv_tiles, (s * P).to(tl.int32), d, 0, seen // BLOCK_N * BLOCK_N, seen, 0, seen,
             factor, D, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
-    k_ptr = _head(k_ptr, b, h, k_b, k_h, ALIGNED)
-    v_ptr = _head(v_ptr, b, h, v_b, v_h, ALIGNED)
+    k_ptr = head(k_ptr, b, h, k_b, k_h, ALIGNED)
+    v_ptr = head(v_ptr, b, h, v_b, v_h, ALIGNED)
     first, last, begin, whole, end = _columns(firsts_ptr, lasts_ptr, start, row, L, BLOCK_M, BLOCK_N, DIAGONAL)
     if DIAGONAL:
         low = tl.load(firsts_ptr + start) // BLOCK_N * BLOCK_N
@@ -175,22 +179,22 @@ def _backward_q(
     start = (tl.cdiv(L, BLOCK_M) - 1 - t) * BLOCK_M
     row = start + tl.arange(0, BLOCK_M)
     line = (b * H + h) * L + row
-    g = tile(_head(g_ptr, b, h, g_b, g_h, ALIGNED), row, g_l, L, D, BLOCK_D, True)
+    g = tile(head(g_ptr, b, h, g_b, g_h, ALIGNED), row, g_l, L, D, BLOCK_D, True)
     out = tile(out_ptr + b * L * H * D + h * D, row, H * D, L, D, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
     if g_lse_ptr is not None:
         delta -= tl.load(g_lse_ptr + line, row < L, 0.0)
     tl.store(delta_ptr + line, delta, row < L)
     if dq_ptr is not None:
-        q = tile(_head(q_ptr, b, h, q_b, q_h, ALIGNED), row, q_l, L, D, BLOCK_D, True)
+        q = tile(head(q_ptr, b, h, q_b, q_h, ALIGNED), row, q_l, L, D, BLOCK_D, True)
         lse = tl.load(lse_ptr + line, row < L, 0.0) * LOG2_E
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         if pk_ptr is not None:
             s = b // GROUP
             seen = _seen(lengths_ptr, s, P)
             whole = seen // BLOCK_N * BLOCK_N
-            pk_ptr = _head(pk_ptr, s, h, pk_b, pk_h, ALIGNED)
-            pv_ptr = _head(pv_ptr, s, h, pv_b, pv_h, ALIGNED)
+            pk_ptr = head(pk_ptr, s, h, pk_b, pk_h, ALIGNED)
+            pv_ptr = head(pv_ptr, s, h, pv_b, pv_h, ALIGNED)
             dq = _gather_dq(
                 dq, q, g, lse, delta, pk_ptr, pv_ptr, pk_l, pv_l, 0, whole, 0, seen, factor,
                 D, BLOCK_D, BLOCK_N, False, PRECISION,
@@ -199,8 +203,8 @@ def _backward_q(
                 dq, q, g, lse, delta, pk_ptr, pv_ptr, pk_l, pv_l, whole, seen, 0, seen, factor,
                 D, BLOCK_D, BLOCK_N, True, PRECISION,
             )  # fmt: skip
-        k_ptr = _head(k_ptr, b, h, k_b, k_h, ALIGNED)
-        v_ptr = _head(v_ptr, b, h, v_b, v_h, ALIGNED)
+        k_ptr = head(k_ptr, b, h, k_b, k_h, ALIGNED)
+        v_ptr = head(v_ptr, b, h, v_b, v_h, ALIGNED)
         first, last, begin, whole, end = _columns(firsts_ptr, lasts_ptr, start, row, L, BLOCK_M, BLOCK_N, DIAGONAL)
         if DIAGONAL:
             low = tl.load(firsts_ptr + start) // BLOCK_N * BLOCK_N
@@ -251,8 +255,8 @@ def _backward_kv(
     t, b, h = _place(L, H, bundle, BLOCK_N)
     start = t * BLOCK_N
     column = start + tl.arange(0, BLOCK_N)
-    k = tile(_head(k_ptr, b, h, k_b, k_h, ALIGNED), column, k_l, L, D, BLOCK_D, True)
-    v = tile(_head(v_ptr, b, h, v_b, v_h, ALIGNED), column, v_l, L, D, BLOCK_D, True)
+    k = tile(head(k_ptr, b, h, k_b, k_h, ALIGNED), column, k_l, L, D, BLOCK_D, True)
+    v = tile(head(v_ptr, b, h, v_b, v_h, ALIGNED), column, v_l, L, D, BLOCK_D, True)
     first = tl.load(firsts_ptr + tl.minimum(column, L - 1))[:, None]  # of its scale: the first row that sees a key
     last, end = L, L
     if DIAGONAL:
@@ -260,8 +264,8 @@ def _backward_kv(
         end = tl.load(lasts_ptr + tl.minimum(start + BLOCK_N, L) - 1)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    q_ptr = _head(q_ptr, b, h, q_b, q_h, ALIGNED)
-    g_ptr = _head(g_ptr, b, h, g_b, g_h, ALIGNED)
+    q_ptr = head(q_ptr, b, h, q_b, q_h, ALIGNED)
+    g_ptr = head(g_ptr, b, h, g_b, g_h, ALIGNED)
     lse_ptr += (b * H + h) * L
     delta_ptr += (b * H + h) * L
     for begin in range(tl.load(firsts_ptr + start) // BLOCK_M * BLOCK_M, end, BLOCK_M):
@@ -286,8 +290,8 @@ def _backward_prefix(
     part, s = place // COUNT, place % COUNT
     column = t * BLOCK_N + tl.arange(0, BLOCK_N)
     seen = _seen(lengths_ptr, s, P)
-    k = tile(_head(pk_ptr, s, h, pk_b, pk_h, ALIGNED), column, pk_l, seen, D, BLOCK_D, True)
-    v = tile(_head(pv_ptr, s, h, pv_b, pv_h, ALIGNED), column, pv_l, seen, D, BLOCK_D, True)
+    k = tile(head(pk_ptr, s, h, pk_b, pk_h, ALIGNED), column, pk_l, seen, D, BLOCK_D, True)
+    v = tile(head(pv_ptr, s, h, pv_b, pv_h, ALIGNED), column, pv_l, seen, D, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     tiles = tl.cdiv(L, BLOCK_M)  # of a sample's rows
@@ -297,7 +301,7 @@ def _backward_prefix(
     for i in range(begin, end):
         b = s * GROUP + i // tiles
         line = (b * H + h) * L
-        q, g = _head(q_ptr, b, h, q_b, q_h, ALIGNED), _head(g_ptr, b, h, g_b, g_h, ALIGNED)
+        q, g = head(q_ptr, b, h, q_b, q_h, ALIGNED), head(g_ptr, b, h, g_b, g_h, ALIGNED)
         row = i % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
         dk, dv = _add_rows(
             dk, dv, k, v, q, g, lse_ptr + line, delta_ptr + line, q_l, g_l, row, L, 0, 0, factor,
@@ -434,8 +438,8 @@ def _prefix_gradients(
     group = q.shape[0] // count
     size = _tile(BACKWARD_PREFIX, q, pk, pv, g)
     programs = triton.cdiv(tokens, size["BLOCK_N"]) * heads
-    longest = max(triton.cdiv(length, size["BLOCK_M"]) * group // SHORTEST, 1)
-    parts = min(triton.cdiv(PROGRAMS, programs), longest)
+    longest = triton.cdiv(length, size["BLOCK_M"]) * group // SHORTEST
+    parts = max(min(triton.cdiv(PROGRAMS, programs), longest), 1)
     together = count if parts == 1 else max(min(count, PARTS_BYTES // (parts * 8 * dk[0].numel())), 1)
     for first in range(0, count, together):
         some, rows = slice(first, first + together), slice(first * group, (first + together) * group)
@@ -454,12 +458,10 @@ def _prefix_gradients(
 
 
 def _tile(table: Table, q: torch.Tensor, *others: torch.Tensor | None) -> dict[str, Any]:
-    """A kernel's constants; ALIGNED: a number that divides the strides of samples and heads."""
+    """A kernel's constants."""
     _, length, _, head_dim = q.shape
     chosen = table.choose(card(q.device), bits=8 * q.element_size(), head_dim=head_dim, length=length)
-    strides = [step for t in (q, *others) if t is not None for step in (t.stride(0), t.stride(2))]
-    aligned = 8 if all(step % 8 == 0 for step in strides) else 1
-    return {**constants(head_dim, q.dtype), **chosen, "ALIGNED": aligned}
+    return {**constants(head_dim, q.dtype), **chosen, "ALIGNED": common_factor(q, *others)}
 
 
 def _bundle(q: torch.Tensor) -> int:

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from fastvar.kernels.cached_attention.tiles import PART
-from fastvar.kernels.common.tiles import LOG2_E, attend, constants, rows_adjacent
+from fastvar.kernels.common.tiles import LOG2_E, attend, common_factor, constants, head, rows_adjacent
 from fastvar.kernels.common.tiling import card
 
 FEW = 64  # queries of a sample; from there on, tiles of queries alone keep a GPU busy
@@ -27,7 +27,7 @@ def _part(
     q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, lse_ptr,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, rows, n, SHARE, KEYS, H, split, divisions, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of the queries of SHARE samples to `split` keys that they share; results of row (b, h, i) of this division
     go to place ((division * B + b) * n + i) * H + h. All programs lie along one axis, as the others hold 65,535."""
@@ -50,8 +50,8 @@ def _part(
     begin = tl.minimum(division * split, seen)
     end = tl.minimum(begin + split, seen)
     whole = begin + (end - begin) // BLOCK_N * BLOCK_N
-    k_ptr += s * k_b + h * k_h
-    v_ptr += s * v_b + h * v_h
+    k_ptr = head(k_ptr, s, h, k_b, k_h, ALIGNED)
+    v_ptr = head(v_ptr, s, h, v_b, v_h, ALIGNED)
     acc, total, peak = attend(
         acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, begin, whole, 0, whole, factor,
         D, BLOCK_D, BLOCK_N, False, PRECISION,
@@ -150,7 +150,7 @@ def forward(
         _part[(tiles * part.divisions * part.k.shape[0] * heads,)](
             q, part.k, part.v, part.lengths, target, sums, *q.stride()[:3], *part.k.stride()[:3], *part.v.stride()[:3],
             batch, n, share, part.k.shape[1], heads, part.split, part.divisions, softmax_scale * LOG2_E.value,
-            **options,
+            ALIGNED=common_factor(part.k, part.v), **options,
         )  # fmt: skip
         first += part.divisions
     if count > 1:

@@ -19,6 +19,19 @@ def rows_adjacent(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def common_factor(*tensors: torch.Tensor | None) -> int:
+    """8 if that divides the strides of samples and heads (B, L, H, D), else 1: what `head` is told."""
+    steps = [step for t in tensors if t is not None for step in (t.stride(0), t.stride(2))]
+    return 8 if all(step % 8 == 0 for step in steps) else 1
+
+
+@triton.jit
+def head(ptr, b, h, b_stride, h_stride, ALIGNED: tl.constexpr):
+    """Where sample b's head h begins. The compiler finds out of itself only that a stride is a multiple of 16, which
+    that of heads of 104 or 120 is not; without it loads are two bytes wide."""
+    return ptr + tl.multiple_of(b * b_stride, ALIGNED) + tl.multiple_of(h * h_stride, ALIGNED)
+
+
 @triton.jit
 def tile(ptr, row, stride, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
     """Rows of a (., D) matrix [N, BLOCK_D]; 0 past D and, with CHECK, from row `limit` on."""
