@@ -82,7 +82,6 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
     "token_log_probs": (Choice("triton"),),
     "cross_entropy": (Choice("triton"),),
     "policy_loss": (Choice("triton"),),
-    "group_norm_silu": (Choice("triton"),),
     "propagate_mask": (Choice("triton"), Choice("cuda")),
 }
 

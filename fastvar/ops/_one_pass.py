@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastvar.ops._operator import guard
+from fastvar.ops._operator import surroundings
 
 
 def wanted(*leaves: torch.Tensor | None) -> list[bool]:
@@ -55,7 +55,7 @@ class _WithGradients(torch.autograd.Function):
             if keep:
                 gradient = gradient * factor
             elif ctx.backend == "triton":
-                with guard(gradient.device):
+                with surroundings("gradient of a loss", gradient.device):
                     _triton().multiply(gradient, factor)
             else:
                 gradient.mul_(factor)

@@ -119,7 +119,7 @@ class Operator:
 
     def _run(self, *args: Any) -> Any:
         forward = getattr(self._implementation(args[-1], args[0]), self.function)
-        with _surroundings(self.name, args[0].device):
+        with surroundings(self.name, args[0].device):
             results = forward(*self._with_schedule(args[:-1]))
         if self._written_at:  # autograd has to see it, however it was done
             torch.autograd.graph.increment_version([args[i] for i in self._written_at])
@@ -139,7 +139,7 @@ class Operator:
         results = [args.pop()] if self._keeps_results else []
         args = self._with_schedule(args)
         own = getattr(module, "backward" if self.function == "forward" else f"{self.function}_backward", None)
-        with _surroundings(f"{self.name} backward", args[0].device):
+        with surroundings(f"{self.name} backward", args[0].device):
             if own is not None:
                 return own(grads, *args, *results, needs)
             return _recomputed_gradients(getattr(module, self.function), grads, args, self._tensors_at, needs)
@@ -154,7 +154,7 @@ def _split_arguments(arguments: str) -> list[str]:
     return [field.strip() for field in arguments.split(",")]
 
 
-def _surroundings(name: str, device: torch.device) -> AbstractContextManager[Any]:
+def surroundings(name: str, device: torch.device) -> AbstractContextManager[Any]:
     """What an implementation runs in: a range in profiles; no autocast, as dtypes are the operator's own affair; no
     gradient; the tensors' GPU. Only what changes something: entering all of them costs more than a small call."""
     needed: list[AbstractContextManager[Any]] = []

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastvar.ops import _dispatch, adaptive_layer_norm, explain, support
 from fastvar.ops._choices import CHOICES, Choice
 from fastvar.ops._dispatch import REGISTRY, Implementation, parse_preference
-from fastvar.ops._operator import _surroundings
+from fastvar.ops._operator import surroundings
 
 NAME = "adaptive_layer_norm"
 ROOT = Path(__file__).parents[2]
@@ -315,6 +315,6 @@ def test_kernels_are_launched_on_the_tensors_gpu(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
     for name in ("cuda:0", "cuda:1", "cpu"):
-        with _surroundings("", torch.device(name)):
+        with surroundings("", torch.device(name)):
             pass
     assert entered == [torch.device("cuda:1")]
