@@ -11,11 +11,10 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+from fastvar.kernels.common.tiling import card
+from fastvar.kernels.propagate_mask import tiles
 
 from fastvar.schedule import ScaleSchedule
-
-TOKENS = 8  # of a program
-FEW, MANY = 16, 128  # cells of a footprint that a program adds up at a time
 
 
 @triton.jit
@@ -62,10 +61,10 @@ def forward(mask: torch.Tensor, schedule: ScaleSchedule, footprint: str, soft: b
     out = torch.empty(batch, length, dtype=torch.float32 if soft else torch.bool, device=mask.device)
     if batch:
         values = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        _propagate[(batch, triton.cdiv(length, TOKENS))](
-            values, footprints(schedule, footprint, mask.device), out, *mask.stride(), length,
-            TOKENS=TOKENS, FEW=FEW, MANY=MANY, SOFT=soft,
-        )  # fmt: skip
+        tile = tiles.PROPAGATE.choose(card(mask.device))
+        _propagate[(batch, triton.cdiv(length, tile["TOKENS"]))](
+            values, footprints(schedule, footprint, mask.device), out, *mask.stride(), length, **tile, SOFT=soft
+        )
     return out
 
 

@@ -14,15 +14,14 @@ import torch
 import triton
 import triton.language as tl
 from fastvar.kernels.common.philox import uniform
+from fastvar.kernels.common.tiling import card
+from fastvar.kernels.sample_tokens import tiles
 
 STREAM = tl.constexpr(0)  # of the random numbers, that of the reference
 DEPTH = tl.constexpr(87.0)  # so far below the largest logit weights leave the range of normal numbers
 HALVE = tl.constexpr(6)  # every so many steps the search halves what is left
 LARGEST = tl.constexpr(1e30)  # stands for an infinite logit of a bit
 STEPS = tl.constexpr(6 * 33)  # that halve all float32 numbers; only NaN takes so many
-WIDTH = 128  # logits of a block
-ROW_OF_WARP = 1024  # logits that a warp holds: few registers are left beside the logits and their weights
-TILE = 1024  # bits of a program
 
 
 @triton.jit
@@ -56,41 +55,40 @@ def _search(z, weights, low, high, under, upto, target, MASS: tl.constexpr):
     weights are exp(z - high), else 1. Each step compares all z with one bound. It aims by interpolation, for masses
     along exp(z), with the Illinois rule: an end that stays counts half.
     """
-    lo, hi = _key(low), _key(high) + 1
-    peak = high
+    peak, high = high, _value(_key(high) + 1)
     unit = tl.full((), 1.0, tl.float32)
     one = tl.exp(low - peak) if MASS else unit  # the least that a z between the bounds weighs
-    step, side = tl.full((), 0, tl.int32), 0
-    lo_share, hi_share = unit, unit
-    while (under <= target) & (upto - under > 1.5 * one) & (hi - lo > 1) & (step < STEPS):
+    step, side, between = tl.full((), 0, tl.int32), 0, low < high
+    low_share, high_share = unit, unit
+    while between & (under <= target) & (upto - under > 1.5 * one) & (step < STEPS):
         step += 1
-        low, high = _value(lo), _value(hi)
-        before = (target - under + 0.5 * one) * lo_share
-        share = before / (before + tl.maximum(upto - target - 0.5 * one, 0.0) * hi_share)
+        before = (target - under + 0.5 * one) * low_share
+        share = before / (before + tl.maximum(upto - target - 0.5 * one, 0.0) * high_share)
         if MASS:
             least = tl.exp(low - high)
-            aim = high + tl.log(least + share * (1 - least))
+            middle = high + tl.log(least + share * (1 - least))
         else:
-            aim = low + share * (high - low)
-        middle = tl.where(step % HALVE == 0, (lo + hi) >> 1, _key(aim))
-        middle = tl.minimum(tl.maximum(middle, lo + 1), hi - 1)
-        found = _below(z, weights, _value(middle), MASS)
+            middle = low + share * (high - low)
+        if (step % HALVE == 0) | ~((middle > low) & (middle < high)):
+            middle = _value((_key(low) + _key(high)) >> 1)
+            between = (middle > low) & (middle < high)  # else neighbours: the last step
+        found = _below(z, weights, middle, MASS)
         empty = (found == under) | (found == upto)
         if found <= target:
-            lo, under = middle, found
-            lo_share, hi_share = unit, tl.where(side > 0, hi_share * 0.5, unit)
+            low, under = middle, found
+            low_share, high_share = unit, tl.where(side > 0, high_share * 0.5, unit)
             side = 1
         else:
-            hi, upto = middle, found
-            lo_share, hi_share = tl.where(side < 0, lo_share * 0.5, unit), unit
+            high, upto = middle, found
+            low_share, high_share = tl.where(side < 0, low_share * 0.5, unit), unit
             side = -1
         if empty:  # equal logits perhaps: draw the bounds together around what lies between them
-            low, high = _value(lo), _value(hi)
-            lo = _key(tl.min(tl.where(z >= low, z, float("inf"))))
-            hi = _key(tl.max(tl.where(z < high, z, float("-inf")))) + 1
+            lowest = tl.min(tl.where(z >= low, z, float("inf")))
+            high = _value(_key(tl.max(tl.where(z < high, z, float("-inf")))) + 1)
+            low = lowest
         if MASS:
-            one = tl.exp(_value(lo) - peak)
-    return _value(lo)
+            one = tl.exp(low - peak)
+    return low
 
 
 @triton.jit
@@ -242,13 +240,14 @@ def forward(
     scores = _scores_like(logits, log_probs)
     if tokens.numel():
         block = max(triton.next_power_of_2(size), 32)
+        tile = tiles.TOKENS.choose(card(logits.device), vocabulary=block)
         _tokens[(batch * count,)](
             *_arguments(logits, unconditional, seeds, tokens, scores), count, position,
             float(1 + guidance), float(guidance), float(temperature), top_k, 1 - top_p,
-            V=size, BLOCKS=max(block // WIDTH, 1), WIDTH=min(block, WIDTH),
+            V=size, BLOCKS=max(block // tile["WIDTH"], 1), WIDTH=min(block, tile["WIDTH"]),
             GUIDED=unconditional is not None and guidance != 0, TEMPERED=temperature != 1,
             ONE=top_k == 1 or size == 1, FEW=1 < top_k < size, SHARE=0 < top_p < 1, LOG_PROBS=log_probs,
-            num_warps=min(max(block // ROW_OF_WARP, 1), 16), enable_fp_fusion=False,
+            num_warps=tile["num_warps"], enable_fp_fusion=False,
         )  # fmt: skip
     return tokens, *scores
 
@@ -271,12 +270,13 @@ def bits(
     if drawn.numel():
         cutoff = 0.0 if top_k == 1 else math.log(top_p / (1 - top_p)) if 0 < top_p < 1 else math.inf
         width = triton.next_power_of_2(size)
-        rows = max(1, TILE // width)
+        tile = tiles.BITS.choose(card(logits.device))
+        rows = max(1, tile["TILE"] // width)
         _bits[(triton.cdiv(batch * count, rows),)](
             *_arguments(logits, unconditional, seeds, drawn, scores), batch * count, count, position,
             float(1 + guidance), float(guidance), float(temperature), cutoff,
             D=size, ROWS=rows, WIDTH=width, GUIDED=unconditional is not None and guidance != 0,
-            TEMPERED=temperature != 1, LOG_PROBS=log_probs, enable_fp_fusion=False,
+            TEMPERED=temperature != 1, LOG_PROBS=log_probs, num_warps=tile["num_warps"], enable_fp_fusion=False,
         )  # fmt: skip
     return drawn, *scores
 

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from ahead_of_time import Launch, accesses, compile_for, launches_of
 from fastvar.kernels.adaptive_layer_norm import impl_triton as norms
 from fastvar.kernels.qk_norm_rope import impl_triton as rotations
+from fastvar.kernels.sample_tokens import impl_triton as sampler
 
 WIDE = 16
 
@@ -126,6 +127,22 @@ def test_rows_of_channels(dtype: torch.dtype, width: int, modulation: torch.dtyp
     held(one(lambda: norms.gated_residual_backward([x], x, x, gate, [False, True, True])), 2, 1)
     both = [x, x], x, x, gate, scale, shift, 1e-6, [x, x], [True] * 5
     held(one(lambda: norms.gated_residual_norm_backward(*both)), 4, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [4096, 16384])
+def test_rows_of_logits(size: int, dtype: torch.dtype) -> None:
+    """Both halves of a row, into registers; then a block again."""
+    logits, seeds = (
+        torch.empty(2, 3, size, dtype=dtype, device="meta"),
+        torch.empty(2, dtype=torch.int64, device="meta"),
+    )
+    launch = one(lambda: sampler.forward(logits, logits, seeds, 1.5, 1.0, 900, 0.96, 0, True))
+    found = accesses(compile_for(launch, 90).ptx)
+    each = size * logits.element_size() // (WIDE * 32 * launch.named["num_warps"])
+    assert found["ld", WIDE] >= 2 * each, found
+    assert sum(found.values()) - found["ld", WIDE] <= 6, found
 
 
 @pytest.mark.slow
