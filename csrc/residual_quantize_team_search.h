@@ -390,7 +390,7 @@ FASTVAR_HOST_DEVICE inline void search(const Team& team, const Codes& codes, con
       });
   team.sync();
   screen(
-      team, codes, rows, [&](int32_t row) { return from_ordered(rows.lows[row]) + rows.bands[row]; },
+      team, codes, rows, [&](int32_t row) { return from_ordered(glance(rows.lows + row)) + rows.bands[row]; },
       [&](float limit, int32_t row, const float(&distances)[WIDE][OWN_COLUMNS], int32_t first) {
         bool near = false;
 #pragma unroll
@@ -408,7 +408,7 @@ FASTVAR_HOST_DEVICE inline void search(const Team& team, const Codes& codes, con
           const int32_t code = first + i / OWN_COLUMNS * TILE_COLUMNS + own_column(lane, i % OWN_COLUMNS);
           const uint64_t place = count_up(rows.candidates);
           if (place >= room) {
-            rows.lows[row] = ALL;
+            lower(rows.lows + row, ALL);
             return;
           }
           queue[2 * place] = row;

@@ -89,6 +89,16 @@ FASTVAR_HOST_DEVICE inline void raise(T* at, T value) {
 #endif
 }
 
+// A number that others may lower meanwhile.
+template <typename T>
+FASTVAR_HOST_DEVICE inline T glance(T* at) {
+#if defined(__CUDACC__)
+  return *const_cast<volatile T*>(at);
+#else
+  return std::atomic_ref<T>(*at).load(std::memory_order_relaxed);
+#endif
+}
+
 // Adds 1; returns what was there.
 FASTVAR_HOST_DEVICE inline uint64_t count_up(uint64_t* at) {
 #if defined(__CUDA_ARCH__)
