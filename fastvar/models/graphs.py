@@ -21,7 +21,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -87,16 +87,31 @@ def clear_graphs(var: VAR) -> None:
     _CAPTURED.pop(var, None)
 
 
-def may_capture(var: VAR, *, must: bool = False) -> bool:
-    """Whether calls of a model can be captured as they are made now.
+class Survey(NamedTuple):
+    """What a graph depends on besides a call's own inputs and options.
+
+    Attributes:
+        weights: where they lie.
+        modes: of each module what else decides what it computes: training, and peft's switches of an adapter.
+    """
+
+    weights: tuple[int, ...]
+    modes: tuple[Hashable, ...]
+
+
+def survey(var: VAR, *, must: bool = False) -> Survey | None:
+    """A model as it is now, or None if its calls cannot be captured as they are made now.
 
     Raises:
         ValueError: says why not, if they must.
     """
     why = _obstacle(var)
-    if must and why is not None:
-        raise ValueError(f"generate: graphs: expected {why}")
-    return why is None
+    found = why or _looked_at(var)
+    if isinstance(found, Survey):
+        return found
+    if must:
+        raise ValueError(f"generate: graphs: expected {found}")
+    return None
 
 
 def _obstacle(var: VAR) -> str | None:
@@ -110,28 +125,48 @@ def _obstacle(var: VAR) -> str | None:
         return "FASTVAR_DEBUG to be off, as its checks wait for the device"
     if _module._global_forward_hooks or _module._global_forward_pre_hooks:
         return "no forward hooks, got global ones"
-    for module in _modules(var):
-        if module.training and any(getattr(module, rate, None) for rate in ("p", "drop_path")):
-            return f"no dropout, got some in a {type(module).__name__}: put the model in evaluation mode"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"no forward hooks, got some on a {type(module).__name__}"
-        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
-            return f"a model that is not compiled, got a compiled {type(module).__name__}"
-        if any(hasattr(weight, "device_mesh") for weight in module._parameters.values()):
-            return "whole weights, got sharded ones (FSDP)"
     return None
+
+
+def _looked_at(var: VAR) -> Survey | str:
+    """The survey, or what stands in the way. It is made for each call: no attribute is looked up but where it lies."""
+    weights: list[int] = []
+    modes: list[Hashable] = []
+    tokenizer = var.tokenizer
+    held = (tokenizer.codebook, tokenizer.phi_weight, tokenizer.phi_bias)
+    weights += [weight.data_ptr() for weight in held if weight is not None]
+    modules: list[nn.Module] = [var, tokenizer.post_quant_conv, tokenizer.decoder]
+    while modules:
+        module = modules.pop()
+        fields = module.__dict__
+        training, name = fields["training"], type(module).__name__
+        if training and (fields.get("p") or fields.get("drop_path")):
+            return f"no dropout, got some in a {name}: put the model in evaluation mode"
+        if fields["_forward_hooks"] or fields["_forward_pre_hooks"]:
+            return f"no forward hooks, got some on a {name}"
+        if fields.get("_compiled_call_impl") is not None or "_orig_mod" in fields["_modules"]:
+            return f"a model that is not compiled, got a compiled {name}"
+        for tensors in (fields["_parameters"], fields["_buffers"]):
+            for tensor in tensors.values():
+                if type(tensor).__name__ == "DTensor":
+                    return "whole weights, got sharded ones (FSDP)"
+                if tensor is not None:
+                    weights.append(tensor.data_ptr())
+        modes.append(training)
+        if hasattr(type(module), "active_adapters"):
+            switches = ("disable_adapters", "merged", "active_adapters")
+            modes.append(tuple(str(getattr(module, switch, None)) for switch in switches))
+        modules += [child for child in fields["_modules"].values() if child is not None]
+    return Survey(tuple(weights), tuple(modes))
 
 
 def runs_on(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _modules(var: VAR) -> list[nn.Module]:
-    return [module for part in (var, var.tokenizer) for module in part.modules()]
-
-
 def replay(
     var: VAR,
+    found: Survey,
     start: Beginning | SamplingState,
     seeds: torch.Tensor,
     options: SamplingOptions,
@@ -140,20 +175,18 @@ def replay(
 ) -> Drawn | None:
     """What `draw(var, start.state(var), seeds, options)` answers, by a graph; a state is carried on. None if a call of
     this kind is not captured, or not yet: with `at_first` one is that was not seen before."""
-    modules, device = _modules(var), var.device
-    held = (tensor for m in modules for tensor in (*m._parameters.values(), *m._buffers.values()))
-    weights = tuple(tensor.data_ptr() for tensor in held if tensor is not None)
+    device = seeds.device
     with _LOOK_UP:
         graphs = _CAPTURED.pop(var, None)
-        if graphs is None or graphs.weights != weights:
-            graphs = _Graphs(weights, device)
+        if graphs is None or graphs.weights != found.weights:
+            graphs = _Graphs(found.weights, device)
         _CAPTURED[var] = graphs
     given = [*_tensors(start), seeds]
     key = (
         options,
         _kind(start),
         tuple((t.shape, t.dtype) for t in given),
-        tuple(_mode(module) for module in modules),
+        found.modes,
         _settings(device.type),
     )
     with graphs.alone(), torch.inference_mode(False), torch.no_grad():  # its memory is written to by later calls
@@ -164,15 +197,15 @@ def replay(
             graph = _Graph(var, start, seeds, options, graphs.pool)
             graphs.by_key[key], graphs.pool = graph, graph.pool
             graphs.pooled += graph.grown
-            found = graph(given)
+            drawn = graph(given)
             _free_some(graphs, key, at_first)
         else:
             graphs.by_key.move_to_end(key)
-            found = graphs.by_key[key](given)
+            drawn = graphs.by_key[key](given)
     if not isinstance(start, tuple):
-        vars(start).update(vars(found.state) if found.state is not None else {"scale": options.stop})
-        found = found._replace(state=None if found.state is None else start)
-    return found
+        vars(start).update(vars(drawn.state) if drawn.state is not None else {"scale": options.stop})
+        drawn = drawn._replace(state=None if drawn.state is None else start)
+    return drawn
 
 
 def _worth_it(graphs: _Graphs, key: Hashable, nbytes: int) -> bool:
@@ -226,15 +259,6 @@ def _kind(start: Beginning | SamplingState) -> Hashable:
         return start.guided, start.log_probs, start.subject is None
     cache = start.cache
     return start.scale, start.cached, start.log_probs is None, cache.prefix is None, cache.trunk is None
-
-
-def _mode(module: nn.Module) -> Hashable:
-    """What else of a module decides what it computes: training, and peft's switches of an adapter."""
-    if not hasattr(module, "active_adapters"):
-        return module.training
-    return module.training, *(
-        str(getattr(module, name, None)) for name in ("disable_adapters", "merged", "active_adapters")
-    )
 
 
 def _settings(device: str) -> Hashable:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fastvar.models.graphs import may_capture, replay
+from fastvar.models.graphs import replay, survey
 from fastvar.models.kv_cache import KVCache
 from fastvar.ops import PrefixKV, SampledTokens, accumulate_scale, sample_tokens
 from fastvar.profiling import annotate
@@ -335,12 +335,15 @@ def generate(
 
     if decode_dtype is None and var.head.weight.dtype == torch.bfloat16:
         decode_dtype = torch.bfloat16
-    by_graph = graphs is not False and may_capture(var, must=graphs is True) and batch > 0
+    surveyed = None if graphs is False else survey(var, must=graphs is True)
+    surveyed = surveyed if batch else None
     # the launches of many images are hidden behind their sampling, and their activations are large
-    at_once = decode and (not by_graph or batch * math.prod(tokenizer.config.image_size) <= DECODED_AT_ONCE)
+    at_once = decode and (surveyed is None or batch * math.prod(tokenizer.config.image_size) <= DECODED_AT_ONCE)
     options = SamplingOptions(tuple(weights), temperature, top_k, top_p, log_probs, stop, at_once, decode_dtype)
     seeds = sample_seeds(seed, batch, first_sample, var.device)
-    drawn = replay(var, start, seeds, options, at_first=graphs is True) if by_graph else None
+    drawn = None
+    if surveyed is not None:
+        drawn = replay(var, surveyed, start, seeds, options, at_first=graphs is True)
     if drawn is None:
         drawn = draw(var, start.state(var), seeds, options)
     images = decoded(var, drawn.feature_map, decode_dtype) if decode and not at_once else drawn.images

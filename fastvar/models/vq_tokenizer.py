@@ -160,7 +160,7 @@ class VQTokenizer(PretrainedModel):
         if not images.is_floating_point():
             raise ValueError(f"VQTokenizer: images: expected floating-point numbers in [-1, 1], got {images.dtype}")
         features = self.quant_conv(self.encoder(self.enlarge_chroma(images).to(self.quant_conv.weight.dtype)))
-        return features.to(torch.promote_types(features.dtype, torch.float32))
+        return features.to(torch.promote_types(features.dtype, torch.float32)).contiguous()
 
     @torch.no_grad()
     def quantize(self, images: torch.Tensor) -> QuantizedResidual:
@@ -227,7 +227,7 @@ class VQTokenizer(PretrainedModel):
         low = dtype is not None and dtype.itemsize < self.post_quant_conv.weight.dtype.itemsize
         with torch.autocast(feature_map.device.type, dtype) if low else nullcontext():
             enlarged = self.decoder(self.post_quant_conv(feature_map.to(self.post_quant_conv.weight.dtype)))
-        return _scaled_chroma(enlarged, 1 / self.config.chroma_gain)
+        return _scaled_chroma(enlarged, 1 / self.config.chroma_gain).contiguous()
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -237,3 +237,35 @@ def test_chroma_gain_changes_what_the_networks_see_and_is_undone() -> None:
     torch.testing.assert_close(reduced, made.mean(1, keepdim=True) + (made - made.mean(1, keepdim=True)) / 4)
     with pytest.raises(ValueError, match="chroma_gain: expected above 0"):
         tiny_tokenizer(chroma_gain=0.0)
+
+
+def test_decoding_in_bfloat16_gives_the_same_picture() -> None:
+    """To within 40 dB of what it varies over; the weights stay as they are, and no token depends on it."""
+    tokenizer = tiny_tokenizer()
+    feature_map = tokenizer.feature_map(some_tokens(tokenizer, 4))
+    with torch.no_grad():
+        exact, low = (
+            tokenizer.decode_features(feature_map),
+            tokenizer.decode_features(feature_map, dtype=torch.bfloat16),
+        )
+    assert low.dtype == torch.bfloat16 and not torch.equal(low.float(), exact)
+    error = (low.float() - exact).square().mean().sqrt() / (exact.amax() - exact.amin())
+    assert error < 1e-2
+    tokens = some_tokens(tokenizer, 2)
+    torch.testing.assert_close(
+        tokenizer.decode(tokens, dtype=torch.bfloat16).float(), tokenizer.decode(tokens), rtol=0, atol=0.1
+    )
+
+
+def test_weights_and_images_lie_channels_last_inside_and_plain_outside() -> None:
+    tokenizer = tiny_tokenizer()
+    seen = []
+    for module in tokenizer.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+            module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    images = torch.rand(2, 3, *tokenizer.config.image_size)
+    with torch.no_grad():
+        features = tokenizer.encode_features(images)
+        assert tokenizer.decode_features(features).is_contiguous() and features.is_contiguous()
+    assert seen and all(output.is_contiguous(memory_format=torch.channels_last) for output in seen)
