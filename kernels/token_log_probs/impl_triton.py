@@ -114,11 +114,11 @@ def _copy_states(
     for start in range(0, STRIDE, BLOCK_E):
         e = start + tl.arange(0, BLOCK_E)
         h_at = h_ptr + row[:, None] * h_m + e.to(tl.int64)[None, :] * h_e
-        h = tl.load(h_at, live[:, None] & (e < E)[None, :], 0.0)
+        h = tl.load(h_at, live[:, None] & (e < E)[None, :], 0.0).to(tl.float32)
         if STRIDE > E:
             h = tl.where((e == E)[None, :] & live[:, None], 1.0, h)
         at = state_ptr + place[:, None] * STRIDE + e[None, :]
-        tl.store(at, h.to(state_ptr.dtype.element_ty), valid[:, None] & (e < STRIDE)[None, :])
+        tl.store(at, h, valid[:, None] & (e < STRIDE)[None, :])
 
 
 @triton.jit

@@ -128,6 +128,24 @@ def test_scale_of_slopes(value: float) -> None:
     assert 1 / scale < 2.0**127
 
 
+@pytest.mark.parametrize("bits", [False, True])
+def test_bfloat16(bits: bool) -> None:
+    """Both losses in one pass. The interpreter truncates where slopes are rounded: an error twice as large."""
+    arguments = problem(70, 300, 36, bits=bits)
+    loss = {"rewards": None, "advantages": torch.tensor([0.7]), "schedule": ScaleSchedule(((7, 10),))}
+    loss |= {"old_log_probs": noise(1, 70, seed=5) - 6, "entropy_weight": 0.1}
+    for function, settings in ((ops.cross_entropy, {"label_smoothing": 0.2}), (ops.policy_loss, loss)):
+        found = []
+        for backend, dtype in (("triton", torch.bfloat16), ("reference", torch.float64)):
+            leaves = {n: arguments[n].bfloat16().to(dtype).requires_grad_() for n in NAMES}
+            result = function(**arguments | leaves, **settings, backend=backend)
+            found.append([result.loss.detach(), *torch.autograd.grad(result.loss, list(leaves.values()))])
+        assert abs(float(found[0][0] - found[1][0])) < 1e-5 * abs(float(found[1][0]))
+        for a, b in zip(found[0][1:], found[1][1:], strict=True):
+            error = float((a.double() - b).norm() / b.norm())
+            assert a.dtype == torch.bfloat16 and error < torch.finfo(torch.bfloat16).eps, error
+
+
 def test_logits_of_several_tiles() -> None:
     arguments = {"hidden": 3 * noise(2, 20, 300), "weight": None, "bias": None}
     other = (noise(2, 20, 300, seed=1), None, None)
