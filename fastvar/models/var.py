@@ -19,7 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from fastvar.models.kv_cache import KVCache
 from fastvar.models.linear import Linear
 from fastvar.models.pretrained import PretrainedModel, has_model
-from fastvar.models.var_block import Block, Modulations, attend_to_cache, attend_to_scales
+from fastvar.models.var_block import (
+    Block,
+    Modulations,
+    attend_in_two_streams,
+    attend_to_cache,
+    attend_to_scales,
+)
 from fastvar.models.var_config import VARConfig
 from fastvar.models.vq_tokenizer import VQTokenizer
 from fastvar.ops import (
@@ -278,19 +284,9 @@ class VAR(PretrainedModel):
         Raises:
             ValueError: a model without subject prefix, a wrong shape.
         """
-        config, schedule = self.config, self.schedule
-        if config.subject == "none":
-            raise ValueError("VAR: subject: this model has no subject prefix; see VARConfig.subject and add_subject")
-        if subject.ndim != 3 or tuple(subject.shape[1:]) != (schedule.num_tokens, config.code_channels):
-            raise ValueError(
-                f"VAR: subject: expected (R, {schedule.num_tokens}, {config.code_channels}), got {tuple(subject.shape)}"
-            )
+        x, condition, schedule = self._subject_stream(subject)
         lengths = None if keep is None else keep.to(torch.int32) * schedule.num_tokens
-        if config.subject == "bidirectional":
-            schedule = ScaleSchedule(((1, schedule.num_tokens),))
-
-        modulations = self.modulations(self.subject_condition.expand(subject.shape[0], 1, -1))
-        x = self._codes(subject) + self.positions(0, subject.shape[1]) + self.subject_embed
+        modulations = self.modulations(condition)
         prefix = []
         for i, (block, modulation, bias) in enumerate(
             zip(self.blocks, modulations.blocks, modulations.biases, strict=True)
@@ -304,6 +300,20 @@ class VAR(PretrainedModel):
                 k, v = k.contiguous(), v.contiguous()
             prefix.append(PrefixKV(k, v, lengths))
         return prefix
+
+    def _subject_stream(self, subject: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, ScaleSchedule]:
+        """The start of the residual stream (R, L, C), the condition (R, 1, C) and how tokens see each other."""
+        config, schedule = self.config, self.schedule
+        if config.subject == "none":
+            raise ValueError("VAR: subject: this model has no subject prefix; see VARConfig.subject and add_subject")
+        if subject.ndim != 3 or tuple(subject.shape[1:]) != (schedule.num_tokens, config.code_channels):
+            raise ValueError(
+                f"VAR: subject: expected (R, {schedule.num_tokens}, {config.code_channels}), got {tuple(subject.shape)}"
+            )
+        if config.subject == "bidirectional":
+            schedule = ScaleSchedule(((1, schedule.num_tokens),))
+        x = self._codes(subject) + self.positions(0, subject.shape[1]) + self.subject_embed
+        return x, self.subject_condition.expand(subject.shape[0], 1, -1), schedule
 
     def add_subject(self, subject: str = "block_causal") -> VAR:
         """A copy of this model with a subject prefix, for fine-tuning; everything else keeps its weights.
@@ -343,31 +353,57 @@ class VAR(PretrainedModel):
         batch = inputs.shape[0]
         if condition.shape[0] != batch:
             raise ValueError(f"VAR: labels: expected one per row of inputs ({batch}), got {condition.shape[0]}")
-        prefix: list[PrefixKV] | None = None
+        keep = None
         rate: torch.Tensor | float = self.config.condition_dropout
         if subject is not None:
             if (subject.shape[0] == 0) != (batch == 0) or (batch and batch % subject.shape[0]):
                 raise ValueError(
                     f"VAR: subject: expected a number of rows that divides {batch}, got {subject.shape[0]}"
                 )
-            keep = None
             if self.training:
                 keep = torch.rand(subject.shape[0], device=self.device) >= self.config.subject_dropout
                 # Guidance contrasts with neither subject nor condition: half of the groups without a subject train that
                 group = batch // max(subject.shape[0], 1)
                 rate = torch.where(keep, rate, max(rate, 0.5)).repeat_interleave(group)[:, None, None]
-            prefix = self.prefill(subject, keep)
         if self.training:
             dropped = torch.rand(batch, 1, 1, device=self.device) < rate
             condition = torch.where(dropped, self.no_condition(batch), condition)
-        modulations = self.modulations(condition)
         x = self.embed(condition, inputs)
+        if subject is not None and x.shape[1] == subject.shape[1]:
+            return self._hidden_of_two_streams(x, condition, schedule, subject, keep)
+        prefix = None if subject is None else self.prefill(subject, keep)
+        modulations = self.modulations(condition)
         for i, (block, modulation, bias) in enumerate(
             zip(self.blocks, modulations.blocks, modulations.biases, strict=True)
         ):
             attend = attend_to_scales(schedule, None if prefix is None else prefix[i])
             x = self._run(block, x, modulation, attend, bias)
         return self.before_head(x, modulations)
+
+    def _hidden_of_two_streams(
+        self,
+        x: torch.Tensor,
+        condition: torch.Tensor,
+        schedule: ScaleSchedule,
+        subject: torch.Tensor,
+        keep: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The image stream's hidden states. Where both streams are of one length they pass the blocks as rows of one
+        tensor, which takes half as many launches as one after the other; attention alone tells them apart."""
+        first, subject_condition, subject_schedule = self._subject_stream(subject)
+        rows = len(first)
+        lengths = None if keep is None else keep.to(torch.int32) * subject.shape[1]
+        modulations = self.modulations(torch.cat([subject_condition, condition[:, :1]]))
+        x = torch.cat([first, x])
+        attend = attend_in_two_streams(schedule, subject_schedule, rows, lengths)
+        *blocks, last = zip(self.blocks, modulations.blocks, modulations.biases, strict=True)
+        for block, modulation, bias in blocks:
+            x = self._run(block, x, modulation, attend, bias)
+        block, modulation, bias = last  # of the subjects it gives keys and values alone
+        (first, x), (of_first, of_images) = (t.split([rows, len(t) - rows]) for t in (x, modulation))
+        k, v, _ = block.keys_and_values(first, of_first, bias)
+        x = self._run(block, x, of_images, attend_to_scales(schedule, PrefixKV(k, v, lengths)), bias)
+        return self.before_head(x, modulations._replace(head=modulations.head[rows:]))
 
     def _schedule_of(self, inputs: torch.Tensor) -> ScaleSchedule:
         """The scales that teacher-forcing inputs are for."""

@@ -148,6 +148,24 @@ def attend_to_scales(
     return attend
 
 
+def attend_in_two_streams(
+    schedule: ScaleSchedule, subject_schedule: ScaleSchedule, rows: int, lengths: torch.Tensor | None
+) -> Attend:
+    """Teacher forcing of two streams in one: the first `rows` rows are subjects, which see themselves; the others are
+    images, groups of which see a subject too, `lengths` of its tokens."""
+
+    def attend(block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k = block.normalise(q, k)
+        # split, as the gradient of slices would be a tensor of full size for each
+        (subject_q, q), (subject_k, k), (subject_v, v) = (t.split([rows, len(t) - rows]) for t in (q, k, v))
+        scale, prefix = block.softmax_scale, PrefixKV(subject_k, subject_v, lengths)
+        subject = block_causal_attention(subject_q, *prefix[:2], subject_schedule, softmax_scale=scale)
+        images = block_causal_attention(q, k, v, schedule, prefix=prefix, softmax_scale=scale)
+        return torch.cat([subject, images])
+
+    return attend
+
+
 def attend_to_cache(cache: KVCache, layer: int, position: int, end: int) -> Attend:
     """Sampling: the scale whose tokens go to rows position : end of the cache."""
     keys, values, prefix, trunk = cache.layer(layer)

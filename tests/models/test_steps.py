@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 import torch
 from test_var_sampling import LABELS
-from tiny import tiny_var
+from tiny import some_subjects, some_tokens, tiny_var
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from waits import GPU, run_without_waiting
 
 from fastvar.models import VAR
 from fastvar.models.linear import linear
+from fastvar.models.var_block import attend_to_scales
 from fastvar.rl import LossOptions, Prompts, RolloutOptions, roll_out, segment_loss
 from fastvar.training import TokenizerTask, VARTask
 
 VIEWS = {"alias", "detach", "empty", "expand", "select", "slice", "split", "t", "transpose", "unbind", "unsqueeze"}
-VIEWS |= {"_unsafe_view", "device", "empty_like", "permute", "view"}
+VIEWS |= {"_unsafe_view", "device", "empty_like", "permute", "split_with_sizes", "view"}
 
 
 class Launches(TorchDispatchMode):
@@ -57,6 +58,39 @@ def test_launches_of_a_block_and_of_a_scale() -> None:
     assert scale <= 7, one.counts
     assert one.total - block - 3 * scale <= 19, one.counts
     assert launches(2, log_probs=True).total <= two.total + 3
+
+
+def test_two_streams_take_the_launches_of_one() -> None:
+    """Subjects are more rows of the images' launches. A block attends twice and puts the results together; before the
+    first block the rows are put together, in the last one the subjects' keys and values are made apart."""
+    counts = []
+    for subject in (False, True):
+        for depth in (2, 3):
+            var = tiny_var(depth=depth, subject="block_causal")
+            tokens = some_tokens(var, 4)
+            options = {"subject": some_subjects(var, 2)} if subject else {}
+            inputs = var.tokenizer.teacher_forcing(tokens)
+            with torch.backends.mkldnn.flags(enabled=False), torch.no_grad(), Launches() as found:
+                var.hidden(torch.arange(4), inputs, **options)
+            counts.append(found.total)
+    one, one_more, two, two_more = counts
+    assert two_more - two <= one_more - one + 2, counts
+    assert two - one <= 2 + 15, counts
+
+
+def test_two_streams_are_prefill_and_images() -> None:
+    """Rows of one tensor or one stream after the other, it is the same."""
+    for kind in ("block_causal", "bidirectional"):
+        var = tiny_var(depth=3, subject=kind)
+        inputs, subjects = var.tokenizer.teacher_forcing(some_tokens(var, 4)), some_subjects(var, 2)
+        x, modulations = (
+            var.embed(var.condition(torch.arange(4)), inputs),
+            var.modulations(var.condition(torch.arange(4))),
+        )
+        for block, modulation, prefix in zip(var.blocks, modulations.blocks, var.prefill(subjects), strict=True):
+            x = block(x, modulation, attend_to_scales(var.schedule, prefix))
+        found = var.hidden(torch.arange(4), inputs, subject=subjects)
+        torch.testing.assert_close(found, var.before_head(x, modulations), rtol=1e-5, atol=1e-5)
 
 
 def test_gelu_is_in_the_epilogue_on_a_gpu() -> None:
