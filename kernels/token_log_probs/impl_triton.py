@@ -571,18 +571,28 @@ class _Pass:
         given: Sequence[torch.Tensor | None] = (None,) * 4,
         policy: Policy | None = None,
     ) -> None:
-        self.head, self.other, self.gradients, self.given, self.policy = head, other, gradients, given, policy
-        self.results, self.factor = results, 1.0 / temperature
+        self.head, self.other, self.gradients, self.given = head, other, gradients, given
+        self.factor = 1.0 / temperature
         self.bits = tokens.ndim == 3
         self.tokens = tokens.flatten(0, 1) if self.bits else tokens.flatten().contiguous()
         width = head.rows.shape[1]
         stride = width if gradients is None or gradients.states is None else gradients.stride
         self.options = tile_options(head.size, width, stride, head.rows.device)
         self.options |= {"ESTIMATOR": "", "EXACT": False, "BONUS": False}
+        own, entropy, kl, mean, sums = (None,) * 5 if results is None else results
+        # an empty result is one that nobody asked for
+        kl, mean = (None if t is None or not t.numel() else t for t in (kl, mean))
+        self.results = (own, entropy, kl, mean) if self.bits else (own, entropy, kl, mean, sums)
+        of_loss: tuple[Any, ...] = (None,) * 4
+        self.settings: tuple[Any, ...] = (1, self.factor, 0.0, 0.0, 0.0, 0.0)
         if policy is not None:
             self.options["ESTIMATOR"] = policy.estimator
             self.options["EXACT"] = other is not None and policy.kl_weight != 0
             self.options["BONUS"] = policy.entropy_weight != 0
+            of_loss = (policy.share, policy.advantages, policy.old, policy.reference)
+            bounds = (policy.low, policy.high, policy.kl_weight, policy.entropy_weight)
+            self.settings = (policy.length, self.factor, *bounds)
+        self.of_tokens = (*given, *of_loss)
 
     def run(self) -> None:
         count = len(self.head.rows)
@@ -600,36 +610,24 @@ class _Pass:
 
     def _launch(self, first: int, last: int, offset: int, scale: torch.Tensor | None) -> None:
         """Rows `first` to `last`, whose slopes begin at the row `offset` of those held."""
-        head, other, policy, gradients = self.head, self.other, self.policy, self.gradients
+        head, other, gradients = self.head, self.other, self.gradients
         z, y = head.logits(first, last), None if other is None else other.logits(first, last)
-        own, entropy, kl, mean, sums = self.results if self.results is not None else (None,) * 5
-        slopes = states = None
-        if gradients is not None:
-            slopes = None if gradients.slopes is None else gradients.slopes[offset:]
-            states = None if gradients.states is None else gradients.states[offset:]
-        # an empty result is one that nobody asked for
-        kl, mean = (None if t is None or not t.numel() else t for t in (kl, mean))
-        logits = (z, head.bias, y, None if other is None else other.bias, self.tokens, own, entropy, kl, mean)
-        of_loss: tuple[Any, ...] = (None,) * 4
-        settings: tuple[Any, ...] = (1, 0.0, 0.0, 0.0, 0.0)
-        if policy is not None:
-            of_loss = (policy.share, policy.advantages, policy.old, policy.reference)
-            settings = (policy.length, policy.low, policy.high, policy.kl_weight, policy.entropy_weight)
-        rest = (*self.given, *of_loss, slopes, scale, None if states is None else head.rows, states)
-        rest = (*rest, head.rows if head.weight is None else head.weight)
-        strides = (*z.stride(), *((0, 0) if y is None else y.stride()), *head.rows.stride())
-        grid = (triton.cdiv(last - first, self.options["BLOCK_M"]),)
-        length, *bounds = settings
+        slopes = states = hidden = None
+        if gradients is not None and gradients.slopes is not None:
+            slopes = gradients.slopes[offset:]
+        if gradients is not None and gradients.states is not None:
+            states, hidden = gradients.states[offset:], head.rows
+        like = head.rows if head.weight is None else head.weight
+        tensors = (
+            *(z, head.bias, y, None if other is None else other.bias, self.tokens, *self.results),
+            *(*self.of_tokens, slopes, scale, hidden, states, like),
+            *(*z.stride(), *((0, 0) if y is None else y.stride()), *head.rows.stride()),
+        )
+        grid = (-(-(last - first) // self.options["BLOCK_M"]),)
         if self.bits:
-            _bits[grid](
-                *logits, *rest, *strides, *self.tokens.stride(), first, last - first, length, self.factor, *bounds,
-                **self.options,
-            )  # fmt: skip
+            _bits[grid](*tensors, *self.tokens.stride(), first, last - first, *self.settings, **self.options)
         else:
-            _tokens[grid](
-                *logits, sums, *rest, *strides, first, last - first, len(head.rows), length, self.factor, *bounds,
-                **self.options,
-            )  # fmt: skip
+            _tokens[grid](*tensors, first, last - first, len(head.rows), *self.settings, **self.options)
 
 
 def tile_options(size: int, width: int, stride: int, device: torch.device) -> dict[str, Any]:
