@@ -1,5 +1,7 @@
-"""What "auto" takes on a GPU: the data. The rows of an operator are tried in order: the first one that is for a call
-and whose implementation can run is taken, and the reference where there is none.
+"""What "auto" takes on a GPU, and what has run on one: the data.
+
+The rows of an operator are tried in order: the first one that is for a call and whose implementation can run is taken,
+and the reference where there is none.
 
 A row names the families of GPUs on which recorded rows (benchmarks/data/suites.jsonl) show that the implementation is
 right and faster than what would run otherwise. Elsewhere the choice is a prediction, and `explain` says so.
@@ -83,6 +85,31 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
     "cross_entropy": (Choice("triton"),),
     "policy_loss": (Choice("triton"),),
     "propagate_mask": (Choice("triton"), Choice("cuda")),
+}
+
+
+# On which GPUs an implementation has been seen to agree with the reference on a CPU, for the support matrix.
+_H200, _EARLIER = "H200", "H200 (before its last change)"
+RAN: dict[tuple[str, str], str] = {
+    **{
+        (op, "triton"): _EARLIER
+        for op in (
+            *("adaptive_layer_norm", "block_causal_attention", "cached_attention", "gated_residual", "policy_loss"),
+            *("propagate_mask", "qk_norm_rope", "qk_norm_rope_into_cache", "residual_quantize", "sample_bits"),
+            *("sample_tokens", "token_log_probs"),
+        )
+    },
+    **{(op, "cuda"): _EARLIER for op in ("residual_quantize", "accumulate_scale")},
+    **{(op, "cuda"): _H200 for op in ("bitwise_residual_quantize", "accumulate_bits", "propagate_mask")},
+    ("block_causal_attention", "flex"): _EARLIER,
+    **{
+        (op, "reference"): _H200
+        for op in (
+            *("accumulate_bits", "accumulate_scale", "adaptive_layer_norm", "bitwise_residual_quantize"),
+            *("block_causal_attention", "cached_attention", "gated_residual", "propagate_mask", "qk_norm_rope"),
+            *("qk_norm_rope_into_cache", "residual_quantize", "sample_bits"),
+        )
+    },
 }
 
 

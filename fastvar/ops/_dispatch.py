@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastvar.ops._choices import CHOICES, generation
+from fastvar.ops._choices import CHOICES, RAN, generation
 
 logger = logging.getLogger("fastvar")
 
@@ -85,7 +85,8 @@ class Implementation:
         obstacle: called with the lead tensor, says why it cannot run (with the remedy), or None if it can.
         missing: says what of it is not installed (with the remedy), or None. Unlike an obstacle this is somebody's
             choice: "auto" passes over it without a word.
-        verified: where it has been seen to run and agree with the reference, for the support matrix.
+        verified: where it has been seen to run and agree with the reference, for the support matrix; GPUs are in
+            `_choices.RAN`.
         faster: called with the lead tensor, names a module that does the same in less time, or None if there is none
             for that tensor.
     """
@@ -294,11 +295,16 @@ class SupportMatrix:
         return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in self.rows)
 
 
+def _verified(op: str, implementation: Implementation) -> tuple[str, ...]:
+    ran = RAN.get((op, implementation.backend))
+    return implementation.verified if ran is None else (*implementation.verified, ran)
+
+
 def support() -> SupportMatrix:
     """Every operator, its implementations, the devices they are for and where they have been seen to run."""
     return SupportMatrix(
         tuple(
-            (op, i.backend, ", ".join(i.devices) or "any", ", ".join(i.verified) or "not yet run")
+            (op, i.backend, ", ".join(i.devices) or "any", ", ".join(_verified(op, i)) or "not yet run")
             for op, implementations in REGISTRY.items()
             for i in implementations
         )

@@ -18,7 +18,7 @@ from samples import noise
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvar.ops import _dispatch, adaptive_layer_norm, explain, support
-from fastvar.ops._choices import CHOICES, Choice
+from fastvar.ops._choices import CHOICES, RAN, Choice
 from fastvar.ops._dispatch import REGISTRY, Implementation, parse_preference
 from fastvar.ops._operator import surroundings
 
@@ -174,7 +174,7 @@ def test_explaining_is_no_downgrade(install: Callable[..., None], caplog: pytest
 def test_support(install: Callable[..., None]) -> None:
     install(devices=("cpu", "cuda"), verified=("H200",))
     rows = [row for row in support().rows if row[0] == NAME]
-    assert rows == [(NAME, "cpu", "cpu, cuda", "H200"), (NAME, "reference", "any", "CPU")]
+    assert rows == [(NAME, "cpu", "cpu, cuda", "H200"), (NAME, "reference", "any", "CPU, H200")]
     assert {row[0] for row in support().rows} == set(REGISTRY)
     assert f"| {NAME} | cpu | cpu, cuda | H200 |" in support().markdown().splitlines()
     assert len(str(support()).splitlines()) == len(support().rows)
@@ -308,6 +308,8 @@ def test_the_table_names_what_there_is() -> None:
     assert set(CHOICES) == set(REGISTRY)
     for op, choices in CHOICES.items():
         assert {choice.backend for choice in choices} <= {each.backend for each in REGISTRY[op]}, op
+    for op, backend in RAN:
+        assert backend in {each.backend for each in REGISTRY[op]}, op
 
 
 def test_kernels_are_launched_on_the_tensors_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
