@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 # The C++ and CUDA libraries, as far as there are compilers; without, the tests say so and do without.
 test: $(VENV)/installed
 	-$(VENV)/bin/fastvar build
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto $(TEST_FLAGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal $(TEST_FLAGS)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

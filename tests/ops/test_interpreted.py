@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
+FILES = sorted(path.name for path in (TESTS / "interpreted").glob("test_*.py"))
 
 
 @pytest.mark.slow
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_in_the_interpreter(file: str) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", str(TESTS / "interpreted"), "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(TESTS / "interpreted" / file), "-q", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=environment)
     assert done.returncode == 0, done.stdout[-5000:]
