@@ -402,6 +402,8 @@ class VAR(PretrainedModel):
         block, modulation, bias = last  # of the subjects it gives keys and values alone
         (first, x), (of_first, of_images) = (t.split([rows, len(t) - rows]) for t in (x, modulation))
         k, v, _ = block.keys_and_values(first, of_first, bias)
+        if self.gradient_checkpointing or not torch.is_grad_enabled():
+            k, v = k.contiguous(), v.contiguous()  # as in `prefill`
         x = self._run(block, x, of_images, attend_to_scales(schedule, PrefixKV(k, v, lengths)), bias)
         return self.before_head(x, modulations._replace(head=modulations.head[rows:]))
 

@@ -19,6 +19,22 @@ ANY = 2**63 - 1
 HALF = (torch.float16, torch.bfloat16)
 
 
+class Call(NamedTuple):
+    """What a choice may depend on.
+
+    Attributes:
+        tensor: the operator's first one.
+        prefix: whether there is a prefix that groups share.
+        ragged: whether the prefixes have lengths of their own.
+        gradient: whether a gradient is wanted.
+    """
+
+    tensor: torch.Tensor
+    prefix: bool = False
+    ragged: bool = False
+    gradient: bool = False
+
+
 class Choice(NamedTuple):
     """An implementation and the calls for which it is taken.
 
@@ -30,6 +46,7 @@ class Choice(NamedTuple):
         width: least and largest size of the lead tensor's last dimension: head dimension, channels, vocabulary.
         length: of its second dimension where it has three or more: tokens.
         prefix: whether there is a shared prefix; None for either.
+        ragged: whether the prefixes have lengths of their own; None for either.
         gradient: whether a gradient is wanted; None for either.
         deterministic: whether the gradient has the same bits in every run. One that has not is not taken under
             `torch.use_deterministic_algorithms(True)`.
@@ -42,20 +59,23 @@ class Choice(NamedTuple):
     width: tuple[int, int] = (0, ANY)
     length: tuple[int, int] = (0, ANY)
     prefix: bool | None = None
+    ragged: bool | None = None
     gradient: bool | None = None
     deterministic: bool = True
 
-    def fits(self, family: str, tensor: torch.Tensor, prefix: bool, gradient: bool) -> bool:
-        """Whether the row is for a call with this lead tensor."""
+    def fits(self, family: str, call: Call) -> bool:
+        """Whether the row is for a call on a GPU of this family."""
+        tensor = call.tensor
         length = tensor.shape[1] if tensor.ndim > 2 else 0
         return (
             (not self.families or family in self.families)
             and (not self.dtypes or tensor.dtype in self.dtypes)
             and self.width[0] <= tensor.shape[-1] <= self.width[1]
             and self.length[0] <= length <= self.length[1]
-            and self.prefix in (None, prefix)
-            and self.gradient in (None, gradient)
-            and (self.deterministic or not gradient or not torch.are_deterministic_algorithms_enabled())
+            and self.prefix in (None, call.prefix)
+            and self.ragged in (None, call.ragged)
+            and self.gradient in (None, call.gradient)
+            and (self.deterministic or not call.gradient or not torch.are_deterministic_algorithms_enabled())
         )
 
 
@@ -63,9 +83,16 @@ HOPPER = ("sm90",)
 CHOICES: dict[str, tuple[Choice, ...]] = {
     "block_causal_attention": (
         # Wide heads and long rows: cuDNN, which SDPA calls there, comes to 64 % of the matmul rate in training.
-        Choice("sdpa", (), HOPPER, HALF, width=(97, ANY), length=(4096, ANY), deterministic=False),
-        Choice("triton", dtypes=HALF),
-        Choice("sdpa", dtypes=(torch.float32,), deterministic=False),
+        Choice(
+            "sdpa",
+            families=HOPPER,
+            dtypes=HALF,
+            width=(97, ANY),
+            length=(4096, ANY),
+            ragged=False,
+            gradient=True,
+            deterministic=False,
+        ),
         Choice("triton"),
     ),
     "cached_attention": (Choice("triton"),),

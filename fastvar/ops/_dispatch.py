@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastvar.ops._choices import CHOICES, RAN, generation
+from fastvar.ops._choices import CHOICES, RAN, Call, generation
 
 logger = logging.getLogger("fastvar")
 
@@ -24,7 +24,7 @@ _EVERY = ""  # stands for all operators in a preference
 
 def parse_preference(text: str) -> dict[str, tuple[str, ...]]:
     """What FASTVAR_BACKEND prefers, by operator: "triton,cuda" for all of them, in order, "policy_loss=reference" for
-    one; both may be mixed, and an operator named several times has several, in order.
+    one; both may be mixed, and an operator named several times has several, in order, or "auto" for none.
 
     Raises:
         ValueError: an unknown backend.
@@ -36,7 +36,7 @@ def parse_preference(text: str) -> dict[str, tuple[str, ...]]:
             if not word.strip():
                 continue
             raise ValueError(f"FASTVAR_BACKEND: expected backends among {BACKENDS}, or op=backend, got {word!r}")
-        if backend != "auto":
+        if backend != "auto" or equals:
             key = op if equals else _EVERY
             preferred[key] = (*preferred.get(key, ()), backend)
     return preferred
@@ -58,7 +58,7 @@ def check_preference() -> None:
         if op not in REGISTRY:
             raise ValueError(f"FASTVAR_BACKEND: expected operators among {tuple(REGISTRY)}, got {op!r}")
         for backend in backends:
-            if _find(op, backend) is None:
+            if backend != "auto" and _find(op, backend) is None:
                 raise ValueError(f"FASTVAR_BACKEND: {op}: expected one of {_names(op)}, got {backend!r}")
 
 
@@ -85,6 +85,8 @@ class Implementation:
         obstacle: called with the lead tensor, says why it cannot run (with the remedy), or None if it can.
         missing: says what of it is not installed (with the remedy), or None. Unlike an obstacle this is somebody's
             choice: "auto" passes over it without a word.
+        ragged: whether it takes prefixes with lengths of their own; "auto" and preferences pass over it where there are
+            such, an explicit call gets its error.
         verified: where it has been seen to run and agree with the reference, for the support matrix; GPUs are in
             `_choices.RAN`.
         faster: called with the lead tensor, names a module that does the same in less time, or None if there is none
@@ -96,6 +98,7 @@ class Implementation:
     devices: tuple[str, ...] = ()
     obstacle: Callable[[torch.Tensor], str | None] = _always
     missing: Callable[[], str | None] = _there
+    ragged: bool = True
     verified: tuple[str, ...] = ()
     faster: Callable[[torch.Tensor], str | None] = _itself
 
@@ -128,11 +131,9 @@ _MOST_ANSWERS = 4096
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # others may have shapes that are symbols
 
 
-def resolve(
-    op: str, backend: str, tensor: torch.Tensor, *, prefix: bool = False, gradient: bool = False, log: bool = True
-) -> str:
-    """The backend that runs operator `op` for a lead tensor, given what the caller asks for. That something which would
-    be taken cannot run is logged once.
+def resolve(op: str, backend: str, call: Call, *, log: bool = True) -> str:
+    """The backend that runs operator `op` for a call, given what the caller asks for. That something which would be
+    taken cannot run is logged once.
 
     Raises:
         ValueError: unknown backend.
@@ -140,6 +141,7 @@ def resolve(
     """
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend: expected one of {BACKENDS}, got {backend!r}")
+    tensor = call.tensor
     if backend != "auto":
         wanted = _find(op, backend)
         if wanted is None:
@@ -150,14 +152,15 @@ def resolve(
             raise RuntimeError(f"{op}: backend={backend!r} cannot run: {obstacle}")
         return backend
     if not log or torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
-        return _auto(op, tensor, prefix, gradient, log)
+        return _auto(op, call, log)
     exact = torch.are_deterministic_algorithms_enabled()
-    key = (op, tensor.device, tensor.dtype, tensor.shape, prefix, gradient, exact)
-    if key not in _answers:
+    key = (op, tensor.device, tensor.dtype, tensor.shape, *call[1:], exact)
+    answer = _answers.get(key)
+    if answer is None:
         if len(_answers) >= _MOST_ANSWERS:
             _answers.clear()
-        _answers[key] = _auto(op, tensor, prefix, gradient, log)
-    return _answers[key]
+        answer = _answers[key] = _auto(op, call, log)
+    return answer
 
 
 def forget_answers() -> None:
@@ -165,27 +168,27 @@ def forget_answers() -> None:
     _answers.clear()
 
 
-def _auto(op: str, tensor: torch.Tensor, prefix: bool, gradient: bool, log: bool) -> str:
-    for implementation in _in_order(op, tensor, prefix, gradient):
-        obstacle = implementation.why_not(tensor)
+def _auto(op: str, call: Call, log: bool) -> str:
+    for implementation in _in_order(op, call):
+        obstacle = implementation.why_not(call.tensor)
         if obstacle is None:
             return implementation.backend
-        if log and not torch.compiler.is_compiling() and _is_downgrade(op, implementation, tensor):
+        if log and not torch.compiler.is_compiling() and _is_downgrade(op, implementation, call.tensor):
             warn_once(op, implementation.backend, obstacle)
     raise RuntimeError(f"{op}: no implementation can run; there is {', '.join(_names(op))}")
 
 
-def _in_order(op: str, tensor: torch.Tensor, prefix: bool, gradient: bool) -> Iterator[Implementation]:
+def _in_order(op: str, call: Call) -> Iterator[Implementation]:
     """What "auto" tries."""
     backends = list(_preferred(op))
-    family = generation(tensor.device)
+    family = generation(call.tensor.device)
     if family:
-        backends += [choice.backend for choice in CHOICES.get(op, ()) if choice.fits(family, tensor, prefix, gradient)]
-    elif tensor.device.type == "cpu":
+        backends += [choice.backend for choice in CHOICES.get(op, ()) if choice.fits(family, call)]
+    elif call.tensor.device.type == "cpu":
         backends.append("cpu")
     for backend in (*backends, "reference"):
         implementation = _find(op, backend)
-        if implementation is not None:
+        if implementation is not None and (implementation.ragged or not call.ragged):
             yield implementation
 
 
@@ -198,7 +201,9 @@ def _is_downgrade(op: str, implementation: Implementation, tensor: torch.Tensor)
 
 
 def _preferred(op: str) -> tuple[str, ...]:
-    return PREFERENCE.get(op, ()) + PREFERENCE.get(_EVERY, ())
+    """An operator's own come first; its "auto" means nothing but these."""
+    own = PREFERENCE.get(op, ())
+    return own[:-1] if own and own[-1] == "auto" else own + PREFERENCE.get(_EVERY, ())
 
 
 def _find(op: str, backend: str) -> Implementation | None:
@@ -225,6 +230,7 @@ def explain(
     backend: str = "auto",
     *,
     prefix: bool = False,
+    ragged: bool = False,
     gradient: bool | None = None,
 ) -> Explanation:
     """What would run for operator `op` on a tensor like this one, and why the others would not.
@@ -234,6 +240,7 @@ def explain(
         tensor: the operator's first tensor, or one of the same dtype, device and shape.
         backend: as passed to the operator.
         prefix: whether the call has a shared prefix.
+        ragged: whether that has lengths of its own.
         gradient: whether it wants a gradient; by default whether the tensor does.
 
     Raises:
@@ -243,18 +250,19 @@ def explain(
         raise ValueError(f"explain: op: expected one of {tuple(REGISTRY)}, got {op!r}")
     if gradient is None:
         gradient = tensor.requires_grad and torch.is_grad_enabled()
+    call = Call(tensor, prefix, ragged, gradient)
     try:
-        chosen = resolve(op, backend, tensor, prefix=prefix, gradient=gradient, log=False)
+        chosen = resolve(op, backend, call, log=False)
     except RuntimeError as error:
         chosen = f"none: {error}"
-    tried = [each.backend for each in _in_order(op, tensor, prefix, gradient)]
+    tried = [each.backend for each in _in_order(op, call)]
     reasons = {}
     for implementation in REGISTRY[op]:
         why_not = implementation.why_not(tensor)
         if implementation.backend == chosen:
             module = implementation.faster(tensor)
             how = "" if module is None else ", in C++"
-            reasons[chosen] = f"chosen{how}{_because(op, chosen, backend, tensor, prefix, gradient)}"
+            reasons[chosen] = f"chosen{how}{_because(op, chosen, backend, call)}"
         elif why_not is not None:
             reasons[implementation.backend] = why_not
         elif implementation.backend in tried:
@@ -264,16 +272,16 @@ def explain(
     return Explanation(op, chosen, reasons)
 
 
-def _because(op: str, chosen: str, backend: str, tensor: torch.Tensor, prefix: bool, gradient: bool) -> str:
+def _because(op: str, chosen: str, backend: str, call: Call) -> str:
     """What speaks for a backend that was chosen, if it has to be said."""
     if backend != "auto":
         return ""
     if chosen in _preferred(op):
         return ": FASTVAR_BACKEND prefers it"
-    family = generation(tensor.device)
+    family = generation(call.tensor.device)
     if not family or chosen == "reference":
         return ""
-    rows = (row for row in CHOICES[op] if row.backend == chosen and row.fits(family, tensor, prefix, gradient))
+    rows = (row for row in CHOICES[op] if row.backend == chosen and row.fits(family, call))
     if family in next(rows).measured:
         return f": recorded runs on {family} show that it pays"
     return f": predicted to pay on {family}, not yet measured there as it is now"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fastvar.ops._choices import Call
 from fastvar.ops._dispatch import REGISTRY, Implementation, resolve
 from fastvar.profiling import ENABLED, annotate
 from fastvar.schedule import ScaleSchedule
@@ -65,6 +66,7 @@ class Operator:
         self._schedule_at = next((i for i, field in enumerate(fields) if field[-1] == "grids"), None)
         self._tensors_at = tuple(i for i, field in enumerate(fields) if field[0] in ("Tensor", "Tensor?"))
         self._prefix_at = next((i for i, field in enumerate(fields) if field[-1] == "prefix_k"), None)
+        self._ragged_at = next((i for i, field in enumerate(fields) if field[-1] == "prefix_lengths"), None)
         self._written_at = tuple(i for i, field in enumerate(fields) if "!" in field[0])
 
         _LIBRARY.define(f"{name}({arguments}, str backend) -> {returns}")
@@ -93,7 +95,8 @@ class Operator:
     def resolve(self, backend: str, *args: Any) -> str:
         """The backend that runs for a call."""
         prefix = self._prefix_at is not None and args[self._prefix_at] is not None
-        return resolve(self.name, backend, args[0], prefix=prefix, gradient=self._wants_gradient(args))
+        ragged = self._ragged_at is not None and args[self._ragged_at] is not None
+        return resolve(self.name, backend, Call(args[0], prefix, ragged, self._wants_gradient(args)))
 
     def _wants_gradient(self, args: Sequence[Any]) -> bool:
         if self._function is None or not torch.is_grad_enabled():
@@ -106,7 +109,7 @@ class Operator:
                 # An exported program, or a direct call of the op, has not been through `resolve`, which would have
                 # loaded the extension and said what stands in the way.
                 if backend not in self._ready:
-                    resolve(self.name, backend, tensor)
+                    resolve(self.name, backend, Call(tensor))
                     self._ready.add(backend)
                 return importlib.import_module(implementation.faster(tensor) or implementation.module)
         raise RuntimeError(f"{self.name}: backend={backend!r} does not exist for this operator")

@@ -17,6 +17,7 @@ def package_implementation(
     *,
     devices: tuple[str, ...] = ("cuda",),
     head_dims: int | None = None,
+    ragged: bool = True,
     verified: tuple[str, ...] = (),
 ) -> Implementation:
     """The implementation `fastvar.kernels.<op>.impl_<backend>`, on explicit request; see `Implementation`.
@@ -28,13 +29,14 @@ def package_implementation(
         dtypes: what it takes on a GPU.
         devices: see `Implementation`.
         head_dims: the largest head dimension that it takes on a GPU, all multiples of 8 up to it; None for any.
+        ragged: see `Implementation`.
         verified: see `Implementation`.
     """
     # looked for once: dispatch must stay traceable
-    installed = not packages or any(_installed(package) for package in packages)
+    there = not packages or any(installed(package) for package in packages)
 
     def missing() -> str | None:
-        return None if installed else f"{packages[0]} is not installed (pip install {packages[0]})"
+        return None if there else f"{packages[0]} is not installed (pip install {packages[0]})"
 
     def obstacle(tensor: torch.Tensor) -> str | None:
         if tensor.device.type != "cuda":
@@ -49,10 +51,13 @@ def package_implementation(
         return None
 
     module = f"fastvar.kernels.{op}.impl_{backend}"
-    return Implementation(backend, module, devices=devices, missing=missing, obstacle=obstacle, verified=verified)
+    return Implementation(
+        backend, module, devices=devices, missing=missing, obstacle=obstacle, ragged=ragged, verified=verified
+    )
 
 
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
+    """Whether a package of this name on the index is there: two share the module flash_attn."""
     try:
         distribution(package)
     except PackageNotFoundError:

@@ -9,7 +9,7 @@ import torch
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
-from fastvar.ops._packages import package_implementation
+from fastvar.ops._packages import installed, package_implementation
 from fastvar.ops._triton import triton_implementation
 from fastvar.schedule import ScaleSchedule
 
@@ -68,9 +68,16 @@ _OPERATOR = Operator(
         ),
         package_implementation("flex", "block_causal_attention", (), (torch.float32, *_HALF)),
         package_implementation(
-            "flash_attn", "block_causal_attention", ("flash-attn-4", "flash-attn"), _HALF, head_dims=256
+            "flash_attn",
+            "block_causal_attention",
+            ("flash-attn-4", "flash-attn"),
+            _HALF,
+            head_dims=256,
+            ragged=installed("flash-attn-4"),
         ),
-        package_implementation("xformers", "block_causal_attention", ("xformers",), (torch.float32, *_HALF)),
+        package_implementation(
+            "xformers", "block_causal_attention", ("xformers",), (torch.float32, *_HALF), ragged=False
+        ),
         Implementation("reference", "fastvar.kernels.block_causal_attention.reference", verified=("CPU",)),
     ],
     keeps_results=True,

@@ -94,6 +94,7 @@ def cross_entropy(
     hidden, weight, bias = checked(op, hidden, weight, bias, tokens)
     needs = wanted(hidden, weight, bias)
     given = [None if t is None else t.detach() for t in (hidden, weight, bias, tokens, weights)]
+    backend = _CROSS_ENTROPY.resolve(backend, *given)
     loss, losses, entropy, *gradients = _CROSS_ENTROPY(backend, *given, label_smoothing, needs)
-    loss = with_gradients(loss, (hidden, weight, bias), gradients, needs, _CROSS_ENTROPY.resolve(backend, hidden))
+    loss = with_gradients(loss, (hidden, weight, bias), gradients, needs, backend)
     return CrossEntropy(loss, losses, entropy)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
-from fastvar.ops._dispatch import resolve
 from fastvar.ops._one_pass import wanted, with_gradients
 from fastvar.ops._operator import Operator
 from fastvar.ops.token_log_probs import Head, checked, checked_reference, fake_gradients, implementations
@@ -213,7 +212,8 @@ def policy_loss(
 
     Returns:
         See `PolicyLoss`. Differentiable in hidden, weight and bias. In float32 (float64 for float64). Where nothing is
-        trained the loss is 0 with zero gradients.
+        trained the loss is 0 with zero gradients. Gradients are made together with the loss and kept until its backward
+        pass, the weight's in float32: to measure alone, call it under `torch.no_grad()`.
 
     Raises:
         ValueError: shapes or settings that do not fit.
@@ -222,7 +222,7 @@ def policy_loss(
         Schulman, Approximating KL divergence (2020); geometric-mean ratios: GSPO (arXiv 2507.18071).
     """
     op = "policy_loss"
-    resolve(op, backend, hidden)
+    backend = _LOSS.resolve(backend, hidden)
     _checks.schedule(op, schedule)
     _checks.shape(op, "hidden", hidden, "B", schedule.num_tokens, "V" if weight is None else "E")
     batch, length = hidden.shape[:2]
@@ -296,7 +296,7 @@ def policy_loss(
         entropy_weight,
     )
     gradients = (of_hidden, of_weight, of_bias)
-    loss = with_gradients(loss, (hidden, weight, bias), gradients, needs, _LOSS.resolve(backend, hidden))
+    loss = with_gradients(loss, (hidden, weight, bias), gradients, needs, backend)
     kl, clip_fraction, entropy, *by_scale = measured
     return PolicyLoss(loss, kl, clip_fraction, entropy, log_probs, *by_scale)
 

@@ -108,7 +108,7 @@ def token_log_probs(
         the product are first rounded to its dtype, as a linear layer would. A row's result does not depend on the
         other rows, nor on how many they are, wherever a matrix product of 16 rows or more has that property. The
         weight's gradient is summed in a fixed order in float32 and rounded once. On a GPU products of float32 follow
-        torch.set_float32_matmul_precision, as a linear layer's do, save for the logits of backend "triton".
+        torch.set_float32_matmul_precision, as a linear layer's do.
 
         A row whose incoming gradients are all 0 is left out of the gradients, whatever stands in it, NaN too. A logit
         of minus infinity has probability 0 and, unless it is the token's own, no gradient; the log-probability of such

@@ -30,7 +30,7 @@ from fastvar.rl.rows import indices, taken
 from fastvar.rl.scores import score
 from fastvar.rl.update import segment_loss, token_totals
 from fastvar.rl.wrapping import CalledPolicy, gather_for_methods
-from fastvar.training.checkpoints import checkpoint_folder, remove_checkpoints, save_checkpoint, saved_steps
+from fastvar.training.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint, saved_steps
 from fastvar.training.ema import EMA
 from fastvar.training.log import RunLog
 from fastvar.training.loop import check_same_settings, parameter_groups
@@ -133,7 +133,7 @@ class VMRGRPOTrainer:
         first = steps[-1] if steps else 0
         if steps:
             check_same_settings(output / "settings.json", settings)
-            accelerator.load_state(str(checkpoint_folder(output, first)))
+            load_checkpoint(accelerator, output, first, self.optimizer)
             if main and first == 0:  # stopped before the first step: its first evaluation is made again
                 (output / "metrics.jsonl").unlink(missing_ok=True)
         else:

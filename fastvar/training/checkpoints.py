@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,6 +28,20 @@ def saved_steps(output: Path) -> list[int]:
 def remove_checkpoints(output: Path) -> None:
     """Forget an old run, so that its checkpoints are not mixed with those of a new one."""
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
+
+
+def load_checkpoint(accelerator: Accelerator, output: Path, step: int, optimizer: Any) -> None:
+    """Read back what `save_checkpoint` wrote.
+
+    The optimizer's moments get the memory layout of their parameters, which may have been another when they were saved:
+    fused optimizers pair the two by their places in memory.
+    """
+    accelerator.load_state(str(checkpoint_folder(output, step)))
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                if value.stride() != parameter.stride():
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int) -> Path:

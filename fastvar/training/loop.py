@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from fastvar.files import write_json
 from fastvar.training.batches import StepSampler, step_loader
-from fastvar.training.checkpoints import checkpoint_folder, remove_checkpoints, save_checkpoint, saved_steps
+from fastvar.training.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint, saved_steps
 from fastvar.training.ema import EMA
 from fastvar.training.log import RunLog
 from fastvar.training.pictures import save_picture
@@ -205,7 +205,7 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
     if steps:
         first_step = steps[-1]
         check_same_settings(output / "settings.json", settings)
-        accelerator.load_state(str(checkpoint_folder(output, first_step)))
+        load_checkpoint(accelerator, output, first_step, optimizer)
     elif accelerator.is_main_process:
         remove_checkpoints(output)
         (output / "metrics.jsonl").unlink(missing_ok=True)

@@ -39,7 +39,7 @@ def _normalised(x, seen, C: tl.constexpr, eps):
     mean = tl.sum(x, 1)[:, None] / C
     centred = tl.where(seen, x - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1)[:, None] / C + eps)
-    return centred * rstd, rstd
+    return tl.where(seen, centred * rstd, 0.0), rstd  # of nothing but zeros, with an eps of 0, that would be NaN
 
 
 @triton.jit(do_not_specialize=["L"])

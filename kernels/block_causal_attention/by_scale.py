@@ -151,7 +151,8 @@ class ByScale:
                 )  # fmt: skip
                 dq = dq.reshape(q.shape)
         add_q = dq is not None
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if dq is None else dq.contiguous()
+        wide = torch.promote_types(q.dtype, torch.float32)  # what is added up is rounded once, at the end
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if dq is None else dq.to(wide).contiguous()
         dk = dv = None
         # the last scale comes first: it sees all keys, and the gradients of the others are added to its own
         parts = _parts(schedule, block_diagonal, q.shape[-1] <= self.package.takes_scales[1])
@@ -166,10 +167,11 @@ class ByScale:
                 dq[:, rows] = part_q
             if dk is None or dv is None:
                 if part_k.shape == k.shape:
-                    dk, dv = part_k.contiguous(), part_v.contiguous()
+                    kept = part_k.dtype if len(parts) == 1 else wide
+                    dk, dv = part_k.to(kept).contiguous(), part_v.to(kept).contiguous()
                     del part_q, part_k, part_v
                     continue
-                dk, dv = torch.empty_like(dq), torch.empty_like(dq)
+                dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
             if block_diagonal:
                 dk[:, keys], dv[:, keys] = part_k, part_v
             else:
@@ -177,7 +179,7 @@ class ByScale:
                 dv[:, keys] += part_v
             del part_q, part_k, part_v  # before the next call, which has as much of its own
         found = (dq, dk, dv, prefix_dk, prefix_dv)
-        return [t.contiguous() for t, need in zip(found, needs, strict=False) if need and t is not None]
+        return [t.to(q.dtype).contiguous() for t, need in zip(found, needs, strict=False) if need and t is not None]
 
     def _gradients(
         self,

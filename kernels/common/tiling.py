@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 Tile = Mapping[str, int]  # a kernel's block sizes, num_warps and num_stages
+LENGTHS = ("length", "queries", "cells")  # numbers of a call that may be smaller than where a tile was measured
 Key = Mapping[str, int]  # what a call is: bits of an element, head_dim, length and the like
 
 # Shared memory that a block may have, in bytes (CUDA C++ Programming Guide, technical specifications).
@@ -85,6 +86,12 @@ class Row:
     def fits(self, family: str, key: Key) -> bool:
         return self.family in (None, family) and all(key[name] <= bound for name, bound in self.most.items())
 
+    def fits_as_measured(self, key: Key) -> bool:
+        """Whether a row of the user's own is for a call: no other head dimension or dtype, but shorter rows too."""
+        return all(
+            key[name] <= number if name in LENGTHS else key[name] == number for name, number in self.most.items()
+        )
+
 
 TABLES: dict[str, Table] = {}
 
@@ -146,7 +153,8 @@ class Table:
 
     def _chosen(self, card: Card, items: tuple[tuple[str, int], ...]) -> Tile:
         own = own_tiles(card.name).rows(self.name, self.version)
-        return self._first((*own, *self.rows), card, dict(items))
+        key = dict(items)
+        return self._first((*(row for row in own if row.fits_as_measured(key)), *self.rows), card, key)
 
     def _first(self, rows: Sequence[Row], card: Card, key: Key) -> Tile:
         for row in rows:
@@ -202,11 +210,15 @@ def own_tiles(name: str) -> OwnTiles:
     Raises:
         ValueError: a file that is no such table.
     """
-    path = own_path(name)
-    if not name or not path.is_file():
+    try:
+        path = own_path(name)
+        text = path.read_text() if name and path.is_file() else ""
+    except (OSError, RuntimeError):  # no home, or not this user's: nothing was tuned
+        text = ""
+    if not text:
         return OwnTiles()
     try:
-        given: dict[str, Any] = json.loads(path.read_text())
+        given: dict[str, Any] = json.loads(text)
         kernels = {
             kernel: (
                 str(found["version"]),

@@ -130,7 +130,7 @@ def _lay_out(like_ptr, place, values, never, V: tl.constexpr, BLOCK_V: tl.conste
     tl.store(at, values, never & (place >= 0)[:, None] & (column < V)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # a lone row is summed as others are
 def _tokens(
     z_ptr, b_ptr, y_ptr, c_ptr, token_ptr, own_ptr, entropy_ptr, kl_ptr, mean_ptr, sum_ptr,
     of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr, reference_ptr,
@@ -260,7 +260,7 @@ def _bit_logits(z_ptr, b_ptr, place, column, z_m, z_v, factor, V: tl.constexpr, 
     return tl.where(z > -IMPOSSIBLE, -IMPOSSIBLE, z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # a lone row is summed as others are
 def _bits(
     z_ptr, b_ptr, y_ptr, c_ptr, bit_ptr, own_ptr, entropy_ptr, kl_ptr, mean_ptr,
     of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr, reference_ptr,

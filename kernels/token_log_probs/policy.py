@@ -45,12 +45,12 @@ def terms(
     mask = torch.ones_like(log_probs)
     if token_mask is not None:
         mask.copy_(token_mask)
-    mask[:, : grids.starts[first_scale]] = 0
+    mask[:, : grids.starts[first_scale]].zero_()
     trained = mask > 0
     totals = None
     if mask_totals is not None:
         totals = mask_totals.to(mask.dtype, copy=True)
-        totals[:first_scale] = 0
+        totals[:first_scale].zero_()
     weight, total = _weights(mask, grids, panw_alpha, panw_normalisation, totals)
     share = _divide(weight, total)
 

@@ -82,7 +82,8 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for place, parameter in enumerate(launch.kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and special):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]
@@ -93,7 +94,7 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and special:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

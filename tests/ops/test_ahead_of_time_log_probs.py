@@ -34,9 +34,11 @@ def launches(
     bits: bool = False,
     logits: bool = False,
     kl: bool = False,
+    scales: tuple[int, ...] = (1, 2),
 ) -> list[Launch]:
-    """Of the kernels over logits, for a few rows."""
-    rows, width = (1, 5), 1024
+    """Of the kernels over logits, for the tokens of a sample."""
+    schedule, width = ScaleSchedule(scales), 1024
+    rows = (1, schedule.num_tokens)
     hidden = torch.empty(*rows, size if logits else width, dtype=dtype)
     weight, bias = (torch.empty(*s, dtype=head or dtype) for s in ((size, width), (size,)))
     tokens = torch.empty(*rows, size, dtype=torch.bool) if bits else torch.zeros(rows, dtype=torch.int64)
@@ -46,7 +48,7 @@ def launches(
     values = torch.empty(rows)
     objective = ("token", 0.1, "exact", 0.1) if kl else ("token", 0.1, "k3", 0.0)
     reference = None if kl else values
-    settings = (values, reference, values[:, 0], None, None, ScaleSchedule((1, 2)), 0, 0.6, "per_scale", 0.2, 0.2)
+    settings = (values, reference, values[:, 0], None, None, schedule, 0, 0.6, "per_scale", 0.2, 0.2)
 
     def call() -> None:
         if way == "scores":
@@ -91,6 +93,8 @@ def test_rows_of_logits(size: int, capability: int) -> None:
             assert "ld.global.v4.b32" in found.ptx and "st.global.v4.b32" in found.ptx, where
             assert not re.search(r"(ld|st)\.global\.[\w:.]*b(8|16)\b", found.ptx), where
             orders |= layouts(found)
+    alone = launches("scores", size, scales=(1,))[0]  # a token is scored alone as beside others
+    orders |= layouts(compile_for(alone, capability))
     assert len(orders) == 1, orders
 
 

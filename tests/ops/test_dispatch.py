@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,8 @@ def test_preference(install: Callable[..., None], caplog: pytest.LogCaptureFixtu
     assert torch.equal(adaptive_layer_norm(X, SCALE, SHIFT, backend="reference"), reference)
     install("cpu", prefer="cpu,adaptive_layer_norm=reference")  # an operator's own comes first
     assert torch.equal(adaptive_layer_norm(X, SCALE, SHIFT), reference)
+    install("triton", prefer="triton,adaptive_layer_norm=auto")  # all but this one
+    assert torch.equal(adaptive_layer_norm(X, SCALE, SHIFT), reference)
     with caplog.at_level(logging.WARNING, "fastvar"):
         install("triton", prefer="triton", devices=("cuda",))
         assert torch.equal(adaptive_layer_norm(X, SCALE, SHIFT), reference)
@@ -198,8 +201,22 @@ def test_preference(install: Callable[..., None], caplog: pytest.LogCaptureFixtu
     assert caplog.messages == ["adaptive_layer_norm: triton is passed over: triton is not installed"]
 
 
+def test_what_takes_no_lengths_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preference goes on where an explicit call gets its error."""
+    q = torch.zeros(1, 5, 1, 8)
+    here = tuple(
+        replace(each, devices=(), missing=lambda: None) if each.backend == "xformers" else each
+        for each in REGISTRY["block_causal_attention"]
+    )
+    monkeypatch.setitem(REGISTRY, "block_causal_attention", here)
+    monkeypatch.setattr(_dispatch, "PREFERENCE", parse_preference("xformers"))
+    told = [explain("block_causal_attention", q, prefix=True, ragged=ragged).backend for ragged in (False, True)]
+    assert told == ["xformers", "cpu"]
+
+
 def test_parse_preference() -> None:
     assert parse_preference("") == parse_preference("auto") == {}
+    assert parse_preference("triton,a=auto") == {"": ("triton",), "a": ("auto",)}
     assert parse_preference("triton, cuda,a=sdpa,a=triton,b=reference") == {
         "": ("triton", "cuda"),
         "a": ("sdpa", "triton"),
@@ -242,7 +259,16 @@ HALF, FLOAT = torch.bfloat16, torch.float32
         ("block_causal_attention", (1, 2240, 30, 64), torch.float16, {"gradient": True}, "triton"),
         ("block_causal_attention", (1, 521, 16, 128), HALF, {"gradient": True}, "triton"),
         ("block_causal_attention", (1, 10521, 16, 128), HALF, {"gradient": True}, "sdpa"),
-        ("block_causal_attention", (1, 680, 16, 64), FLOAT, {}, "sdpa"),
+        ("block_causal_attention", (1, 10521, 16, 128), HALF, {"gradient": True, "prefix": True}, "sdpa"),
+        (
+            "block_causal_attention",
+            (1, 10521, 16, 128),
+            HALF,
+            {"gradient": True, "prefix": True, "ragged": True},
+            "triton",
+        ),
+        ("block_causal_attention", (1, 10521, 16, 128), HALF, {}, "triton"),
+        ("block_causal_attention", (1, 680, 16, 64), FLOAT, {}, "triton"),
         ("cached_attention", (8, 256, 16, 64), HALF, {}, "triton"),
         ("qk_norm_rope", (8, 680, 16, 64), HALF, {"gradient": True}, "triton"),
         ("qk_norm_rope_into_cache", (8, 4, 16, 64), HALF, {}, "triton"),
@@ -301,7 +327,7 @@ def test_deterministic_algorithms() -> None:
                 found.append([explain("block_causal_attention", q, gradient=g).backend for g in (False, True)])
             finally:
                 torch.use_deterministic_algorithms(False)
-    assert found == [["sdpa", "sdpa"], ["sdpa", "triton"]]
+    assert found == [["triton", "sdpa"], ["triton", "triton"]]
 
 
 def test_the_table_names_what_there_is() -> None:

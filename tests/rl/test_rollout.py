@@ -238,9 +238,9 @@ def test_subjects_are_shared_by_their_group(kind: str, monkeypatch: pytest.Monke
     references = torch.rand(2, 3, *var.tokenizer.config.image_size, generator=torch.Generator().manual_seed(0))
     prompts = Prompts(["1", "2"], references=references)
     prefilled = []
-    original = VAR.prefill
+    original = VAR._subject_stream
     monkeypatch.setattr(
-        VAR, "prefill", lambda self, subject, keep=None: prefilled.append(len(subject)) or original(self, subject, keep)
+        VAR, "_subject_stream", lambda self, subject: prefilled.append(len(subject)) or original(self, subject)
     )
     drawn = rollout(var, kind, prompts)
     advantages = advantages_of(var, drawn)

@@ -18,7 +18,7 @@ import torch
 from fastvar.data import HandwritingScenes
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.training import TokenDataset, TokenizerTask, TrainConfig, VARTask, train
-from fastvar.training.checkpoints import saved_steps
+from fastvar.training.checkpoints import load_checkpoint, saved_steps
 from fastvar.training.ema import EMA
 from fastvar.training.log import RunLog, read_metrics
 from fastvar.training.loop import parameter_groups
@@ -332,3 +332,21 @@ def test_log_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert first["resume"] == "allow" and rest[:2] == [(1, {"loss": 2.0, "other": 3.0}), "finished"]
     assert rest[2] == first  # resumed
     assert rest[5]["id"] != first["id"]  # begun anew
+
+
+def test_moments_get_the_layout_of_their_parameters(tmp_path: Path) -> None:
+    """A run whose tokenizer was not yet channels-last goes on as if it had been."""
+    weights = []
+    for contiguous in (False, True):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+        for step in range(3):
+            weight.grad = torch.randn(weight.shape).to(memory_format=torch.channels_last)
+            optimizer.step()
+            if step == 1 and contiguous:
+                state = optimizer.state[weight]
+                state.update({name: value.contiguous() for name, value in state.items()})
+                load_checkpoint(SimpleNamespace(load_state=lambda _: None), tmp_path, 1, optimizer)
+        weights.append(weight.detach())
+    assert torch.equal(*weights)
