@@ -39,9 +39,9 @@ def load_checkpoint(accelerator: Accelerator, output: Path, step: int, optimizer
     accelerator.load_state(str(checkpoint_folder(output, step)))
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                if value.stride() != parameter.stride():
-                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if moment and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int) -> Path:
