@@ -155,9 +155,10 @@ FASTVAR_HOST_DEVICE inline void image(const Team& team, const Call& call, int64_
     }
     team.sync();
     const Strip shape(size, sharing.lines);
+    const Weights weights(channels, sharing.share);
     for (int32_t first = 0; first < size.height; first += sharing.lines) {
       upsample(team, tokenizer, tokens, grid, size, first, shape, scratch, strip);
-      apply_phi(team, tokenizer, call.phi_index[k], strip, size, first, shape, low, high, scratch,
+      apply_phi(team, tokenizer, call.phi_index[k], strip, size, first, shape, low, high, weights, scratch,
                 [&](int32_t channel, int32_t y, int32_t x, float value) {
                   const int32_t place = (channel - low) * cells + y * size.width + x;
                   residual[place] -= value;
@@ -231,11 +232,12 @@ FASTVAR_HOST_DEVICE inline void tiled_add(const Team& team, const TiledCall& til
   const int64_t plane = index * channels * size.tokens();
   const int32_t first = block * tiled.lines;
   const Strip strip(size, tiled.lines);
+  const Weights weights(channels, channels);
   float* scratch = floats + strip.floats(channels);
   upsample(team, call.tokenizer, call.tokens + index * call.length + tiled.start, grid, size, first, strip, scratch,
            floats);
-  apply_phi(team, call.tokenizer, call.phi_index[tiled.scale], floats, size, first, strip, 0, channels, scratch,
-            [&](int32_t channel, int32_t y, int32_t x, float value) {
+  apply_phi(team, call.tokenizer, call.phi_index[tiled.scale], floats, size, first, strip, 0, channels, weights,
+            scratch, [&](int32_t channel, int32_t y, int32_t x, float value) {
               const int64_t place = plane + channel * size.tokens() + y * size.width + x;
               tiled.residual[place] = (tiled.scale ? tiled.residual : call.features)[place] - value;
               call.feature_map[place] = (tiled.scale ? call.feature_map[place] : 0) + value;
@@ -262,10 +264,11 @@ FASTVAR_HOST_DEVICE inline void accumulate(const Team& team, const AccumulateCal
   const int32_t high = low + call.channels < channels ? low + call.channels : channels;
   const int64_t plane = index * channels * size.tokens();
   const Strip strip(size, call.lines);
+  const Weights weights(channels, call.channels);
   float* scratch = floats + strip.floats(channels);
   for (int32_t first = 0; first < size.height; first += call.lines) {
     upsample(team, call.tokenizer, call.tokens + index * grid.tokens(), grid, size, first, strip, scratch, floats);
-    apply_phi(team, call.tokenizer, 0, floats, size, first, strip, low, high, scratch,
+    apply_phi(team, call.tokenizer, 0, floats, size, first, strip, low, high, weights, scratch,
               [&](int32_t channel, int32_t y, int32_t x, float value) {
                 const int64_t place = plane + channel * size.tokens() + y * size.width + x;
                 call.accumulated[place] = call.feature_map[place] + value;

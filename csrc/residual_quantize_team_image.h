@@ -191,13 +191,13 @@ struct Weights {
 };
 
 // phi of a strip for the channels low to high - 1: write(channel, y, x, value) for each cell of its rows in the image.
-// `scratch` has room for the weights.
+// `scratch` has room for the weights as `shape` lays them out. It is the layout for as many filters as any block has:
+// one for fewer holds more input channels at a time, and may take more room.
 template <typename Team, typename Write>
 FASTVAR_HOST_DEVICE inline void apply_phi(const Team& team, const Tokenizer& tokenizer, int64_t phi, const float* from,
                                           Grid size, int32_t first, const Strip& strip, int32_t low, int32_t high,
-                                          float* scratch, const Write& write) {
+                                          const Weights& shape, float* scratch, const Write& write) {
   const auto channels = int32_t(tokenizer.channels);
-  const Weights shape(channels, high - low);
   const int32_t runs = (size.width + CELLS - 1) / CELLS, filters = (high - low + FILTERS - 1) / FILTERS;
   const int32_t items = strip.rows * runs * filters;
   const float* weights = tokenizer.phi_weight + phi * 9 * channels * channels;

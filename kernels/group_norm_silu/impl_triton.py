@@ -1,8 +1,9 @@
 """Group norm and SiLU in Triton, forward and backward, over rows of adjacent channels.
 
-Three launches: sums of each channel over a part of the rows, statistics of each group from all parts' sums, and the
-result. Sums are those of the distance to the sample's first row, so that a large mean costs no digits. The backward
-pass computes the statistics anew and has the same three steps. All sums are added in a fixed order.
+Three launches: moments of each channel over a part of the rows, statistics of each group from all parts' moments, and
+the result. Squares are those of distances to the means so far (Welford 1962), and moments are merged as Chan, Golub and
+LeVeque (1983) do, so that neither a large mean nor an outlier costs digits. The backward pass computes the statistics
+anew and has the same three steps, with sums. All is added in a fixed order.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def _place(parts, C: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _load(ptr, b, row, column, b_stride, n_stride, c_stride, seen):
-    return tl.load(ptr + b * b_stride + row.to(tl.int64) * n_stride + column * c_stride, seen, 0.0).to(tl.float32)
+    place = ptr + b * b_stride + row.to(tl.int64) * n_stride + column.to(tl.int64) * c_stride
+    return tl.load(place, seen, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -48,55 +50,84 @@ def _added(ptr, b, channel, valid, parts, C: tl.constexpr, G2: tl.constexpr, STE
 
 
 @triton.jit
-def _sums(
-    x_ptr, sums_ptr, x_b, x_n, x_c, N, size, parts,
+def _moments(
+    x_ptr, moments_ptr, x_b, x_n, x_c, N, size, parts,
     C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """Each channel's mean, and the squared distances to it, over a part."""
     b, part, column = _place(parts, C, COLS)
-    first = tl.load(x_ptr + b * x_b + column * x_c, column < C, 0.0).to(tl.float32)  # [1, COLS]
-    total = tl.zeros((ROWS, COLS), tl.float32)
+    begin, end = part * size, tl.minimum((part + 1) * size, N)
+    lane = tl.arange(0, ROWS)[:, None]
+    mean = tl.zeros((ROWS, COLS), tl.float32)  # of the rows that a lane has seen
     squares = tl.zeros((ROWS, COLS), tl.float32)
-    for start in range(part * size, tl.minimum((part + 1) * size, N), ROWS):
-        row = start + tl.arange(0, ROWS)[:, None]
-        seen = (row < N) & (column < C)
-        x = _load(x_ptr, b, row, column, x_b, x_n, x_c, seen)  # [ROWS, COLS]
-        x = tl.where(seen, x - first, 0.0)
-        total += x
-        squares += x * x
-    place = sums_ptr + (b * parts + part) * 2 * C + column
-    tl.store(place, tl.sum(total, 0)[None, :], column < C)
+    before = 0.0  # rows that a lane has seen
+    for start in range(begin, end, ROWS):
+        seen = (start + lane < N) & (column < C)
+        x = _load(x_ptr, b, start + lane, column, x_b, x_n, x_c, seen)  # [ROWS, COLS]
+        distance = tl.where(seen, x - mean, 0.0)
+        mean += distance * (1 / (before + 1))
+        squares += distance * distance * (before / (before + 1))
+        before += 1
+    count = (tl.maximum(end - begin - lane + ROWS - 1, 0) // ROWS).to(tl.float32)  # [ROWS, 1]
+    rows = (end - begin).to(tl.float32)
+    middle = (tl.sum(count * mean, 0) / rows)[None, :]
+    middle += (tl.sum(count * (mean - middle), 0) / rows)[None, :]  # what a sum of large means has lost
+    squares += count * (mean - middle) * (mean - middle)
+    place = moments_ptr + (b * parts + part) * 2 * C + column
+    tl.store(place, middle, column < C)
     tl.store(place + C, tl.sum(squares, 0)[None, :], column < C)
 
 
 @triton.jit
+def _part_of(ptr, b, start, channel, valid, base, N, size, parts, C: tl.constexpr, STEP: tl.constexpr):
+    """Some parts' numbers of rows [STEP, 1], and where they have any, where their moments are, and how far their means
+    are from `base` [STEP, G2]."""
+    part = start + tl.arange(0, STEP)[:, None]
+    seen = (part < parts) & valid[None, :]
+    place = ptr + (b * parts + part) * 2 * C + channel[None, :]
+    count = tl.where(part < parts, tl.minimum(N - part * size, size), 0).to(tl.float32)
+    return count, seen, place, tl.where(seen, tl.load(place, seen, 0.0) - base[None, :], 0.0)
+
+
+@triton.jit
 def _statistics(
-    x_ptr, sums_ptr, shift_ptr, statistics_ptr, x_b, x_c, N, parts, eps,
+    moments_ptr, shift_ptr, statistics_ptr, N, size, parts, eps,
     C: tl.constexpr, GROUPS: tl.constexpr, G2: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = C // GROUPS
     b, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
     valid = tl.arange(0, G2) < G
     channel = group * G + tl.arange(0, G2)
-    total, squares = _added(sums_ptr, b, channel, valid, parts, C, G2, STEP)
-    first = tl.load(x_ptr + b * x_b + channel * x_c, valid, 0.0).to(tl.float32)  # [G2]
+    base = tl.load(moments_ptr + b * parts * 2 * C + channel, valid, 0.0)  # the first part's means [G2]
+    total = tl.zeros((STEP, G2), tl.float32)
+    for start in range(0, parts, STEP):
+        count, _, _, apart = _part_of(moments_ptr, b, start, channel, valid, base, N, size, parts, C, STEP)
+        total += count * apart
+    offset = tl.sum(total, 0) / N
+    squares = tl.zeros((STEP, G2), tl.float32)
+    for start in range(0, parts, STEP):
+        count, seen, place, apart = _part_of(moments_ptr, b, start, channel, valid, base, N, size, parts, C, STEP)
+        squares += tl.load(place + C, seen, 0.0) + count * (apart - offset[None, :]) * (apart - offset[None, :])
     shift = tl.zeros((G2,), tl.float32)
     if SHIFT:
         shift = tl.load(shift_ptr + channel, valid, 0.0).to(tl.float32)
-    means = tl.where(valid, first + shift + total / N, 0.0)
+    means = tl.where(valid, base + shift + offset, 0.0)
     mean = tl.sum(means, 0) / G
+    mean += tl.sum(tl.where(valid, means - mean, 0.0), 0) / G  # what a sum of large means has lost
     spread = tl.where(valid, means - mean, 0.0)
-    variance = (tl.sum(squares - total * total / N, 0) + tl.sum(spread * spread, 0) * N) / G / N
-    rstd = 1 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
-    place = statistics_ptr + b * 2 * C + channel
+    variance = (tl.sum(tl.sum(squares, 0), 0) + tl.sum(spread * spread, 0) * N) / G / N
+    rstd = 1 / tl.sqrt(variance + eps)
+    place = statistics_ptr + b * 3 * C + channel
     tl.store(place, mean - shift, valid)
     tl.store(place + C, tl.zeros((G2,), tl.float32) + rstd, valid)
+    tl.store(place + 2 * C, spread * rstd, valid)
 
 
 @triton.jit
 def _normalised(x, statistics_ptr, weight_ptr, bias_ptr, b, column, C: tl.constexpr):
     """The normalised rows, the gain 1 / deviation and the weight [1, COLS], and the result before SiLU."""
-    mean = tl.load(statistics_ptr + b * 2 * C + column, column < C, 0.0)
-    rstd = tl.load(statistics_ptr + b * 2 * C + C + column, column < C, 0.0)
+    mean = tl.load(statistics_ptr + b * 3 * C + column, column < C, 0.0)
+    rstd = tl.load(statistics_ptr + b * 3 * C + C + column, column < C, 0.0)
     weight = tl.load(weight_ptr + column, column < C, 0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, column < C, 0.0).to(tl.float32)
     normed = (x - mean) * rstd
@@ -151,7 +182,7 @@ def _gradient_sums(
 
 @triton.jit
 def _gradient_statistics(
-    sums_ptr, weight_ptr, channels_ptr, groups_ptr, N, parts,
+    sums_ptr, statistics_ptr, weight_ptr, channels_ptr, groups_ptr, N, parts,
     C: tl.constexpr, GROUPS: tl.constexpr, G2: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = C // GROUPS
@@ -160,11 +191,17 @@ def _gradient_statistics(
     channel = group * G + tl.arange(0, G2)
     total, along = _added(sums_ptr, b, channel, valid, parts, C, G2, STEP)
     weight = tl.load(weight_ptr + channel, valid, 0.0).to(tl.float32)
-    place = b * 2 * C + channel
-    tl.store(channels_ptr + place, total, valid)
-    tl.store(channels_ptr + place + C, along, valid)
-    tl.store(groups_ptr + place, tl.zeros((G2,), tl.float32) + tl.sum(weight * total, 0) / G / N, valid)
-    tl.store(groups_ptr + place + C, tl.zeros((G2,), tl.float32) + tl.sum(weight * along, 0) / G / N, valid)
+    group_total, group_along = tl.sum(weight * total, 0) / G / N, tl.sum(weight * along, 0) / G / N
+    rstd = tl.load(statistics_ptr + b * 3 * C + C + channel, valid, 0.0)
+    normed = tl.load(statistics_ptr + b * 3 * C + 2 * C + channel, valid, 0.0)
+    place = channels_ptr + b * 3 * C + channel
+    tl.store(place, total, valid)
+    tl.store(place + C, along, valid)
+    # the sum of dx, of which each is rounded
+    tl.store(place + 2 * C, rstd * (weight * total - (group_total + normed * group_along) * N), valid)
+    place = groups_ptr + b * 2 * C + channel
+    tl.store(place, tl.zeros((G2,), tl.float32) + group_total, valid)
+    tl.store(place + C, tl.zeros((G2,), tl.float32) + group_along, valid)
 
 
 @triton.jit
@@ -230,22 +267,24 @@ def backward(
         g, x, statistics, *affine, sums, *g.stride(), *x.stride(), length, launch.size, launch.parts,
         SILU=silu, **launch.tile,
     )  # fmt: skip
-    by_channel, by_group = torch.empty(2, batch, 2, channels, dtype=torch.float32, device=x.device)
-    _gradient_statistics[(batch * groups,)](sums, affine[0], by_channel, by_group, length, launch.parts, **launch.group)
+    by_channel = torch.empty(batch, 3, channels, dtype=torch.float32, device=x.device)
+    by_group = torch.empty(batch, 2, channels, dtype=torch.float32, device=x.device)
+    _gradient_statistics[(batch * groups,)](
+        sums, statistics, affine[0], by_channel, by_group, length, launch.parts, **launch.group
+    )
     dx = x.new_empty(0)
-    if needs[0] or needs[3]:
+    if needs[0]:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _backward[(launch.blocks * launch.tiles,)](
             g, x, statistics, *affine, by_group, dx, *g.stride(), *x.stride(), length, launch.tiles,
             SILU=silu, **launch.tile,
         )  # fmt: skip
-    found = [dx]
-    if any(needs[1:3]):
-        dbias, dweight = by_channel.sum(0)
-        found += [dweight.to(weight.dtype), dbias.to(bias.dtype)]
-    else:
-        found += [dx, dx]
-    found.append(dx.sum((0, 1), dtype=torch.float32).to(shift.dtype) if needs[3] and shift is not None else dx)
+    found = [dx, dx, dx, dx]
+    if any(needs[1:]):
+        dbias, dweight, dshift = by_channel.sum(0)
+        found[1:3] = dweight.to(weight.dtype), dbias.to(bias.dtype)
+        if shift is not None:
+            found[3] = dshift.to(shift.dtype)
     return [gradient for gradient, need in zip(found, needs, strict=True) if need]
 
 
@@ -271,13 +310,12 @@ class _Launch:
         return torch.empty(x.shape[0], self.parts, 2, x.shape[2], dtype=torch.float32, device=x.device)
 
     def statistics(self, x: torch.Tensor, shift: torch.Tensor | None, eps: float) -> torch.Tensor:
-        """(B, 2, C): what is subtracted from each channel and 1 / deviation."""
-        sums = self.sums_of(x)
-        _sums[(self.blocks * self.parts,)](x, sums, *x.stride(), x.shape[1], self.size, self.parts, **self.tile)
-        found = torch.empty(x.shape[0], 2, x.shape[2], dtype=torch.float32, device=x.device)
+        """(B, 3, C): what is subtracted from each channel, 1 / deviation, and the mean of the normalised channel."""
+        moments, length = self.sums_of(x), x.shape[1]
+        _moments[(self.blocks * self.parts,)](x, moments, *x.stride(), length, self.size, self.parts, **self.tile)
+        found = torch.empty(x.shape[0], 3, x.shape[2], dtype=torch.float32, device=x.device)
         shifts = found if shift is None else shift.contiguous()
         _statistics[(x.shape[0] * self.group["GROUPS"],)](
-            x, sums, shifts, found, x.stride(0), x.stride(2), x.shape[1], self.parts, eps,
-            SHIFT=shift is not None, **self.group,
-        )  # fmt: skip
+            moments, shifts, found, length, self.size, self.parts, eps, SHIFT=shift is not None, **self.group
+        )
         return found

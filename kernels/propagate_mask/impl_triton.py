@@ -34,8 +34,10 @@ def _propagate(
     mask_ptr, footprints_ptr, out_ptr, mask_b, mask_h, mask_w, L,
     TOKENS: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)  # of which there may be more than the second axis takes
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]  # [TOKENS, 1]
+    # images and tiles may both be more than a second axis takes
+    blocks = tl.cdiv(L, TOKENS)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)[:, None]  # [TOKENS, 1]
     valid = token < L
     top = tl.load(footprints_ptr + token, valid, 0)
     left = tl.load(footprints_ptr + L + token, valid, 0)
@@ -62,7 +64,7 @@ def forward(mask: torch.Tensor, schedule: ScaleSchedule, footprint: str, soft: b
     if batch:
         values = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         tile = tiles.PROPAGATE.choose(card(mask.device))
-        _propagate[(batch, triton.cdiv(length, tile["TOKENS"]))](
+        _propagate[(batch * triton.cdiv(length, tile["TOKENS"]),)](
             values, footprints(schedule, footprint, mask.device), out, *mask.stride(), length, **tile, SOFT=soft
         )
     return out

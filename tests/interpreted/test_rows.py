@@ -99,6 +99,18 @@ def test_channels_that_lie_far_apart(axis: int, gap: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize(("axis", "gap"), [(0, 2**31), (1, 2**30), (2, 2**28)])
+def test_groups_of_channels_that_lie_far_apart(axis: int, gap: int) -> None:
+    x, grad, weight = noise(2, 3, 16).half(), noise(2, 3, 16, seed=1).half(), noise(16, seed=2)
+    found = []
+    for rows, gradient in ((x, grad), (spread(x, axis, gap), grad), (x, spread(grad, axis, gap))):
+        leaf = rows.detach().requires_grad_()
+        result = ops.group_norm_silu(leaf, weight, weight, groups=2, backend="triton")
+        found.append([result, *torch.autograd.grad(result, leaf, gradient)])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 @pytest.mark.parametrize(("axis", "gap"), [(0, 2**31), (1, 2**30), (2, 2**27)])
 def test_logits_and_masks_that_lie_far_apart(axis: int, gap: int) -> None:
     logits, others, seeds = noise(2, 3, 20), noise(2, 3, 20, seed=1), torch.arange(2)

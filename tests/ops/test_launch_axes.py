@@ -26,6 +26,14 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def test_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of tokens are many too."""
+    monkeypatch.setattr(masks, "footprints", lambda *_: None)
+    mask = empty(1, 1024, 1024, dtype=torch.float32)
+    [launch] = launches_of(lambda: masks.forward(mask, ScaleSchedule((1, 1024)), "area", False))
+    assert len(launch.grid) == 1 and launch.grid[0] > MOST
+
+
 def test_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
     x, modulation, heads = empty(MANY, 4, 64), empty(MANY, 64), empty(MANY, 2, 3, 64)
     seeds, logits, mask = empty(MANY, dtype=torch.int64), empty(MANY, 2, 50), empty(MANY, 2, 2, dtype=torch.float32)

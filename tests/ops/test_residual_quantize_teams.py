@@ -74,6 +74,33 @@ def test_all_scales(
     torch.testing.assert_close(inputs, exact_inputs.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("parts", range(2, 9))
+def test_parts_with_fewer_channels(parts: int) -> None:
+    """The weights of the last block's few filters lie where those of a full block do: laid out for themselves they may
+    take more memory than there is."""
+    schedule = ScaleSchedule((1, 2, 4))
+    for channels in (5, 9, 31, 57, 73, 97, 100, 121, 130, 201):
+        features, codebook = noise(1, channels, 4, 4), noise(40, channels, seed=1)
+        phi = make_phi(channels, len(schedule), 2)
+        alone = quantize(features, codebook, schedule, phi, False, members=16)
+        found = quantize(features, codebook, schedule, phi, False, members=4, parts=parts, lines=3)
+        assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True)), channels
+
+
+@pytest.mark.parametrize(("channels", "filters"), [(12, 8), (100, 13), (97, 33)])
+def test_steps_with_fewer_filters_in_the_last_block(channels: int, filters: int) -> None:
+    schedule = ScaleSchedule((2, 4))
+    phi, codebook = make_phi(channels, 2, 2), noise(9, channels, seed=1)
+    feature_map, tokens = noise(1, channels, 4, 4), torch.arange(4)[None]
+    accumulated, inputs = torch.full_like(feature_map, torch.nan), torch.empty(1, 16, channels)
+    torch.ops.fastvar_cpu.accumulate_scale_by_teams(
+        feature_map, tokens, codebook, phi.weight[0], phi.bias[0], phi.ratio, 2, 2, 4, 4, 6, filters, 3, accumulated,
+        inputs,
+    )  # fmt: skip
+    expected = accumulate_scale(tokens, feature_map.double(), codebook.double(), schedule, 0, phi=phi)
+    torch.testing.assert_close(accumulated, expected.feature_map.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_the_launch_does_not_matter() -> None:
     """Bit for bit, over the scales of VAR with several tiles of codes and passes of rows."""
     features, codebook, phi = noise(1, 16, 16, 16), noise(700, 16, seed=1), make_phi(16, 10, 4)
