@@ -19,6 +19,8 @@ from tiny import some_subjects, tiny_var
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.memory import peak_memory
+from benchmarks.suites import generate as suite
 from fastvar.models import VAR, Generation, clear_graphs, graphs
 from fastvar.models.sampling import Beginning, Drawn, SamplingOptions, generate
 from fastvar.rl.adapters import add_adapters, without_adapters
@@ -399,6 +401,37 @@ found.add(_settings("cuda"))
 assert len(found) == 6, found
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_peak_memory_counts_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the call replays, not what others hold."""
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
+    var, other = tiny_var(), tiny_var(seed=1)
+    for each in (var, other):
+        generate(each, LABELS, graphs=True)
+    plain, graphed = (lambda: without(var, LABELS)), (lambda: generate(var, LABELS))
+    assert peak_memory(plain, "cuda") == 2
+    assert peak_memory(graphed, "cuda") == 2 + graphs.held()[id(var)].nbytes / 2**20 > 2
+
+
+def test_benchmark_says_whether_a_graph_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = {"grids": "1,2", "depth": 1, "width": 64, "batch": 2, "dtype": "float32"}
+    problem = suite.build(setting, torch.device("cpu"))
+    call = problem.contenders["fastvar"]
+    assert callable(call)
+    backends = []
+    for _ in range(3):
+        call(**problem.inputs)
+        backends.append(problem.backend)
+    monkeypatch.setattr(graphs, "room", lambda device: 0)
+    problem = suite.build(setting, torch.device("cpu"))
+    call = problem.contenders["fastvar"]
+    for _ in range(3):
+        call(**problem.inputs)
+    assert backends == ["no graphs", "graphs", "graphs"] and problem.backend == "no graphs"
 
 
 def test_a_state_is_consumed() -> None:
