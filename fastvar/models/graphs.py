@@ -20,6 +20,7 @@ freed, a warning says why, and calls of that kind run without one.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -221,7 +222,7 @@ def replay(
     Raises:
         Exception: whatever a capture raises, with `at_first`; without it, the call is to be made without a graph.
     """
-    device = seeds.device
+    device, outer = seeds.device, sys.exception()
     key = (
         options,
         _kind(start),
@@ -239,7 +240,7 @@ def replay(
             if at_first:
                 graphs.forget()
                 raise
-            failed = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            failed = _reason(error, outer)
         if failed:  # the exception, and what it holds of the device's memory, is gone
             graphs.forget()
             if device.type == "cuda":
@@ -253,6 +254,13 @@ def replay(
         vars(start).update(vars(drawn.state) if drawn.state is not None else {"scale": options.stop})
         drawn = drawn._replace(state=None if drawn.state is None else start)
     return drawn
+
+
+def _reason(error: BaseException, outer: BaseException | None) -> str:
+    """In one line what came first, not that the capture could not end after it; `outer` was raised before the call."""
+    while error.__context__ is not None and error.__context__ is not outer:
+        error = error.__context__
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _graphs_of(var: VAR, weights: tuple[int, ...], device: torch.device) -> _Graphs:
