@@ -4,7 +4,7 @@ Both have the same random weights, sample with guidance and truncation as in VAR
 decoding unless a setting says so (tokenizer_decode checks images). They draw other random numbers, so it is greedy
 samples (top_k=1) that are checked before anything is timed: the error is the share of tokens that are not the likeliest
 after those before them, by teacher forcing in float32. Two contenders without error have the same tokens. A setting's
-dtype is that of our weights.
+dtype is that of our weights. The backend of a row says whether a CUDA graph answered our last call.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import OURS, Contender, Problem, Setting, Suite
+from benchmarks.memory import Replayed
 from benchmarks.rivals import checkout
 from benchmarks.shapes import MODELS, ModelShape
 from benchmarks.suites.tokenizer_decode import decoder_flops
@@ -148,7 +149,7 @@ def build(setting: Setting, device: torch.device) -> Problem:
     flops, moved = work(shape, setting["batch"], dtype)
     if decode:
         flops += decoder_flops(var.tokenizer, setting["batch"])
-    return Problem(
+    problem = Problem(
         {"labels": labels},
         contenders,
         check=wrong_tokens,
@@ -156,6 +157,16 @@ def build(setting: Setting, device: torch.device) -> Problem:
         flops=flops,
         bytes=moved,
     )
+    sampler = contenders[OURS]
+    assert isinstance(sampler, Sampler)
+
+    def noted(labels: torch.Tensor, **options: Any) -> None:
+        replayed = Replayed()
+        sampler.sample(labels, **options)
+        problem.backend = "graphs" if replayed.nbytes() else "no graphs"
+
+    contenders[OURS] = replace(sampler, sample=noted)
+    return problem
 
 
 def work(shape: ModelShape, batch: int, dtype: torch.dtype) -> tuple[float, float]:

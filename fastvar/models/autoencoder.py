@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as _module
 
 from fastvar.ops import group_norm_silu
 
@@ -36,6 +37,13 @@ def normalised(
     return _images(rows, x)
 
 
+def _is_plain(conv: nn.Conv2d) -> bool:
+    """Whether a convolution may be computed from its weights: nobody has put hooks or other padding on it."""
+    hooks = conv._forward_hooks or conv._forward_pre_hooks
+    hooks = hooks or _module._global_forward_hooks or _module._global_forward_pre_hooks
+    return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not hooks
+
+
 class ResidualBlock(nn.Module):
     """Two normalised 3x3 convolutions and a shortcut: (B, C_in, H, W) -> (B, C_out, H, W)."""
 
@@ -50,7 +58,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, shift = normalised(self.norm1, x), None
-        if x.device.type == "cuda" and not torch.is_grad_enabled() and type(self.conv1) is nn.Conv2d:
+        if x.device.type == "cuda" and not torch.is_grad_enabled() and _is_plain(self.conv1):
             # cuDNN would add the bias in a pass over memory of its own
             h, shift = F.conv2d(h, self.conv1.weight, padding=1), self.conv1.bias
         else:

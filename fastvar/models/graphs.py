@@ -6,21 +6,25 @@ seen before runs without a graph; the second one is captured, so that what is ca
 
 A graph works on memory of its own: what a call starts from is copied there, what it ends with is copied out. Weights
 are read where they are, so that training goes on between calls; a model whose weights moved is captured again. Graphs
-of a model share what they only need while they run, so calls of one model are made one after the other, from whatever
-stream or thread.
+of a model share what they only need while they run, so a model's calls run one after the other, from whatever stream or
+thread; and on one GPU a graph is replayed, captured or freed by one thread at a time.
 
 The graphs of a model take little more memory than the largest of them, which is mostly its cache. A model keeps up to
 KEPT graphs, the least recently used go first. Together the graphs of all models take up to MEMORY of a GPU, a share of
-its memory: beyond that, those of the model that was used least recently are freed, and of one model alone all are. A
-call that would take more is not captured.
+its memory: beyond that, those of the model that was used least recently are freed, and of one model alone all are; the
+kind that was too much is not captured again, and any other kind CAPTURES times at most. A call that would take more is
+not captured. Where a capture fails, for want of memory or as a module waits for the device, the model's graphs are
+freed, a warning says why, and calls of that kind run without one.
 """
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -38,7 +42,10 @@ if TYPE_CHECKING:
 KEPT = 16
 MEMORY = 0.15
 SEEN = 256  # kinds of calls that are remembered, of a model
-Pool = Any  # what torch.cuda.CUDAGraph.pool answers
+CAPTURES = 2  # of a kind of calls, unasked: those that drive out each other would be captured at every call
+Pool = Any  # what torch.cuda.graph_pool_handle answers
+
+logger = logging.getLogger("fastvar")
 
 
 class _Graphs:
@@ -47,44 +54,80 @@ class _Graphs:
     def __init__(self, weights: tuple[int, ...], device: torch.device) -> None:
         self.weights, self.device = weights, device
         self.by_key: OrderedDict[Hashable, _Graph] = OrderedDict()
-        self.seen: OrderedDict[Hashable, bool] = OrderedDict()  # whether it is not to be captured
+        self.captures: OrderedDict[Hashable, int] = OrderedDict()  # of each kind of calls; CAPTURES bar others
         self.pool: Pool = None
         self.pooled = 0  # bytes of the pool
-        self.lock = threading.Lock()
+        self.calls = 0  # that graphs have answered
         self.done: torch.cuda.Event | None = None
 
     @property
     def nbytes(self) -> int:
         return self.pooled + sum(graph.nbytes for graph in self.by_key.values())
 
-    def forget(self, count: int) -> None:
-        """Those that were used least recently; the pool's memory goes with the last of them."""
+    def note(self, key: Hashable, captures: int) -> None:
+        self.captures.pop(key, None)
+        self.captures[key] = captures
+        while len(self.captures) > SEEN:
+            self.captures.popitem(last=False)
+
+    def forget(self, count: int | None = None) -> None:
+        """Those that were used least recently, or all; the pool's memory goes with the last of them."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # they may be running
-        for _ in range(count):
+        for _ in range(len(self.by_key) if count is None else count):
             self.by_key.popitem(last=False)
         if not self.by_key:
             self.pool, self.pooled = None, 0
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """After what other threads and streams have asked for."""
-        with self.lock:
-            if self.done is not None:
-                torch.cuda.current_stream(self.device).wait_event(self.done)
-            yield
-            if self.device.type == "cuda":
-                self.done = torch.cuda.current_stream(self.device).record_event()
+    def in_turn(self) -> Iterator[None]:
+        """After what other streams have asked of this model."""
+        if self.done is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.done)
+        yield
+        if self.device.type == "cuda":
+            self.done = torch.cuda.current_stream(self.device).record_event()
 
 
 _CAPTURED: WeakKeyDictionary[Any, _Graphs] = WeakKeyDictionary()  # the model used last at the end
-_LOOK_UP = threading.Lock()
+_LOOK_UP = threading.Lock()  # of the dictionary
+_ALONE: dict[torch.device, threading.RLock] = {}
+
+
+def _alone(device: torch.device) -> threading.RLock:
+    """Held by the one thread that uses graphs on a device: captures share a stream, and a model's graphs may be freed
+    for another's."""
+    return _ALONE.setdefault(device, threading.RLock())
 
 
 def clear_graphs(var: VAR) -> None:
     """Free the memory of all graphs of a model. To be called after a change of the model other than of its weights, its
     mode and its adapters, which are noticed."""
-    _CAPTURED.pop(var, None)
+    graphs = _CAPTURED.get(var)
+    if graphs is None:
+        return
+    with _alone(graphs.device):
+        with _LOOK_UP:
+            _CAPTURED.pop(var, None)
+        graphs.forget()
+
+
+class Held(NamedTuple):
+    """What the graphs of a model hold.
+
+    Attributes:
+        nbytes: of memory on the device.
+        calls: that they have answered so far.
+    """
+
+    nbytes: int
+    calls: int
+
+
+def held() -> dict[int, Held]:
+    """What graphs hold, by the `id` of their model."""
+    with _LOOK_UP:
+        return {id(var): Held(graphs.nbytes, graphs.calls) for var, graphs in _CAPTURED.items()}
 
 
 class Survey(NamedTuple):
@@ -92,7 +135,7 @@ class Survey(NamedTuple):
 
     Attributes:
         weights: where they lie.
-        modes: of each module what else decides what it computes: training, and peft's switches of an adapter.
+        modes: of each module what else decides what it computes: training, and an adapter's switches and scaling.
     """
 
     weights: tuple[int, ...]
@@ -154,7 +197,7 @@ def _looked_at(var: VAR) -> Survey | str:
                     weights.append(tensor.data_ptr())
         modes.append(training)
         if hasattr(type(module), "active_adapters"):
-            switches = ("disable_adapters", "merged", "active_adapters")
+            switches = ("disable_adapters", "merged", "active_adapters", "scaling")
             modes.append(tuple(str(getattr(module, switch, None)) for switch in switches))
         modules += [child for child in fields["_modules"].values() if child is not None]
     return Survey(tuple(weights), tuple(modes))
@@ -174,62 +217,118 @@ def replay(
     at_first: bool = False,
 ) -> Drawn | None:
     """What `draw(var, start.state(var), seeds, options)` answers, by a graph; a state is carried on. None if a call of
-    this kind is not captured, or not yet: with `at_first` one is that was not seen before."""
-    device = seeds.device
-    with _LOOK_UP:
-        graphs = _CAPTURED.pop(var, None)
-        if graphs is None or graphs.weights != found.weights:
-            graphs = _Graphs(found.weights, device)
-        _CAPTURED[var] = graphs
-    given = [*_tensors(start), seeds]
+    this kind is not captured, or not yet: with `at_first` one is that was not seen before.
+
+    Raises:
+        Exception: whatever a capture raises, with `at_first`; without it, the call is to be made without a graph.
+    """
+    device, outer = seeds.device, sys.exception()
     key = (
         options,
         _kind(start),
-        tuple((t.shape, t.dtype) for t in given),
+        tuple((t.shape, t.dtype) for t in [*_tensors(start), seeds]),
         found.modes,
         _settings(device.type),
     )
-    with graphs.alone(), torch.inference_mode(False), torch.no_grad():  # its memory is written to by later calls
-        if key not in graphs.by_key:
-            if not at_first and not _worth_it(graphs, key, needed(var, start, options)):
-                return None
-            graphs.forget(max(len(graphs.by_key) - KEPT + 1, 0))
-            graph = _Graph(var, start, seeds, options, graphs.pool)
-            graphs.by_key[key], graphs.pool = graph, graph.pool
-            graphs.pooled += graph.grown
-            drawn = graph(given)
-            _free_some(graphs, key, at_first)
-        else:
-            graphs.by_key.move_to_end(key)
-            drawn = graphs.by_key[key](given)
+    with _alone(device):
+        graphs, failed = _graphs_of(var, found.weights, device), ""
+        try:
+            # its memory is written to by later calls
+            with graphs.in_turn(), torch.inference_mode(False), torch.no_grad():
+                drawn = _drawn(graphs, key, var, start, seeds, options, at_first)
+        except Exception as error:
+            if at_first:
+                graphs.forget()
+                raise
+            failed = _reason(error, outer)
+        if failed:  # the exception, and what it holds of the device's memory, is gone
+            graphs.forget()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            graphs.note(key, CAPTURES)
+            logger.warning("generate: calls of this kind run without a CUDA graph, which failed: %s", failed)
+            return None
+    if drawn is None:
+        return None
     if not isinstance(start, tuple):
         vars(start).update(vars(drawn.state) if drawn.state is not None else {"scale": options.stop})
         drawn = drawn._replace(state=None if drawn.state is None else start)
     return drawn
 
 
+def _reason(error: BaseException, outer: BaseException | None) -> str:
+    """In one line what came first, not that the capture could not end after it; `outer` was raised before the call."""
+    while error.__context__ is not None and error.__context__ is not outer:
+        error = error.__context__
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def _graphs_of(var: VAR, weights: tuple[int, ...], device: torch.device) -> _Graphs:
+    """Those of a model, which is now the one used last; none yet where its weights moved."""
+    with _LOOK_UP:
+        before = graphs = _CAPTURED.pop(var, None)
+        if graphs is None or graphs.weights != weights:
+            graphs = _Graphs(weights, device)
+        _CAPTURED[var] = graphs
+    if before is not None and before is not graphs:
+        before.forget()
+    return graphs
+
+
+def _drawn(
+    graphs: _Graphs,
+    key: Hashable,
+    var: VAR,
+    start: Beginning | SamplingState,
+    seeds: torch.Tensor,
+    options: SamplingOptions,
+    at_first: bool,
+) -> Drawn | None:
+    """By a graph, which is captured if there is none and it is worth it."""
+    given = [*_tensors(start), seeds]
+    if key in graphs.by_key:
+        graphs.by_key.move_to_end(key)
+        drawn = graphs.by_key[key](given)
+    else:
+        nbytes = needed(var, start, options)
+        if not at_first and not _worth_it(graphs, key, nbytes):
+            return None
+        graphs.forget(max(len(graphs.by_key) - KEPT + 1, 0))
+        _free_others(graphs, max(graphs.nbytes, nbytes))  # the pool is there already
+        graph = _Graph(var, start, seeds, options, graphs.pool)
+        graphs.by_key[key], graphs.pool = graph, graph.pool
+        graphs.pooled += graph.grown
+        graphs.note(key, graphs.captures.get(key, 0) + 1)
+        drawn = graph(given)
+        _free_some(graphs, key, at_first)
+    graphs.calls += 1
+    return drawn
+
+
 def _worth_it(graphs: _Graphs, key: Hashable, nbytes: int) -> bool:
     """Whether to capture a call now: the second of its kind, if there is room."""
-    seen = graphs.seen.pop(key, None)
-    graphs.seen[key] = bool(seen)
-    while len(graphs.seen) > SEEN:
-        graphs.seen.popitem(last=False)
-    return seen is False and nbytes <= room(graphs.device)
+    captures = graphs.captures.get(key)
+    graphs.note(key, captures or 0)
+    return captures is not None and captures < CAPTURES and nbytes <= room(graphs.device)
+
+
+def _free_others(graphs: _Graphs, nbytes: int) -> None:
+    """Free graphs of other models, those that were used least recently first, so that this one's may take `nbytes`."""
+    with _LOOK_UP:
+        others = [each for each in _CAPTURED.values() if each is not graphs and each.device == graphs.device]
+    for each in others:
+        if nbytes + sum(other.nbytes for other in others) <= MEMORY * total_memory(graphs.device):
+            return
+        each.forget()
 
 
 def _free_some(graphs: _Graphs, key: Hashable, keep: bool) -> None:
-    """Free what is over the budget; the model whose graphs these are was used last."""
-    budget = MEMORY * total_memory(graphs.device)
-    others = [each for each in _CAPTURED.values() if each is not graphs and each.device == graphs.device]
-    for each in others:
-        if graphs.nbytes + sum(other.nbytes for other in others) <= budget:
-            return
-        each.forget(len(each.by_key))
-    if graphs.nbytes > budget:
-        alone = len(graphs.by_key) == 1
-        if not (alone and keep):
-            graphs.forget(len(graphs.by_key))
-        graphs.seen[key] = alone
+    """Free what is over the budget after a capture; the model whose graphs these are was used last."""
+    _free_others(graphs, graphs.nbytes)
+    if graphs.nbytes > MEMORY * total_memory(graphs.device):
+        if not (len(graphs.by_key) == 1 and keep):
+            graphs.forget()
+        graphs.note(key, CAPTURES)
 
 
 def needed(var: VAR, start: Beginning | SamplingState, options: SamplingOptions) -> int:
@@ -262,12 +361,20 @@ def _kind(start: Beginning | SamplingState) -> Hashable:
 
 
 def _settings(device: str) -> Hashable:
-    backends = torch.backends
+    backends: Any = torch.backends
     return (
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
-        (torch.get_float32_matmul_precision(), backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32),
+        tuple(_precision(module) for module in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn, backends)),
         torch.are_deterministic_algorithms_enabled(),
     )
+
+
+def _precision(backend: Any) -> Hashable:
+    """How float32 is computed with. Once `fp32_precision` was set, the older settings raise where they are read."""
+    try:
+        return getattr(backend, "fp32_precision", None) or getattr(backend, "allow_tf32", None)
+    except RuntimeError:
+        return None
 
 
 class _Graph:
@@ -304,21 +411,46 @@ def capture(run: Callable[[], Drawn], device: torch.device, pool: Pool) -> tuple
     """Run once, so that kernels are compiled and handles made, then capture: what `run` answers, in the graph's memory,
     the function that replays it, the pool that the memory is from, and by how many bytes that has grown."""
     with torch.cuda.device(device):
-        stream = _stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        # Weights that autocast casts are cast within the graph, once, and are not to outlive the capture.
-        torch.clear_autocast_cache()
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            after = run()
-        torch.clear_autocast_cache()
-        return after, graph.replay, graph.pool(), torch.cuda.memory_reserved(device) - before
+        stream, current = _stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(stream):
+                run()
+            current.wait_stream(stream)
+            # Weights that autocast casts are cast within the graph, once, and are not to outlive the capture.
+            torch.clear_autocast_cache()
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved(device)
+            pool = pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    after = run()
+            except Exception:
+                torch.cuda.set_stream(current)
+                _abandon(graph, device, pool)
+                raise
+        finally:
+            torch.clear_autocast_cache()
+        return after, graph.replay, pool, torch.cuda.memory_reserved(device) - before
+
+
+_ABANDONED: list[torch.cuda.CUDAGraph] = []
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Pool) -> None:
+    """Put right what a capture leaves behind that was broken off, by a wait for the device: PyTorch ends it on the
+    stream alone. One that ran out of memory has ended in order."""
+    index = torch.cuda.current_device()
+    with suppress(RuntimeError):  # it has ended
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+        graph.reset()
+        _ABANDONED.append(graph)  # the allocator of pinned memory goes on asking it whether it captures
+        _STREAMS.pop(device, None)
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 _STREAMS: dict[torch.device, torch.cuda.Stream] = {}

@@ -297,7 +297,8 @@ def generate(
         log_probs: also return log-probabilities of the tokens drawn; with a state only if it has them for its tokens.
         decode: whether to decode the feature map to images.
         decode_dtype: what to decode in, see `VQTokenizer.decode_features`; by default bfloat16 if that is the dtype of
-            the model's weights, else that of the tokenizer's.
+            the model's weights, else that of the tokenizer's. Pictures decoded in bfloat16 differ a little from those
+            in float32, which torch.float32 gives with a tokenizer of float32 weights.
         graphs: sample by a CUDA graph, which spares the launches of a few thousand small kernels an image; the tokens
             are the same. None takes one where it can: on a GPU, in evaluation mode, from the second call with the same
             shapes and options on; True takes one at once, or raises; False does not. See `fastvar.models.graphs` for

@@ -216,7 +216,9 @@ class VAR(PretrainedModel):
             smallest, largest = (int(bound) for bound in labels.aminmax())
             if smallest < 0 or largest > last:
                 raise ValueError(f"VAR: labels: expected indices from 0 to {last}, got {smallest} to {largest}")
-        return labels.to(self.device, non_blocking=True)
+        # the caller may change pinned memory before it is copied; any other is copied at once, without a wait
+        stays = torch.compiler.is_compiling() or labels.device == self.device
+        return labels.to(self.device, non_blocking=stays or not labels.is_pinned())
 
     def no_condition(self, batch: int) -> torch.Tensor:
         """The condition (B, 1 + T, C) that says nothing, for guidance."""

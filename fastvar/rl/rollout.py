@@ -32,7 +32,9 @@ class RolloutOptions:
     chunk: int = 64
     """Images drawn at a time, so that memory is bounded; it does not change them."""
     graphs: bool = True
-    """Draw by CUDA graphs where they can be used, see `generate`: on a GPU, not with FSDP."""
+    """Draw by CUDA graphs where they can be used, see `generate`: on a GPU, not with FSDP. They hold up to 15 % of the
+    GPU's memory (`fastvar.models.graphs.MEMORY`) during updates too: where an update runs out of memory, set this to
+    False, or call `fastvar.models.clear_graphs` before it."""
 
     def check(self) -> None:
         """Raise a ValueError that names a setting which makes no sense."""

@@ -3,7 +3,12 @@ replays the same operations on the same memory. Whatever Python did beside them 
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -14,6 +19,8 @@ from tiny import some_subjects, tiny_var
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.memory import peak_memory
+from benchmarks.suites import generate as suite
 from fastvar.models import VAR, Generation, clear_graphs, graphs
 from fastvar.models.sampling import Beginning, Drawn, SamplingOptions, generate
 from fastvar.rl.adapters import add_adapters, without_adapters
@@ -225,6 +232,8 @@ def test_memory_is_bounded(captures: list[Tape], monkeypatch: pytest.MonkeyPatch
         for _ in range(2):
             generate(var, LABELS[:batch])
 
+    estimate = graphs.needed
+    monkeypatch.setattr(graphs, "needed", lambda *arguments: GROWN)
     monkeypatch.setattr(graphs, "total_memory", lambda device: 2 * (GROWN + 200) / graphs.MEMORY)
     ask(first, 1)
     ask(second, 1)
@@ -234,7 +243,9 @@ def test_memory_is_bounded(captures: list[Tape], monkeypatch: pytest.MonkeyPatch
     assert not kept[first].by_key and len(kept[second].by_key) == 2 and kept[first].nbytes == 0
     ask(second, 3)  # too much for one model's: all are freed
     assert not kept[second].by_key and kept[second].nbytes == 0 and len(captures) == 4
-    generate(second, LABELS[:3])  # its kind was captured before, and is captured again
+    generate(second, LABELS[:3])  # the kind that was too much is not captured again
+    assert len(captures) == 4
+    generate(second, LABELS[:1])  # the others are
     assert len(captures) == 5 and len(kept[second].by_key) == 1
 
     monkeypatch.setattr(graphs, "total_memory", lambda device: GROWN / graphs.MEMORY)
@@ -246,6 +257,7 @@ def test_memory_is_bounded(captures: list[Tape], monkeypatch: pytest.MonkeyPatch
     assert len(captures) == 7 and len(kept[second].by_key) == 1
 
     monkeypatch.setattr(graphs, "total_memory", lambda device: 10**9)
+    monkeypatch.setattr(graphs, "needed", estimate)
     var = tiny_var()
     needed = graphs.needed(var, Beginning(LABELS, None, False, False), OPTIONS)
     assert needed > 2 * 2 * 4 * 14 * 32 * 4, "at least keys and values"
@@ -257,6 +269,180 @@ def test_memory_is_bounded(captures: list[Tape], monkeypatch: pytest.MonkeyPatch
     assert len(kept[var].by_key) == 1
 
 
+def test_others_are_freed_before_a_capture(captures: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, seen = tiny_var(), tiny_var(seed=1), []
+    monkeypatch.setattr(graphs, "needed", lambda *arguments: GROWN)
+    monkeypatch.setattr(graphs, "total_memory", lambda device: 1.5 * GROWN / graphs.MEMORY)
+    generate(first, LABELS, graphs=True)
+    assert graphs.held()[id(first)] == (GROWN + 2 * LABELS.nbytes, 1), "labels and seeds"
+    capture = graphs.capture
+    monkeypatch.setattr(graphs, "capture", lambda *a: (seen.append(graphs.held()[id(first)].nbytes), capture(*a))[1])
+    generate(second, LABELS, graphs=True)
+    assert seen == [0]
+
+
+def test_kinds_that_drive_out_each_other(captures: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kinds of a model, or two models, that do not fit the budget together, in turns: one of them stays."""
+    monkeypatch.setattr(graphs, "needed", lambda *arguments: GROWN)
+    monkeypatch.setattr(graphs, "total_memory", lambda device: 1.5 * GROWN / graphs.MEMORY)
+    for calls in (
+        [(tiny_var(), 1), (tiny_var(seed=1), 1)],
+        [(var := tiny_var(), 1), (var, 2)],
+    ):
+        before = len(captures)
+        for turn in range(20):
+            var, batch = calls[turn % 2]
+            same(generate(var, LABELS[:batch], seed=turn), without(var, LABELS[:batch], seed=turn))
+        assert len(captures) - before <= 2 * graphs.CAPTURES
+        assert sum(len(graphs._CAPTURED[var].by_key) for var in {var for var, _ in calls}) == 1
+        for var, _ in calls:
+            clear_graphs(var)
+    before, var = len(captures), tiny_var()
+    monkeypatch.setattr(graphs, "total_memory", lambda device: 10**9)
+    for _ in range(5):
+        for top_k in range(1, graphs.KEPT + 2):
+            generate(var, LABELS[:1], top_k=top_k, stop=1, decode=False)
+    assert len(captures) - before <= graphs.CAPTURES * (graphs.KEPT + 1)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory\nat all"), RuntimeError("it waits")])
+def test_a_capture_that_fails(
+    captures: list[Tape], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    """Calls of this kind run without a graph, new ones and continued ones; others do not. The reason is logged once."""
+    var, tried = tiny_var(), []
+    capture = graphs.capture
+
+    def fail(run: Callable[[], Any], *arguments: Any) -> Any:
+        tried.append(1)
+        try:
+            run()
+            raise error
+        finally:
+            if isinstance(error, RuntimeError) and "waits" in str(error):
+                raise RuntimeError("the capture cannot end")
+
+    generate(var, LABELS[:1], graphs=True)
+    monkeypatch.setattr(graphs, "capture", fail)
+    for seed in range(4):
+        try:
+            raise KeyError("handled while it samples")
+        except KeyError:
+            same(generate(var, LABELS, seed=seed), without(var, LABELS, seed=seed))
+    assert len(tried) == 1 and graphs.held()[id(var)].nbytes == 0
+    (record,) = caplog.records
+    assert f"{type(error).__name__}: {str(error).splitlines()[0]}" in record.getMessage()
+    for seed in range(3):
+        one, other = (make(var, LABELS, stop=1, decode=False, seed=seed).state for make in (generate, without))
+        same(generate(var, state=one, seed=seed), without(var, state=other, seed=seed))
+    assert len(tried) == 3
+    with pytest.raises(type(error)):
+        generate(var, LABELS, graphs=True)
+    monkeypatch.setattr(graphs, "capture", capture)
+    before = len(captures)
+    generate(var, LABELS[:1])
+    assert len(captures) == before + 1
+    monkeypatch.setattr(
+        graphs._Graph, "__call__", lambda self, given: fail(lambda: None)
+    )  # no memory for what it ends with
+    same(generate(var, LABELS[:1], seed=1), without(var, LABELS[:1], seed=1))
+    assert not graphs._CAPTURED[var].by_key
+
+
+def test_models_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captures, replays and freeing of a device are made by one thread at a time."""
+    inside, together = threading.Lock(), []
+
+    def alone(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any) -> Any:
+            if not inside.acquire(blocking=False):
+                together.append(function)
+                return function(*arguments)
+            try:
+                time.sleep(0.002)
+                return function(*arguments)
+            finally:
+                inside.release()
+
+        return wrapped
+
+    monkeypatch.setattr(graphs, "needed", lambda *arguments: GROWN)
+    monkeypatch.setattr(graphs, "total_memory", lambda device: 1.5 * GROWN / graphs.MEMORY)
+    monkeypatch.setattr(graphs, "capture", alone(graphs.capture))
+    monkeypatch.setattr(graphs._Graph, "__call__", alone(graphs._Graph.__call__))
+    monkeypatch.setattr(graphs._Graphs, "forget", alone(graphs._Graphs.forget))
+    models = [tiny_var(seed=seed) for seed in range(3)]
+    expected = [[without(var, LABELS, seed=seed) for seed in range(6)] for var in models]
+
+    def ask(index: int) -> list[Generation]:
+        found = []
+        for seed in range(6):
+            found.append(generate(models[index], LABELS, seed=seed, graphs=True))
+            if seed == 3:
+                clear_graphs(models[index])
+        return found
+
+    with ThreadPoolExecutor(3) as threads:
+        results = list(threads.map(ask, range(3)))
+    for one, other in zip(results, expected, strict=True):
+        for a, b in zip(one, other, strict=True):
+            same(a, b)
+    assert not together
+
+
+def test_settings_of_precision() -> None:
+    """In a process of its own: PyTorch's new settings make its older ones raise."""
+    code = """
+import torch
+from fastvar.models.graphs import _settings
+found = {_settings("cuda"), _settings("cuda")}
+assert len(found) == 1
+torch.set_float32_matmul_precision("high")
+found.add(_settings("cuda"))
+torch.backends.cudnn.allow_tf32 = False
+found.add(_settings("cuda"))
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+found.add(_settings("cuda"))
+torch.backends.cudnn.conv.fp32_precision = "tf32"
+found.add(_settings("cuda"))
+torch.backends.fp32_precision = "tf32"
+found.add(_settings("cuda"))
+assert len(found) == 6, found
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_peak_memory_counts_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the call replays, not what others hold."""
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
+    var, other = tiny_var(), tiny_var(seed=1)
+    for each in (var, other):
+        generate(each, LABELS, graphs=True)
+    plain, graphed = (lambda: without(var, LABELS)), (lambda: generate(var, LABELS))
+    assert peak_memory(plain, "cuda") == 2
+    assert peak_memory(graphed, "cuda") == 2 + graphs.held()[id(var)].nbytes / 2**20 > 2
+
+
+def test_benchmark_says_whether_a_graph_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = {"grids": "1,2", "depth": 1, "width": 64, "batch": 2, "dtype": "float32"}
+    problem = suite.build(setting, torch.device("cpu"))
+    call = problem.contenders["fastvar"]
+    assert callable(call)
+    backends = []
+    for _ in range(3):
+        call(**problem.inputs)
+        backends.append(problem.backend)
+    monkeypatch.setattr(graphs, "room", lambda device: 0)
+    problem = suite.build(setting, torch.device("cpu"))
+    call = problem.contenders["fastvar"]
+    for _ in range(3):
+        call(**problem.inputs)
+    assert backends == ["no graphs", "graphs", "graphs"] and problem.backend == "no graphs"
+
+
 def test_a_state_is_consumed() -> None:
     var = tiny_var()
     state = generate(var, LABELS, stop=1, decode=False).state
@@ -266,7 +452,7 @@ def test_a_state_is_consumed() -> None:
 
 
 def test_adapters(captures: list[Tape]) -> None:
-    """Switching them off is noticed."""
+    """Switching them off is noticed, and so is another scale."""
     pytest.importorskip("peft")
     var = tiny_var()
     add_adapters(var, 2)
@@ -279,6 +465,11 @@ def test_adapters(captures: list[Tape]) -> None:
         same(generate(var, LABELS, graphs=True), without(var, LABELS))
     same(generate(var, LABELS, graphs=True), without(var, LABELS))
     assert len(captures) == 2
+    for module in var.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", 3.0)
+    same(generate(var, LABELS, graphs=True), without(var, LABELS))
+    assert len(captures) == 3
 
 
 def test_autocast_and_inference_mode(captures: list[Tape]) -> None:

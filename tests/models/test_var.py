@@ -265,3 +265,14 @@ def test_layers_can_be_wrapped() -> None:
                 var.generate(torch.tensor([0, 1]))
             assert wrapped.calls == 1 + len(var.schedule)
             assert torch.allclose(found, expected, atol=1e-5) == (delta == 0), name
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_pinned_labels_are_copied_at_once(monkeypatch: pytest.MonkeyPatch, pinned: bool) -> None:
+    """Their owner may change them after the call; of other memory the copy does not wait for the device."""
+    var, asked, to = tiny_var(), [], torch.Tensor.to
+    monkeypatch.setattr(VAR, "device", torch.device("meta"))
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: pinned)
+    monkeypatch.setattr(torch.Tensor, "to", lambda *a, **k: (asked.append(k.get("non_blocking")), to(*a, **k))[1])
+    var.indices(torch.tensor([1, 2]))
+    assert asked == [not pinned]

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import CHANNELS, CODES, RECTANGLES, SQUARES, some_tokens, tiny_tokenizer
+from torch._subclasses import FakeTensorMode
 
 from fastvar.models import VQTokenizer, VQTokenizerConfig
+from fastvar.models.autoencoder import ResidualBlock
 
 GRIDS = (SQUARES, RECTANGLES, ((1, 1), (3, 2), (5, 4)), ((2, 3),), ((3, 3), (3, 3)))
 
@@ -269,3 +271,24 @@ def test_weights_and_images_lie_channels_last_inside_and_plain_outside() -> None
         features = tokenizer.encode_features(images)
         assert tokenizer.decode_features(features).is_contiguous() and features.is_contiguous()
     assert seen and all(output.is_contiguous(memory_format=torch.channels_last) for output in seen)
+
+
+@pytest.mark.parametrize("changed", ["", "hook", "pre-hook", "padding"])
+def test_a_changed_convolution_runs_itself(monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
+    """On a GPU, without gradients, a block computes its first convolution from the weights, unless someone changed it.
+    What the tensors of a GPU do is left out here: their shapes alone are computed."""
+    called = []
+    with FakeTensorMode(), torch.no_grad():
+        with torch.device("cuda"):
+            block = ResidualBlock(8, 8, norm_groups=4, dropout=0.0)
+            x = torch.zeros(1, 8, 4, 4)
+        if changed == "hook":
+            block.conv1.register_forward_hook(lambda *_: called.append("conv1"))
+        elif changed == "pre-hook":
+            block.conv1.register_forward_pre_hook(lambda *_: called.append("conv1"))
+        elif changed == "padding":
+            block.conv1.padding_mode = "reflect"
+        forward = block.conv1.forward
+        monkeypatch.setattr(block.conv1, "forward", lambda x: (called.append("forward"), forward(x))[1])
+        assert block(x).shape == x.shape
+    assert bool(called) == bool(changed)
