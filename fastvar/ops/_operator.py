@@ -36,8 +36,8 @@ class Operator:
         implementations: the preferred one first.
         differentiable: False for operators whose results carry no gradient.
         function: the name of the implementations' forward function, where one module holds several operators.
-        keeps_results: the backward functions of the implementations get the results too, a list `results` before
-            `needs`.
+        keeps_results: how many of the results, from the first one on, the backward functions of the implementations
+            get too, as a list `results` before `needs`; None for all.
         passes: for an operator with one result, the number among the tensor arguments of one whose gradient is the
             incoming one: autograd hands it on, if contiguous without a copy, and no implementation is asked
             for it.
@@ -53,7 +53,7 @@ class Operator:
         implementations: Sequence[Implementation],
         differentiable: bool = True,
         function: str = "forward",
-        keeps_results: bool = False,
+        keeps_results: int | None = 0,
         passes: int | None = None,
     ) -> None:
         self.name = name
@@ -76,7 +76,7 @@ class Operator:
         self._function: type[torch.autograd.Function] | None = None
         if differentiable:
             backward = f"{name}_backward"
-            results = "Tensor[] results, " if keeps_results else ""
+            results = "" if keeps_results == 0 else "Tensor[] results, "
             _LIBRARY.define(f"{backward}(Tensor?[] grads, {arguments}, {results}bool[] needs, str backend) -> Tensor[]")
             _LIBRARY.impl(backward, self._run_backward, "CompositeExplicitAutograd")
             torch.library.register_fake(f"fastvar::{backward}", self._fake_backward, lib=_LIBRARY)
@@ -139,7 +139,7 @@ class Operator:
             found.insert(sum(needs[: self._passes]), passed.clone(memory_format=torch.contiguous_format))
             return found
         module = self._implementation(backend, args[0])
-        results = [args.pop()] if self._keeps_results else []
+        results = [] if self._keeps_results == 0 else [args.pop()]
         args = self._with_schedule(args)
         own = getattr(module, "backward" if self.function == "forward" else f"{self.function}_backward", None)
         with surroundings(f"{self.name} backward", args[0].device):
@@ -213,7 +213,7 @@ def _autograd_function(
     forward_op: Any,
     backward_op: Any,
     tensors_at: tuple[int, ...],
-    keeps_results: bool,
+    keeps_results: int | None,
     passes: int | None,
 ) -> Any:
     class Function(torch.autograd.Function):
@@ -223,7 +223,7 @@ def _autograd_function(
             ctx.rest = tuple(None if i in tensors_at else arg for i, arg in enumerate(args))
             results = forward_op(*args)
             kept = (results,) if isinstance(results, torch.Tensor) else results
-            ctx.save_for_backward(*[args[i] for i in tensors_at], *(kept if keeps_results else ()))
+            ctx.save_for_backward(*[args[i] for i in tensors_at], *kept[:keeps_results])
             if not isinstance(results, torch.Tensor):
                 ctx.mark_non_differentiable(*[r for r in results if not r.is_floating_point()])
             return results
@@ -235,7 +235,7 @@ def _autograd_function(
             saved = ctx.saved_tensors
             for i, tensor in zip(tensors_at, saved, strict=False):
                 args[i] = tensor
-            results = [list(saved[len(tensors_at) :])] if keeps_results else []
+            results = [] if keeps_results == 0 else [list(saved[len(tensors_at) :])]
             needs = [ctx.needs_input_grad[i] for i in tensors_at]
             result: list[Any] = [None] * len(args)
             if passes is not None and needs[passes]:

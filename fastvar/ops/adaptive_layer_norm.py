@@ -49,7 +49,7 @@ _GATE_NORM = Operator(
     fake=lambda x, *_: (_like_x(x), _like_x(x)),
     implementations=_implementations("gated_residual"),  # one after the other there
     function="gated_residual_norm",
-    keeps_results=True,
+    keeps_results=1,
 )
 
 

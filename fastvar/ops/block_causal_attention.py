@@ -80,7 +80,7 @@ _OPERATOR = Operator(
         ),
         Implementation("reference", "fastvar.kernels.block_causal_attention.reference", verified=("CPU",)),
     ],
-    keeps_results=True,
+    keeps_results=None,
 )
 
 

@@ -71,7 +71,7 @@ _LOG_PROBS = Operator(
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",  # log_probs, entropy, kl, mean, sums for the backward pass
     fake=_fake,
     implementations=implementations(),
-    keeps_results=True,
+    keeps_results=None,
 )
 
 
