@@ -92,7 +92,8 @@ def _kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
     if chosen not in names:
         raise ValueError(
             "block_causal_attention: q: expected what one of PyTorch's fused kernels takes for backend='sdpa', "
-            f"got {q.dtype} with head dimension {q.shape[-1]}, for which PyTorch chooses {chosen.name}"
+            f"got {q.dtype} with head dimension {q.shape[-1]}, for which PyTorch chooses {chosen.name}; allow "
+            "one of them (torch.nn.attention.sdpa_kernel), or set FASTVAR_BACKEND=block_causal_attention=triton"
         )
     return names[chosen]
 
