@@ -134,9 +134,10 @@ RAN: dict[tuple[str, str], str] = {
         for op in (
             *("accumulate_bits", "accumulate_scale", "adaptive_layer_norm", "bitwise_residual_quantize"),
             *("block_causal_attention", "cached_attention", "gated_residual", "propagate_mask", "qk_norm_rope"),
-            *("qk_norm_rope_into_cache", "residual_quantize", "sample_bits"),
+            *("qk_norm_rope_into_cache", "residual_quantize"),
         )
     },
+    **{(op, "reference"): _EARLIER for op in ("sample_bits", "sample_tokens", "token_log_probs")},
 }
 
 
