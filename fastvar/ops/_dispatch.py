@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 
@@ -90,7 +91,7 @@ class Implementation:
         verified: where it has been seen to run and agree with the reference, for the support matrix; GPUs are in
             `_choices.RAN`.
         faster: called with the lead tensor, names a module that does the same in less time, or None if there is none
-            for that tensor.
+            for that device and dtype.
     """
 
     backend: str
@@ -128,7 +129,9 @@ _warned: set[tuple[str, str]] = set()
 # What "auto" came to for a call like this one: an obstacle looks at device, dtype and shape alone.
 _answers: dict[tuple[object, ...], str] = {}
 _MOST_ANSWERS = 4096
-_PLAIN = (torch.Tensor, torch.nn.Parameter)  # others may have shapes that are symbols
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # others may have shapes that are symbols
+# The module that holds an implementation's functions, by operator, backend, device and dtype.
+MODULES: dict[tuple[object, ...], ModuleType] = {}
 
 
 def resolve(op: str, backend: str, call: Call, *, log: bool = True) -> str:
@@ -151,7 +154,7 @@ def resolve(op: str, backend: str, call: Call, *, log: bool = True) -> str:
         if obstacle is not None:
             raise RuntimeError(f"{op}: backend={backend!r} cannot run: {obstacle}")
         return backend
-    if not log or torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
+    if not log or torch.compiler.is_compiling() or type(tensor) not in PLAIN:
         return _auto(op, call, log)
     exact = torch.are_deterministic_algorithms_enabled()
     key = (op, tensor.device, tensor.dtype, tensor.shape, *call[1:], exact)
@@ -166,6 +169,7 @@ def resolve(op: str, backend: str, call: Call, *, log: bool = True) -> str:
 def forget_answers() -> None:
     """After a change of what there is, such as a build."""
     _answers.clear()
+    MODULES.clear()
 
 
 def _auto(op: str, call: Call, log: bool) -> str:

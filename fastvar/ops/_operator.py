@@ -1,9 +1,10 @@
 """One declaration per operator: schema, fake, autograd and the way to its implementations.
 
 An `Operator` registers `fastvar::<name>` and, if it is differentiable, `fastvar::<name>_backward` with torch.library,
-and wraps both in one autograd.Function. Implementations are modules with a function `forward` and, if they have one of
-their own, `backward`; without it the gradient is that of `forward` recomputed under autograd. That is what references
-do: their gradient is right by construction.
+and wraps both in one autograd.Function. Where nobody wants to see the op, in eager mode, the implementation is called
+directly: the way through torch.library costs more than a small kernel. Implementations are modules with a function
+`forward` and, if they have one of their own, `backward`; without it the gradient is that of `forward` recomputed under
+autograd. That is what references do: their gradient is right by construction.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from fastvar.ops._choices import Call
-from fastvar.ops._dispatch import REGISTRY, Implementation, resolve
+from fastvar.ops._dispatch import MODULES, PLAIN, REGISTRY, Implementation, resolve
 from fastvar.profiling import ENABLED, annotate
 from fastvar.schedule import ScaleSchedule
 
@@ -64,7 +65,7 @@ class Operator:
         REGISTRY[name] = tuple(implementations)
         fields = [field.split("=")[0].split() for field in _split_arguments(arguments)]
         self._schedule_at = next((i for i, field in enumerate(fields) if field[-1] == "grids"), None)
-        self._tensors_at = tuple(i for i, field in enumerate(fields) if field[0] in ("Tensor", "Tensor?"))
+        self.tensors_at = tuple(i for i, field in enumerate(fields) if field[0] in ("Tensor", "Tensor?"))
         self._prefix_at = next((i for i, field in enumerate(fields) if field[-1] == "prefix_k"), None)
         self._ragged_at = next((i for i, field in enumerate(fields) if field[-1] == "prefix_lengths"), None)
         self._written_at = tuple(i for i, field in enumerate(fields) if "!" in field[0])
@@ -73,7 +74,7 @@ class Operator:
         _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastvar::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
         self.op = getattr(torch.ops.fastvar, name).default
-        self._function: type[torch.autograd.Function] | None = None
+        self._function: Any = None
         if differentiable:
             backward = f"{name}_backward"
             results = "" if keeps_results == 0 else "Tensor[] results, "
@@ -81,16 +82,35 @@ class Operator:
             _LIBRARY.impl(backward, self._run_backward, "CompositeExplicitAutograd")
             torch.library.register_fake(f"fastvar::{backward}", self._fake_backward, lib=_LIBRARY)
             self.backward_op = getattr(torch.ops.fastvar, backward).default
-            self._function = _autograd_function(
-                name, self.op, self.backward_op, self._tensors_at, keeps_results, passes
-            )
+            self._function = _autograd_function(self, keeps_results, passes)
 
     def __call__(self, backend: str, *args: Any) -> Any:
         """Run the op: `args` are the schema's arguments, the first of them the lead tensor."""
-        chosen = self.resolve(backend, *args)
-        if self._function is not None and self._wants_gradient(args):
+        return self.run(self.resolve(backend, *args), *args)
+
+    def run(self, chosen: str, *args: Any) -> Any:
+        """Run it by the backend that `resolve` answered."""
+        if self._wants_gradient(args):
             return self._function.apply(*args, chosen)
-        return self.op(*args, chosen)
+        return self.forward(*args, chosen)
+
+    def forward(self, *args: Any) -> Any:
+        """The op without its gradient: the schema's arguments and the backend."""
+        return (self._run if self._unseen(args) else self.op)(*args)
+
+    def backward(self, *args: Any) -> list[torch.Tensor]:
+        """The backward op's arguments and results."""
+        return (self._run_backward if self._unseen(args[1:]) else self.backward_op)(*args)
+
+    def _unseen(self, args: Sequence[Any]) -> bool:
+        """Whether nobody wants to see the op: no compiler, exporter, mode, transform, profiler or tensor subclass."""
+        if torch.compiler.is_compiling() or not _nobody_looks():
+            return False
+        for i in self.tensors_at:
+            tensor = args[i]
+            if tensor is not None and (type(tensor) not in PLAIN or tensor.is_meta):
+                return False
+        return True
 
     def resolve(self, backend: str, *args: Any) -> str:
         """The backend that runs for a call."""
@@ -101,9 +121,12 @@ class Operator:
     def _wants_gradient(self, args: Sequence[Any]) -> bool:
         if self._function is None or not torch.is_grad_enabled():
             return False
-        return any(args[i] is not None and args[i].requires_grad for i in self._tensors_at)
+        return any(args[i] is not None and args[i].requires_grad for i in self.tensors_at)
 
     def _implementation(self, backend: str, tensor: torch.Tensor) -> Any:
+        key = (self.name, backend, tensor.device, tensor.dtype)
+        if key in MODULES:
+            return MODULES[key]
         for implementation in REGISTRY[self.name]:
             if implementation.backend == backend:
                 # An exported program, or a direct call of the op, has not been through `resolve`, which would have
@@ -111,7 +134,8 @@ class Operator:
                 if backend not in self._ready:
                     resolve(self.name, backend, Call(tensor))
                     self._ready.add(backend)
-                return importlib.import_module(implementation.faster(tensor) or implementation.module)
+                MODULES[key] = importlib.import_module(implementation.faster(tensor) or implementation.module)
+                return MODULES[key]
         raise RuntimeError(f"{self.name}: backend={backend!r} does not exist for this operator")
 
     def _with_schedule(self, args: Sequence[Any]) -> list[Any]:
@@ -133,7 +157,7 @@ class Operator:
         if self._passes is not None and needs[self._passes]:  # a direct call, as autograd never asks
             asked = [need and i != self._passes for i, need in enumerate(needs)]
             found = self._run_backward(grads, *args, asked, backend)
-            like = args[self._tensors_at[self._passes]]
+            like = args[self.tensors_at[self._passes]]
             passed = torch.zeros_like(like) if grads[0] is None else grads[0]
             # a copy: results of an op may not be its arguments
             found.insert(sum(needs[: self._passes]), passed.clone(memory_format=torch.contiguous_format))
@@ -145,11 +169,11 @@ class Operator:
         with surroundings(f"{self.name} backward", args[0].device):
             if own is not None:
                 return own(grads, *args, *results, needs)
-            return _recomputed_gradients(getattr(module, self.function), grads, args, self._tensors_at, needs)
+            return _recomputed_gradients(getattr(module, self.function), grads, args, self.tensors_at, needs)
 
     def _fake_backward(self, grads: list[torch.Tensor | None], *rest: Any) -> list[torch.Tensor]:
         *args, needs, _ = rest
-        wanted = [args[i] for i, need in zip(self._tensors_at, needs, strict=True) if need]
+        wanted = [args[i] for i, need in zip(self.tensors_at, needs, strict=True) if need]
         return [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in wanted]
 
 
@@ -208,20 +232,25 @@ def _recomputed_gradients(
     return gradients
 
 
-def _autograd_function(
-    name: str,
-    forward_op: Any,
-    backward_op: Any,
-    tensors_at: tuple[int, ...],
-    keeps_results: int | None,
-    passes: int | None,
-) -> Any:
+def _nobody_looks() -> bool:
+    """Whether there is no mode, transform, trace or profiler that an op would be seen by."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+def _autograd_function(operator: Operator, keeps_results: int | None, passes: int | None) -> Any:
+    tensors_at = operator.tensors_at
+
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             ctx.set_materialize_grads(False)
             ctx.rest = tuple(None if i in tensors_at else arg for i, arg in enumerate(args))
-            results = forward_op(*args)
+            results = operator.forward(*args)
             kept = (results,) if isinstance(results, torch.Tensor) else results
             ctx.save_for_backward(*[args[i] for i in tensors_at], *kept[:keeps_results])
             if not isinstance(results, torch.Tensor):
@@ -241,11 +270,11 @@ def _autograd_function(
             if passes is not None and needs[passes]:
                 result[tensors_at[passes]] = None if grads[0] is None else grads[0].contiguous()
                 needs[passes] = False
-            found = iter(backward_op(list(grads), *args[:-1], *results, needs, args[-1]) if any(needs) else ())
+            found = iter(operator.backward(list(grads), *args[:-1], *results, needs, args[-1]) if any(needs) else ())
             for i, need in zip(tensors_at, needs, strict=True):
                 if need:
                     result[i] = next(found)
             return tuple(result)
 
-    Function.__name__ = Function.__qualname__ = name
+    Function.__name__ = Function.__qualname__ = operator.name
     return Function

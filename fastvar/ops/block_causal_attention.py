@@ -164,4 +164,4 @@ def _attend(
     arguments = (q, k, v, schedule.flat, *prefix, scale, block_diagonal)
     chosen = _OPERATOR.resolve(backend, *arguments)
     with_lse = with_lse or chosen not in ("reference", "flex")  # the other backward passes need it
-    return _OPERATOR(chosen, *arguments, with_lse)
+    return _OPERATOR.run(chosen, *arguments, with_lse)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from fastvar.kernels.adaptive_layer_norm import tiles
-from fastvar.kernels.common.tiling import Table, card
+from fastvar.kernels.common.tiling import Table, card, cdiv, power_of_2
 
 WIDEST = 8  # elements of a 16-bit type that a thread loads at once
 
@@ -179,9 +179,9 @@ def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torc
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         given = _dense(x, y, gate)
-        options = _options(x, tiles.FORWARD)
+        options, strides = _options(x, tiles.FORWARD), _strides(given)
         _gate_forward[_grid(x, options["ROWS"])](
-            *given, out, *_strides(given), x.shape[1], **options, ALIGNED=_aligned(given)
+            *given, out, *strides, x.shape[1], **options, ALIGNED=_aligned(strides)
         )
     return out
 
@@ -223,8 +223,9 @@ def gated_residual_backward(
     sums = make(_sums(x, options["PART"], int(need_gate)), dtype=torch.float32, device=x.device)
     if grads[0] is not None and x.numel():
         given = _dense(grads[0], y, gate)
+        strides = _strides(given)
         _gate_backward[_grid(x, options["PART"])](
-            *given, dy, sums, *_strides(given), x.shape[1], **options, ALIGNED=_aligned(given),
+            *given, dy, sums, *strides, x.shape[1], **options, ALIGNED=_aligned(strides),
             DY=need_y, DGATE=need_gate,
         )  # fmt: skip
     return [dy] * need_y + _totals(sums, [gate] * need_gate)
@@ -265,9 +266,9 @@ def _normalise(
 ) -> None:
     if out.numel():
         given = _dense(x, y, gate, scale, shift)
-        options = _options(x, tiles.FORWARD)
+        options, strides = _options(x, tiles.FORWARD), _strides(given)
         _norm_forward[_grid(x, options["ROWS"])](
-            *given, stream, out, *_strides(given), x.shape[1], eps, **options, ALIGNED=_aligned(given), GATED=gated
+            *given, stream, out, *strides, x.shape[1], eps, **options, ALIGNED=_aligned(strides), GATED=gated
         )
 
 
@@ -292,8 +293,9 @@ def _gradients(
     sums = make(_sums(x, options["PART"], 2 * modulation + needs[2]), dtype=torch.float32, device=x.device)
     if grad is not None and x.numel():
         given = _dense(grad, x if stream is None else stream, x, y, gate, scale)
+        strides = _strides(given)
         _norm_backward[_grid(x, options["PART"])](
-            *given, dx, dy, sums, *_strides(given), x.shape[1], eps, **options, ALIGNED=_aligned(given),
+            *given, dx, dy, sums, *strides, x.shape[1], eps, **options, ALIGNED=_aligned(strides),
             DX=needs[0], DMODULATION=modulation, STREAM=stream is not None, DY=needs[1], DGATE=needs[2],
         )  # fmt: skip
     totals = _totals(sums, [gate] * needs[2] + [scale, shift] * modulation)
@@ -303,12 +305,12 @@ def _gradients(
 
 def _options(x: torch.Tensor, table: Table) -> dict[str, int]:
     """The kernels' constants."""
-    block = triton.next_power_of_2(x.shape[2])
+    block = power_of_2(x.shape[2])
     return {"C": x.shape[2], "BLOCK": block, **table.choose(card(x.device), width=block)}
 
 
 def _grid(x: torch.Tensor, rows: int) -> tuple[int]:
-    return (x.shape[0] * triton.cdiv(x.shape[1], rows),)
+    return (x.shape[0] * cdiv(x.shape[1], rows),)
 
 
 def _dense(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -318,17 +320,20 @@ def _dense(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 def _strides(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
     """Of samples and rows."""
-    return tuple(stride for t in tensors for stride in t.stride()[:-1])
+    found: list[int] = []
+    for t in tensors:
+        found += t.stride()[:-1]
+    return tuple(found)
 
 
-def _aligned(tensors: Sequence[torch.Tensor]) -> int:
+def _aligned(strides: Sequence[int]) -> int:
     """The power of two, up to WIDEST, that divides all of them: so many elements may be loaded at once."""
-    return math.gcd(WIDEST, *_strides(tensors))
+    return math.gcd(WIDEST, *strides)
 
 
 def _sums(x: torch.Tensor, part: int, count: int) -> tuple[int, int, int, int]:
     """The shape of `count` sums over each part of a sample's rows."""
-    return count, x.shape[0], triton.cdiv(x.shape[1], part), x.shape[2]
+    return count, x.shape[0], cdiv(x.shape[1], part), x.shape[2]
 
 
 def _totals(sums: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:

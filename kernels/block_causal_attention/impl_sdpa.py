@@ -50,7 +50,8 @@ class _ScaledDotProducts:
         scale: float,
         seen: Seen,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        grad, q, k, v, out = (t.transpose(1, 2) for t in (grad, q, k, v, out))
+        # Dense: rows out of a longer result made cuDNN's gradients wrong on an H200.
+        grad, q, k, v, out = (t.transpose(1, 2) for t in (grad.contiguous(), q, k, v, out.contiguous()))
         mask = _mask(seen, q, k) if isinstance(seen, torch.Tensor) else None
         kernel, rows, columns = _kernel(q, k, v, mask, scale), q.shape[2], k.shape[2]
         if kernel == "cpu":

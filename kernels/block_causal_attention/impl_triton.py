@@ -35,7 +35,7 @@ from fastvar.kernels.common.tiles import (
     store,
     tile,
 )
-from fastvar.kernels.common.tiling import Table, card
+from fastvar.kernels.common.tiling import Table, card, cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvar.schedule import ScaleSchedule
@@ -357,7 +357,7 @@ def forward(
     tiles = [_descriptor(x, size["BLOCK_N"]) for x in keys] if size.pop("DESCRIPTORS") else [None] * 4
     if any(tiled is None and x is not None for tiled, x in zip(tiles, keys, strict=True)):
         tiles = [None] * 4
-    _forward[(triton.cdiv(length, size["BLOCK_M"]) * batch * heads,)](
+    _forward[(cdiv(length, size["BLOCK_M"]) * batch * heads,)](
         q, k, v, pk, pv, *tiles, lengths, *_spans(schedule, q.device), out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(pk), *_strides(pv),
         length, tokens, group, heads, _bundle(q), softmax_scale * LOG2_E.value, DIAGONAL=block_diagonal, **size,
@@ -404,14 +404,14 @@ def backward(
         spans, factor, bundle = _spans(schedule, q.device), softmax_scale * LOG2_E.value, _bundle(q)
         delta = torch.empty_like(lse)
         size = _tile(BACKWARD_Q, q, k, v, pk, pv, g)
-        _backward_q[(triton.cdiv(length, size["BLOCK_M"]) * batch * heads,)](
+        _backward_q[(cdiv(length, size["BLOCK_M"]) * batch * heads,)](
             q, k, v, pk, pv, lengths, *spans, out, g, lse, None if grad_lse is None else grad_lse.contiguous(),
             delta, dq, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(pk), *_strides(pv), *g.stride()[:3],
             length, tokens, group, heads, bundle, factor, softmax_scale, DIAGONAL=block_diagonal, **size,
         )  # fmt: skip
         if dk is not None:
             size = _tile(BACKWARD_KV, q, k, v, g)
-            _backward_kv[(triton.cdiv(length, size["BLOCK_N"]) * batch * heads,)](
+            _backward_kv[(cdiv(length, size["BLOCK_N"]) * batch * heads,)](
                 q, k, v, *spans, g, lse, delta, dk, dv, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
                 *g.stride()[:3], length, heads, bundle, factor, softmax_scale, DIAGONAL=block_diagonal, **size,
             )  # fmt: skip
@@ -437,9 +437,9 @@ def _prefix_gradients(
     (count, tokens, heads, _), length = pk.shape, q.shape[1]
     group = q.shape[0] // count
     size = _tile(BACKWARD_PREFIX, q, pk, pv, g)
-    programs = triton.cdiv(tokens, size["BLOCK_N"]) * heads
-    longest = triton.cdiv(length, size["BLOCK_M"]) * group // SHORTEST
-    parts = max(min(triton.cdiv(PROGRAMS, programs), longest), 1)
+    programs = cdiv(tokens, size["BLOCK_N"]) * heads
+    longest = cdiv(length, size["BLOCK_M"]) * group // SHORTEST
+    parts = max(min(cdiv(PROGRAMS, programs), longest), 1)
     together = count if parts == 1 else max(min(count, PARTS_BYTES // (parts * 8 * dk[0].numel())), 1)
     for first in range(0, count, together):
         some, rows = slice(first, first + together), slice(first * group, (first + together) * group)
@@ -454,7 +454,7 @@ def _prefix_gradients(
         )  # fmt: skip
         if parts > 1:
             numel = sums[0].numel()
-            _add_parts[(triton.cdiv(numel, SUMMED),)](dks, dvs, *sums, numel, parts, BLOCK=SUMMED, num_warps=4)
+            _add_parts[(cdiv(numel, SUMMED),)](dks, dvs, *sums, numel, parts, BLOCK=SUMMED, num_warps=4)
 
 
 def _tile(table: Table, q: torch.Tensor, *others: torch.Tensor | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from fastvar.kernels.cached_attention.tiles import PART
 from fastvar.kernels.common.tiles import LOG2_E, attend, common_factor, constants, head, rows_adjacent
-from fastvar.kernels.common.tiling import card
+from fastvar.kernels.common.tiling import card, cdiv, power_of_2
 
 FEW = 64  # queries of a sample; from there on, tiles of queries alone keep a GPU busy
 SPLIT = 512  # keys of a program where queries are few
@@ -104,7 +104,7 @@ class _Part(NamedTuple):
 
     @property
     def divisions(self) -> int:
-        return triton.cdiv(self.k.shape[1], self.split)
+        return cdiv(self.k.shape[1], self.split)
 
 
 def forward(
@@ -146,7 +146,7 @@ def forward(
     for part in parts:
         share = batch // part.k.shape[0]
         target, sums = (found, lse) if count == 1 else (found[first:], lse[first:])
-        tiles = triton.cdiv(share * n, size["BLOCK_M"])
+        tiles = cdiv(share * n, size["BLOCK_M"])
         _part[(tiles * part.divisions * part.k.shape[0] * heads,)](
             q, part.k, part.v, part.lengths, target, sums, *q.stride()[:3], *part.k.stride()[:3], *part.v.stride()[:3],
             batch, n, share, part.k.shape[1], heads, part.split, part.divisions, softmax_scale * LOG2_E.value,
@@ -155,8 +155,8 @@ def forward(
         first += part.divisions
     if count > 1:
         lines = batch * n * heads
-        _merge[(triton.cdiv(lines, MERGED),)](
-            merged, lse, out, lines, count, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), ROWS=MERGED,
+        _merge[(cdiv(lines, MERGED),)](
+            merged, lse, out, lines, count, D=head_dim, BLOCK_D=power_of_2(head_dim), ROWS=MERGED,
             num_warps=4,
         )  # fmt: skip
     return out

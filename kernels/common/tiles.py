@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from fastvar.kernels.common.tiling import power_of_2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -21,8 +22,10 @@ def rows_adjacent(tensor: torch.Tensor) -> torch.Tensor:
 
 def common_factor(*tensors: torch.Tensor | None) -> int:
     """8 if that divides the strides of samples and heads (B, L, H, D), else 1: what `head` is told."""
-    steps = [step for t in tensors if t is not None for step in (t.stride(0), t.stride(2))]
-    return 8 if all(step % 8 == 0 for step in steps) else 1
+    for t in tensors:
+        if t is not None and (t.stride(0) % 8 or t.stride(2) % 8):
+            return 1
+    return 8
 
 
 @triton.jit
@@ -91,5 +94,5 @@ def attend(
 def constants(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """What `tile` and the products are told. Three products in TF32 make one in float32: in full precision registers
     spill. For 16 bits the precision says nothing."""
-    block = max(16, triton.next_power_of_2(head_dim))
+    block = max(16, power_of_2(head_dim))
     return {"D": head_dim, "BLOCK_D": block, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}

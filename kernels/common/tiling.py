@@ -30,6 +30,16 @@ SHARED = {"sm80": 163 << 10, "sm89": 99 << 10, "sm90": 227 << 10, "sm100": 227 <
 _FAMILIES = {80: "sm80", 86: "sm89", 87: "sm80", 89: "sm89", 90: "sm90", 100: "sm100", 103: "sm100"}
 
 
+def cdiv(size: int, block: int) -> int:
+    """So many blocks cover a size. triton.cdiv is made for kernels and slow on the host."""
+    return -(-size // block)
+
+
+def power_of_2(size: int) -> int:
+    """The least power of two that is not below a size."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
 class Card(NamedTuple):
     """A GPU, as far as tables look at it.
 

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
-from fastvar.kernels.common.tiling import card
+from fastvar.kernels.common.tiling import card, cdiv
 from fastvar.kernels.propagate_mask import tiles
 
 from fastvar.schedule import ScaleSchedule
@@ -64,7 +64,7 @@ def forward(mask: torch.Tensor, schedule: ScaleSchedule, footprint: str, soft: b
     if batch:
         values = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         tile = tiles.PROPAGATE.choose(card(mask.device))
-        _propagate[(batch * triton.cdiv(length, tile["TOKENS"]),)](
+        _propagate[(batch * cdiv(length, tile["TOKENS"]),)](
             values, footprints(schedule, footprint, mask.device), out, *mask.stride(), length, **tile, SOFT=soft
         )
     return out

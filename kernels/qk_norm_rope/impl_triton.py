@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from fastvar.kernels.common.tiling import Table, card
+from fastvar.kernels.common.tiling import Table, card, cdiv, power_of_2
 from fastvar.kernels.qk_norm_rope import tiles
 
 MAX_LOG_SCALE = tl.constexpr(math.log(100.0))
@@ -203,10 +203,11 @@ def backward(
     )
     if q.numel() and any(wanted):
         grad_q, grad_k, q, k = (None if t is None else _rows_adjacent(t) for t in (*grads, q, k))
-        _backward[_grid(q, tiles.BACKWARD)](
+        constants, strides = options(q, tiles.BACKWARD), _strides(grad_q, grad_k, q, k)
+        _backward[_grid(q, constants["ROWS"])](
             grad_q, grad_k, q, k, *_parameters(log_scale, rope_cos, rope_sin), dq, dk, dlog_scale,
-            *_strides(grad_q, grad_k, q, k), q.shape[1], eps, **options(q, tiles.BACKWARD),
-            ALIGNED=_aligned(grad_q, grad_k, q, k), NORM=log_scale is not None, ROPE=rope_cos is not None,
+            *strides, q.shape[1], eps, **constants, ALIGNED=_aligned(strides),
+            NORM=log_scale is not None, ROPE=rope_cos is not None,
             DQ=wanted[0], DK=wanted[1], DLOG_SCALE=wanted[2],
         )  # fmt: skip
     found = [dq] * needs[0] + [dk] * needs[1]
@@ -218,7 +219,7 @@ def backward(
 
 def options(q: torch.Tensor, table: Table) -> dict[str, int]:
     """The kernels' constants."""
-    block = max(triton.next_power_of_2(q.shape[3]), 2)
+    block = max(power_of_2(q.shape[3]), 2)
     return {"H": q.shape[2], "D": q.shape[3], "BLOCK_D": block, **table.choose(card(q.device), head_dim=block)}
 
 
@@ -237,17 +238,17 @@ def _launch(
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel():
         q, k, v = _rows_adjacent(q), _rows_adjacent(k), None if v is None else _rows_adjacent(v)
-        _forward[_grid(q, tiles.FORWARD)](
+        constants, strides = options(q, tiles.FORWARD), _strides(q, k, v, k_out, v_out)
+        _forward[_grid(q, constants["ROWS"])](
             q, k, v, *_parameters(log_scale, rope_cos, rope_sin), q_out, k_out, v_out,
-            *_strides(q, k, v, k_out, v_out), q.shape[1], position, eps, **options(q, tiles.FORWARD),
-            ALIGNED=_aligned(q, k, v, k_out, v_out), NORM=log_scale is not None, ROPE=rope_cos is not None,
-            VALUES=v is not None,
+            *strides, q.shape[1], position, eps, **constants, ALIGNED=_aligned(strides),
+            NORM=log_scale is not None, ROPE=rope_cos is not None, VALUES=v is not None,
         )  # fmt: skip
     return q_out
 
 
-def _grid(q: torch.Tensor, table: Table) -> tuple[int]:
-    return (q.shape[0] * triton.cdiv(q.shape[1] * q.shape[2], options(q, table)["ROWS"]),)
+def _grid(q: torch.Tensor, rows: int) -> tuple[int]:
+    return (q.shape[0] * cdiv(q.shape[1] * q.shape[2], rows),)
 
 
 def _rows_adjacent(t: torch.Tensor) -> torch.Tensor:
@@ -261,9 +262,12 @@ def _parameters(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...
 
 
 def _strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
-    return tuple(stride for t in tensors for stride in ((0, 0, 0) if t is None else t.stride()[:3]))
+    found: list[int] = []
+    for t in tensors:
+        found += (0, 0, 0) if t is None else t.stride()[:3]
+    return tuple(found)
 
 
-def _aligned(*tensors: torch.Tensor | None) -> int:
+def _aligned(strides: Sequence[int]) -> int:
     """The power of two, up to WIDEST, that divides all strides of rows: so many elements may be loaded at once."""
-    return math.gcd(WIDEST, *_strides(*tensors))
+    return math.gcd(WIDEST, *strides)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fastvar.kernels.common.tiling import card
+from fastvar.kernels.common.tiling import card, cdiv, power_of_2
 from fastvar.kernels.residual_quantize import reference
 from fastvar.kernels.residual_quantize.gradients import accumulate_scale_backward
 from fastvar.kernels.residual_quantize.tiles import MEANS, SEARCH, UPSAMPLED
@@ -204,7 +204,7 @@ def _upsampled(
     if not codes.numel():
         return codes
     tile = UPSAMPLED.choose(card(tokens.device))
-    tiles = triton.cdiv(height * width, tile["CELLS"])
+    tiles = cdiv(height * width, tile["CELLS"])
     _upsample[(batch * tiles,)](
         tokens, codebook, codes, vocabulary, *grid, height, width, grid[0] / height, grid[1] / width, tiles,
         C=channels, CHANNELS=_power(channels), **tile,
@@ -217,7 +217,7 @@ def _upsampled(
 
 
 def _power(channels: int) -> int:
-    return min(MOST_CHANNELS, triton.next_power_of_2(channels))
+    return min(MOST_CHANNELS, power_of_2(channels))
 
 
 def _search(rows: torch.Tensor, codes: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
@@ -226,11 +226,11 @@ def _search(rows: torch.Tensor, codes: torch.Tensor, norms: torch.Tensor) -> tor
     count, size = batch * length, len(codes)
     if not rows.numel():
         return torch.zeros(batch, length, dtype=torch.int64, device=rows.device)
-    width = max(16, triton.next_power_of_2(channels))
+    width = max(16, power_of_2(channels))
     tile = SEARCH.choose(card(rows.device), length=length)
-    tiles, blocks = triton.cdiv(count, tile["ROWS"]), triton.cdiv(size, tile["CODES"])
-    each = triton.cdiv(blocks, min(blocks, triton.cdiv(PROGRAMS, tiles)))
-    parts = triton.cdiv(blocks, each)
+    tiles, blocks = cdiv(count, tile["ROWS"]), cdiv(size, tile["CODES"])
+    each = cdiv(blocks, min(blocks, cdiv(PROGRAMS, tiles)))
+    parts = cdiv(blocks, each)
     distances = torch.empty(parts, count, dtype=torch.float32, device=rows.device)
     found = torch.empty(parts, count, dtype=torch.int32, device=rows.device)
     _nearest_codes[(tiles, parts)](

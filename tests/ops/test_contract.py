@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from samples import SAMPLES
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvar.ops import explain, support
+from fastvar.ops import adaptive_layer_norm, explain, support
 from fastvar.ops._dispatch import REGISTRY
 
 # Every call, with every implementation that runs on a CPU. Whether the extension is built where it can be built is the
@@ -201,3 +202,29 @@ def test_wishes(name: str) -> None:
     lead = next(v for v in arguments.values() if isinstance(v, torch.Tensor))
     assert explain(name, lead).backend in ("cpu", "reference")
     assert name in support().markdown()
+
+
+def test_eager_calls_skip_the_library_unless_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That way costs more than a small kernel; modes and profilers still see the ops."""
+    operator = import_module("fastvar.ops.adaptive_layer_norm")._NORM
+    x, scale = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 4)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(adaptive_layer_norm(x, scale, scale).sum(), x)
+
+    with OpCalls() as seen:
+        expected = run()
+    names = ["adaptive_layer_norm", "adaptive_layer_norm_backward"]
+    assert [op.name().removeprefix("fastvar::") for op, _ in seen.calls] == names
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    assert {f"fastvar::{name}" for name in names} <= {event.key for event in profile.key_averages()}
+
+    def fail(*_: object) -> None:
+        raise AssertionError("through torch.library")
+
+    monkeypatch.setattr(operator, "op", fail)
+    monkeypatch.setattr(operator, "backward_op", fail)
+    assert torch.equal(run()[0], expected[0])
+    with OpCalls(), pytest.raises(AssertionError, match=r"torch\.library"):
+        run()
