@@ -17,6 +17,7 @@ import triton.language as tl
 from fastvar.kernels.adaptive_layer_norm import tiles
 from fastvar.kernels.common.tiling import Table, card, cdiv, power_of_2
 
+ADDED = 128  # channels of a program that adds parts up
 WIDEST = 8  # elements of a 16-bit type that a thread loads at once
 
 
@@ -165,6 +166,28 @@ def _gate_backward(
     if DGATE:
         place = tl.program_id(0).to(tl.int64) * C + column
         tl.store(sums_ptr + place, tl.sum(dgate, 0)[None, :], column < C)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _add_parts(
+    sums_ptr, first_ptr, second_ptr, third_ptr, images, parts, C: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Up to three sums over the parts of each sample's rows, from sums_ptr (., images, parts, C)."""
+    blocks = tl.cdiv(C, BLOCK)
+    line = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    seen = column < C
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        place = (line * parts + part)[:, None] * C + column[None, :]
+        total += tl.sum(tl.load(sums_ptr + place, (part < parts)[:, None] & seen[None, :], 0.0), 0)
+    place = line % images * C + column
+    tl.store(first_ptr + place, total, seen & (line < images))
+    if second_ptr is not None:
+        tl.store(second_ptr + place, total, seen & (line // images == 1))
+    if third_ptr is not None:
+        tl.store(third_ptr + place, total, seen & (line // images == 2))
 
 
 def forward(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
@@ -338,4 +361,10 @@ def _sums(x: torch.Tensor, part: int, count: int) -> tuple[int, int, int, int]:
 
 def _totals(sums: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The sums over samples, in a fixed order, each in a dtype of its own."""
-    return [total.to(t.dtype, copy=True) for total, t in zip(sums.sum(2), like, strict=True)]
+    count, images, parts, width = sums.shape
+    found = [torch.empty(images, width, dtype=t.dtype, device=sums.device) for t in like]
+    if count * images * width:
+        _add_parts[(count * images * cdiv(width, ADDED),)](
+            sums, *found, *[None] * (3 - count), images, parts, C=width, BLOCK=ADDED, PARTS=32, num_warps=4
+        )
+    return found
