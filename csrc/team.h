@@ -100,11 +100,15 @@ FASTVAR_HOST_DEVICE inline T glance(T* at) {
 }
 
 // Adds 1; returns what was there.
-FASTVAR_HOST_DEVICE inline uint64_t count_up(uint64_t* at) {
+template <typename T>
+FASTVAR_HOST_DEVICE inline T count_up(T* at) {
 #if defined(__CUDA_ARCH__)
-  return atomicAdd(reinterpret_cast<unsigned long long*>(at), 1ull);
+  if constexpr (sizeof(T) == 8)
+    return atomicAdd(reinterpret_cast<unsigned long long*>(at), 1ull);
+  else
+    return atomicAdd(at, T(1));
 #elif !defined(__CUDACC__)
-  return std::atomic_ref<uint64_t>(*at).fetch_add(1);
+  return std::atomic_ref<T>(*at).fetch_add(1);
 #else
   return 0;
 #endif
