@@ -25,6 +25,12 @@ struct Alone : Team {
   FASTVAR_HOST_DEVICE inline void sync_parts() const { Team::sync(); }
 };
 
+#ifdef __CUDACC__
+#define QUANT_TURN(index) (call.turned ? int32_t(index % call.codes.padded()) : 0)
+#else
+#define QUANT_TURN(index) int32_t(index % call.codes.padded())
+#endif
+
 struct Call {
   Tokenizer tokenizer;
   Codes codes;
@@ -37,6 +43,7 @@ struct Call {
   float* feature_map;  // (B, C, H, W)
   float* inputs;       // (B, L - n_1, C)
   int64_t* usage;      // (V,), zeros before
+  bool turned;
 
   FASTVAR_HOST_DEVICE inline Grid finest() const { return grids[scales - 1]; }
   FASTVAR_HOST_DEVICE inline int64_t inputs_length() const { return length - grids[0].tokens(); }
@@ -61,8 +68,8 @@ struct SearchMemory {
   uint64_t* candidates;
   uint32_t* bounds;
 
-  FASTVAR_HOST_DEVICE inline Rows rows_of(const Codes& codes, int32_t count) const {
-    return Rows(codes, count, rows, keys, candidates);
+  FASTVAR_HOST_DEVICE inline Rows rows_of(const Codes& codes, int32_t count, int32_t turn) const {
+    return Rows(codes, count, turn, rows, keys, candidates);
   }
   static constexpr int32_t BESIDES = 4;  // floats of the number of candidates and the bounds
 };
@@ -97,9 +104,12 @@ struct Sharing {
     scratch = round_to_fours(scratch);
   }
 
+  // floats of a channel's cells: odd, so that one cell of all channels lies in different banks
+  FASTVAR_HOST_DEVICE static inline int64_t plane(Grid size) { return size.tokens() | 1; }
+
   // a block's memory
   FASTVAR_HOST_DEVICE inline int64_t floats(Grid size) const {
-    return 2 * round_to_fours(share * size.tokens()) + strip + scratch + 2 * rows + SearchMemory::BESIDES +
+    return 2 * round_to_fours(share * plane(size)) + strip + scratch + 2 * rows + SearchMemory::BESIDES +
            round_to_fours(size.tokens());
   }
 };
@@ -111,11 +121,12 @@ FASTVAR_HOST_DEVICE inline void image(const Team& team, const Call& call, int64_
   const Tokenizer& tokenizer = call.tokenizer;
   const Grid size = call.finest();
   const auto channels = int32_t(tokenizer.channels), cells = int32_t(size.tokens());
+  const auto plane = int32_t(Sharing::plane(size));
   const int32_t before = sharing.share * team.part(), low = before < channels ? before : channels;
   const int32_t high = low + sharing.share < channels ? low + sharing.share : channels;
   float* residual = floats;  // planes low to high - 1, and so the map
-  float* map = residual + round_to_fours(int64_t(sharing.share) * cells);
-  float* strip = map + round_to_fours(int64_t(sharing.share) * cells);  // or the rows of the search
+  float* map = residual + round_to_fours(int64_t(sharing.share) * plane);
+  float* strip = map + round_to_fours(int64_t(sharing.share) * plane);  // or the rows of the search
   float* scratch = strip + sharing.strip;
   auto* keys = reinterpret_cast<uint64_t*>(scratch + sharing.scratch);
   auto* tokens = reinterpret_cast<int32_t*>(keys + sharing.rows + SearchMemory::BESIDES / 2);  // of a scale
@@ -124,8 +135,9 @@ FASTVAR_HOST_DEVICE inline void image(const Team& team, const Call& call, int64_
   const int64_t first_plane = (index * channels + low) * cells;
   gather_bounds(team, call.codes, memory.bounds);
   for (int32_t i = team.rank(); i < (high - low) * cells; i += team.size()) {
-    residual[i] = call.features[first_plane + i];
-    map[i] = 0;
+    const int32_t place = i / cells * plane + i % cells;
+    residual[place] = call.features[first_plane + i];
+    map[place] = 0;
   }
   int64_t start = 0;
   for (int32_t k = 0; k < call.scales; ++k) {
@@ -137,12 +149,12 @@ FASTVAR_HOST_DEVICE inline void image(const Team& team, const Call& call, int64_
     const auto step = int32_t(round_up((count + tiles - 1) / tiles, TILE_ROWS));
     team.sync_parts();  // what was a strip can hold rows
     for (int32_t first = 0; first < count; first += step) {
-      const Rows rows = memory.rows_of(call.codes, count - first < step ? count - first : step);
+      const Rows rows = memory.rows_of(call.codes, count - first < step ? count - first : step, QUANT_TURN(index));
       each_bin(team, high - low, size, grid, first, rows.count, [&](int32_t c, int32_t place, const Bins& bins) {
-        const float mean = bin_mean(residual + c * cells, size, bins);
+        const float mean = bin_mean(residual + c * plane, size, bins);
         for (int32_t part = 0; part < team.parts(); ++part)
           team.of_part(rows.exact, part)[place * rows.stride + low + c] = -2 * mean;
-        if (k > 0) inputs[int64_t(first + place) * channels + c] = bin_mean(map + c * cells, size, bins);
+        if (k > 0) inputs[int64_t(first + place) * channels + c] = bin_mean(map + c * plane, size, bins);
       });
       team.sync_parts();
       prepare(team, call.codes, memory.bounds, rows);
@@ -160,14 +172,15 @@ FASTVAR_HOST_DEVICE inline void image(const Team& team, const Call& call, int64_
       upsample(team, tokenizer, tokens, grid, size, first, shape, scratch, strip);
       apply_phi(team, tokenizer, call.phi_index[k], strip, size, first, shape, low, high, weights, scratch,
                 [&](int32_t channel, int32_t y, int32_t x, float value) {
-                  const int32_t place = (channel - low) * cells + y * size.width + x;
+                  const int32_t place = (channel - low) * plane + y * size.width + x;
                   residual[place] -= value;
                   map[place] += value;
                 });
     }
     start += count;
   }
-  for (int32_t i = team.rank(); i < (high - low) * cells; i += team.size()) call.feature_map[first_plane + i] = map[i];
+  for (int32_t i = team.rank(); i < (high - low) * cells; i += team.size()) 
+    call.feature_map[first_plane + i] = map[i / cells * plane + i % cells];
   team.sync_parts();  // a block's memory is there as long as another may read it
 }
 
@@ -207,7 +220,7 @@ FASTVAR_HOST_DEVICE inline void tiled_search(const Team& team, const TiledCall& 
   auto* keys = reinterpret_cast<uint64_t*>(queue + 2 * LEAST_QUEUE);
   const SearchMemory memory{floats, queue, LEAST_QUEUE, keys, keys + tiled.rows,
                             reinterpret_cast<uint32_t*>(keys + tiled.rows + 1)};
-  const Rows rows = memory.rows_of(call.codes, count);
+  const Rows rows = memory.rows_of(call.codes, count, int32_t(index % call.codes.padded()));
   const float* residual = (tiled.scale ? tiled.residual : call.features) + plane;
   float* inputs =
       call.inputs + (index * call.inputs_length() + tiled.start - call.grids[0].tokens() + first) * channels;

@@ -30,6 +30,10 @@ struct alignas(16) Halves {
   uint16_t at[COUNT];
 };
 
+struct alignas(4) TwoHalves {
+  uint16_t at[2];
+};
+
 // Four floats that are read at once; their place is a multiple of four.
 struct alignas(16) Four {
   float at[4];
@@ -180,13 +184,14 @@ FASTVAR_HOST_DEVICE inline int32_t row_floats(int32_t channels) {
 struct Rows {
   int32_t count, stride, padded;
   float* exact;        // (padded, stride)
-  uint16_t* halves;    // (chunks, padded, TILE_DEPTH)
+  uint16_t* halves;    // (chunks, padded / TILE_ROWS, TILE_ROWS, TILE_DEPTH), see row_place
   float* bands;        // (padded,): what is farther than the nearest by more is not the nearest; NaN: nothing is
   uint32_t* lows;      // (padded,): the nearest of the screen, ordered
   uint64_t* keys;      // (padded,): the nearest: its distance, ordered, and its code
   uint64_t* candidates;  // how many there are
+  int32_t turn;          // by so many blocks of codes the screen starts later: not all images want the same at once
 
-  FASTVAR_HOST_DEVICE inline Rows(const Codes& codes, int32_t count, float* memory, uint64_t* keys,
+  FASTVAR_HOST_DEVICE inline Rows(const Codes& codes, int32_t count, int32_t turn, float* memory, uint64_t* keys,
                                   uint64_t* candidates)
       : count(count),
         stride(row_stride(codes.channels)),
@@ -196,7 +201,8 @@ struct Rows {
         bands(memory + int64_t(padded) * (stride + codes.chunks() * (TILE_DEPTH / 2))),
         lows(reinterpret_cast<uint32_t*>(bands + padded)),
         keys(keys),
-        candidates(candidates) {}
+        candidates(candidates),
+        turn(turn) {}
 };
 
 constexpr uint32_t ALL = 0;  // among `lows`, for a row whose candidates are all codes: as a limit it is not a number
@@ -250,8 +256,11 @@ FASTVAR_HOST_DEVICE inline void prepare(const Team& team, const Codes& codes, co
         const float wrong = value - from_bfloat16(halves.at[j]);
         rounding += wrong * wrong;
       }
-      const int64_t place = (int64_t(start / TILE_DEPTH) * rows.padded + i) * TILE_DEPTH + start % TILE_DEPTH;
-      *reinterpret_cast<Halves*>(rows.halves + place) = halves;
+      const int64_t tile = (int64_t(start / TILE_DEPTH) * rows.padded + i / TILE_ROWS * TILE_ROWS) * TILE_DEPTH;
+#pragma unroll
+      for (int32_t j = 0; j < Halves::COUNT; j += 2)
+        *reinterpret_cast<TwoHalves*>(rows.halves + tile + row_place(i % TILE_ROWS, start % TILE_DEPTH + j)) = {
+            halves.at[j], halves.at[j + 1]};
     }
     const float wrong = std::sqrt(rounding) * margin + least;
     const float roundings = float(4 * codes.chunks() * TILE_DEPTH + 32) * 0x1p-22f * longest * (longest + length);
@@ -281,6 +290,11 @@ FASTVAR_HOST_DEVICE inline void screen(const Team& team, const Codes& codes, con
       columns[w] = load_columns(
           codes.halves + (chunk * padded + int64_t(block) * BLOCK_CODES + w * TILE_COLUMNS) * TILE_DEPTH, lane);
   };
+  const auto load_norms = [&](int32_t block, float (&norms)[WIDE][OWN_COLUMNS]) {
+#pragma unroll
+    for (int32_t w = 0; w < WIDE; ++w)
+      load_of_columns(codes.norms + int64_t(block) * BLOCK_CODES + w * TILE_COLUMNS, lane, norms[w]);
+  };
   for (int32_t item = team.rank() / WARP; item < groups * shares; item += warps) {
     const int32_t first_tile = item % groups * GROUP, share = item / groups;
     float states[GROUP][OWN_ROWS];
@@ -291,18 +305,22 @@ FASTVAR_HOST_DEVICE inline void screen(const Team& team, const Codes& codes, con
         const int32_t row = (first_tile + g) * TILE_ROWS + own_row(lane, r);
         states[g][r] = begin(row < rows.padded ? row : 0);
       }
-    int32_t block = team.part() + share * team.parts();
+    const int32_t first = team.part() + share * team.parts();
+    const int32_t turns = first < blocks ? (blocks - first + step - 1) / step : 0;
+    int32_t block = first + (turns ? rows.turn % turns : 0) * step;
     ColumnTile columns[WIDE];
-    if (block < blocks) load(block, 0, columns);
-    for (; block < blocks; block += step) {
-      float norms[WIDE][OWN_COLUMNS];
-#pragma unroll
-      for (int32_t w = 0; w < WIDE; ++w)
-#pragma unroll
-        for (int32_t c = 0; c < OWN_COLUMNS; ++c)
-          norms[w][c] = codes.norms[int64_t(block) * BLOCK_CODES + w * TILE_COLUMNS + own_column(lane, c)];
+    float norms[WIDE][OWN_COLUMNS];
+    if (turns) {
+      load(block, 0, columns);
+      load_norms(block, norms);
+    }
+#pragma unroll 1
+    for (int32_t n = 0; n < turns; ++n) {
+      const int32_t next = block + step < blocks ? block + step : first;
       ColumnTile following[WIDE];
-      load(block + step < blocks ? block + step : block, 0, following);
+      float following_norms[WIDE][OWN_COLUMNS];
+      load(next, 0, following);
+      load_norms(next, following_norms);
 #pragma unroll
       for (int32_t g = 0; g < GROUP; ++g) {
         if (first_tile + g >= tiles) break;
@@ -338,7 +356,12 @@ FASTVAR_HOST_DEVICE inline void screen(const Team& team, const Codes& codes, con
         }
       }
 #pragma unroll
-      for (int32_t w = 0; w < WIDE; ++w) columns[w] = following[w];
+      for (int32_t w = 0; w < WIDE; ++w) {
+        columns[w] = following[w];
+#pragma unroll
+        for (int32_t c = 0; c < OWN_COLUMNS; ++c) norms[w][c] = following_norms[w][c];
+      }
+      block = next;
     }
 #pragma unroll
     for (int32_t g = 0; g < GROUP; ++g)
@@ -398,13 +421,13 @@ FASTVAR_HOST_DEVICE inline void search(const Team& team, const Codes& codes, con
 #pragma unroll
           for (int32_t c = 0; c < OWN_COLUMNS; ++c) near |= distances[w][c] <= limit;
         if (!near) return;
-#pragma unroll 1
-        for (int32_t i = 0; i < WIDE * OWN_COLUMNS; ++i) {
-          bool candidate = false;  // chosen so that the distances stay in registers
+        uint32_t candidates = 0;  // a bit for each distance: these stay in registers
 #pragma unroll
-          for (int32_t j = 0; j < WIDE * OWN_COLUMNS; ++j)
-            candidate |= i == j && distances[j / OWN_COLUMNS][j % OWN_COLUMNS] <= limit;
-          if (!candidate) continue;
+        for (int32_t i = 0; i < WIDE * OWN_COLUMNS; ++i)
+          candidates |= uint32_t(distances[i / OWN_COLUMNS][i % OWN_COLUMNS] <= limit) << i;
+#pragma unroll 1
+        for (; candidates; candidates &= candidates - 1) {
+          const int32_t i = lowest_bit(candidates);
           const int32_t code = first + i / OWN_COLUMNS * TILE_COLUMNS + own_column(lane, i % OWN_COLUMNS);
           const uint64_t place = count_up(rows.candidates);
           if (place >= room) {

@@ -114,6 +114,15 @@ FASTVAR_HOST_DEVICE inline T count_up(T* at) {
 #endif
 }
 
+// Which bit of a number that is not 0 is the lowest.
+FASTVAR_HOST_DEVICE inline int32_t lowest_bit(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __ffs(int(bits)) - 1;
+#else
+  return __builtin_ctz(bits);
+#endif
+}
+
 // Bits of floats as whole numbers that are in the order of the floats.
 FASTVAR_HOST_DEVICE inline uint32_t to_ordered(float value) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, value);
