@@ -16,6 +16,8 @@ from torch.nn.modules import module as _module
 
 from fastvar.ops import group_norm_silu
 
+CHANNEL_MULTIPLE = 8  # cuDNN has fast kernels for channels-last images of so many output channels, and multiples
+
 
 def _rows(images: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) to (B, H W, C)."""
@@ -37,14 +39,70 @@ def normalised(
     return _images(rows, x)
 
 
+def _is_unhooked(module: nn.Module) -> bool:
+    """Whether nobody listens to a module's calls, so that another method may be called in its place."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not (hooks or _module._global_forward_hooks or _module._global_forward_pre_hooks)
+
+
 def _is_plain(conv: nn.Conv2d) -> bool:
     """Whether a convolution may be computed from its weights: nobody has put hooks or other padding on it."""
-    hooks = conv._forward_hooks or conv._forward_pre_hooks
-    hooks = hooks or _module._global_forward_hooks or _module._global_forward_pre_hooks
-    return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not hooks
+    return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and _is_unhooked(conv)
 
 
-class ResidualBlock(nn.Module):
+def _on_gpu(x: torch.Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
+def _may_carry(conv: nn.Conv2d, x: torch.Tensor) -> bool:
+    """Whether a convolution's bias may be left to what comes after it, as on a GPU cuDNN adds it in a pass over memory
+    of its own. Where gradients are wanted everything runs as written."""
+    return _on_gpu(x) and not torch.is_grad_enabled() and _is_plain(conv)
+
+
+def _convolved(conv: nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A convolution of images, and what is still to be added to each channel (C,)."""
+    carry, missing = _may_carry(conv, x), -conv.out_channels % CHANNEL_MULTIPLE
+    if not carry and not (missing and _on_gpu(x) and _is_plain(conv)):
+        return conv(x), None
+    weight, bias = conv.weight, None if carry else conv.bias
+    if missing:  # made anew in each call: it is small, and a copy that is kept would have to follow the weight
+        weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, missing))
+        bias = None if bias is None else F.pad(bias, (0, missing))
+    out = F.conv2d(x, weight, bias, conv.stride, conv.padding)
+    return out[:, : conv.out_channels] if missing else out, conv.bias if carry else None
+
+
+def _shifted(x: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    """Images (B, C, H, W) plus a shift (C,)."""
+    return x if shift is None else x + shift.to(x.dtype)[:, None, None]
+
+
+def _both(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+class _Stage(nn.Module):
+    """Images to images. Between stages they are x + shift, with the biases of convolutions in the shift (C,) until an
+    operator takes it along: a norm takes it for nothing, an addition of its own would be a pass over memory."""
+
+    def carry(self, x: torch.Tensor, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _shifted(*self.carry(x, None))
+
+
+def _through(stage: nn.Module, x: torch.Tensor, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A stage's result; one with hooks, or somebody's own, is called with the sum."""
+    if isinstance(stage, _Stage) and _is_unhooked(stage):
+        return stage.carry(x, shift)
+    return stage(_shifted(x, shift)), None
+
+
+class ResidualBlock(_Stage):
     """Two normalised 3x3 convolutions and a shortcut: (B, C_in, H, W) -> (B, C_out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, norm_groups: int, dropout: float) -> None:
@@ -56,18 +114,23 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h, shift = normalised(self.norm1, x), None
-        if x.device.type == "cuda" and not torch.is_grad_enabled() and _is_plain(self.conv1):
-            # cuDNN would add the bias in a pass over memory of its own
-            h, shift = F.conv2d(h, self.conv1.weight, padding=1), self.conv1.bias
-        else:
-            h = self.conv1(h)
-        h = self.conv2(self.dropout(normalised(self.norm2, h, shift=shift)))
-        return self.nin_shortcut(x) + h
+    def carry(self, x: torch.Tensor, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        h, bias = _convolved(self.conv1, normalised(self.norm1, x, shift=shift))
+        h, bias = _convolved(self.conv2, self.dropout(normalised(self.norm2, h, shift=bias)))
+        x, shift = self._shortcut(x, shift)
+        return x + h, _both(shift, bias)
+
+    def _shortcut(self, x: torch.Tensor, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        conv = self.nin_shortcut
+        if not isinstance(conv, nn.Conv2d) or not _may_carry(conv, x):
+            return (x, shift) if type(conv) is nn.Identity and _is_unhooked(conv) else (conv(_shifted(x, shift)), None)
+        x, bias = _convolved(conv, x)
+        if shift is not None:  # a sum, not a product of matrices: autocast leaves it in the weights' dtype
+            shift = (conv.weight.flatten(1) * shift).sum(1)
+        return x, _both(shift, bias)
 
 
-class SpatialAttention(nn.Module):
+class SpatialAttention(_Stage):
     """Single-head attention over all positions of a feature map (B, C, H, W)."""
 
     def __init__(self, channels: int, *, norm_groups: int) -> None:
@@ -76,14 +139,15 @@ class SpatialAttention(nn.Module):
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv(normalised(self.norm, x, silu=False))
+    def carry(self, x: torch.Tensor, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        qkv = self.qkv(normalised(self.norm, x, silu=False, shift=shift))
         q, k, v = _rows(qkv).chunk(3, -1)  # [B, H W, C]
         h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        return x + self.proj_out(_images(h, x))
+        out, bias = _convolved(self.proj_out, _images(h, x))
+        return x + out, _both(shift, bias)
 
 
-class _Resample(nn.Module):
+class _Resample(_Stage):
     """Halve (stride 2, padded right and below) or double (nearest) the resolution with a 3x3 convolution."""
 
     def __init__(self, channels: int, *, down: bool) -> None:
@@ -91,24 +155,52 @@ class _Resample(nn.Module):
         self.down = down
         self.conv = nn.Conv2d(channels, channels, 3, stride=2 if down else 1, padding=0 if down else 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.down:
-            return self.conv(F.pad(x, (0, 1, 0, 1)))
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def carry(self, x: torch.Tensor, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if _may_carry(self.conv, x):
+            return (self._halved(x, shift), None) if self.down else _convolved(self.conv, _doubled(x, shift))
+        x = _shifted(x, shift)
+        x = F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x), None
+
+    def _halved(self, x: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+        """Without a padded copy: padding of 2 on all sides adds a row and a column of results, which are left out."""
+        height, width = x.shape[2] // 2, x.shape[3] // 2
+        weight, bias = self.conv.weight, self.conv.bias
+        out = F.conv2d(x, weight, stride=2, padding=2)[:, :, 1 : 1 + height, 1 : 1 + width]
+        if shift is None:
+            return _shifted(out, bias)
+        # What the shift comes to is one number a channel, but in the last row and column, where padding has no shift
+        edges = F.conv2d(F.pad(shift[None, :, None, None].expand(-1, -1, 4, 4), (0, 1, 0, 1)), weight, bias, stride=2)
+        return out + F.pad(edges, (width - 2, 0, height - 2, 0), mode="replicate").to(out.dtype)
 
 
-class _Middle(nn.Module):
+def _doubled(x: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    """Images of twice the size, nearest, plus a shift: a copy of rows of channels, faster than PyTorch's operator."""
+    batch, channels, height, width = x.shape
+    out = x.new_empty(batch, height, 2, width, 2, channels)
+    rows = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand_as(out)
+    if shift is None:
+        out.copy_(rows)
+    else:
+        torch.add(rows, shift.to(x.dtype), out=out)
+    return out.view(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+
+
+class _Middle(_Stage):
     def __init__(self, channels: int, *, norm_groups: int, dropout: float, attention: bool) -> None:
         super().__init__()
         self.block_1 = ResidualBlock(channels, channels, norm_groups=norm_groups, dropout=dropout)
         self.attn_1 = SpatialAttention(channels, norm_groups=norm_groups) if attention else nn.Identity()
         self.block_2 = ResidualBlock(channels, channels, norm_groups=norm_groups, dropout=dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+    def carry(self, x: torch.Tensor, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x, shift = _through(self.block_1, x, shift)
+        if type(self.attn_1) is not nn.Identity:
+            x, shift = _through(self.attn_1, x, shift)
+        return _through(self.block_2, x, shift)
 
 
-class _Level(nn.Module):
+class _Level(_Stage):
     """The residual blocks of one resolution, each followed by attention on the coarsest one, then the resampling."""
 
     def __init__(
@@ -136,14 +228,14 @@ class _Level(nn.Module):
             self.upsample = _Resample(out_channels, down=False)
         self.resample = resample
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def carry(self, x: torch.Tensor, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         for i, block in enumerate(self.block):
-            x = block(x)
+            x, shift = _through(block, x, shift)
             if len(self.attn):
-                x = self.attn[i](x)
+                x, shift = _through(self.attn[i], x, shift)
         if self.resample == "down":
-            return self.downsample(x)
-        return self.upsample(x) if self.resample == "up" else x
+            return _through(self.downsample, x, shift)
+        return _through(self.upsample, x, shift) if self.resample == "up" else (x, shift)
 
 
 class Encoder(nn.Module):
@@ -181,10 +273,11 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        h, shift = _convolved(self.conv_in, x.contiguous(memory_format=torch.channels_last))
         for level in self.down:
-            h = level(h)
-        return self.conv_out(normalised(self.norm_out, self.mid(h)))
+            h, shift = _through(level, h, shift)
+        h, shift = _through(self.mid, h, shift)
+        return _shifted(*_convolved(self.conv_out, normalised(self.norm_out, h, shift=shift)))
 
 
 class Decoder(nn.Module):
@@ -223,7 +316,8 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        h = self.mid(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
+        h, shift = _convolved(self.conv_in, z.contiguous(memory_format=torch.channels_last))
+        h, shift = _through(self.mid, h, shift)
         for level in reversed(self.up):
-            h = level(h)
-        return self.conv_out(normalised(self.norm_out, h))
+            h, shift = _through(level, h, shift)
+        return _shifted(*_convolved(self.conv_out, normalised(self.norm_out, h, shift=shift)))

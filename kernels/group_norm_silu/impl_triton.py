@@ -31,9 +31,14 @@ def _place(parts, C: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, b, row, column, b_stride, n_stride, c_stride, seen):
+def _read(ptr, b, row, column, b_stride, n_stride, c_stride, seen):
     place = ptr + b * b_stride + row.to(tl.int64) * n_stride + column.to(tl.int64) * c_stride
-    return tl.load(place, seen, 0.0).to(tl.float32)
+    return tl.load(place, seen, 0.0)
+
+
+@triton.jit
+def _load(ptr, b, row, column, b_stride, n_stride, c_stride, seen):
+    return _read(ptr, b, row, column, b_stride, n_stride, c_stride, seen).to(tl.float32)
 
 
 @triton.jit
@@ -61,13 +66,16 @@ def _moments(
     mean = tl.zeros((ROWS, COLS), tl.float32)  # of the rows that a lane has seen
     squares = tl.zeros((ROWS, COLS), tl.float32)
     before = 0.0  # rows that a lane has seen
+    x = _read(x_ptr, b, begin + lane, column, x_b, x_n, x_c, (begin + lane < end) & (column < C))  # [ROWS, COLS]
     for start in range(begin, end, ROWS):
-        seen = (start + lane < N) & (column < C)
-        x = _load(x_ptr, b, start + lane, column, x_b, x_n, x_c, seen)  # [ROWS, COLS]
-        distance = tl.where(seen, x - mean, 0.0)
-        mean += distance * (1 / (before + 1))
-        squares += distance * distance * (before / (before + 1))
+        row = start + ROWS + lane  # the next ones are on their way while these are added
+        following = _read(x_ptr, b, row, column, x_b, x_n, x_c, (row < end) & (column < C))
+        distance = tl.where((start + lane < end) & (column < C), x.to(tl.float32) - mean, 0.0)
+        share = 1 / (before + 1)
+        mean += distance * share
+        squares += distance * distance * (before * share)
         before += 1
+        x = following
     count = (tl.maximum(end - begin - lane + ROWS - 1, 0) // ROWS).to(tl.float32)  # [ROWS, 1]
     rows = (end - begin).to(tl.float32)
     middle = (tl.sum(count * mean, 0) / rows)[None, :]
