@@ -11,7 +11,7 @@ from fastvar.kernels.common.tiling import Row, Table
 LOGITS = Table(
     "token_log_probs.logits",
     [
-        Row({"ELEMENTS": 4096, "num_warps": 8}, most={"size": 4096}),
+        Row({"ELEMENTS": 4096, "num_warps": 4}, most={"size": 4096}),
         Row({"ELEMENTS": 8192, "num_warps": 8}, most={"size": 8192}),
         Row({"ELEMENTS": 16384, "num_warps": 16}, most={"size": 16384}),
         Row({"ELEMENTS": 8192, "num_warps": 8}),
