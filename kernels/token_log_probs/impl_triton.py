@@ -12,7 +12,7 @@ operations in the same order. Products of float32 follow torch.set_float32_matmu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -26,11 +26,12 @@ from fastvar.kernels.token_log_probs.policy_triton import Policy, estimate, surr
 from fastvar.kernels.token_log_probs.tiles import LOGITS
 
 IMPOSSIBLE = tl.constexpr(-1e30)  # stands for minus infinity: 0 * log 0 is 0
-PRODUCT = 2**22  # logits of a product: 16 MiB
-ROWS = (512, 4096)  # of a product; fewer would read the weight too often
-SLOPES = 2**26  # elements that the slopes of some rows may have: 128 MiB in 16 bits
-SLOPE_ROWS = (1024, 4096)  # but not fewer rows and no more: the weight's gradient is added to once for so many
+PRODUCT = 2**25  # logits of a product: 128 MiB
+ROWS = (512, 3968)  # of a product; fewer would read the weight too often. A launch costs the host as much as 1000 rows
+SLOPES = 2**26  # logits that slopes take the place of: 256 MiB
+SLOPE_ROWS = (1024, 3968)  # but not fewer rows and no more: the weight's gradient is added to once for so many
 SHARE = 8  # nor more than this part of all rows, in whole products: else a small batch has all its slopes in memory
+RATIO_LEVEL = -4  # its place in a policy's settings
 LARGEST = 2.0**8  # of scaled slopes, per nat: float16 has room for gaps of 255 nats above, for 2**-32 of it below
 
 
@@ -50,14 +51,24 @@ def _logits(z_ptr, b_ptr, place, column, z_m, z_v, factor, V: tl.constexpr, BLOC
 
 
 @triton.jit
-def _take(z, peak, total):
-    """Softmax sums of rows [M] with a tile more: the largest logit and the sum of exp(z - peak). Also z - peak and its
-    exponentials [M, V], and by how much the peak rose, negative."""
-    highest = tl.maximum(peak, tl.max(z, 1))
-    step = peak - highest
-    centred = z - highest[:, None]
-    powers = tl.exp(centred)
-    return centred, powers, step, highest, tl.exp(step) * total + tl.sum(powers, 1)
+def _exp(x):
+    """Two instructions for exp(x) where tl.exp takes five; what is below the least normal number is 0."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def _highest(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
+
+
+@triton.jit
+def _add_two(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_four(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
 
 
 @triton.jit
@@ -67,39 +78,51 @@ def _log(total, peak):
 
 
 @triton.jit
+def _load(ptr, row):
+    """Numbers of rows [M]; 0 where there are none."""
+    if ptr is None:
+        return tl.zeros(row.shape, tl.float32)
+    else:
+        return tl.load(ptr + row).to(tl.float32)
+
+
+@triton.jit
+def _given(
+    row, of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr, reference_ptr, L
+):  # fmt: skip
+    """What the coefficients of rows [M] are made of, loaded before the logits come: nothing waits for it later."""
+    sample = row
+    if advantage_ptr is not None:
+        sample = row.to(tl.int32) // L
+    return (
+        _load(of_own_ptr, row), _load(of_entropy_ptr, row), _load(of_kl_ptr, row), _load(of_mean_ptr, row),
+        _load(share_ptr, row), _load(advantage_ptr, sample), _load(old_ptr, row), _load(reference_ptr, row),
+    )  # fmt: skip
+
+
+@triton.jit
 def _coefficients(
-    row, score, of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr,
-    share_ptr, advantage_ptr, old_ptr, reference_ptr, L, low, high, kl_weight, entropy_weight,
+    score, given, share_ptr, old_ptr, reference_ptr, low, high, kl_weight, entropy_weight,
     ESTIMATOR: tl.constexpr, EXACT: tl.constexpr, BONUS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a loss with respect to the log-probability, the entropy, the KL and the mean of rows [M]: those
     given or, with shares, those of the policy loss, whose other scores are `score`."""
-    own = tl.zeros_like(score)
-    of_entropy, of_kl, mean = own, own, own
+    own, of_entropy, of_kl, mean, share, gain, old, reference = given
     if share_ptr is not None:
-        share = tl.load(share_ptr + row)
         trained = share > 0
-        ratio = own + 1.0
+        ratio = tl.zeros_like(score) + 1.0
         if old_ptr is not None:
-            ratio = tl.exp(tl.where(trained, score - tl.load(old_ptr + row).to(tl.float32), 0.0))
-        _, push, _ = surrogate(ratio, tl.load(advantage_ptr + row // L).to(tl.float32), trained, low, high)
+            ratio = tl.exp(tl.where(trained, score - old, 0.0))
+        _, push, _ = surrogate(ratio, gain, trained, low, high)
         own = -share * push
         if reference_ptr is not None:
-            gap = tl.where(trained, tl.load(reference_ptr + row).to(tl.float32) - score, 0.0)
+            gap = tl.where(trained, reference - score, 0.0)
             _, pull = estimate(gap, ESTIMATOR)
             own -= tl.where(kl_weight != 0, kl_weight * share * pull, 0.0)
         if EXACT:
             of_kl = kl_weight * share
         if BONUS:
             of_entropy = -entropy_weight * share
-    if of_own_ptr is not None:
-        own = tl.load(of_own_ptr + row)
-    if of_entropy_ptr is not None:
-        of_entropy = tl.load(of_entropy_ptr + row)
-    if of_kl_ptr is not None:
-        of_kl = tl.load(of_kl_ptr + row)
-    if of_mean_ptr is not None:
-        mean = tl.load(of_mean_ptr + row)
     live = (own != 0) | (of_entropy != 0) | (of_kl != 0) | (mean != 0)
     return own, of_entropy, of_kl, mean, live
 
@@ -130,27 +153,23 @@ def _lay_out(like_ptr, place, values, never, V: tl.constexpr, BLOCK_V: tl.conste
     tl.store(at, values, never & (place >= 0)[:, None] & (column < V)[None, :])
 
 
-@triton.jit(do_not_specialize=["count"])  # a lone row is summed as others are
+@triton.jit(do_not_specialize=["first", "count"])  # a lone row is summed as others are
 def _tokens(
     z_ptr, b_ptr, y_ptr, c_ptr, token_ptr, own_ptr, entropy_ptr, kl_ptr, mean_ptr, sum_ptr,
     of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr, reference_ptr,
     slope_ptr, scale_ptr, h_ptr, state_ptr, like_ptr,
     z_m, z_v, y_m, y_v, h_m, h_e, first, count, M, L, factor, low, high, kl_weight, entropy_weight,
-    V: tl.constexpr, E: tl.constexpr, STRIDE: tl.constexpr, ESTIMATOR: tl.constexpr, EXACT: tl.constexpr,
-    BONUS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+    V: tl.constexpr, E: tl.constexpr, STRIDE: tl.constexpr, SLOPE_M: tl.constexpr, ESTIMATOR: tl.constexpr,
+    EXACT: tl.constexpr, BONUS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Rows `first` to `first + count` of M, whose logits are z_ptr (count, V) and, of the reference, y_ptr: results
     are written if there is room for them; gradients of the logits before the temperature to slope_ptr (count, V), times
-    what scale_ptr (1) holds. 0 in rows whose coefficients are all 0."""
+    what scale_ptr (1) holds. 0 in rows whose coefficients are all 0. Slopes may lie where the logits do, a row's in the
+    first bytes of its own."""
     place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = place < count
     place = tl.minimum(place, count - 1).to(tl.int64)
     row = first + place
-    token = tl.load(token_ptr + row)
-    zero = tl.zeros((BLOCK_M,), tl.float32)
-    peak = tl.full((BLOCK_M,), IMPOSSIBLE, tl.float32)
-    total, along, own, mean, gap = zero, zero, zero, zero, zero
-    other_peak, other_total = peak, zero
     if V <= BLOCK_V:  # stays in registers
         column = tl.arange(0, BLOCK_V)
         z = _logits(z_ptr, b_ptr, place, column, z_m, z_v, factor, V, BLOCK_V)
@@ -158,23 +177,51 @@ def _tokens(
             y = _logits(y_ptr, c_ptr, place, column, y_m, y_v, factor, V, BLOCK_V)
             other_centred = y
         centred = z
-    powers = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    token = tl.load(token_ptr + row)
+    if slope_ptr is not None and V <= BLOCK_V:
+        given = _given(
+            row, of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr, reference_ptr, L
+        )
+    known = (token >= 0) & (token < V)
+    own = tl.load(z_ptr + place * z_m + token * z_v, known, 0.0).to(tl.float32)
+    if b_ptr is not None:
+        own += tl.load(b_ptr + token, known, 0.0).to(tl.float32)
+    own *= factor
+    token = tl.where(known, token, -1).to(tl.int32)
+    zero = tl.zeros((BLOCK_M,), tl.float32)
+    peak = tl.full((BLOCK_M,), IMPOSSIBLE, tl.float32)
+    total, along, mean, gap = zero, zero, zero, zero
+    other_peak, other_total = peak, zero
     for start in range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         if V > BLOCK_V:
             z = _logits(z_ptr, b_ptr, place, column, z_m, z_v, factor, V, BLOCK_V)
             if y_ptr is not None:
                 y = _logits(y_ptr, c_ptr, place, column, y_m, y_v, factor, V, BLOCK_V)
-        own += tl.sum(tl.where(column[None, :] == token[:, None], z, 0.0), 1)
-        earlier = total
-        centred, powers, step, peak, total = _take(z, peak, total)
+        # sums of exp(z - peak), of that times z - peak and so on, which decay where the peak rises
+        if y_ptr is None:
+            highest = tl.maximum(peak, tl.max(z, 1))
+        else:
+            highest, other_highest = tl.reduce((z, y), 1, _highest)
+            highest, other_highest = tl.maximum(peak, highest), tl.maximum(other_peak, other_highest)
+        step = peak - highest
         decay = tl.exp(step)
-        along = decay * (along + step * earlier) + tl.sum(powers * centred, 1)
+        centred = z - highest[:, None]
+        powers = _exp(centred)
+        if y_ptr is None:
+            more, more_along = tl.reduce((powers, powers * centred), 1, _add_two)
+        else:
+            other_step = other_peak - other_highest
+            other_centred = y - other_highest[:, None]
+            more, more_along, more_gap, other_more = tl.reduce(
+                (powers, powers * centred, powers * (centred - other_centred), _exp(other_centred)), 1, _add_four
+            )
+            gap = decay * (gap + (step - other_step) * total) + more_gap
+            other_peak, other_total = other_highest, tl.exp(other_step) * other_total + other_more
+        along = decay * (along + step * total) + more_along
+        peak, total = highest, decay * total + more
         if mean_ptr is not None:
             mean += step * start + tl.sum(tl.where((column < V)[None, :], centred, 0.0), 1)
-        if y_ptr is not None:
-            other_centred, _, other_step, other_peak, other_total = _take(y, other_peak, other_total)
-            gap = decay * (gap + (step - other_step) * earlier) + tl.sum(powers * (centred - other_centred), 1)
     log = _log(total, peak)
     entropy = log - along / total
     score = tl.where(own <= IMPOSSIBLE, float("-inf"), own) - peak - log
@@ -197,36 +244,43 @@ def _tokens(
             tl.store(sum_ptr + row + 2 * size, other_peak, valid)
             tl.store(sum_ptr + row + 3 * size, other_log, valid)
     if slope_ptr is None:
-        _lay_out(like_ptr, place, powers, count < 0, V, BLOCK_V)
+        _lay_out(like_ptr, place, tl.zeros((BLOCK_M, BLOCK_V), tl.float32) + score[:, None], count < 0, V, BLOCK_V)
     else:
+        if V > BLOCK_V:  # held all the while, they would take registers that the parts need
+            given = _given(
+                row, of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr,
+                reference_ptr, L,
+            )  # fmt: skip
         of_own, of_entropy, of_kl, of_mean, live = _coefficients(
-            row, score, of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr,
-            reference_ptr, L, low, high, kl_weight, entropy_weight, ESTIMATOR, EXACT, BONUS,
+            score, given, share_ptr, old_ptr, reference_ptr, low, high, kl_weight, entropy_weight, ESTIMATOR, EXACT,
+            BONUS,
         )  # fmt: skip
         scale = factor
         if scale_ptr is not None:
             scale *= tl.load(scale_ptr)
-        inverse = tl.where(peak > IMPOSSIBLE, 1.0 / total, float("nan"))
+        of_own, of_entropy, of_kl, of_mean = of_own * scale, of_entropy * scale, of_kl * scale, of_mean * scale
         for start in range(0, V, BLOCK_V):
             column = start + tl.arange(0, BLOCK_V)
             if V > BLOCK_V:
                 z = _logits(z_ptr, b_ptr, place, column, z_m, z_v, factor, V, BLOCK_V)
                 centred = z - peak[:, None]
-                powers = tl.exp(centred)
                 if EXACT or of_kl_ptr is not None:
                     y = _logits(y_ptr, c_ptr, place, column, y_m, y_v, factor, V, BLOCK_V)
                     other_centred = y - other_peak[:, None]
-            slope = tl.zeros((BLOCK_M, BLOCK_V), tl.float32) - (of_own + of_mean)[:, None]
+            # the exponentials once more: kept, they would take half of all registers
+            slope = _exp(centred - log[:, None])
+            inner = tl.zeros((BLOCK_M, BLOCK_V), tl.float32) - (of_own + of_mean)[:, None]
             if BONUS or of_entropy_ptr is not None:
-                slope -= of_entropy[:, None] * (centred - (log - entropy)[:, None])
+                inner -= of_entropy[:, None] * (centred - (log - entropy)[:, None])
             if EXACT or of_kl_ptr is not None:
-                slope += of_kl[:, None] * (centred - other_centred - (log - other_log + kl)[:, None])
-            slope = powers * inverse[:, None] * slope
+                inner += of_kl[:, None] * (centred - other_centred - (log - other_log + kl)[:, None])
+            slope *= inner
             if of_mean_ptr is not None:
                 slope += (of_mean / V)[:, None]
             slope += tl.where(column[None, :] == token[:, None], of_own[:, None], 0.0)
-            slope = tl.where(live[:, None], slope * scale, 0.0)
-            at = slope_ptr + place[:, None] * V + column[None, :]
+            slope = tl.where(live[:, None], slope, 0.0)
+            at = slope_ptr + place[:, None] * SLOPE_M + column[None, :]
+            tl.debug_barrier()  # logits that lie there have been read
             if V % BLOCK_V == 0:
                 tl.store(at, slope, valid[:, None])
             else:
@@ -260,14 +314,14 @@ def _bit_logits(z_ptr, b_ptr, place, column, z_m, z_v, factor, V: tl.constexpr, 
     return tl.where(z > -IMPOSSIBLE, -IMPOSSIBLE, z)
 
 
-@triton.jit(do_not_specialize=["count"])  # a lone row is summed as others are
+@triton.jit(do_not_specialize=["first", "count"])  # a lone row is summed as others are
 def _bits(
     z_ptr, b_ptr, y_ptr, c_ptr, bit_ptr, own_ptr, entropy_ptr, kl_ptr, mean_ptr,
     of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr, reference_ptr,
     slope_ptr, scale_ptr, h_ptr, state_ptr, like_ptr,
     z_m, z_v, y_m, y_v, h_m, h_e, bit_m, bit_v, first, count, L, factor, low, high, kl_weight, entropy_weight,
-    V: tl.constexpr, E: tl.constexpr, STRIDE: tl.constexpr, ESTIMATOR: tl.constexpr, EXACT: tl.constexpr,
-    BONUS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+    V: tl.constexpr, E: tl.constexpr, STRIDE: tl.constexpr, SLOPE_M: tl.constexpr, ESTIMATOR: tl.constexpr,
+    EXACT: tl.constexpr, BONUS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """The same of rows of bits; see the formulas in the reference."""
     place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -303,10 +357,12 @@ def _bits(
     if slope_ptr is None:
         _lay_out(like_ptr, place, tl.zeros((BLOCK_M, BLOCK_V), tl.float32) + own[:, None], count < 0, V, BLOCK_V)
     else:
+        given = _given(
+            row, of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr, reference_ptr, L
+        )
         of_own, of_entropy, of_kl, of_mean, live = _coefficients(
-            row, own, of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr,
-            reference_ptr, L, low, high, kl_weight, entropy_weight, ESTIMATOR, EXACT, BONUS,
-        )  # fmt: skip
+            own, given, share_ptr, old_ptr, reference_ptr, low, high, kl_weight, entropy_weight, ESTIMATOR, EXACT, BONUS
+        )
         scale = factor
         if scale_ptr is not None:
             scale *= tl.load(scale_ptr)
@@ -325,7 +381,8 @@ def _bits(
             if of_mean_ptr is not None:
                 slope += of_mean[:, None] * (0.5 * (none - one))
             slope = tl.where(live[:, None], slope * scale, 0.0)
-            tl.store(slope_ptr + place[:, None] * V + column[None, :], slope, valid[:, None] & seen)
+            tl.debug_barrier()  # logits that lie there have been read
+            tl.store(slope_ptr + place[:, None] * SLOPE_M + column[None, :], slope, valid[:, None] & seen)
         if state_ptr is not None:
             _copy_states(h_ptr, state_ptr, row, place, valid, live, h_m, h_e, E, STRIDE, BLOCK_M, BLOCK_E)
 
@@ -385,7 +442,7 @@ def backward(
     other = None if given[2] is None or reference_hidden is None else reference_hidden
     reference = None if other is None else _Head(other, reference_weight, reference_bias)
     gradients = _Gradients(head, needs, unrounded)
-    _Pass(head, reference, tokens, temperature, None, gradients, given).run()
+    _Pass(head, reference, tokens, temperature, None, gradients).run(given)
     return gradients.found()
 
 
@@ -403,11 +460,11 @@ def policy_loss(
 ) -> tuple[torch.Tensor, ...]:
     """See `losses.policy_loss`. The loss of a ratio of many tokens is not known before all their log-probabilities are,
     and the scale that float16 slopes need is not known before the slopes: both take a second pass over the logits."""
-    policy = Policy(tokens.shape[:2], hidden.device, *settings)
     head = _Head(hidden, weight, bias)
-    if any(wanted) and (policy.level != "token" or head.slope_dtype == torch.float16):
+    if any(wanted) and (settings[RATIO_LEVEL] != "token" or head.slope_dtype == torch.float16):
 
         def terms(log_probs: torch.Tensor, entropy: torch.Tensor, kl: torch.Tensor | None, *_: Any) -> Any:
+            policy = Policy(tokens.shape[:2], hidden.device, *settings)
             slope = torch.empty_like(policy.share)
             return (*policy.measure(log_probs, entropy, kl, slope), slope, policy.share)
 
@@ -416,7 +473,9 @@ def policy_loss(
     results = _new_results(hidden, tokens, reference_hidden is not None, False)
     reference = None if reference_hidden is None else _Head(reference_hidden, reference_weight, reference_bias)
     gradients = _Gradients(head, wanted, True) if any(wanted) else None
-    _Pass(head, reference, tokens, temperature, (*results[:4], None), gradients, policy=policy).run()
+    logits = _Pass(head, reference, tokens, temperature, (*results[:4], None), gradients)
+    policy = Policy(tokens.shape[:2], hidden.device, *settings)
+    logits.run(policy=policy)
     measured = policy.measure(results[0], results[1], None if reference is None else results[2], None)
     return (*measured, results[0], *_three(gradients, wanted, hidden))
 
@@ -435,7 +494,7 @@ def cross_entropy(
     head, share = _Head(hidden, weight, bias), losses.shares(weights, results[0])
     given = [None if g is None else g.flatten() for g in losses.of_scores(share, label_smoothing)]
     gradients = _Gradients(head, wanted, True) if any(wanted) else None
-    _Pass(head, None, tokens, 1.0, (*results[:4], None), gradients, given).run()
+    _Pass(head, None, tokens, 1.0, (*results[:4], None), gradients).run(given)
     return (*losses.smoothed(results, share, label_smoothing), *_three(gradients, wanted, hidden))
 
 
@@ -467,24 +526,42 @@ class _Head:
         self.size = hidden.shape[-1] if weight is None else len(weight)
         self.step = len(self.rows) if weight is None else product_rows(self.size)
         self.slope_dtype = torch.float32 if self.weight is None else self.weight.dtype
-        self._product: torch.Tensor | None = None
+        self._held: torch.Tensor | None = None
 
-    def logits(self, first: int, last: int) -> torch.Tensor:
-        """Of the rows `first` to `last`, at most `step`; in the same memory each time."""
+    def hold(self, rows: int) -> torch.Tensor:
+        """Memory for the logits of so many rows (rows, V)."""
+        self._held = torch.empty(rows, self.size, dtype=torch.float32, device=self.rows.device)
+        return self._held
+
+    def drop(self) -> None:
+        """Give the memory of the logits back."""
+        self._held = None
+
+    def logits(self, first: int, last: int, offset: int) -> torch.Tensor:
+        """Of the rows `first` to `last`, at most `step`, in the memory of the row `offset` and of those that follow: of
+        `step` rows, whatever stands in those that are not asked for."""
         if self.weight is None:
             return self.rows[first:last]
-        if self._product is None:
-            self._product = torch.empty(self.step, self.size, dtype=torch.float32, device=self.rows.device)
-        states = self.rows[first:last].to(self.weight.dtype).contiguous()
+        held = self.hold(self.step) if self._held is None else self._held
+        states = self.rows[first : first + self.step].to(self.weight.dtype).contiguous()
         if len(states) < self.step:
             states = F.pad(states, (0, 0, 0, self.step - len(states)))
-        _wide_product(states, self.weight.T, out=self._product)
-        return self._product
+        product = held if len(held) == self.step else held[offset : offset + self.step]
+        _wide_product(states, self.weight.T, out=product)
+        return product
 
 
 def product_rows(size: int) -> int:
     """How many rows of logits one product gives: of the vocabulary alone."""
     return min(max(PRODUCT // size // 128 * 128, ROWS[0]), ROWS[1])
+
+
+def _parts(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
+    """From `first` to `last`, so many at a time. The first part is the smaller one: its product may go beyond it."""
+    while first < last:
+        end = last - (last - first - 1) // size * size
+        yield first, end
+        first = end
 
 
 class _Gradients:
@@ -496,7 +573,7 @@ class _Gradients:
 
     Attributes:
         step: rows at a time.
-        slopes: (step, V), to be filled.
+        slopes: (step, V), to be filled. A row lies where its logits do, in the first bytes of theirs.
         states: (step, STRIDE), to be filled with the hidden states; None where there is no weight that needs them.
     """
 
@@ -517,10 +594,11 @@ class _Gradients:
         step = min(max(SLOPES // head.size, SLOPE_ROWS[0]), SLOPE_ROWS[1], max(count // SHARE, 1))
         self.step = triton.cdiv(step, head.step) * head.step
         self.stride = width + 8 if self.needs[2] else width  # keeps rows at multiples of 16 bytes
-        self.slopes = torch.empty(min(count, self.step), head.size, dtype=head.slope_dtype, **like)
+        rows = min(count, self.step)
+        held = head.hold(triton.cdiv(rows, head.step) * head.step)
+        self.slopes = held.view(head.slope_dtype)[:rows, : head.size]
         if self.needs[1] or self.needs[2]:
-            self.states = torch.empty(len(self.slopes), self.stride, dtype=head.slope_dtype, **like)
-            self.of_head = torch.zeros(head.size, self.stride, dtype=torch.float32, **like)
+            self.states = torch.empty(rows, self.stride, dtype=head.slope_dtype, **like)
 
     def add(self, first: int, last: int, scale: torch.Tensor | None) -> None:
         """Take in the slopes and states of the rows `first` to `last`."""
@@ -534,16 +612,22 @@ class _Gradients:
             else:
                 product = _wide_product(slopes, self.head.weight)
                 rows.copy_(product if scale is None else product.div_(scale))
-        if self.of_head is not None and self.states is not None:
+        if self.states is not None:
             states = self.states[: last - first]
-            if scale is None:
+            if scale is None and self.of_head is not None:
                 _add_product(self.of_head, slopes.T, states)
-            else:
-                self.of_head += _wide_product(slopes.T, states).div_(scale)
+                return
+            product = _wide_product(slopes.T, states)
+            if scale is not None:
+                product.div_(scale)
+            self.of_head = product if self.of_head is None else self.of_head.add_(product)
 
     def found(self) -> list[torch.Tensor]:
         """The gradients that are needed."""
+        if self.states is not None and self.of_head is None:  # no rows
+            self.of_head = self.states.new_zeros(self.head.size, self.stride, dtype=torch.float32)
         self.slopes = self.states = None
+        self.head.drop()
         found = []
         if self.of_hidden is not None:
             found.append(self.of_hidden.view(self.head.shape))
@@ -558,7 +642,7 @@ class _Gradients:
 
 class _Pass:
     """One pass over the logits: results, if there is room for them, and gradients, if there are any to be made, of
-    what is given a token or of a policy's objective."""
+    what is given a token or of a policy's objective. The first product is under way before these are known."""
 
     def __init__(
         self,
@@ -568,50 +652,59 @@ class _Pass:
         temperature: float,
         results: Sequence[torch.Tensor] | None,
         gradients: _Gradients | None = None,
-        given: Sequence[torch.Tensor | None] = (None,) * 4,
-        policy: Policy | None = None,
     ) -> None:
-        self.head, self.other, self.gradients, self.given = head, other, gradients, given
+        self.head, self.other, self.gradients = head, other, gradients
+        count = len(head.rows)
+        outer = max(count if gradients is None else gradients.step, 1)
+        step = max(head.step if other is None else min(head.step, other.step), 1)
+        self.parts = [(part, list(_parts(*part, step))) for part in _parts(0, count, outer)]
+        self.first = self._products(*self.parts[0][1][0], 0) if count else None
         self.factor = 1.0 / temperature
         self.bits = tokens.ndim == 3
         self.tokens = tokens.flatten(0, 1) if self.bits else tokens.flatten().contiguous()
         width = head.rows.shape[1]
         stride = width if gradients is None or gradients.states is None else gradients.stride
         self.options = tile_options(head.size, width, stride, head.rows.device)
-        self.options |= {"ESTIMATOR": "", "EXACT": False, "BONUS": False}
+        self.options |= {"SLOPE_M": 0, "ESTIMATOR": "", "EXACT": False, "BONUS": False}
+        if gradients is not None and gradients.slopes is not None:
+            self.options["SLOPE_M"] = gradients.slopes.stride(0)
         own, entropy, kl, mean, sums = (None,) * 5 if results is None else results
         # an empty result is one that nobody asked for
         kl, mean = (None if t is None or not t.numel() else t for t in (kl, mean))
         self.results = (own, entropy, kl, mean) if self.bits else (own, entropy, kl, mean, sums)
+
+    def run(self, given: Sequence[torch.Tensor | None] = (None,) * 4, policy: Policy | None = None) -> None:
+        """Of what is `given` a token or of a policy's objective."""
         of_loss: tuple[Any, ...] = (None,) * 4
         self.settings: tuple[Any, ...] = (1, self.factor, 0.0, 0.0, 0.0, 0.0)
         if policy is not None:
             self.options["ESTIMATOR"] = policy.estimator
-            self.options["EXACT"] = other is not None and policy.kl_weight != 0
+            self.options["EXACT"] = self.other is not None and policy.kl_weight != 0
             self.options["BONUS"] = policy.entropy_weight != 0
             of_loss = (policy.share, policy.advantages, policy.old, policy.reference)
             bounds = (policy.low, policy.high, policy.kl_weight, policy.entropy_weight)
             self.settings = (policy.length, self.factor, *bounds)
         self.of_tokens = (*given, *of_loss)
-
-    def run(self) -> None:
-        count = len(self.head.rows)
-        outer = count if self.gradients is None else self.gradients.step
-        step = self.head.step if self.other is None else min(self.head.step, self.other.step)
-        for first in range(0, count, max(outer, 1)):
-            last = min(first + outer, count)
+        for (first, last), products in self.parts:
             scale = None
             if self.gradients is not None and self.head.slope_dtype == torch.float16:
-                scale = _scale(self.given, first, last, self.factor)
-            for begin in range(first, last, step):
-                self._launch(begin, min(begin + step, last), begin - first, scale)
+                scale = _scale(given, first, last, self.factor)
+            for begin, end in products:
+                self._launch(begin, end, begin - first, scale)
             if self.gradients is not None:
                 self.gradients.add(first, last, scale)
+
+    def _products(self, first: int, last: int, offset: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the rows `first` to `last`, those that training holds from the row `offset` on; the reference's."""
+        other = None if self.other is None else self.other.logits(first, last, 0)
+        return self.head.logits(first, last, offset), other
 
     def _launch(self, first: int, last: int, offset: int, scale: torch.Tensor | None) -> None:
         """Rows `first` to `last`, whose slopes begin at the row `offset` of those held."""
         head, other, gradients = self.head, self.other, self.gradients
-        z, y = head.logits(first, last), None if other is None else other.logits(first, last)
+        offset = 0 if gradients is None else offset
+        z, y = self._products(first, last, offset) if self.first is None else self.first
+        self.first = None
         slopes = states = hidden = None
         if gradients is not None and gradients.slopes is not None:
             slopes = gradients.slopes[offset:]

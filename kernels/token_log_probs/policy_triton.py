@@ -103,34 +103,31 @@ def _mask_sums(mask_ptr, end_ptr, span_ptr, L, first_scale, K: tl.constexpr, BLO
 
 
 @triton.jit
-def _weights(
-    span_ptr, total_ptr, factor_ptr, weight_ptr, B, first_scale,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, SAMPLES: tl.constexpr, NORMALISATION: tl.constexpr,
+def _shares(
+    mask_ptr, end_ptr, span_ptr, total_ptr, factor_ptr, weight_ptr, share_ptr, B, L, first_scale,
+    K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SAMPLES: tl.constexpr, NORMALISATION: tl.constexpr,
 ):  # fmt: skip
-    """The weight of a token of each scale that is wholly trained, and what all is divided by: weight_ptr (K + 1)."""
-    k = tl.arange(0, BLOCK_K)
-    weight = tl.load(factor_ptr + k, k < K, 0.0)
+    """Of the tokens in the loss: share_ptr (B, L). The weight of a token of each scale that is wholly trained, and what
+    all is divided by: weight_ptr (K + 1), which every program computes for itself."""
+    scales = tl.arange(0, BLOCK_K)
+    weights = tl.load(factor_ptr + scales, scales < K, 0.0)
     if total_ptr is None:
         total = _over_batch(span_ptr, B, K, BLOCK_K, SAMPLES)
     else:
-        total = tl.where(k >= first_scale, tl.load(total_ptr + k, k < K, 0.0).to(tl.float32), 0.0)
+        total = tl.where(scales >= first_scale, tl.load(total_ptr + scales, scales < K, 0.0).to(tl.float32), 0.0)
     if NORMALISATION == "per_scale":
-        normalisation = tl.sum(tl.where(total > 0, weight, 0.0), 0)
-        weight = _divide(weight, total)
+        normalisation = tl.sum(tl.where(total > 0, weights, 0.0), 0)
+        weights = _divide(weights, total)
     elif NORMALISATION == "none":
         normalisation = tl.sum(total, 0)
     else:
-        normalisation = tl.sum(weight * total, 0)
-    tl.store(weight_ptr + k, weight, k < K)
-    tl.store(weight_ptr + K, normalisation)
-
-
-@triton.jit
-def _shares(mask_ptr, end_ptr, weight_ptr, share_ptr, L, first_scale, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the tokens in the loss: share_ptr (B, L)."""
+        normalisation = tl.sum(weights * total, 0)
+    if tl.program_id(0) == 0:
+        tl.store(weight_ptr + scales, weights, scales < K)
+        tl.store(weight_ptr + K, normalisation)
     b, k, begin, end = _place(end_ptr, K)
-    weight, normalisation = tl.load(weight_ptr + k), tl.load(weight_ptr + K)
-    for start in range(begin, end, BLOCK):
+    weight = tl.sum(tl.where(scales == k, weights, 0.0), 0)
+    for start in range(begin, tl.where(b < B, end, begin), BLOCK):
         token = start + tl.arange(0, BLOCK)
         mask = _mask(mask_ptr, b * L + token, token < end, k, first_scale)
         tl.store(share_ptr + b * L + token, _divide(mask * weight, normalisation), token < end)
@@ -289,15 +286,15 @@ class Policy:
         self.constants = {"K": self.scales, "BLOCK_K": triton.next_power_of_2(self.scales)}
         self.share = self._empty(*shape)
         self._spans, self._weights = self._empty(self.batch, self.scales), self._empty(self.scales + 1)
-        place = (self.length, first_scale)
         if self.batch:
-            _mask_sums[self._grid](self.mask, self.ends, self._spans, *place, K=self.scales, BLOCK=BLOCK)
-        _weights[(1,)](
-            self._spans, totals, factors(grids, panw_alpha, torch.float32, device), self._weights, self.batch,
-            first_scale, SAMPLES=SAMPLES, NORMALISATION=panw_normalisation, **self.constants,
+            _mask_sums[self._grid](
+                self.mask, self.ends, self._spans, self.length, first_scale, K=self.scales, BLOCK=BLOCK
+            )
+        _shares[(max(self.batch * self.scales, 1),)](
+            self.mask, self.ends, self._spans, totals, factors(grids, panw_alpha, torch.float32, device),
+            self._weights, self.share, self.batch, self.length, first_scale, BLOCK=BLOCK, SAMPLES=SAMPLES,
+            NORMALISATION=panw_normalisation, **self.constants,
         )  # fmt: skip
-        if self.batch:
-            _shares[self._grid](self.mask, self.ends, self._weights, self.share, *place, K=self.scales, BLOCK=BLOCK)
 
     @property
     def _grid(self) -> tuple[int]:

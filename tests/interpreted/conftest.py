@@ -14,11 +14,13 @@ sys.path[:0] = [str(TESTS / "ops"), str(Path(__file__).parent)]
 if os.environ.get("TRITON_INTERPRET") == "1":
     import bfloat16
     import bounds_check
+    import reductions
     import triton
     from triton.runtime import interpreter
 
     bounds_check.install()
     bfloat16.install()
+    reductions.install()
     if triton.__version__.startswith("3.6."):
         # Its loop bounds are arrays of one element, which numpy 2.4 no longer takes for integers.
         patch = interpreter._patch_lang_tensor

@@ -91,7 +91,9 @@ def test_rows_of_logits(size: int, capability: int) -> None:
             where = f"{way}, {size}, sm_{capability}: {found._replace(ptx='', ttgir='')}"
             assert found.stack <= (STACK if kl and size == 16384 else FEW) and found.shared <= SHARED, where
             assert "ld.global.v4.b32" in found.ptx and "st.global.v4.b32" in found.ptx, where
-            assert not re.search(r"(ld|st)\.global\.[\w:.]*b(8|16)\b", found.ptx), where
+            # but for the bias of the token itself, in each row of a program
+            rows = max(4096 // size, 1)
+            assert len(re.findall(r"(ld|st)\.global\.[\w:.]*b(8|16)\b", found.ptx)) <= rows, where
             orders |= layouts(found)
     alone = launches("scores", size, scales=(1,))[0]  # a token is scored alone as beside others
     orders |= layouts(compile_for(alone, capability))
@@ -135,7 +137,7 @@ def test_policy(level: str, capability: int) -> None:
         objective.measure(values, values, None, values)
 
     found = launches_of(call)
-    assert len(found) == (5 if level == "token" else 6)
+    assert len(found) == (4 if level == "token" else 5)
     for launch in found:
         compiled = compile_for(launch, capability)
         assert compiled.stack == 0 and compiled.shared <= SHARED, (launch.kernel.__name__, compiled._replace(ptx=""))
