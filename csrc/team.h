@@ -100,15 +100,11 @@ FASTVAR_HOST_DEVICE inline T glance(T* at) {
 }
 
 // Adds 1; returns what was there.
-template <typename T>
-FASTVAR_HOST_DEVICE inline T count_up(T* at) {
+FASTVAR_HOST_DEVICE inline uint64_t count_up(uint64_t* at) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(T) == 8)
-    return atomicAdd(reinterpret_cast<unsigned long long*>(at), 1ull);
-  else
-    return atomicAdd(at, T(1));
+  return atomicAdd(reinterpret_cast<unsigned long long*>(at), 1ull);
 #elif !defined(__CUDACC__)
-  return std::atomic_ref<T>(*at).fetch_add(1);
+  return std::atomic_ref<uint64_t>(*at).fetch_add(1);
 #else
   return 0;
 #endif

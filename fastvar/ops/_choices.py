@@ -106,7 +106,7 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
     "accumulate_scale": (Choice("cuda"), Choice("triton")),
     "bitwise_residual_quantize": (Choice("cuda", HOPPER),),
     "accumulate_bits": (Choice("cuda"),),
-    "sample_tokens": (Choice("cuda"), Choice("triton")),
+    "sample_tokens": (Choice("triton"),),
     "sample_bits": (Choice("triton"),),
     "token_log_probs": (Choice("triton"),),
     "cross_entropy": (Choice("triton"),),

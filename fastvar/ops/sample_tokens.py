@@ -50,23 +50,12 @@ def _fake_bits(logits: torch.Tensor, *rest: object) -> tuple[torch.Tensor, ...]:
     return logits.new_empty(logits.shape, dtype=torch.bool), *_fake_scores(logits, bool(rest[-1]))
 
 
-def _not_in_cuda(logits: torch.Tensor) -> str | None:
-    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"takes float32, float16 and bfloat16, the tensor is {str(logits.dtype).removeprefix('torch.')}"
-    if logits.shape[-1] > 2**14:  # a row of logits is held in shared memory
-        return f"takes up to 16384 elements along the last dimension, the tensor has {logits.shape[-1]}"
-    return None
-
-
 _TOKENS = Operator(
     "sample_tokens",
     _ARGUMENTS,
     "(Tensor, Tensor, Tensor)",
     fake=_fake_tokens,
     implementations=[
-        extension_implementation(
-            "cuda", "fastvar.kernels.sample_tokens.impl_cuda", op="sample_tokens", obstacle=_not_in_cuda
-        ),
         triton_implementation("sample_tokens", largest=2**15),  # a row of logits is held in registers
         Implementation("reference", _MODULE, verified=("CPU",)),
     ],
