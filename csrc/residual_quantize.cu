@@ -12,7 +12,6 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -81,15 +80,13 @@ __device__ void image_of_block(const Team& team, const Call& call, const Schedul
   image(team, own, index, sharing, dynamic[0].at);
 }
 
-template <int32_t THREADS>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(IMAGE_THREADS, 1)
     image_kernel(const Images images, const __grid_constant__ Call call, const __grid_constant__ Schedule schedule,
                  const __grid_constant__ Sharing sharing) {
   image_of_block(Alone<Block>(Block{}), call, schedule, sharing, images.index());
 }
 
-template <int32_t THREADS>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(IMAGE_THREADS, 1)
     cluster_kernel(const Images images, const __grid_constant__ Call call, const __grid_constant__ Schedule schedule,
                    const __grid_constant__ Sharing sharing) {
   image_of_block(ClusterBlock{}, call, schedule, sharing, images.index());
@@ -179,10 +176,10 @@ class Launch {
   bool has_room() {
     if (!config_.numAttrs) return true;
     static std::mutex mutex;
-    static std::map<std::tuple<int, size_t, unsigned, unsigned>, bool> known;
+    static std::map<std::tuple<int, size_t, unsigned>, bool> known;
     const std::lock_guard<std::mutex> guard(mutex);
     const auto [found, added] =
-        known.try_emplace({device_.index, config_.dynamicSmemBytes, cluster_.val.clusterDim.x, config_.blockDim.x}, false);
+        known.try_emplace({device_.index, config_.dynamicSmemBytes, cluster_.val.clusterDim.x}, false);
     if (added) {
       int clusters = 0;
       config_.gridDim = dim3(cluster_.val.clusterDim.x);
@@ -221,11 +218,6 @@ Sharing fewest_strips(const Device& device, const Call& call, int32_t parts) {
   return Sharing(call, parts, 1, 0);
 }
 
-int32_t tried(const char* name, int32_t usual) {
-  const char* value = std::getenv(name);
-  return value ? std::atoi(value) : usual;
-}
-
 void residual_quantize(const Tensor features, const Tensor codebook, const std::optional<Tensor> phi_weight,
                        const std::optional<Tensor> phi_bias, double phi_ratio, const std::vector<int64_t> phi_index,
                        const std::vector<int64_t> grids, bool cosine, Tensor tokens, Tensor feature_map, Tensor inputs,
@@ -254,8 +246,7 @@ void residual_quantize(const Tensor features, const Tensor codebook, const std::
             output<int64_t>(tokens),
             output<float>(feature_map),
             output<float>(inputs),
-            output<int64_t>(usage),
-            tried("FASTVAR_QUANT_TURN", 1) != 0};
+            output<int64_t>(usage)};
   const Grid size = call.finest();
   const auto channels = int32_t(features.size(1));
   const auto packs = int32_t(std::min<int64_t>((codebook.size(0) + PACK_THREADS - 1) / PACK_THREADS, MOST_PACKS));
@@ -272,14 +263,10 @@ void residual_quantize(const Tensor features, const Tensor codebook, const std::
   const int32_t most_parts = device.major >= 9 ? MOST_PARTS : 1;
   int32_t parts = most_parts;
   while (parts > 1 && batch * parts > device.processors) parts /= 2;
-  parts = std::min(most_parts, tried("FASTVAR_QUANT_PARTS", parts));
   while (parts < most_parts && !fits(parts)) parts *= 2;
-  const int32_t threads = tried("FASTVAR_QUANT_THREADS", IMAGE_THREADS);
   for (; parts > 0 && fits(parts); parts /= 2) {
     const Sharing sharing = fewest_strips(device, call, parts);
-    Launch launch(threads == 512 ? parts > 1 ? cluster_kernel<512> : image_kernel<512>
-                                 : parts > 1 ? cluster_kernel<256> : image_kernel<256>,
-                  device, threads, sharing.floats(size), parts);
+    Launch launch(parts > 1 ? cluster_kernel : image_kernel, device, IMAGE_THREADS, sharing.floats(size), parts);
     if (launch(batch, parts, call, schedule, sharing)) return;
   }
   const Tensor residual = torch::stable::new_empty(features, {batch, channels, size.height, size.width});

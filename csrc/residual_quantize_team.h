@@ -25,12 +25,6 @@ struct Alone : Team {
   FASTVAR_HOST_DEVICE inline void sync_parts() const { Team::sync(); }
 };
 
-#ifdef __CUDACC__
-#define QUANT_TURN(index) (call.turned ? int32_t(index % call.codes.padded()) : 0)
-#else
-#define QUANT_TURN(index) int32_t(index % call.codes.padded())
-#endif
-
 struct Call {
   Tokenizer tokenizer;
   Codes codes;
@@ -43,7 +37,6 @@ struct Call {
   float* feature_map;  // (B, C, H, W)
   float* inputs;       // (B, L - n_1, C)
   int64_t* usage;      // (V,), zeros before
-  bool turned;
 
   FASTVAR_HOST_DEVICE inline Grid finest() const { return grids[scales - 1]; }
   FASTVAR_HOST_DEVICE inline int64_t inputs_length() const { return length - grids[0].tokens(); }
@@ -68,8 +61,8 @@ struct SearchMemory {
   uint64_t* candidates;
   uint32_t* bounds;
 
-  FASTVAR_HOST_DEVICE inline Rows rows_of(const Codes& codes, int32_t count, int32_t turn) const {
-    return Rows(codes, count, turn, rows, keys, candidates);
+  FASTVAR_HOST_DEVICE inline Rows rows_of(const Codes& codes, int32_t count) const {
+    return Rows(codes, count, rows, keys, candidates);
   }
   static constexpr int32_t BESIDES = 4;  // floats of the number of candidates and the bounds
 };
@@ -149,7 +142,7 @@ FASTVAR_HOST_DEVICE inline void image(const Team& team, const Call& call, int64_
     const auto step = int32_t(round_up((count + tiles - 1) / tiles, TILE_ROWS));
     team.sync_parts();  // what was a strip can hold rows
     for (int32_t first = 0; first < count; first += step) {
-      const Rows rows = memory.rows_of(call.codes, count - first < step ? count - first : step, QUANT_TURN(index));
+      const Rows rows = memory.rows_of(call.codes, count - first < step ? count - first : step);
       each_bin(team, high - low, size, grid, first, rows.count, [&](int32_t c, int32_t place, const Bins& bins) {
         const float mean = bin_mean(residual + c * plane, size, bins);
         for (int32_t part = 0; part < team.parts(); ++part)
@@ -179,7 +172,7 @@ FASTVAR_HOST_DEVICE inline void image(const Team& team, const Call& call, int64_
     }
     start += count;
   }
-  for (int32_t i = team.rank(); i < (high - low) * cells; i += team.size()) 
+  for (int32_t i = team.rank(); i < (high - low) * cells; i += team.size())
     call.feature_map[first_plane + i] = map[i / cells * plane + i % cells];
   team.sync_parts();  // a block's memory is there as long as another may read it
 }
@@ -220,7 +213,7 @@ FASTVAR_HOST_DEVICE inline void tiled_search(const Team& team, const TiledCall& 
   auto* keys = reinterpret_cast<uint64_t*>(queue + 2 * LEAST_QUEUE);
   const SearchMemory memory{floats, queue, LEAST_QUEUE, keys, keys + tiled.rows,
                             reinterpret_cast<uint32_t*>(keys + tiled.rows + 1)};
-  const Rows rows = memory.rows_of(call.codes, count, int32_t(index % call.codes.padded()));
+  const Rows rows = memory.rows_of(call.codes, count);
   const float* residual = (tiled.scale ? tiled.residual : call.features) + plane;
   float* inputs =
       call.inputs + (index * call.inputs_length() + tiled.start - call.grids[0].tokens() + first) * channels;

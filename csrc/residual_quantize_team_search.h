@@ -189,9 +189,8 @@ struct Rows {
   uint32_t* lows;      // (padded,): the nearest of the screen, ordered
   uint64_t* keys;      // (padded,): the nearest: its distance, ordered, and its code
   uint64_t* candidates;  // how many there are
-  int32_t turn;          // by so many blocks of codes the screen starts later: not all images want the same at once
 
-  FASTVAR_HOST_DEVICE inline Rows(const Codes& codes, int32_t count, int32_t turn, float* memory, uint64_t* keys,
+  FASTVAR_HOST_DEVICE inline Rows(const Codes& codes, int32_t count, float* memory, uint64_t* keys,
                                   uint64_t* candidates)
       : count(count),
         stride(row_stride(codes.channels)),
@@ -201,8 +200,7 @@ struct Rows {
         bands(memory + int64_t(padded) * (stride + codes.chunks() * (TILE_DEPTH / 2))),
         lows(reinterpret_cast<uint32_t*>(bands + padded)),
         keys(keys),
-        candidates(candidates),
-        turn(turn) {}
+        candidates(candidates) {}
 };
 
 constexpr uint32_t ALL = 0;  // among `lows`, for a row whose candidates are all codes: as a limit it is not a number
@@ -305,18 +303,15 @@ FASTVAR_HOST_DEVICE inline void screen(const Team& team, const Codes& codes, con
         const int32_t row = (first_tile + g) * TILE_ROWS + own_row(lane, r);
         states[g][r] = begin(row < rows.padded ? row : 0);
       }
-    const int32_t first = team.part() + share * team.parts();
-    const int32_t turns = first < blocks ? (blocks - first + step - 1) / step : 0;
-    int32_t block = first + (turns ? rows.turn % turns : 0) * step;
+    int32_t block = team.part() + share * team.parts();
     ColumnTile columns[WIDE];
     float norms[WIDE][OWN_COLUMNS];
-    if (turns) {
+    if (block < blocks) {
       load(block, 0, columns);
       load_norms(block, norms);
     }
-#pragma unroll 1
-    for (int32_t n = 0; n < turns; ++n) {
-      const int32_t next = block + step < blocks ? block + step : first;
+    for (; block < blocks; block += step) {
+      const int32_t next = block + step < blocks ? block + step : block;
       ColumnTile following[WIDE];
       float following_norms[WIDE][OWN_COLUMNS];
       load(next, 0, following);
@@ -361,7 +356,6 @@ FASTVAR_HOST_DEVICE inline void screen(const Team& team, const Codes& codes, con
 #pragma unroll
         for (int32_t c = 0; c < OWN_COLUMNS; ++c) norms[w][c] = following_norms[w][c];
       }
-      block = next;
     }
 #pragma unroll
     for (int32_t g = 0; g < GROUP; ++g)

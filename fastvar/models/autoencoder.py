@@ -16,7 +16,8 @@ from torch.nn.modules import module as _module
 
 from fastvar.ops import group_norm_silu
 
-CHANNEL_MULTIPLE = 8  # cuDNN has fast kernels for channels-last images of so many output channels, and multiples
+# cuDNN has fast kernels for channels-last images of a multiple of so many output channels, and for as many at least.
+CHANNEL_MULTIPLE, LEAST_CHANNELS = 8, 32
 
 
 def _rows(images: torch.Tensor) -> torch.Tensor:
@@ -63,6 +64,8 @@ def _may_carry(conv: nn.Conv2d, x: torch.Tensor) -> bool:
 def _convolved(conv: nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A convolution of images, and what is still to be added to each channel (C,)."""
     carry, missing = _may_carry(conv, x), -conv.out_channels % CHANNEL_MULTIPLE
+    if missing:
+        missing = max(missing, LEAST_CHANNELS - conv.out_channels)
     if not carry and not (missing and _on_gpu(x) and _is_plain(conv)):
         return conv(x), None
     weight, bias = conv.weight, None if carry else conv.bias
@@ -175,15 +178,15 @@ class _Resample(_Stage):
 
 
 def _doubled(x: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
-    """Images of twice the size, nearest, plus a shift: a copy of rows of channels, faster than PyTorch's operator."""
+    """Images of twice the size, nearest, plus a shift: a copy of rows of channels, 16 bytes at a time where they can be
+    taken so. PyTorch's own operator takes four times as long."""
     batch, channels, height, width = x.shape
-    out = x.new_empty(batch, height, 2, width, 2, channels)
-    rows = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand_as(out)
-    if shift is None:
-        out.copy_(rows)
-    else:
-        torch.add(rows, shift.to(x.dtype), out=out)
-    return out.view(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+    flat, wide = _shifted(x, shift).permute(0, 2, 3, 1).reshape(-1), torch.complex128
+    if channels * x.element_size() % wide.itemsize == 0:
+        flat = flat.view(wide)
+    wide_channels = channels * x.element_size() // flat.element_size()
+    rows = flat.view(batch, height, 1, width, 1, wide_channels).expand(-1, -1, 2, -1, 2, -1)
+    return rows.contiguous().view(x.dtype).view(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
 
 
 class _Middle(_Stage):

@@ -40,7 +40,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvar.schedule import ScaleSchedule
 
-PROGRAMS = 768  # that a prefix alone should have: about three times what run at once on an H200
+PROGRAMS = 192  # that a prefix alone should have: of 192, 384, 768 and 1536 the fastest on an H200
 SHORTEST = 8  # tiles of rows that a part has at least
 PARTS_BYTES = 256 << 20  # that the parts' sums may take; prefixes are taken in turn where more would be needed
 CACHED = 16 << 20  # bytes of keys and values that neighbouring programs read
