@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,11 +14,16 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; it takes the place of `path`, a file or a folder, when the block ends without an error."""
+    """A path to write to; it takes the place of `path`, a file or a folder, when the block ends without an error. After
+    an error all is as before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     _remove(temporary)
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        _remove(temporary)
+        raise
     if temporary.is_dir():
         _remove(path)  # a folder cannot be renamed over another one
     os.replace(temporary, path)
@@ -29,9 +35,24 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """A value as JSON. NaN and infinities, which JSON has not, are null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Write a value as indented JSON, as `write_text` and `json_text` do."""
+    write_text(path, json_text(value, indent=2) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
 
 
 def _remove(path: Path) -> None:

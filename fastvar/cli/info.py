@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +49,7 @@ class Info:
 
 def demo_command() -> Any:
     from fastvar.demo import DemoConfig, run_demo
+    from fastvar.files import json_text
 
     @dataclass(frozen=True)
     class Demo(DemoConfig):
@@ -57,7 +57,7 @@ def demo_command() -> Any:
 
         def run(self) -> None:
             results = run_demo(self)
-            print(json.dumps(results, indent=2))
+            print(json_text(results, indent=2))
             print(f"report: {self.output / 'report.html'}")
 
     return Demo

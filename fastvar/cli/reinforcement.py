@@ -175,7 +175,7 @@ class Evaluate:
     def run(self) -> None:
         from fastvar.data import HandwritingScenes, Reader
         from fastvar.evaluation import evaluate_subject, evaluate_texts, every_number
-        from fastvar.files import write_json
+        from fastvar.files import json_text, write_json
         from fastvar.rl import evaluate_policy
 
         at_least("samples", self.samples, 8)
@@ -215,7 +215,7 @@ class Evaluate:
         )
         figures["rewards"] = {"images": len(scored.images), **scored.metrics}
         figures["rewards"] |= {f"{name}_95": interval for name, interval in scored.intervals.items()}
-        print(json.dumps(figures, indent=2))
+        print(json_text(figures, indent=2))
         if self.output is not None:
             write_json(self.output, figures)
 

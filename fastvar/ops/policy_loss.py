@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from fastvar.ops._one_pass import wanted, with_gradients
 from fastvar.ops._operator import Operator
 from fastvar.ops.token_log_probs import Head, checked, checked_reference, fake_gradients, implementations
 from fastvar.schedule import ScaleSchedule
+from fastvar.statistics import centred
 
 NORMALISATIONS = ("group", "batch", "none")
 PANW_NORMALISATIONS = ("per_segment", "per_scale", "none")
@@ -110,31 +110,14 @@ def _group_advantages(
         _checks.fail(op, "group_size", f"a number that divides the batch {rewards.shape[0]}", group_size)
     _choice(op, "normalise", normalise, NORMALISATIONS)
     _at_least_zero(op, spread_floor=spread_floor)
-    groups = rewards.detach().double().view(-1, group_size or 1)
-    deviation, spread = _deviations(groups)
+    groups = rewards.view(-1, group_size or 1)
+    _, deviation, spread = centred(groups)
     if normalise == "batch":
-        spread = _deviations(groups.view(1, -1))[1]
+        spread = centred(groups.view(1, -1)).spread
     if normalise != "none":
         # Where nothing deviates there is no spread: with a floor of 0 that would be 0 / 0.
         deviation = torch.where(deviation != 0, deviation / (spread + spread_floor), 0)
     return deviation.view(-1).to(torch.promote_types(rewards.dtype, torch.float32))
-
-
-def _deviations(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the finite rewards of each row (n, m) from their mean, 0 for the others and where all are equal, and the
-    standard deviation (n, 1). All is computed from (reward - middle) / half of the range, at most 1: nothing overflows,
-    and a common offset takes no digits but those that it took from the rewards."""
-    valid = rewards.isfinite()
-    if not rewards.shape[1]:
-        return rewards, rewards.sum(1, keepdim=True)
-    highest = torch.where(valid, rewards, -math.inf).amax(1, keepdim=True)
-    lowest = torch.where(valid, rewards, math.inf).amin(1, keepdim=True)
-    varied = highest > lowest
-    half = torch.where(varied, highest / 2 - lowest / 2, 1)
-    moved = torch.where(valid & varied, (rewards - (highest / 2 + lowest / 2)) / half, 0)  # [-1, 1]
-    count = valid.sum(1, keepdim=True).clamp_min(1)
-    moved = torch.where(valid & varied, moved - moved.sum(1, keepdim=True) / count, 0)
-    return moved * half, (moved.square().sum(1, keepdim=True) / count).sqrt() * half
 
 
 def policy_loss(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastvar
-from fastvar.files import write_text
+from fastvar.files import json_text, write_text
 from fastvar.models import VAR
 from fastvar.rl.config import RLConfig
 from fastvar.rl.prompts import handwriting_prompts
@@ -155,7 +155,7 @@ def run_ablations(path: Path, output: Path, *, only: Sequence[str] = ()) -> str:
     for seed, reward, variant in table.runs(only):
         row = done.get((seed, reward, variant))
         if row is not None:
-            wanted = json.loads(json.dumps(table.settings(reward, variant, seed).settings()))
+            wanted = json.loads(json_text(table.settings(reward, variant, seed).settings()))
             if row["settings"] != wanted or row.get("budget", table.tokens) != table.budget(reward):
                 raise ValueError(
                     f"ablate: output: {results} has {reward}, {variant}, seed {seed} with other settings; "
@@ -163,7 +163,7 @@ def run_ablations(path: Path, output: Path, *, only: Sequence[str] = ()) -> str:
                 )
             continue
         rows.append(_run(table, reward, variant, seed, output / "runs" / f"{reward}-{variant}-{seed}"))
-        write_text(results, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(results, "".join(json_text(row) + "\n" for row in rows))
     text = markdown(rows)
     write_text(output / "table.md", text)
     save_picture(plot(rows), output / "plot.png")
@@ -200,7 +200,7 @@ def _run(table: Ablation, reward: str, variant: str, seed: int, output: Path) ->
         "tokens": spent,
         "budget": table.budget(reward),
         "seconds": round(time.perf_counter() - start, 1),
-        "settings": json.loads(json.dumps(config.settings())),
+        "settings": json.loads(json_text(config.settings())),
         "versions": {"fastvar": fastvar.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "threads": torch.get_num_threads(),
         "device": str(var.device),

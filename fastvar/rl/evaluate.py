@@ -95,8 +95,8 @@ def summarise(parts: Sequence[Part], reward: RewardSum) -> Evaluation:
     metrics = {"return": float(reward.combine(each, standardise=False).nanmean())}
     intervals = {}
     for name, scores in each.items():
-        metrics[name] = float(scores[scores.isfinite()].mean())
-        groups = torch.where(scores.isfinite(), scores, torch.nan).view(-1, PER_PROMPT).nanmean(1)
+        metrics[name] = float(scores.nanmean())
+        groups = scores.view(-1, PER_PROMPT).nanmean(1)
         known = groups[groups.isfinite()].tolist()
         intervals[name] = mean_interval(known) if len(known) > 1 else (math.nan, math.nan)
     spread = diversity(images, PER_PROMPT)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.distributed.tensor import DTensor
 
-from fastvar.files import write_json
+from fastvar.files import json_text, write_json
 from fastvar.models import VAR
 from fastvar.ops import PolicyLoss, group_advantages
 from fastvar.rl.adapters import has_adapters, merged
@@ -242,7 +242,7 @@ class VMRGRPOTrainer:
             config.group_size,
             normalise=config.loss.normalise,
             spread_floor=config.loss.spread_floor,
-        )
+        ).float()
         groups = returns.view(-1, config.group_size)
         # A group whose returns are equal has advantages of exactly 0.
         spreads = (advantages.view_as(groups) != 0).any(1).repeat_interleave(config.group_size)
@@ -258,11 +258,11 @@ class VMRGRPOTrainer:
         schedule = self.policy.schedule.with_num_tokens(rollout.tokens.shape[1])
         mask[:, : schedule.starts[rollout.first_scale]] = 0
         metrics = {f"reward/{name}": float(values.nanmean()) for name, values in each.items()}
-        metrics |= {f"reward_std/{name}": spread(values) for name, values in each.items()}
+        metrics |= {f"reward_std/{name}": spread(values[None]) for name, values in each.items()}
         metrics |= {
             "reward": float(self.reward.combine(each, standardise=False).nanmean()),
             "return": float(returns.nanmean()),
-            "spread": float(groups.std(1, correction=0).nanmean()),
+            "spread": spread(groups),
             "groups_without_spread": 1 - float(spreads.float().mean()),
             "mask_share": share,
         }
@@ -436,7 +436,7 @@ class VMRGRPOTrainer:
             "rewards": {**self.reward.weights, "standardise": self.reward.standardise, **self._reward_options()},
             "prompts": self.prompts.fingerprint(),
         }
-        return json.loads(json.dumps(settings))
+        return json.loads(json_text(settings))
 
     def _reward_options(self) -> dict[str, Any]:
         """What tells a reward from another one of its name: plain public attributes."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fastvar.files import write_json
+from fastvar.files import json_text, write_json
 from fastvar.training.batches import StepSampler, step_loader
 from fastvar.training.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint, saved_steps
 from fastvar.training.ema import EMA
@@ -310,7 +310,7 @@ def _settings(task: Task, dataset: Any, config: TrainConfig, processes: int) -> 
         "processes": processes,
         **task.identity,
     }
-    return json.loads(json.dumps(found))
+    return json.loads(json_text(found))
 
 
 def check_same_settings(path: Path, settings: dict[str, Any]) -> None:

@@ -140,6 +140,31 @@ def test_rewards_that_are_nan_are_left_out(tmp_path: Path) -> None:
     assert missing[0] == 0 and torch.equal(missing[4:], whole[4:]) and not torch.equal(missing[1:4], whole[1:4])
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_missing_scores_are_missing_everywhere(bad: float, tmp_path: Path) -> None:
+    """In means, spreads, evaluations and what is best, each line JSON; a group that lacks one score has a spread."""
+
+    def some(images: torch.Tensor, prompts: Sequence[str], references: Any) -> torch.Tensor:
+        scores = redness(images, prompts, references)
+        scores[::4] = bad
+        return scores
+
+    config = replace(QUICK, iterations=2, middle=0, evaluate_every=1, evaluation_samples=8)
+    training = trainer(tmp_path, config, some)
+    training.train()
+    for text in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+        assert all(math.isfinite(value) for value in line.values())
+    assert all(line["evaluation/return"] == line["evaluation/it"] for line in lines(tmp_path))
+    assert (tmp_path / "best").is_dir()
+    rollout = training.roll_out(0)
+    groups = redness(rollout.images, [], None).double().view(2, 4)[:, 1:]
+    found = training.grade(rollout).metrics
+    assert found["reward"] == found["reward/it"] == found["return"] == pytest.approx(groups.mean().item())
+    assert found["spread"] == pytest.approx(groups.std(1, correction=0).mean().item())
+    assert found["reward_std/it"] == pytest.approx(groups.std(correction=0).item())
+
+
 def test_gradient_that_is_not_finite_skips_and_in_the_end_stops(tmp_path: Path) -> None:
     """The weights stay as they were before the first bad step."""
     broken = trainer(tmp_path, replace(QUICK, iterations=9, bad_steps=2))
@@ -299,6 +324,25 @@ def test_adapters(tmp_path: Path) -> None:
     assert any(p.requires_grad for p in adapted.parameters())
     with pytest.raises(ValueError, match="expected a model without adapters"):
         add_adapters(adapted, 4)
+
+
+def test_without_adapters_restores_what_was_there() -> None:
+    """Nested, after an error, and with a half of the adapters that is not trained (LoRA-FA)."""
+    pytest.importorskip("peft")
+    inputs = (["1", "2"], policy().tokenizer.teacher_forcing(torch.zeros(2, 14, dtype=torch.int64)))
+    plain, adapted = policy()(*inputs), add_adapters(policy(), 2)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_()
+            parameter.requires_grad_("lora_B" in name)
+    trained = {name: parameter.requires_grad for name, parameter in adapted.named_parameters()}
+    with pytest.raises(KeyError), without_adapters(adapted):
+        with without_adapters(adapted):
+            pass
+        assert torch.equal(adapted(*inputs), plain)
+        raise KeyError
+    assert not torch.equal(adapted(*inputs), plain)
+    assert {name: parameter.requires_grad for name, parameter in adapted.named_parameters()} == trained
 
 
 def test_subject_driven(tmp_path: Path) -> None:
