@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
@@ -22,6 +22,7 @@ from fastvar.evaluation import (
 )
 from fastvar.files import write_json
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.ranges import Count, CountOrNone, OneOf, Range, Seed, check_fields
 from fastvar.report import Report, curves, points
 from fastvar.rl import Evaluation, LossOptions, Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, evaluate_policy
 from fastvar.rl.rewards import OCRReward, RewardSum
@@ -40,29 +41,29 @@ class DemoConfig:
 
     output: Path = Path("outputs/demo")
     """Folder of the report, the figures and the runs."""
-    tokenizer_steps: int = 900
+    tokenizer_steps: Count = 900
     """Steps of the tokenizer."""
-    var_steps: int = 2000
+    var_steps: Count = 2000
     """Steps of the VAR without a subject."""
-    subject_steps: int = 350
+    subject_steps: Count = 350
     """Steps of fine-tuning with the subject prefix."""
-    rl_iterations: int = 200
+    rl_iterations: CountOrNone = 200
     """Rollouts of reinforcement learning with the OCR reward; 0 for none."""
-    scenes: int = 16000
+    scenes: Count = 16000
     """Training scenes."""
-    samples: int = 400
+    samples: Annotated[int, Range(8)] = 400
     """Images per evaluation."""
     grids: str = "1,2,3x4,6x8"
     """Token grids; the images are four times the finest one."""
-    vocab_size: int = 256
+    vocab_size: Count = 256
     """Entries of the codebook."""
-    width: int = 128
+    width: Count = 128
     """Width of the VAR's residual stream."""
-    depth: int = 4
+    depth: Count = 4
     """Blocks of the VAR."""
-    precision: str = "auto"
+    precision: Annotated[str, OneOf("auto", "no", "bf16")] = "auto"
     """"no" (float32), "bf16" (autocast) or "auto" (bf16 where the hardware computes in it, else float32)."""
-    seed: int = 0
+    seed: Seed = 0
     """Of scenes, weights and training."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
@@ -109,14 +110,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     Returns:
         the figures of `results.json`.
     """
-    for name in ("tokenizer_steps", "var_steps", "subject_steps", "scenes", "width", "depth"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"demo: {name}: expected at least 1, got {getattr(config, name)}")
-    if config.rl_iterations < 0:
-        raise ValueError(f"demo: rl_iterations: expected at least 0, got {config.rl_iterations}")
-    if config.samples < 8:
-        raise ValueError(f"demo: samples: expected at least 8, got {config.samples}")
-    config.sampling.check()
+    check_fields(config)
     output = config.output
     output.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}

@@ -14,16 +14,11 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; it takes the place of `path`, a file or a folder, when the block ends without an error. After
-    an error all is as before."""
+    """A path to write to; it takes the place of `path`, a file or a folder, when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     _remove(temporary)
-    try:
-        yield temporary
-    except BaseException:
-        _remove(temporary)
-        raise
+    yield temporary
     if temporary.is_dir():
         _remove(path)  # a folder cannot be renamed over another one
     os.replace(temporary, path)

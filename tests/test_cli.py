@@ -80,6 +80,9 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         (["rl", "--model", "nowhere", "--output", "x"], "model: expected a folder with config.json, got nowhere"),
         (["rl", "--model", "x", "--output", "x", "--eta", "0"], "RLConfig: eta: expected above 0, got 0"),
         (["ablate", "--config", "nowhere.toml", "--output", "x"], "nowhere.toml"),
+        (["rl", "--model", "x", "--output", "x", "--seed", "4294967296"], "RLConfig: seed: expected 0 to 2147483647"),
+        (["sample", "--model", "x", "--labels", "1", "--guidance", "nan"], "SamplingOptions: guidance: expected"),
+        (["evaluate", "--model", "x", "--temperature", "1e-40"], "SamplingOptions: temperature: expected"),
         (["demo", "--output", "x", "--samples", "1"], "samples: expected at least 8, got 1"),
     ],
 )

@@ -256,7 +256,7 @@ def test_the_command_needs_a_gpu() -> None:
     done = run("--ops", "beauty")
     assert done.returncode == 2 and "tune: ops: expected some of block_causal_attention, " in done.stderr
     done = run("--minutes", "0")
-    assert done.returncode == 2 and "tune: minutes: expected a positive number, got 0.0" in done.stderr
+    assert done.returncode == 2 and "Tune: minutes: expected above 0, got 0.0" in done.stderr
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     done = run()

@@ -11,6 +11,7 @@ from fastvar.cli.info import Info, demo_command
 from fastvar.cli.models import Sample, Train, TrainTokenizer
 from fastvar.cli.reinforcement import RL, Ablate, ChooseMiddle, Evaluate
 from fastvar.cli.tune import Tune
+from fastvar.ranges import check_fields
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         args=arguments,
     )
     try:
+        check_fields(command)
         command.run()
     except KeyboardInterrupt:
         print("fastvar: interrupted; training goes on from its last checkpoint with the same command", file=sys.stderr)

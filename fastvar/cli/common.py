@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+from fastvar.ranges import Count, OneOf
 
 if TYPE_CHECKING:
     from fastvar.models import VAR
@@ -20,11 +22,11 @@ class DataOptions:
 
     data: str = "handwriting"
     """"handwriting" (scenes of scanned digits, no download) or a folder of images, one subfolder per class."""
-    scenes: int = 16000
+    scenes: Count = 16000
     """Handwriting: number of scenes."""
-    digits: int = 2
+    digits: Count = 2
     """Handwriting: digits of each number."""
-    reference_place: str = "own"
+    reference_place: Annotated[str, OneOf("own", "scene")] = "own"
     """Handwriting: where a reference shows its digit, at a place of its "own" or as in the "scene", which is easier."""
     flip: bool = True
     """Folder: mirror images at random; switch it off for text."""
@@ -60,11 +62,6 @@ def load_model(folder: Path, *, device: str | None = None) -> VAR:
     var = VAR.from_pretrained(saved("model", folder))
     var.tokenizer  # noqa: B018  # raises if there is none
     return var.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def at_least(option: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{option}: expected at least {least}, got {value}")
 
 
 def saved(option: str, folder: Path) -> str:

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastvar.cli.common import DataOptions, Flat, at_least, load_model, saved
+from fastvar.cli.common import DataOptions, Flat, load_model, saved
 from fastvar.evaluation import SamplingOptions
+from fastvar.models.var_config import SUBJECTS
+from fastvar.ranges import Count, OneOf, Positive, Range, Share
 from fastvar.training.loop import TrainConfig
 
 if TYPE_CHECKING:
@@ -22,21 +24,21 @@ class TrainTokenizer:
     """Folder of the run: model, metrics, pictures, checkpoints. An interrupted run goes on from here."""
     grids: str = "1,2,3x4,6x8"
     """Token grids, coarse to fine ("1,2,3x4" are 1x1, 2x2, 3x4), or a preset such as "var-256"."""
-    vocab_size: int = 256
+    vocab_size: Count = 256
     """Entries of the codebook."""
-    code_channels: int = 16
+    code_channels: Count = 16
     """Channels of a code."""
-    channels: int = 16
+    channels: Count = 16
     """Width of the first convolution."""
-    channel_multipliers: tuple[int, ...] = (1, 2, 4)
+    channel_multipliers: Annotated[tuple[int, ...], Range(1)] = (1, 2, 4)
     """Width of each resolution in units of `channels`; images are 2^(count - 1) times the finest grid."""
-    blocks_per_level: int = 1
+    blocks_per_level: Count = 1
     """Residual blocks of each resolution."""
-    norm_groups: int = 8
+    norm_groups: Count = 8
     """Groups of the group norms; must divide every width."""
     attention: bool = False
     """Attention on the coarsest resolution."""
-    chroma_gain: float = 3.5
+    chroma_gain: Positive = 3.5
     """Enlarge colour against grey for the networks and the loss; 1 leaves images as they are."""
     data: Annotated[DataOptions, Flat] = field(default_factory=DataOptions)
     train: Annotated[TrainConfig, Flat] = field(default_factory=lambda: TrainConfig(weight_decay=0.0))
@@ -77,19 +79,19 @@ class Train:
     """Folder of a trained tokenizer, such as RUN/model of train-tokenizer."""
     start: Path | None = None
     """Folder of a VAR to start from instead of random weights; depth, width and heads are its own."""
-    depth: int = 4
+    depth: Count = 4
     """Number of blocks."""
-    width: int = 128
+    width: Count = 128
     """Width of the residual stream."""
-    heads: int = 4
+    heads: Count = 4
     """Attention heads."""
-    subject: str = "none"
+    subject: Annotated[str, OneOf(*SUBJECTS)] = "none"
     """Prefix of a reference subject: "none", "block_causal" or "bidirectional". Handwriting only."""
     cache_tokens: bool = False
     """Encode the whole data set once, in memory, instead of every batch; images are then not augmented anew."""
-    label_smoothing: float = 0.0
+    label_smoothing: Share = 0.0
     """Share of the target that goes to all tokens alike."""
-    scale_weights: tuple[float, ...] = ()
+    scale_weights: Annotated[tuple[float, ...], Range(0)] = ()
     """How much a token of each scale counts in the loss, coarse to fine; all alike by default."""
     data: Annotated[DataOptions, Flat] = field(default_factory=DataOptions)
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
@@ -164,11 +166,11 @@ class Sample:
     """What to draw: class indices, or texts for a model with a text condition."""
     output: Path = Path("samples.png")
     """The picture; one row per label."""
-    count: int = 8
+    count: Count = 8
     """Images per label."""
     subject: Path | None = None
     """An image of the reference subject, for a model with a subject prefix."""
-    zoom: int = 1
+    zoom: Count = 1
     """Repeat each pixel so many times."""
     options: Annotated[SamplingOptions, Flat] = field(default_factory=SamplingOptions)
 
@@ -178,8 +180,6 @@ class Sample:
         from fastvar.evaluation import draw
         from fastvar.training.pictures import image_grid, save_picture
 
-        at_least("count", self.count, 1)
-        at_least("zoom", self.zoom, 1)
         var = load_model(self.model)
         texts = [label for label in self.labels for _ in range(self.count)]
         labels: Any = texts

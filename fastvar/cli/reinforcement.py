@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastvar.cli.common import Flat, at_least, load_model
+from fastvar.cli.common import Flat, load_model
 from fastvar.evaluation import SamplingOptions
+from fastvar.ranges import Count, CountOrNone, OneOf, Range
 from fastvar.rl.config import RLConfig
 from fastvar.rl.rollout import RolloutOptions
 
@@ -31,7 +32,7 @@ class RewardOptions:
     prompt_file: Path | None = None
     """A text file, a prompt on each line; for a model with a class condition CLASS TAB PROMPT. By default every number
     that a handwriting model can write, or texts and references of handwriting scenes for one with a subject prefix."""
-    reference_place: str = "own"
+    reference_place: Annotated[str, OneOf("own", "scene")] = "own"
     """Where handwriting's references show their digit: at a place of its "own" or as in the "scene"; as in training."""
 
     def reward(self) -> RewardSum:
@@ -84,18 +85,15 @@ class RL:
     output: Path
     """Folder of the run: model (averaged weights), best, metrics, pictures, checkpoints."""
     scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
-    prompt_count: int = 1000
+    prompt_count: Count = 1000
     """The most prompts, where they are made and not read from a file."""
-    adapter_rank: int = 0
+    adapter_rank: CountOrNone = 0
     """Train low-rank adapters (LoRA) of this rank instead of all weights; the KL is then to the model without them."""
     rl: Annotated[RLConfig, Flat] = field(default_factory=RLConfig)
 
     def run(self) -> None:
         from fastvar.rl import VMRGRPOTrainer, add_adapters
 
-        at_least("prompt_count", self.prompt_count, 1)
-        at_least("adapter_rank", self.adapter_rank, 0)
-        self.rl.check()
         var = load_model(self.model, device="cpu")  # each process moves it to its own device
         prompts = self.scoring.load_prompts(var, count=self.prompt_count, train=True)
         held_out = None
@@ -116,13 +114,13 @@ class ChooseMiddle:
     output: Path = Path("middle.png")
     """The plot."""
     scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
-    prompt_count: int = 8
+    prompt_count: Count = 8
     """Prompts, spread over all."""
-    prefixes: int = 6
+    prefixes: Annotated[int, Range(2)] = 6
     """Coarse states of each prompt."""
-    continuations: int = 8
+    continuations: Annotated[int, Range(2)] = 8
     """Images that continue each coarse state."""
-    averaged_over: int = 2
+    averaged_over: Count = 2
     """K, the continuations whose mean is the return in training."""
     rollout: Annotated[RolloutOptions, Flat] = field(default_factory=RolloutOptions)
 
@@ -131,8 +129,6 @@ class ChooseMiddle:
         from fastvar.rl.choose_middle import ENOUGH, explained_shares, recommended_middle
         from fastvar.training.pictures import save_picture
 
-        at_least("prompt_count", self.prompt_count, 1)
-        at_least("averaged_over", self.averaged_over, 1)
         var = load_model(self.model)
         prompts = self.scoring.load_prompts(var, count=max(self.prompt_count, 100), train=False)
         prompts = prompts.take([i * len(prompts) // self.prompt_count for i in range(self.prompt_count)])
@@ -165,7 +161,7 @@ class Evaluate:
 
     model: Path
     """Folder of the model (save_pretrained), with its tokenizer inside."""
-    samples: int = 400
+    samples: Annotated[int, Range(8)] = 400
     """Images to draw for each part."""
     output: Path | None = None
     """Also write the figures to this JSON file."""
@@ -178,8 +174,6 @@ class Evaluate:
         from fastvar.files import json_text, write_json
         from fastvar.rl import evaluate_policy
 
-        at_least("samples", self.samples, 8)
-        self.options.check()
         var = load_model(self.model)
         figures: dict[str, Any] = {}
         digits = var.config.text_length

@@ -13,6 +13,7 @@ from fastvar.models.graphs import replay, survey
 from fastvar.models.kv_cache import KVCache
 from fastvar.ops import PrefixKV, SampledTokens, accumulate_scale, sample_tokens
 from fastvar.profiling import annotate
+from fastvar.ranges import GUIDANCE
 
 if TYPE_CHECKING:
     from fastvar.models.var import VAR, Labels
@@ -151,6 +152,10 @@ def guidance_per_scale(guidance: float | Sequence[float], num_scales: int) -> li
     A number g grows linearly, t_k = g k / (K - 1), as VAR samples (g itself if K = 1); a sequence of K numbers is taken
     as it is.
     """
+    for weight in guidance if isinstance(guidance, Sequence) else [guidance]:
+        expected = GUIDANCE.problem(weight)
+        if expected is not None:
+            raise ValueError(f"generate: guidance: expected {expected}, got {weight}")
     if not isinstance(guidance, Sequence):
         return [float(guidance) * (k / (num_scales - 1) if num_scales > 1 else 1.0) for k in range(num_scales)]
     weights = [float(weight) for weight in guidance]

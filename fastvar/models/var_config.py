@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
+from fastvar.ranges import Count, CountOrNone, NotNegative, Number, OneOf, Positive, Share, ShareBelowOne, check_fields
 from fastvar.schedule import VAR_256, ScaleSchedule
+
+SUBJECTS = ("none", "block_causal", "bidirectional")
 
 
 @dataclass(frozen=True)
@@ -16,56 +20,45 @@ class VARConfig:
 
     grids: tuple[tuple[int, int], ...] = VAR_256.grids
     """Token grids (height, width), coarse to fine."""
-    depth: int = 16
-    embed_dim: int = 1024
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    vocab_size: int = 4096
-    code_channels: int = 32
+    depth: Count = 16
+    embed_dim: Count = 1024
+    num_heads: Count = 16
+    mlp_ratio: Positive = 4.0
+    vocab_size: Count = 4096
+    code_channels: Count = 32
     """Channels of the tokenizer's feature map."""
-    num_classes: int = 1000
+    num_classes: CountOrNone = 1000
     """Class condition; 0 for a text condition."""
-    text_length: int = 0
+    text_length: CountOrNone = 0
     """Text condition: the most characters of a text; 0 for a class condition."""
     alphabet: str = "0123456789"
     """Text condition: the characters that a text may have."""
-    subject: str = "none"
+    subject: Annotated[str, OneOf(*SUBJECTS)] = "none"
     """Prefix of a reference subject: "none", "block_causal" (a prefix token sees the prefix's coarser scales and its
     own) or "bidirectional" (it sees all of the prefix)."""
     shared_adaln: bool = False
     """One modulation of all blocks plus a table per block, instead of a linear layer per block."""
     qk_l2_norm: bool = True
     """Unit-length queries and keys with a learned scale per head; otherwise scores are scaled by 0.25 / sqrt(D)."""
-    gate_init: float = 0.0
+    gate_init: Number = 0.0
     """Where the residual gates start. From 0 a block begins as the identity, which deep models need; small ones that
     are trained for a few minutes learn faster from 1."""
-    norm_eps: float = 1e-6
-    condition_dropout: float = 0.1
+    norm_eps: NotNegative = 1e-6
+    condition_dropout: Share = 0.1
     """Share of training samples whose condition is dropped, for guidance."""
-    subject_dropout: float = 0.1
+    subject_dropout: Share = 0.1
     """Share of training groups whose subject is dropped; half of their samples lose the condition too, as the
     unconditional side of guidance has neither."""
-    drop_path: float = 0.0
+    drop_path: ShareBelowOne = 0.0
     """Stochastic depth of the last block, growing linearly over the blocks."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grids", ScaleSchedule(self.grids).grids)
-        for name in ("depth", "embed_dim", "num_heads", "vocab_size", "code_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"VARConfig: {name}: expected at least 1, got {getattr(self, name)}")
+        check_fields(self)
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"VARConfig: num_heads: expected a divisor of embed_dim {self.embed_dim}, got {self.num_heads}"
             )
-        if self.subject not in ("none", "block_causal", "bidirectional"):
-            raise ValueError(
-                f'VARConfig: subject: expected "none", "block_causal" or "bidirectional", got {self.subject!r}'
-            )
-        for name in ("condition_dropout", "subject_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"VARConfig: {name}: expected a number in [0, 1], got {getattr(self, name)}")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"VARConfig: drop_path: expected a number in [0, 1), got {self.drop_path}")
         if (self.num_classes > 0) == (self.text_length > 0):
             raise ValueError(
                 "VARConfig: num_classes, text_length: expected exactly one above 0, "

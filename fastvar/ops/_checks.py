@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from fastvar.ranges import Range
 from fastvar.schedule import ScaleSchedule
 
 # Read once: checks of values wait for the device, which nobody wants unasked.
@@ -54,6 +55,13 @@ def finite(op: str, argument: str, tensor: torch.Tensor) -> None:
     """With FASTVAR_DEBUG=1, outside of torch.compile: check that a tensor holds neither infinities nor NaN."""
     if DEBUG and not torch.compiler.is_compiling() and not torch.isfinite(tensor).all():
         fail(op, argument, "finite numbers", f"{int((~torch.isfinite(tensor)).sum())} that are not")
+
+
+def number(op: str, argument: str, value: float, allowed: Range) -> None:
+    """Check that a number is in a range."""
+    expected = allowed.problem(value)
+    if expected is not None:
+        fail(op, argument, expected, value)
 
 
 def integer(op: str, argument: str, tensor: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from fastvar.ops import _checks
 from fastvar.ops._one_pass import wanted, with_gradients
 from fastvar.ops._operator import Operator
 from fastvar.ops.token_log_probs import Head, checked, checked_reference, fake_gradients, implementations
+from fastvar.ranges import Range
 from fastvar.schedule import ScaleSchedule
 from fastvar.statistics import centred
 
@@ -109,7 +110,7 @@ def _group_advantages(
     if group_size is None or group_size < 1 or rewards.shape[0] % group_size:
         _checks.fail(op, "group_size", f"a number that divides the batch {rewards.shape[0]}", group_size)
     _choice(op, "normalise", normalise, NORMALISATIONS)
-    _at_least_zero(op, spread_floor=spread_floor)
+    _checks.number(op, "spread_floor", spread_floor, Range(0))
     groups = rewards.view(-1, group_size or 1)
     _, deviation, spread = centred(groups)
     if normalise == "batch":
@@ -212,14 +213,12 @@ def policy_loss(
     _choice(op, "panw_normalisation", panw_normalisation, PANW_NORMALISATIONS)
     _choice(op, "ratio_level", ratio_level, RATIO_LEVELS)
     _choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
-    _at_least_zero(
-        op,
-        panw_alpha=panw_alpha,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        kl_weight=kl_weight,
-        spread_floor=spread_floor,
-    )
+    _checks.number(op, "panw_alpha", panw_alpha, Range(0))
+    _checks.number(op, "clip_low", clip_low, Range(0, infinite=True))
+    _checks.number(op, "clip_high", clip_high, Range(0, infinite=True))
+    _checks.number(op, "kl_weight", kl_weight, Range(0))
+    _checks.number(op, "spread_floor", spread_floor, Range(0))
+    _checks.number(op, "entropy_weight", entropy_weight, Range())
     if not 0 <= first_scale < len(schedule):
         _checks.fail(op, "first_scale", f"a scale from 0 to {len(schedule) - 1}", first_scale)
     per_token = {"old_log_probs": old_log_probs, "reference_log_probs": reference_log_probs, "token_mask": token_mask}
@@ -287,12 +286,6 @@ def policy_loss(
 def _choice(op: str, argument: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         _checks.fail(op, argument, f"one of {choices}", repr(value))
-
-
-def _at_least_zero(op: str, **numbers: float) -> None:
-    for name, number in numbers.items():
-        if not number >= 0:
-            _checks.fail(op, name, "at least 0", number)
 
 
 def _on_device(op: str, argument: str, tensor: torch.Tensor, like: torch.Tensor) -> None:

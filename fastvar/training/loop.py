@@ -8,13 +8,26 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fastvar.files import json_text, write_json
+from fastvar.ranges import (
+    Count,
+    CountOrNone,
+    NotNegative,
+    OneOf,
+    Positive,
+    PositiveOrInfinite,
+    Range,
+    Seed,
+    Share,
+    ShareBelowOne,
+    check_fields,
+)
 from fastvar.training.batches import StepSampler, step_loader
 from fastvar.training.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint, saved_steps
 from fastvar.training.ema import EMA
@@ -29,68 +42,49 @@ if TYPE_CHECKING:
 class TrainConfig:
     """How to train."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """Optimizer steps."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Samples per process and optimizer step."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Peak of the cosine schedule."""
-    final_learning_rate: float = 0.05
+    final_learning_rate: Share = 0.05
     """End of the cosine schedule as a share of the peak."""
-    warmup: float = 0.05
+    warmup: Share = 0.05
     """Share of the steps in which the learning rate rises linearly."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], Range(0, 1, below=True)] = (0.9, 0.95)
     """Of AdamW."""
-    weight_decay: float = 0.05
+    weight_decay: NotNegative = 0.05
     """Of matrices; biases, embeddings, scales and codebooks have none."""
-    clip_norm: float = 1.0
-    """Largest norm of the gradient; larger ones are scaled down."""
-    ema_decay: float = 0.999
+    clip_norm: PositiveOrInfinite = 1.0
+    """Largest norm of the gradient; larger ones are scaled down. Infinity for no limit."""
+    ema_decay: ShareBelowOne = 0.999
     """Of the averaged weights, which are the ones sampled from and saved as the model."""
-    precision: str = "no"
+    precision: Annotated[str, OneOf("auto", "no", "bf16")] = "no"
     """"no" (float32), "bf16" (autocast) or "auto" (bf16 where the hardware computes in it, else float32)."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Micro-batches per optimizer step; must divide the batch size."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the order of the data, dropout and augmentation."""
-    workers: int = 0
+    workers: CountOrNone = 0
     """Processes that load data."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between two lines of metrics."""
-    picture_every: int = 0
+    picture_every: CountOrNone = 0
     """Steps between two pictures; 0 for the last step only."""
-    save_every: int = 500
+    save_every: Count = 500
     """Steps between two checkpoints."""
-    keep: int = 2
+    keep: Count = 2
     """Checkpoints that are kept."""
     resume: bool = True
     """Go on from the newest checkpoint in the output folder, if there is one."""
 
     def check(self) -> None:
         """Raise a ValueError that names a setting which makes no sense; `train` does so before anything else."""
-        checks = {
-            "steps": (self.steps >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "accumulate": (
-                self.accumulate >= 1 and self.batch_size % max(self.accumulate, 1) == 0,
-                f"a divisor of the batch size {self.batch_size}",
-            ),
-            "precision": (self.precision in ("auto", "no", "bf16"), '"auto", "no" or "bf16"'),
-            "learning_rate": (self.learning_rate > 0, "above 0"),
-            "final_learning_rate": (0 <= self.final_learning_rate <= 1, "0 to 1"),
-            "warmup": (0 <= self.warmup <= 1, "0 to 1"),
-            "clip_norm": (self.clip_norm > 0, "above 0"),
-            "ema_decay": (0 <= self.ema_decay < 1, "at least 0 and below 1"),
-            "picture_every": (self.picture_every >= 0, "at least 0"),
-            "workers": (self.workers >= 0, "at least 0"),
-            "seed": (self.seed >= 0, "at least 0"),
-            "save_every": (self.save_every >= 1, "at least 1"),
-            "log_every": (self.log_every >= 1, "at least 1"),
-            "keep": (self.keep >= 1, "at least 1"),
-        }
-        for name, (good, expected) in checks.items():
-            if not good:
-                raise ValueError(f"TrainConfig: {name}: expected {expected}, got {getattr(self, name)}")
+        check_fields(self)
+        if self.batch_size % self.accumulate:
+            expected = f"a divisor of the batch size {self.batch_size}"
+            raise ValueError(f"TrainConfig: accumulate: expected {expected}, got {self.accumulate}")
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, 0 to steps - 1."""

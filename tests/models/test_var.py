@@ -203,7 +203,7 @@ def test_wrong_condition() -> None:
         ("subject: expected", {"subject": "yes"}),
         ("num_classes, text_length: expected exactly one", {"num_classes": 0}),
         ("num_classes, text_length: expected exactly one", {"text_length": 2}),
-        (r"drop_path: expected a number in \[0, 1\), got 1.0", {"drop_path": 1.0}),
+        (r"drop_path: expected at least 0 and below 1, got 1.0", {"drop_path": 1.0}),
         ("condition_dropout: expected", {"condition_dropout": 1.5}),
         ("subject_dropout: expected", {"subject_dropout": -0.1}),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -239,6 +240,8 @@ def test_wrong_arguments() -> None:
         ("subject: expected a number of rows that divides 4, got 0", {"labels": LABELS, "subject": subject[:0]}),
         (r"subject: expected \(R, 14, 8\)", {"labels": LABELS, "subject": subject[:2, 1:]}),
         ("guidance: expected a number or 3 of them, got 2", {"labels": LABELS, "guidance": [1, 2]}),
+        ("generate: guidance: expected .*, got nan", {"labels": LABELS, "guidance": math.nan}),
+        ("generate: guidance: expected .*, got inf", {"labels": LABELS, "guidance": [0, 1, math.inf]}),
         ("stop: expected 1 to 3, got 0", {"labels": LABELS, "stop": 0}),
         ("stop: expected 1 to 3, got 4", {"labels": LABELS, "stop": 4}),
         ("seed: expected 0 to", {"labels": LABELS, "seed": -1}),

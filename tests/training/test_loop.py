@@ -283,7 +283,7 @@ def test_learning_rate() -> None:
     ("name", "value"), [("steps", 0), ("accumulate", 3), ("precision", "fp8"), ("learning_rate", 0.0), ("keep", 0)]
 )
 def test_bad_settings(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"TrainConfig: {name}: expected .*, got {value}"):
+    with pytest.raises(ValueError, match=f"TrainConfig: {name}: expected .*, got {value!r}"):
         options(**{name: value}).check()
 
 

@@ -65,7 +65,7 @@ class RemoteReward:
     ) -> None:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
             raise ValueError(f"RemoteReward: url: expected http://... or https://..., got {url!r}")
-        if timeout <= 0 or retries < 0 or backoff < 0 or batch_size < 1:
+        if not (0 < timeout < math.inf and retries >= 0 and 0 <= backoff < math.inf and batch_size >= 1):
             raise ValueError(
                 "RemoteReward: expected timeout > 0, retries >= 0, backoff >= 0 and batch_size >= 1, "
                 f"got {timeout}, {retries}, {backoff} and {batch_size}"
