@@ -87,15 +87,16 @@ def tokenizer_config(config: DemoConfig) -> VQTokenizerConfig:
     )
 
 
-def var_config(config: DemoConfig, tokenizer: VQTokenizer) -> VARConfig:
+def var_config(config: DemoConfig) -> VARConfig:
     """A small VAR that writes the number it is told."""
+    tokenizer = tokenizer_config(config)
     return VARConfig(
-        grids=tokenizer.config.grids,
+        grids=tokenizer.grids,
         depth=config.depth,
         embed_dim=config.width,
         num_heads=max(config.width // 32, 1),
-        vocab_size=tokenizer.config.vocab_size,
-        code_channels=tokenizer.config.code_channels,
+        vocab_size=tokenizer.vocab_size,
+        code_channels=tokenizer.code_channels,
         num_classes=0,
         text_length=DIGITS,
         gate_init=1.0,
@@ -111,6 +112,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         the figures of `results.json`.
     """
     check_fields(config)
+    shape = var_config(config)  # raises for sizes that do not fit, before anything is trained
     output = config.output
     output.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
@@ -127,7 +129,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     start = time.perf_counter()
     tokens = TokenDataset(scenes, tokenizer, reference=True)
     seconds["tokens"] = time.perf_counter() - start
-    var: VAR = _train_var(config, VAR(var_config(config, tokenizer), tokenizer), tokens, held_out, "var").model
+    var: VAR = _train_var(config, VAR(shape, tokenizer), tokens, held_out, "var").model
     seconds["var"] = _training_seconds(output / "var")
     with_subject = var.add_subject("block_causal")
     subject_var: VAR = _train_var(config, with_subject, tokens, held_out, "var-subject").model
@@ -269,7 +271,7 @@ def rl_config(config: DemoConfig) -> RLConfig:
         iterations=config.rl_iterations,
         prompts=8,
         group_size=8,
-        middle=2,
+        middle=min(2, len(ScaleSchedule.parse(config.grids)) - 1),
         coarse_updates=0,
         fine_updates=1,
         learning_rate=3e-4,

@@ -116,6 +116,7 @@ def draw(
     options.check()
     if not len(labels):
         raise ValueError("draw: labels: expected at least one, got none")
+    labels = var.indices(labels)  # all of them, before the first is drawn
     images = []
     for start in tqdm(range(0, len(labels), options.batch_size), desc=title, leave=False, dynamic_ncols=True):
         rows = slice(start, start + options.batch_size)

@@ -167,6 +167,8 @@ def test_reinforcement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "<- recommended" in capsys.readouterr().out and (tmp_path / "m.png").is_file()
     for options, message in (
         (["--rewards", "beauty"], "create: name: expected one of"),
+        (["--rewards", "jpeg=nan"], "rewards: expected finite weights, got jpeg=nan"),
+        (["--rewards", "jpeg=0"], "RewardSum: weights: expected one other than 0, as nothing would be learned"),
         (["--rewards", "jpeg=much"], "rewards: expected NAME or NAME=WEIGHT, got 'jpeg=much'"),
         (["--reward-options", "jpeg.quality"], "reward_options: expected NAME.OPTION=VALUE"),
         (

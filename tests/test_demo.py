@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvar.demo import DemoConfig, run_demo
+from fastvar.demo import DemoConfig, rl_config, run_demo
+from fastvar.evaluation import SamplingOptions
 from fastvar.training.checkpoints import saved_steps
 from fastvar.training.loop import resolve_precision
 
@@ -55,6 +57,15 @@ def test_demo(tmp_path: Path) -> None:
     assert settings["train"]["precision"] == precision
     with pytest.raises(ValueError, match=rf"other settings \(train.precision was {precision}, is"):
         run_demo(replace(config, precision={"no": "bf16", "bf16": "no"}[precision]))
+
+
+def test_sizes_that_do_not_fit_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="VARConfig: num_heads: expected a divisor of embed_dim 100, got 3"):
+        run_demo(DemoConfig(output=tmp_path / "demo", width=100))
+    with pytest.raises(ValueError, match="SamplingOptions: guidance: expected"):
+        run_demo(DemoConfig(output=tmp_path / "demo", sampling=SamplingOptions(guidance=math.nan)))
+    assert not (tmp_path / "demo").exists()
+    assert [rl_config(DemoConfig(grids=grids)).middle for grids in ("6x8", "1,6x8", "1,2,3,6x8")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

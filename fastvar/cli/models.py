@@ -132,14 +132,14 @@ class Train:
             )
         if model.config.subject != "none" and self.data.data != "handwriting":
             raise ValueError('train: subject: expected "none" for a folder of images, which has no references')
-        if self.cache_tokens:
-            dataset = TokenDataset(dataset, tokenizer, reference=model.config.subject != "none")
         task = VARTask(
             model,
             self._picture,
             label_smoothing=self.label_smoothing,
             scale_weights=self.scale_weights or None,
         )
+        if self.cache_tokens:
+            dataset = TokenDataset(dataset, tokenizer, reference=model.config.subject != "none")
         result = train(task, dataset, self.train, self.output)
         print(f"var: {result.output / 'model'} ({result.steps_run} steps, {result.seconds:.0f} s)")
 

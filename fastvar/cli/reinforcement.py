@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastvar.cli.common import Flat, load_model
 from fastvar.evaluation import SamplingOptions
-from fastvar.ranges import Count, CountOrNone, OneOf, Range
+from fastvar.ranges import Count, CountOrNone, OneOf, Range, check_fields
 from fastvar.rl.config import RLConfig
 from fastvar.rl.rollout import RolloutOptions
 
@@ -35,10 +36,27 @@ class RewardOptions:
     reference_place: Annotated[str, OneOf("own", "scene")] = "own"
     """Where handwriting's references show their digit: at a place of its "own" or as in the "scene"; as in training."""
 
+    def check(self) -> None:
+        """Raise a ValueError that names a setting which makes no sense, without loading a reward."""
+        from fastvar.rl.rewards import check_options
+
+        check_fields(self)
+        weights, options = self._parsed()
+        for name, weight in weights.items():
+            check_options(name, options[name])
+            if not math.isfinite(weight):
+                raise ValueError(f"rewards: expected finite weights, got {name}={weight}")
+
     def reward(self) -> RewardSum:
         """The weighted sum."""
         from fastvar.rl.rewards import RewardSum, create
 
+        weights, options = self._parsed()
+        found = {name: create(name, **options[name]) for name in weights}
+        return RewardSum(found, weights, standardise=self.standardise)
+
+    def _parsed(self) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+        """Weights and options by the names of rewards."""
         weights = {}
         for item in self.rewards:
             name, _, weight = item.partition("=")
@@ -50,8 +68,7 @@ class RewardOptions:
             if not (equals and dot) or name not in options:
                 raise ValueError(f"reward_options: expected NAME.OPTION=VALUE with NAME out of {weights}, got {item!r}")
             options[name][option] = _json_or_text(value)
-        found = {name: create(name, **options[name]) for name in weights}
-        return RewardSum(found, weights, standardise=self.standardise)
+        return weights, options
 
     def load_prompts(self, var: VAR, *, count: int, train: bool) -> Prompts:
         """What to draw with a model: the file's prompts, or those of handwriting (`count` scenes of a split)."""
@@ -175,6 +192,8 @@ class Evaluate:
         from fastvar.rl import evaluate_policy
 
         var = load_model(self.model)
+        reward = self.scoring.reward()
+        prompts = self.scoring.load_prompts(var, count=self.samples, train=False)
         figures: dict[str, Any] = {}
         digits = var.config.text_length
         if self.scoring.prompt_file is None and digits:
@@ -192,10 +211,9 @@ class Evaluate:
                 read, match = evaluate_subject(var, scenes, self.options, reader)
                 figures["subject_match"] = match.summary()
             figures["reading"] = read.summary()
-        prompts = self.scoring.load_prompts(var, count=self.samples, train=False)
         scored = evaluate_policy(
             var,
-            self.scoring.reward(),
+            reward,
             prompts,
             samples=self.samples,
             options=RolloutOptions(

@@ -19,9 +19,10 @@ import torch
 import fastvar
 from fastvar.files import json_text, write_text
 from fastvar.models import VAR
+from fastvar.ranges import Range, check_value
 from fastvar.rl.config import RLConfig
 from fastvar.rl.prompts import handwriting_prompts
-from fastvar.rl.rewards import RewardSum, create
+from fastvar.rl.rewards import RewardSum, check_options, create
 from fastvar.rl.trainer import VMRGRPOTrainer
 from fastvar.schedule import ScaleSchedule
 from fastvar.training.log import read_metrics
@@ -71,8 +72,14 @@ class Ablation:
         content["model"] = path.parent / content["model"]
         content["seeds"] = tuple(content["seeds"])
         found = cls(**content)
-        for reward, variant in itertools.product(found.rewards, found.variants):
-            found.settings(reward, variant, 0).check()
+        for seed, reward, variant in itertools.product(found.seeds, found.rewards, found.variants):
+            found.settings(reward, variant, seed).check()
+        for reward in found.rewards:
+            check_value("ablate", "tokens", found.budget(reward), int, Range(1))
+            weights, terms = found.terms(reward)
+            for name, options in terms.items():
+                check_options(name, options)
+                check_value("ablate", f"rewards.{reward}.{name}.weight", weights[name], float, Range())
         return found
 
     def runs(self, only: Sequence[str] = ()) -> Iterator[tuple[int, str, str]]:
@@ -91,7 +98,12 @@ class Ablation:
 
     def budget(self, reward: str) -> int:
         """Tokens of each run with a sum of rewards."""
-        return int(self.rewards[reward].get("tokens", self.tokens))
+        return self.rewards[reward].get("tokens", self.tokens)
+
+    def terms(self, reward: str) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+        """Weights and options of the rewards in a sum, by name."""
+        terms = {name: dict(own) for name, own in self.rewards[reward].items() if name not in ("base", "tokens")}
+        return {name: own.pop("weight", 1.0) for name, own in terms.items()}, terms
 
 
 def changed(config: Any, changes: Mapping[str, Any]) -> Any:
@@ -148,6 +160,11 @@ def run_ablations(path: Path, output: Path, *, only: Sequence[str] = ()) -> str:
     unknown = sorted(set(only) - set(table.rewards))
     if unknown:
         raise ValueError(f"ablate: only: expected names out of {tuple(table.rewards)}, got {unknown}")
+    scales = len(VAR.from_pretrained(table.model).schedule)
+    for seed, reward, variant in table.runs(only):
+        middle = table.settings(reward, variant, seed).middle
+        if middle >= scales:
+            raise ValueError(f"ablate: {reward}, {variant}: middle: expected below {scales}, got {middle}")
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
@@ -176,8 +193,7 @@ def _run(table: Ablation, reward: str, variant: str, seed: int, output: Path) ->
     iterations = affordable_iterations(config, var.schedule, table.budget(reward))
     often = max(iterations // 10, 1)
     config = replace(config, iterations=iterations, evaluate_every=iterations, save_every=often, keep=1)
-    terms = {name: dict(options) for name, options in table.rewards[reward].items() if name not in ("base", "tokens")}
-    weights = {name: options.pop("weight", 1.0) for name, options in terms.items()}
+    weights, terms = table.terms(reward)
     rewards = RewardSum({name: create(name, **options) for name, options in terms.items()}, weights)
     prompts = handwriting_prompts(var, split="train", **table.prompts)
     held_out = handwriting_prompts(var, split="test", **table.prompts)

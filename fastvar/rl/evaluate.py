@@ -10,6 +10,7 @@ import torch
 
 from fastvar.data.metrics import diversity, mean_interval
 from fastvar.models import VAR
+from fastvar.rl.preflight import check_prompts
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.rewards import RewardSum
 from fastvar.rl.rollout import Rollout, RolloutOptions, roll_out
@@ -57,8 +58,10 @@ def evaluate_policy(
         seed: of the samples; always the same images for the same weights.
 
     Raises:
+        ValueError: a prompt that the model cannot draw.
         RuntimeError: names a reward that misbehaved.
     """
+    check_prompts(var, prompts)
     drawn = draw_evaluation(var, prompts, samples=samples, options=options, seed=seed)
     return summarise([score_evaluation(drawn, reward)], reward)
 

@@ -22,6 +22,7 @@ from fastvar.rl.choose_middle import intraclass_correlation
 from fastvar.rl.config import TOLERANCES, RLConfig
 from fastvar.rl.evaluate import draw_evaluation, score_evaluation, summarise
 from fastvar.rl.measuring import Clock, fingerprint, loss_metrics, peak_memory, spread
+from fastvar.rl.preflight import before_the_first_step
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.returns import middle_returns
 from fastvar.rl.rewards import RewardSum
@@ -62,7 +63,9 @@ class VMRGRPOTrainer:
         evaluation: prompts of the evaluations; `prompts` by default.
 
     Raises:
-        ValueError: settings that do not fit, nothing to train.
+        ValueError: settings that do not fit, nothing to train, a prompt or a reference that cannot be drawn or scored.
+        RewardError: a reward misbehaves on a blank picture.
+        OSError: no room for a checkpoint.
     """
 
     def __init__(
@@ -99,6 +102,8 @@ class VMRGRPOTrainer:
         self.policy = policy.to(self.accelerator.device).eval()
         self.policy.gradient_checkpointing = config.gradient_checkpointing
         self.policy.tokenizer.requires_grad_(False).eval()
+        where = output if self.accelerator.is_main_process else None
+        self._rewarded(lambda: before_the_first_step(self.policy, self.prompts, self.evaluation, reward, where))
         self.reference = reference
         if reference is None and config.loss.kl_weight != 0:
             self.reference = policy if has_adapters(policy) else policy.clone()

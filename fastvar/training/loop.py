@@ -33,6 +33,7 @@ from fastvar.training.checkpoints import load_checkpoint, remove_checkpoints, sa
 from fastvar.training.ema import EMA
 from fastvar.training.log import RunLog
 from fastvar.training.pictures import save_picture
+from fastvar.training.space import check_space
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -174,12 +175,14 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
 
     Raises:
         ValueError: settings that make no sense, or others than those of the run that would be resumed.
+        OSError: no room for a checkpoint.
         RuntimeError: the gradient is not finite.
     """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
     config.check()
+    check_space(output, task.model)
     start = time.perf_counter()
     # Autocast is ours: accelerate fixes its precision once per process, but two runs may differ.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())

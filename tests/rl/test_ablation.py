@@ -86,6 +86,21 @@ def test_clear_errors(tmp_path: Path) -> None:
     path.write_text(CONFIG.replace("tokens = 3000", ""))
     with pytest.raises(ValueError, match="ablate: config: expected the entries"):
         Ablation.read(path)
+    for old, new, message in (
+        ("seeds = [0, 1]", "seeds = [0, 4294967296]", "RLConfig: seed: expected 0 to 2147483647, got 4294967296"),
+        ("tokens = 2500", "tokens = 0", "ablate: tokens: expected at least 1, got 0"),
+        ("jpeg = {", "jpg = {", "create: name: expected one of"),
+        ("colour = {}", 'colour = { tint = "red" }', "create: options of 'colour'"),
+        ("weight = 2.0", "weight = nan", "ablate: rewards.corner.colour.weight: expected a number, got nan"),
+    ):
+        path.write_text(CONFIG.replace(old, new))
+        with pytest.raises(ValueError, match=message):
+            Ablation.read(path)
+    policy().save_pretrained(tmp_path / "policy")
+    path.write_text(CONFIG.replace("middle = 2, use_mask", "middle = 3, use_mask"))
+    with pytest.raises(ValueError, match="ablate: corner, masked: middle: expected below 3, got 3"):
+        run_ablations(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()  # before the first run, not at the last
     path.write_text(CONFIG)
     with pytest.raises(ValueError, match=r"only: expected names out of \('red', 'corner'\), got \['blue'\]"):
         run_ablations(path, tmp_path / "out", only=["blue"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -294,6 +295,13 @@ def test_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="tokenizer: at step 1 the loss is nan"):
         train(task, scenes(), options(), tmp_path)
     assert not saved_steps(tmp_path)
+
+
+def test_a_full_disk_is_known_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**10))
+    with pytest.raises(OSError, match=r"train: output: expected \d+ MiB of free space in .* for a checkpoint, got 0"):
+        train(tokenizer_task(), scenes(), options(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_gradient_that_is_not_finite_stops(tmp_path: Path) -> None:

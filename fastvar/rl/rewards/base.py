@@ -39,6 +39,9 @@ class RewardFunction(Protocol):
 
         Returns:
             a `Reward`, or its scores (B,) alone.
+
+        A reward may also have a method `check_texts(texts)` that raises a ValueError for a prompt which it can never
+        score. It is asked about all prompts before anything is drawn.
         """
 
 
@@ -68,13 +71,18 @@ def create(name: str, **options: Any) -> RewardFunction:
     Raises:
         ValueError: an unknown name, options that the reward does not have or lacks.
     """
+    check_options(name, options)
+    return _REGISTRY[name](**options)
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Whether `create` knows a name and its options, without loading anything; errors as there."""
     if name not in _REGISTRY:
         raise ValueError(f"create: name: expected one of {available()}, got {name!r}")
     try:
         inspect.signature(_REGISTRY[name]).bind(**options)
     except TypeError as error:
         raise ValueError(f"create: options of {name!r}: {error}") from None
-    return _REGISTRY[name](**options)
 
 
 class RewardSum:
@@ -146,6 +154,18 @@ class RewardSum:
                 own = found.mask.to(images.device)
                 mask = own if mask is None else mask | own
         return each, None if everywhere else mask
+
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """Before anything is drawn: ask rewards that have a method `check_texts` about all prompts.
+
+        Raises:
+            ValueError: names a reward and a text that it cannot score.
+        """
+        for name, function in self.rewards.items():
+            try:
+                getattr(function, "check_texts", lambda _: None)(texts)
+            except ValueError as error:
+                raise ValueError(f"reward {name!r}: {error}") from error
 
     def check(self, each: Mapping[str, torch.Tensor]) -> None:
         """Scores by name, of the whole batch: those of several processes are to be put together before.
