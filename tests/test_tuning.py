@@ -15,7 +15,7 @@ import torch
 from fastvar.kernels.common import tiling
 from fastvar.kernels.common.tiling import Card, Row, Table, own_path, own_tiles
 
-from fastvar.tuning import Tuner, add_own_row, load_tables, own_summary
+from fastvar.tuning import Tuner, _forced, add_own_row, load_tables, own_summary
 from fastvar.workloads import Shape, tensors, workloads
 
 CARD = Card("NVIDIA Test/1", "sm90", 1000)
@@ -73,6 +73,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def kernel() -> Kernel:
     return Kernel()
+
+
+def test_a_tile_forced_within_another(kernel: Kernel) -> None:
+    table, key = kernel.table, {"length": 1}
+    with _forced(table, {"BLOCK": 64}, key):
+        with _forced(table, {"BLOCK": 128}, key):
+            assert table.forced == {"BLOCK": 128}
+        assert table.forced == {"BLOCK": 64} and table.forced_for == key
+    assert table.forced is None and table.forced_for is None
 
 
 def test_the_fastest_right_tile_is_written_and_taken(kernel: Kernel, cache: Path) -> None:

@@ -42,15 +42,16 @@ def test_prompts_of_training_and_evaluation(tmp_path: Path) -> None:
 
 def test_prompts_of_functions_that_draw() -> None:
     """Also where the one that cannot be drawn is the last of many."""
-    with pytest.raises(ValueError, match=TOO_LONG):
-        evaluate_policy(policy(), RED, Prompts(LATE), samples=8, options=RolloutOptions())
-    with pytest.raises(ValueError, match=TOO_LONG):
-        explained_shares(policy(), RED, Prompts(LATE), options=RolloutOptions())
     var: Any = policy()
     generate, drawn = var.generate, []
     var.generate = lambda labels, **options: drawn.append(labels) or generate(labels, **options)
     with pytest.raises(ValueError, match=TOO_LONG):
         draw(var, LATE, SamplingOptions(batch_size=1))
+    few = RolloutOptions(chunk=6)
+    with pytest.raises(ValueError, match=TOO_LONG):
+        evaluate_policy(var, RED, Prompts(LATE), samples=8, options=few)
+    with pytest.raises(ValueError, match=TOO_LONG):
+        explained_shares(var, RED, Prompts(LATE), options=few)
     assert not drawn
     assert len(draw(var, ["1", "2"], SamplingOptions(batch_size=1))) == len(drawn) == 2
 

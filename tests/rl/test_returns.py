@@ -66,6 +66,12 @@ def test_rewards_whose_sum_overflows(dtype: torch.dtype, eta: float) -> None:
     assert found.tolist() == [most, -most, 0.0 if math.isinf(eta) else most]
 
 
+def test_far_from_the_mean() -> None:
+    """Where exp overflows the best continuation's own share of the mean still counts: eta log(1 / K)."""
+    found = middle_returns(torch.tensor([0.0, 2000.0], dtype=torch.float64), 2)
+    assert found.item() == pytest.approx(2000 - math.log(2), rel=1e-12)
+
+
 def test_offset_takes_no_digits() -> None:
     """Continuations of 2^24 and two above it in float32, which would round their sum."""
     rewards = torch.tensor([2.0**24, 2.0**24 + 2, 2.0**24 + 2, 2.0**24 + 4])

@@ -154,6 +154,8 @@ def test_sums_of_large_scores(scores: list[float], standardised: list[float]) ->
     rewards = {name: lambda i, p, r: torch.tensor(scores) for name in ("one", "two")}
     total = RewardSum(rewards, {"two": 2.0})(images, PROMPTS).scores
     torch.testing.assert_close(total, 3 * torch.tensor(scores).double())
+    each = {name: torch.tensor(scores) for name in rewards}  # in float32
+    torch.testing.assert_close(RewardSum(rewards, {"two": 2.0}).combine(each), total)
     found = RewardSum(rewards, standardise=True)(images, PROMPTS).scores
     assert found.tolist() == pytest.approx([2 * score for score in standardised], rel=1e-5)
 

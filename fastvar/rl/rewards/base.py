@@ -197,7 +197,7 @@ class RewardSum:
             if standardise:
                 _, deviations, spread = centred(scores[None])
                 scores = torch.where(scores.isfinite(), deviations[0] / (spread[0] + 1e-6), torch.nan)
-            total = total + self.weights[name] * scores
+            total = total + self.weights[name] * scores.double()
         return total
 
     def _ask(
