@@ -135,7 +135,9 @@ def test_messages(config: Any, message: str) -> None:
 
 
 def test_infinity_where_it_means_something() -> None:
-    RLConfig(eta=math.inf, tolerance=math.inf, clip_norm=math.inf, loss=LossOptions(clip_high=math.inf)).check()
+    RLConfig(
+        eta=math.inf, tolerance=math.inf, clip_norm=math.inf, loss=LossOptions(clip_low=math.inf, clip_high=math.inf)
+    ).check()
     RLConfig(eta=1e39).check()
     assert LARGEST < 1e39
 
