@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ TOLERANCES = {"no": 1e-3, "bf16": 3e-2}
 FREE = (
     *("iterations", "stop_kl", "tolerance", "bad_steps"),
     *("micro_batch", "gradient_checkpointing"),
-    *("log_every", "evaluate_every", "evaluation_samples", "save_every", "keep", "resume"),
+    *("log_every", "evaluate_every", "evaluation_samples", "save_every", "save_minutes", "keep", "resume"),
 )
 
 
@@ -25,7 +26,7 @@ class RLConfig:
     """How to train with rewards. `middle=0` with `LossOptions(panw_alpha=0)` is plain GRPO."""
 
     iterations: int = 100
-    """Rollouts."""
+    """Rollouts in all. A run that was stopped or has finished can go on to more, as if it had been meant for them."""
     prompts: int = 4
     """Groups per rollout, over all processes."""
     group_size: int = 8
@@ -82,6 +83,9 @@ class RLConfig:
     """Iterations between two lines of metrics."""
     save_every: int = 20
     """Iterations between two checkpoints."""
+    save_minutes: float = 5.0
+    """Also save when so many minutes have passed since the last checkpoint, but never for more than a twentieth of the
+    time; 0 for not."""
     keep: int = 2
     """Checkpoints that are kept."""
     resume: bool = True
@@ -115,6 +119,7 @@ class RLConfig:
                 for name in ("micro_batch", "evaluate_every", "bad_steps")
             },
             **{name: (getattr(self, name) >= 0, "at least 0") for name in ("tolerance", "stop_kl", "middle", "seed")},
+            "save_minutes": (0 <= self.save_minutes < math.inf, "at least 0"),
             "group_size": (self.group_size >= 2, "at least 2, as advantages are differences within a group"),
             "evaluation_samples": (self.evaluation_samples >= 8, "at least 8"),
             "eta": (self.eta > 0, "above 0"),
