@@ -67,7 +67,7 @@ def test_message_of_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_nothing_names_the_index() -> None:
     """`pip install` of the bare name, with or without an extra, in any text or message."""
-    by_name = re.compile(r"pip install[^\n`]*?[\s\"']fastvar(\[[^\]\n]*\])?(?! @)(?=[\s\"'`])")
+    by_name = re.compile(r"pip install[^\n`]*?[ \"']fastvar(\[[^\]\n]*\])?(?! @)(?=[\s\"'`])")
     assert by_name.search('pip install "fastvar[rewards]"') and by_name.search("pip install -U fastvar ")
     for good in ("pip install 'fastvar[a] @ git+https://x'", "pip install ./fastvar-1.whl", "pip install '.[a]'"):
         assert not by_name.search(good)
