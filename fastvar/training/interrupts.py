@@ -56,10 +56,16 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.__exit__()
         self.received = signal.Signals(number).name
-        # The workers of a loader inherit this, and the terminal tells them too: they go on, silently, as the step does.
+        # Processes that are forked in between inherit this: they go on in silence, as the step does.
         if os.getpid() == self._process:
             # not print, which may be what was interrupted
             os.write(2, f"\nfastvar: {self.received}: saving after this step; once more to end at once\n".encode())
+
+
+def outlive_the_first_signal(worker: int) -> None:
+    """For a worker of a loader, where torch's own handler would end it: clusters tell a run's whole group to stop, and
+    the step that is to be finished needs its batch. A second SIGTERM ends the worker."""
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 class Wishes:

@@ -66,23 +66,25 @@ def test_in_another_thread_nothing_changes() -> None:
     assert seen == [before]
 
 
-def test_workers_of_a_loader(capfd: pytest.CaptureFixture[str]) -> None:
+def test_forked_processes(capfd: pytest.CaptureFixture[str]) -> None:
     """They are told with the group: they go on in silence at first, and the second signal still ends them."""
-    noted, tell = os.pipe()
+    heard, tell = os.pipe()
     with Interrupts() as interrupts:
         child = os.fork()
         if not child:
+            os.close(heard)
+            os.write(tell, b"r")
             for _ in range(3000):
                 if interrupts.received:
                     os.write(tell, b".")
                 time.sleep(0.01)
             os._exit(0)
-        os.kill(child, signal.SIGTERM)
-        assert os.read(noted, 1) == b"."
-        os.kill(child, signal.SIGTERM)
+        os.close(tell)
+        for expected in (b"r", b"."):
+            assert os.read(heard, 1) == expected
+            os.kill(child, signal.SIGTERM)
         assert os.waitpid(child, 0)[1] == signal.SIGTERM
-    os.close(noted)
-    os.close(tell)
+    os.close(heard)
     assert capfd.readouterr().err == ""
 
 
