@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
 
@@ -28,11 +29,16 @@ from fastvar.rl import Evaluation, LossOptions, Prompts, RLConfig, RolloutOption
 from fastvar.rl.rewards import OCRReward, RewardSum
 from fastvar.schedule import ScaleSchedule
 from fastvar.training import TokenDataset, TokenizerTask, TrainConfig, TrainResult, VARTask, train
-from fastvar.training.log import read_metrics
+from fastvar.training.lock import locked
+from fastvar.training.log import read_metrics, say
 from fastvar.training.pictures import image_grid
+from fastvar.training.settings import OtherSettingsError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -106,15 +112,23 @@ def var_config(config: DemoConfig) -> VARConfig:
 def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Train, sample, read, and write `report.html`, `results.json` and the checkpoints below `config.output`.
 
-    Interrupted and called again with the same settings, training goes on where it stopped.
+    Interrupted and called again with the same settings, training goes on where it stopped. What a folder has of other
+    settings is made anew.
 
     Returns:
         the figures of `results.json`.
+
+    Raises:
+        ValueError: settings that make no sense, a folder that another process is using.
     """
     check_fields(config)
-    shape = var_config(config)  # raises for sizes that do not fit, before anything is trained
+    var_config(config)  # raises for sizes that do not fit, before anything is trained
+    with locked(config.output):
+        return _run(config)
+
+
+def _run(config: DemoConfig) -> dict[str, Any]:
     output = config.output
-    output.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
     size = tuple(4 * side for side in ScaleSchedule.parse(config.grids).finest)
     data: dict[str, Any] = {"size": size, "digits": DIGITS, "seed": config.seed, "reference_place": "scene"}
@@ -129,7 +143,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     start = time.perf_counter()
     tokens = TokenDataset(scenes, tokenizer, reference=True)
     seconds["tokens"] = time.perf_counter() - start
-    var: VAR = _train_var(config, VAR(shape, tokenizer), tokens, held_out, "var").model
+    var: VAR = _train_var(config, VAR(var_config(config), tokenizer), tokens, held_out, "var").model
     seconds["var"] = _training_seconds(output / "var")
     with_subject = var.add_subject("block_causal")
     subject_var: VAR = _train_var(config, with_subject, tokens, held_out, "var-subject").model
@@ -199,7 +213,7 @@ def _train_tokenizer(config: DemoConfig, scenes: HandwritingScenes, held_out: Ha
         picture_every=200,
         seed=config.seed,
     )
-    return train(task, scenes, options, config.output / "tokenizer")
+    return _going_on(train, task, scenes, options, config.output / "tokenizer")
 
 
 def _train_var(
@@ -226,7 +240,18 @@ def _train_var(
         images = draw(averaged, shown["text"], config.sampling, subject=subject)
         return _pairs(shown["reference"] * 0.5 + 0.5, images)
 
-    return train(VARTask(model, picture), tokens, options, config.output / name)
+    return _going_on(train, VARTask(model, picture), tokens, options, config.output / name)
+
+
+def _going_on(run: Callable[..., _T], *arguments: Any) -> _T:
+    """A run, whose last two arguments are its settings and its folder; anew where the folder has one of other settings:
+    a demo is never a mixture."""
+    *others, settings, folder = arguments
+    try:
+        return run(*others, settings, folder)
+    except OtherSettingsError:
+        say(f"{folder} was made with other settings, and is made anew")
+        return run(*others, replace(settings, resume=False), folder)
 
 
 @dataclass(frozen=True)
@@ -289,9 +314,12 @@ def _train_policy(config: DemoConfig, var: VAR, reader: Reader) -> _Learned:
     settings, folder = rl_config(config), config.output / "rl"
     reward = RewardSum({"ocr": OCRReward(reader)})
     before = _Drawn.by(var, reader, config.samples)
-    policy = VMRGRPOTrainer(
-        var.clone().requires_grad_(True), reward, every_number(DIGITS, 100), settings, folder
-    ).train()
+
+    def learn(settings: RLConfig, folder: Path) -> VAR:
+        policy = var.clone().requires_grad_(True)
+        return VMRGRPOTrainer(policy, reward, every_number(DIGITS, 100), settings, folder).train()
+
+    policy = _going_on(learn, settings, folder)
     return _Learned(before, _Drawn.by(policy, reader, config.samples), _training_seconds(folder), config.rl_iterations)
 
 

@@ -14,14 +14,27 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; it takes the place of `path`, a file or a folder, when the block ends without an error."""
+    """A path to write to; it takes the place of `path`, a file or a folder, when the block ends without an error. After
+    an error all is as before.
+
+    Raises:
+        OSError: it could not be written, as on a full disk; names the path, the reason and the free space.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     _remove(temporary)
-    yield temporary
-    if temporary.is_dir():
-        _remove(path)  # a folder cannot be renamed over another one
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        if temporary.is_dir():
+            _remove(path)  # a folder cannot be renamed over another one
+        os.replace(temporary, path)
+    except BaseException as error:
+        free = shutil.disk_usage(path.parent).free  # before what was written is removed
+        _remove(temporary)
+        if isinstance(error, OSError) or "I/O error" in str(error):  # the latter is how safetensors says it
+            reason = getattr(error, "strerror", None) or error
+            raise OSError(f"{path}: could not be written: {reason} ({free / 2**20:,.0f} MiB were free)") from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -21,6 +21,7 @@ from fastvar.demo import DemoConfig
 from fastvar.evaluation import SamplingOptions
 from fastvar.rl import LossOptions, RLConfig, RolloutOptions
 from fastvar.training import TrainConfig
+from fastvar.training.interrupts import Interrupted
 
 COMMANDS = ("train-tokenizer", "train", "sample", "evaluate", "demo", "info", "build", "rl", "choose-middle", "ablate")
 SMALL = ["--grids", "1,3x4,6x8", "--vocab-size", "16", "--code-channels", "8", "--channels", "8", "--norm-groups", "4"]
@@ -100,6 +101,43 @@ def test_a_mistake_is_one_line(
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [
+        (
+            Interrupted("SIGTERM", 7, Path("run/step-7")),
+            143,
+            "stopped by SIGTERM after step 7, saved in run/step-7;",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted"),  # of what has nothing to save
+    ],
+)
+def test_interrupts_say_where_it_was_saved(
+    raised: BaseException, status: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(self: Info) -> None:
+        raise raised
+
+    monkeypatch.setattr(Info, "run", stop)
+    with pytest.raises(SystemExit) as stopped:
+        run("info")
+    shown = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == status and len(shown) == 1 and shown[0].startswith(f"fastvar: {line}")
+
+
+def test_flags_that_messages_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is one of the commands that the message is for."""
+    for command, flags in {
+        "train": ("--no-resume", "--precision", "--save-minutes", "--steps"),
+        "train-tokenizer": ("--no-resume", "--precision"),
+        "rl": ("--no-resume", "--precision", "--save-minutes", "--iterations"),
+    }.items():
+        with pytest.raises(SystemExit):
+            run(command, "--help")
+        shown = capsys.readouterr().out
+        assert all(flag in shown for flag in flags), command
 
 
 def test_train_sample_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

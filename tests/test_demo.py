@@ -19,7 +19,7 @@ from fastvar.training.loop import resolve_precision
 FILES = ("report.html", "results.json", "tokenizer/model/model.safetensors", "var/model/tokenizer/config.json")
 
 
-def test_demo(tmp_path: Path) -> None:
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = DemoConfig(
         output=tmp_path / "demo",
         tokenizer_steps=3,
@@ -49,14 +49,18 @@ def test_demo(tmp_path: Path) -> None:
     assert again["scores"] == results["scores"]
     for name, lines in before.items():  # with their seconds: nothing was trained again
         assert (config.output / name / "metrics.jsonl").read_text() == lines
-    with pytest.raises(ValueError, match=r"other settings \(train.seed was 0, is 1"):
-        run_demo(replace(config, seed=1))
     # what "auto" came to is kept: a run does not go on in another precision
     settings = json.loads((config.output / "tokenizer" / "settings.json").read_text())
     precision = resolve_precision("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     assert settings["train"]["precision"] == precision
-    with pytest.raises(ValueError, match=rf"other settings \(train.precision was {precision}, is"):
-        run_demo(replace(config, precision={"no": "bf16", "bf16": "no"}[precision]))
+    capsys.readouterr()
+    # with other settings all is made anew
+    run_demo(replace(config, seed=1))
+    shown = capsys.readouterr().err
+    for name in ("tokenizer", "var", "var-subject", "rl"):
+        assert f"{config.output / name} was made with other settings, and is made anew" in shown
+        settings = json.loads((config.output / name / "settings.json").read_text())
+        assert settings["rl" if name == "rl" else "train"]["seed"] == 1
 
 
 def test_sizes_that_do_not_fit_are_refused_before_training(tmp_path: Path) -> None:

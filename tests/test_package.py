@@ -50,7 +50,7 @@ def test_import_is_light_and_silent() -> None:
 import sys, torch
 before = set(sys.modules)
 sys.modules["triton"] = None  # importing it would raise
-import fastvar
+import fastvar, fastvar.ops
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 heavy = new & {"numpy", "scipy", "sklearn", "torchvision", "PIL", "accelerate", "huggingface_hub", "tyro",
                "safetensors", "transformers", "matplotlib", "tqdm"}

@@ -246,8 +246,10 @@ class Ablate:
 
     def run(self) -> None:
         from fastvar.rl.ablation import run_ablations
+        from fastvar.training.lock import locked
 
-        print(run_ablations(self.config, self.output, only=self.only))
+        with locked(self.output):
+            print(run_ablations(self.config, self.output, only=self.only))
 
 
 def _number(option: str, item: str, text: str) -> float:

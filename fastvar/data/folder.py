@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastvar.installation import install_command
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's
 _MARGIN = 1.125  # how much larger than the crop an image is resized, as VAR does
 
@@ -98,7 +100,7 @@ def image_transform(size: tuple[int, int], *, train: bool, flip: bool = True) ->
     try:
         from torchvision.transforms import v2
     except ImportError as error:
-        raise ImportError("image folders need torchvision: pip install 'fastvar[train]'") from error
+        raise ImportError(f"image folders need torchvision: {install_command('train')}") from error
     crop = v2.RandomCrop(size) if train else v2.CenterCrop(size)
     flips = [v2.RandomHorizontalFlip()] if train and flip else []
     return v2.Compose(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastvar.installation import install_command
+
 if TYPE_CHECKING:
     from fastvar.models import VAR
 
@@ -42,7 +44,7 @@ def add_adapters(
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ImportError(f'{error}; adapters need pip install "fastvar[lora]"') from error
+        raise ImportError(f"{error}; adapters need {install_command('lora')}") from error
     var.requires_grad_(False)
     options = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=list(targets))
     with torch.random.fork_rng():

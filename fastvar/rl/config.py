@@ -29,7 +29,7 @@ TOLERANCES = {"no": 1e-3, "bf16": 3e-2}
 FREE = (
     *("iterations", "stop_kl", "tolerance", "bad_steps"),
     *("micro_batch", "gradient_checkpointing"),
-    *("log_every", "evaluate_every", "evaluation_samples", "save_every", "keep", "resume"),
+    *("log_every", "evaluate_every", "evaluation_samples", "save_every", "save_minutes", "keep", "resume"),
 )
 
 
@@ -38,7 +38,7 @@ class RLConfig:
     """How to train with rewards. `middle=0` with `LossOptions(panw_alpha=0)` is plain GRPO."""
 
     iterations: Count = 100
-    """Rollouts."""
+    """Rollouts in all. A run that was stopped or has finished can go on to more, as if it had been meant for them."""
     prompts: Count = 4
     """Groups per rollout, over all processes."""
     group_size: Annotated[int, Range(2)] = 8
@@ -95,6 +95,9 @@ class RLConfig:
     """Iterations between two lines of metrics."""
     save_every: Count = 20
     """Iterations between two checkpoints."""
+    save_minutes: NotNegative = 5.0
+    """Also save when so many minutes have passed since the last checkpoint, but never for more than a twentieth of the
+    time; 0 for not."""
     keep: Count = 2
     """Checkpoints that are kept."""
     resume: bool = True

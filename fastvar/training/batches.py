@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fastvar.training.interrupts import outlive_the_first_signal
+
 
 class StepSampler:
     """Yields, for each step from `first_step` on, the (position, index) pairs of this process's batch.
@@ -81,6 +83,7 @@ def step_loader(dataset: Any, sampler: StepSampler, *, workers: int = 0) -> Iter
         batch_sampler=sampler,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=outlive_the_first_signal,
         generator=torch.Generator(),  # else it draws a seed for its workers from the training's random state
     )
     return iter(loader)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -101,6 +102,11 @@ class RunLog:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def say(text: str) -> None:
+    """A line to the user on standard error, above the progress bars."""
+    tqdm.write(f"fastvar: {text}", file=sys.stderr)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fastvar.files import json_text, write_json
+from fastvar.files import json_text
 from fastvar.ranges import (
     Count,
     CountOrNone,
@@ -29,10 +30,13 @@ from fastvar.ranges import (
     check_fields,
 )
 from fastvar.training.batches import StepSampler, step_loader
-from fastvar.training.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint, saved_steps
+from fastvar.training.checkpoints import Checkpoints
 from fastvar.training.ema import EMA
+from fastvar.training.interrupts import Interrupted, Interrupts, Wishes
+from fastvar.training.lock import locked
 from fastvar.training.log import RunLog
 from fastvar.training.pictures import save_picture
+from fastvar.training.settings import check_enough_steps, check_same_settings, write_settings
 from fastvar.training.space import check_space
 
 if TYPE_CHECKING:
@@ -44,7 +48,8 @@ class TrainConfig:
     """How to train."""
 
     steps: Count = 1000
-    """Optimizer steps."""
+    """Optimizer steps in all. A run that was stopped or has finished can go on to more: from there its learning rate is
+    that of a run of so many steps."""
     batch_size: Count = 64
     """Samples per process and optimizer step."""
     learning_rate: Positive = 1e-3
@@ -75,6 +80,9 @@ class TrainConfig:
     """Steps between two pictures; 0 for the last step only."""
     save_every: Count = 500
     """Steps between two checkpoints."""
+    save_minutes: NotNegative = 5.0
+    """Also save when so many minutes have passed since the last checkpoint, but never for more than a twentieth of the
+    time; 0 for not."""
     keep: Count = 2
     """Checkpoints that are kept."""
     resume: bool = True
@@ -146,6 +154,25 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if native else "no"
 
 
+def launched_precision(precision: str) -> str:
+    """A run's precision under `accelerate launch`, whose own (--mixed_precision, or its config file) decides only what
+    "auto" means: autocast is ours.
+
+    Raises:
+        ValueError: the two contradict each other.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched in ("no", precision):
+        return precision
+    if (launched, precision) == ("bf16", "auto"):
+        return launched
+    expected = "bf16 there as here (--precision bf16), or no" if launched == "bf16" else "no or bf16"
+    raise ValueError(
+        f"train: precision: expected accelerate's --mixed_precision to be {expected}; got {launched} there, "
+        f"{precision} here"
+    )
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weights of linear layers and convolutions with weight decay; all else, embeddings and codebooks too, without.
 
@@ -177,36 +204,47 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
         ValueError: settings that make no sense, or others than those of the run that would be resumed.
         OSError: no room for a checkpoint.
         RuntimeError: the gradient is not finite.
+        Interrupted: SIGINT or SIGTERM came; the step was finished and saved.
     """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
     config.check()
     check_space(output, task.model)
-    start = time.perf_counter()
     # Autocast is ours: accelerate fixes its precision once per process, but two runs may differ.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     set_seed(config.seed, device_specific=True)
-    config = replace(config, precision=resolve_precision(config.precision, accelerator.device))  # resuming compares it
+    precision = resolve_precision(launched_precision(config.precision), accelerator.device)
+    config = replace(config, precision=precision)  # resuming compares it
+    with locked(output, active=accelerator.is_main_process), Interrupts() as interrupts:
+        return _train(accelerator, task, dataset, config, output, interrupts)
+
+
+def _train(
+    accelerator: Any, task: Task, dataset: Any, config: TrainConfig, output: Path, interrupts: Interrupts
+) -> TrainResult:
+    start = time.perf_counter()
     task.model.to(accelerator.device)
     optimizer = torch.optim.AdamW(
         parameter_groups(task.model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
     )
     ema = EMA(task.model, config.ema_decay)
     model, optimizer = accelerator.prepare(task.model, optimizer)
-    accelerator.register_for_checkpointing(ema)
+    checkpoints = Checkpoints(accelerator, output, model, optimizer, ema, keep=config.keep, minutes=config.save_minutes)
 
-    first_step = 0
-    steps = saved_steps(output) if config.resume else []
     settings = _settings(task, dataset, config, accelerator.num_processes)
-    if steps:
-        first_step = steps[-1]
-        check_same_settings(output / "settings.json", settings)
-        load_checkpoint(accelerator, output, first_step, optimizer)
-    elif accelerator.is_main_process:
-        remove_checkpoints(output)
+    found = checkpoints.newest() if config.resume else None
+    first_step = found or 0
+    main = accelerator.is_main_process
+    if found is not None:
+        check_same_settings(output / "settings.json", settings, free=_FREE)
+        check_enough_steps("steps", config.steps, found, output)
+        checkpoints.load(found)
+    elif main:
+        checkpoints.clear()
         (output / "metrics.jsonl").unlink(missing_ok=True)
-        write_json(output / "settings.json", settings)
+    if main:
+        write_settings(output / "settings.json", settings, found, config.steps)
     sampler = StepSampler(
         len(dataset),
         config.batch_size,
@@ -216,8 +254,9 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    log = RunLog(output, first_step, config.steps, title=task.name, active=accelerator.is_main_process)
-    result = TrainResult(ema.model, output, 0.0, max(config.steps - first_step, 0))
+    log = RunLog(output, first_step, config.steps, title=task.name, active=main)
+    result = TrainResult(ema.model, output, 0.0, config.steps - first_step)
+    wishes = Wishes(accelerator)
     check: _Check | None = None
     try:
         for step, batch in enumerate(step_loader(dataset, sampler, workers=config.workers), first_step):
@@ -227,19 +266,23 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
                 before.raise_if_bad()
             ema.update(accelerator.unwrap_model(model))
             done, last = step + 1, step + 1 == config.steps
+            stop, due = wishes(interrupts.received is not None, checkpoints.due())
+            save = stop or due or last or done % config.save_every == 0
             shown = last or (config.picture_every and done % config.picture_every == 0)
-            if shown or done % config.log_every == 0 or done % config.save_every == 0:
+            if shown or save or done % config.log_every == 0:
                 check.raise_if_bad()
             log.advance()
             if done % config.log_every == 0 or last:
                 log.write(done, _over_processes(accelerator, metrics))
-            if accelerator.is_main_process and shown:
+            if main and shown:
                 _show(task, ema, log, done, output, result)
-            if done % config.save_every == 0 or last:
-                save_checkpoint(accelerator, output, done, config.keep)
+            if save:
+                saved = checkpoints.save(done)
+            if stop and not last:
+                raise Interrupted(interrupts.received or "SIGTERM", done, saved)
     finally:
         log.close()
-    if accelerator.is_main_process:
+    if main:
         ema.model.save_pretrained(output / "model")
     accelerator.wait_for_everyone()
     result.seconds = time.perf_counter() - start
@@ -292,8 +335,8 @@ class _Check:
             raise RuntimeError(f"{self.name}: at step {self.step + 1} the loss is {loss}, its gradient's norm {norm}")
 
 
-# Settings that change what a run shows and keeps, but not what it learns.
-_FREE = ("log_every", "picture_every", "save_every", "keep", "resume", "workers")
+# Settings that change what a run shows and keeps, but not what it learns; and how far it goes, which is kept apart.
+_FREE = ("steps", "log_every", "picture_every", "save_every", "save_minutes", "keep", "resume", "workers")
 
 
 def _settings(task: Task, dataset: Any, config: TrainConfig, processes: int) -> dict[str, Any]:
@@ -308,24 +351,6 @@ def _settings(task: Task, dataset: Any, config: TrainConfig, processes: int) -> 
         **task.identity,
     }
     return json.loads(json_text(found))
-
-
-def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Raise a ValueError that names what differs from the settings that a run's folder was begun with."""
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    different = []
-    for part, now in settings.items():
-        old = before.get(part, {} if isinstance(now, dict) else None)
-        if isinstance(now, dict) and isinstance(old, dict):
-            names = [name for name in {**old, **now} if old.get(name) != now.get(name)]
-            different += [f"{part}.{name} was {old.get(name)}, is {now.get(name)}" for name in names]
-        elif old != now:
-            different.append(f"{part} was {old}, is {now}")
-    if different:
-        raise ValueError(
-            f"train: output: {path.parent} has a run with other settings ({'; '.join(different)}); "
-            "choose another folder, or resume=False to start anew"
-        )
 
 
 def _over_processes(accelerator: Any, metrics: dict[str, Any]) -> dict[str, float]:

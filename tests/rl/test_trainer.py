@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +29,8 @@ from fastvar.rl import (
     without_adapters,
 )
 from fastvar.rl.rewards import ColourReward, Reward, RewardSum
-from fastvar.training.checkpoints import saved_steps
+from fastvar.training.checkpoints import Checkpoints, saved_steps
+from fastvar.training.interrupts import Interrupted
 from fastvar.training.log import read_metrics
 
 PROMPTS = ["0", "1", "2", "3"]
@@ -377,6 +381,58 @@ def test_stopped_before_its_first_step(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path)] == [0]
     trainer(tmp_path, config).train()
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+
+
+def test_interrupt_finishes_the_iteration_and_saves(tmp_path: Path) -> None:
+    config = replace(QUICK, save_every=100, save_minutes=0.0)
+    straight = trainer(tmp_path / "straight", config).train()
+    first = trainer(tmp_path / "stopped", config)
+    iteration = first.iteration
+
+    def told(number: int) -> dict[str, float]:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return iteration(number)
+
+    first.iteration = told  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM after step 3, saved in .*step-00000003"):
+        first.train()
+    resumed = trainer(tmp_path / "stopped", config).train()
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "straight")
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in straight.state_dict().items())
+
+
+def test_saves_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoints, "due", lambda self: self.average.updates == 2)
+    trainer(tmp_path, replace(QUICK, iterations=4, save_every=100, keep=9)).train()
+    assert saved_steps(tmp_path) == [0, 2, 4] and RLConfig().save_minutes == 5
+
+
+def test_going_on_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished run goes on as if it had been meant for more iterations: the rate is constant."""
+    straight = trainer(tmp_path / "straight").train()
+    trainer(tmp_path / "longer", replace(QUICK, iterations=4)).train()
+    longer = trainer(tmp_path / "longer").train()
+    assert "goes on from step 4 to 6 instead of 4" in capsys.readouterr().err
+    assert lines(tmp_path / "longer") == lines(tmp_path / "straight")
+    assert all(torch.equal(value, longer.state_dict()[key]) for key, value in straight.state_dict().items())
+    with pytest.raises(ValueError, match=r"train: iterations: expected at least 6, .*, got 5; .* with --no-resume"):
+        trainer(tmp_path / "longer", replace(QUICK, iterations=5)).train()
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(*arguments: object) -> None:
+        raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "lockf", taken)
+    with pytest.raises(ValueError, match=r"train: output: .* is in use by another process"):
+        trainer(tmp_path).train()
+
+
+def test_precision_of_accelerate_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match=r"train: precision: .*got bf16 there, no here"):
+        trainer(tmp_path)
 
 
 def test_images_are_let_go_before_the_update(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import torch
@@ -39,6 +41,19 @@ class Noisy:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"index": index, "noise": torch.rand(3)}
+
+
+class Told(Noisy):
+    """A worker is told to stop with the run's whole group."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(index)
+
+
+def test_workers_outlive_the_first_signal() -> None:
+    assert len(list(step_loader(Told(), sampler(0, 2), workers=1))) == 2  # of ten items, eight of them: index 3 too
 
 
 def test_augmentation_depends_on_the_position_alone() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.training import VARTask
-from fastvar.training.loop import check_same_settings
+from fastvar.training.settings import check_same_settings
 
 GRIDS = ((1, 1), (2, 2), (3, 3))
 

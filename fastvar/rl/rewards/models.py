@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvar.data.segmentation import check_images
+from fastvar.installation import install_command
 from fastvar.rl.rewards.base import Reward
 
 
@@ -25,7 +26,7 @@ def require(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f'{package} is needed: pip install "fastvar[rewards]" ({error})') from error
+        raise ImportError(f"{package} is needed: {install_command('rewards')} ({error})") from error
 
 
 def freeze(model: nn.Module) -> nn.Module:
