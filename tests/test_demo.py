@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import re
@@ -70,6 +71,16 @@ def test_sizes_that_do_not_fit_are_refused_before_training(tmp_path: Path) -> No
         run_demo(DemoConfig(output=tmp_path / "demo", sampling=SamplingOptions(guidance=math.nan)))
     assert not (tmp_path / "demo").exists()
     assert [rl_config(DemoConfig(grids=grids)).middle for grids in ("6x8", "1,6x8", "1,2,3,6x8")] == [0, 1, 2]
+
+
+def test_a_folder_that_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(*arguments: object) -> None:
+        raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "lockf", taken)
+    with pytest.raises(ValueError, match=r"output: .* is in use by another process"):
+        run_demo(DemoConfig(output=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(

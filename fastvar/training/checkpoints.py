@@ -174,14 +174,14 @@ class Checkpoints:
             ValueError: a file that holds something else; names it. No code in it is run.
         """
         folder = checkpoint_folder(self.output, step)
-        if not (folder / MANIFEST).is_file():
-            from fastvar.training.former_checkpoints import read_former
-
-            weights, average, moments, state = read_former(folder, self.accelerator.process_index)
-        else:
-            weights, average, moments = (read_tensors(folder / name) for name in (_WEIGHTS, _AVERAGE, _MOMENTS))
-            state = _read_state(folder / _STATE)
         try:
+            if (folder / MANIFEST).is_file():
+                weights, average, moments = (read_tensors(folder / name) for name in (_WEIGHTS, _AVERAGE, _MOMENTS))
+                state = _read_state(folder / _STATE)
+            else:
+                from fastvar.training.former_checkpoints import read_former
+
+                weights, average, moments, state = read_former(folder, self.accelerator.process_index)
             own = self.model.state_dict()
             self.model.load_state_dict({name: _placed_like(own.get(name), value) for name, value in weights.items()})
             self.average.load_state_dict({"model": average, "updates": state["average_updates"]})

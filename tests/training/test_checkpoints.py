@@ -232,6 +232,9 @@ def test_former_checkpoints(tmp_path: Path) -> None:
         torch.save(Bomb(tmp_path / "ran"), folder / name)
         with pytest.raises(ValueError, match=rf"{name}: damaged, or holds more than tensors and numbers"):
             resumed.checkpoints.load(4)
+        torch.save([1], folder / name)
+        with pytest.raises(ValueError, match="step-00000004 does not hold a checkpoint of this run"):
+            resumed.checkpoints.load(4)
         (folder / name).write_bytes(content)
     assert not (tmp_path / "ran").exists()
 
