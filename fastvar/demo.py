@@ -22,13 +22,13 @@ from fastvar.evaluation import (
 )
 from fastvar.files import write_json
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.pictures import image_grid
 from fastvar.report import Report, curves, points
 from fastvar.rl import Evaluation, LossOptions, Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, evaluate_policy
 from fastvar.rl.rewards import OCRReward, RewardSum
 from fastvar.schedule import ScaleSchedule
 from fastvar.training import TokenDataset, TokenizerTask, TrainConfig, TrainResult, VARTask, train
 from fastvar.training.log import read_metrics
-from fastvar.training.pictures import image_grid
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -140,6 +140,13 @@ def test_train_sample_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str
     )
     assert (tmp_path / "b.png").is_file()
     with pytest.raises(SystemExit):
+        run(
+            *["sample", "--model", tmp_path / "subject/model", "--labels", "07", "--output", tmp_path / "c.png"],
+            *["--subject", tmp_path / "subject/settings.json"],
+        )
+    error = capsys.readouterr().err
+    assert "sample: subject: expected a readable image, got" in error and "settings.json" in error
+    with pytest.raises(SystemExit):
         run("sample", "--model", tmp_path / "var/model", "--labels", "cat", "--output", tmp_path / "c.png")
     assert "expected texts of at most 2 characters out of '0123456789', got 'cat'" in capsys.readouterr().err
 

@@ -143,7 +143,7 @@ class Train:
 
     def _picture(self, model: VAR) -> Any:
         from fastvar.evaluation import draw, every_number
-        from fastvar.training.pictures import image_grid
+        from fastvar.pictures import image_grid
 
         config = model.config
         labels: Any = every_number(config.text_length, 32)
@@ -176,7 +176,7 @@ class Sample:
         import torch
 
         from fastvar.evaluation import draw
-        from fastvar.training.pictures import image_grid, save_picture
+        from fastvar.pictures import image_grid, save_picture
 
         at_least("count", self.count, 1)
         at_least("zoom", self.zoom, 1)
@@ -207,6 +207,7 @@ def _read_image(path: Path, size: tuple[int, int]) -> Any:
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
-    with Image.open(path) as image:
-        resized = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    from fastvar.pictures import read_picture
+
+    resized = read_picture(path, "sample: subject").resize((size[1], size[0]), Image.Resampling.BICUBIC)
     return pil_to_tensor(resized).float() / 127.5 - 1

@@ -127,9 +127,9 @@ class ChooseMiddle:
     rollout: Annotated[RolloutOptions, Flat] = field(default_factory=RolloutOptions)
 
     def run(self) -> None:
+        from fastvar.pictures import save_picture
         from fastvar.report import points
         from fastvar.rl.choose_middle import ENOUGH, explained_shares, recommended_middle
-        from fastvar.training.pictures import save_picture
 
         at_least("prompt_count", self.prompt_count, 1)
         at_least("averaged_over", self.averaged_over, 1)

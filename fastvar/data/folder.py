@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastvar.pictures import read_picture
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's
 _MARGIN = 1.125  # how much larger than the crop an image is resized, as VAR does
 
@@ -32,8 +34,8 @@ class ImageFolder(Dataset[dict[str, Any]]):
     An item is a dict: image (3, H, W) float32 in [-1, 1]; label int64; path str.
 
     Raises:
-        ValueError: no such folder, no images in it, images both beside and inside subfolders, or, when an item is
-            read, a file that is no image (the message names it).
+        ValueError: no such folder, no images in it, images both beside and inside subfolders; when an item is read, a
+            file that `fastvar.pictures.read_picture` refuses or the transform fails on (the message names it).
     """
 
     def __init__(
@@ -62,16 +64,13 @@ class ImageFolder(Dataset[dict[str, Any]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        from PIL import Image, ImageOps
-
         path, label = self.samples[index]
+        picture = read_picture(path, "ImageFolder: root")
         try:
-            with Image.open(path) as file:
-                # Cameras store the orientation beside the pixels.
-                image = ImageOps.exif_transpose(file).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for broken files
-            raise ValueError(f"ImageFolder: root: expected a readable image, got {path} ({error})") from error
-        return {"image": self.transform(image), "label": torch.tensor(label), "path": str(path)}
+            image = self.transform(picture)
+        except Exception as error:
+            raise ValueError(f"ImageFolder: transform: {type(error).__name__} on {path} ({error})") from error
+        return {"image": image, "label": torch.tensor(label), "path": str(path)}
 
 
 class _Cover:

@@ -19,13 +19,13 @@ import torch
 import fastvar
 from fastvar.files import write_text
 from fastvar.models import VAR
+from fastvar.pictures import save_picture
 from fastvar.rl.config import RLConfig
 from fastvar.rl.prompts import handwriting_prompts
 from fastvar.rl.rewards import RewardSum, create
 from fastvar.rl.trainer import VMRGRPOTrainer
 from fastvar.schedule import ScaleSchedule
 from fastvar.training.log import read_metrics
-from fastvar.training.pictures import save_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from fastvar.files import write_json
 from fastvar.models import VAR
 from fastvar.ops import PolicyLoss, group_advantages
+from fastvar.pictures import image_grid, save_picture
 from fastvar.rl.adapters import has_adapters, merged
 from fastvar.rl.choose_middle import intraclass_correlation
 from fastvar.rl.config import TOLERANCES, RLConfig
@@ -34,7 +35,6 @@ from fastvar.training.checkpoints import load_checkpoint, remove_checkpoints, sa
 from fastvar.training.ema import EMA
 from fastvar.training.log import RunLog
 from fastvar.training.loop import check_same_settings, parameter_groups
-from fastvar.training.pictures import image_grid, save_picture
 
 _T = TypeVar("_T")
 _SHOWN = (

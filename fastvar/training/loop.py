@@ -15,11 +15,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fastvar.files import write_json
+from fastvar.pictures import save_picture
 from fastvar.training.batches import StepSampler, step_loader
 from fastvar.training.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint, saved_steps
 from fastvar.training.ema import EMA
 from fastvar.training.log import RunLog
-from fastvar.training.pictures import save_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -88,6 +88,9 @@ def test_own_transform(tmp_path):
     write(tmp_path / "a.png")
     dataset = ImageFolder(tmp_path, size=16, transform=lambda image: torch.full((3, 2, 2), image.width))
     assert dataset[0]["image"].tolist() == torch.full((3, 2, 2), 40).tolist()
+    failing = ImageFolder(tmp_path, size=16, transform=lambda image: {}["mean"])
+    with pytest.raises(ValueError, match=r"ImageFolder: transform: KeyError on .*a\.png \('mean'\)"):
+        failing[0]
 
 
 def test_errors_name_folder_and_file(tmp_path):
