@@ -131,7 +131,7 @@ class Train:
         if model.config.subject != "none" and self.data.data != "handwriting":
             raise ValueError('train: subject: expected "none" for a folder of images, which has no references')
         if self.cache_tokens:
-            dataset = TokenDataset(dataset, tokenizer, reference=model.config.subject != "none")
+            dataset = TokenDataset(dataset, tokenizer, reference=model.config.subject != "none", seed=self.train.seed)
         task = VARTask(
             model,
             self._picture,

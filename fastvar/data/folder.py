@@ -22,7 +22,8 @@ class ImageFolder(Dataset[dict[str, Any]]):
 
     Files are ordered by class, then by path, and searched for in depth; names that begin with a dot are skipped. For
     training, images are resized (bicubic, antialiased) to cover 1.125 times the size, cropped at random and flipped
-    with probability 1/2, drawn from torch's global state as torchvision does; otherwise cropped at the centre.
+    with probability 1/2, drawn from torch's global state as torchvision does; otherwise cropped at the centre. In
+    training, what a transform draws from the global states of torch, NumPy and `random` follows from the run's seed.
 
     Args:
         root: the folder.
