@@ -1,4 +1,4 @@
-"""Files that appear whole: written beside their place and renamed into it."""
+"""Files that appear whole: written beside their place and renamed into it. Text and JSON that users give."""
 
 from __future__ import annotations
 
@@ -26,12 +26,47 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file that is either the old one or the new one, never a part."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, as `write_text` does."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_text(path: Path, owner: str) -> str:
+    """A text file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: the file.
+        owner: "class: argument", as it opens messages.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{owner}: expected text in UTF-8, got {path} ({error.reason})") from error
+    except OSError as error:
+        raise type(error)(f"{owner}: {error}") from error
+
+
+def read_json_object(path: Path, owner: str) -> dict[str, Any]:
+    """A JSON file that holds an object; arguments and errors as `read_text`.
+
+    Raises:
+        ValueError: also a damaged file, or another value in it.
+    """
+    text = read_text(path, owner)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{owner}: {path}: damaged file: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{owner}: {path}: damaged file: expected an object")
+    return value
 
 
 def _remove(path: Path) -> None:

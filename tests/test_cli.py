@@ -195,10 +195,14 @@ def test_prompts_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     run("train-tokenizer", "--output", tmp_path / "vq", *SMALL, *few)
     shape = ["--depth", "1", "--width", "16", "--heads", "2"]
     run("train", "--output", tmp_path / "var", "--tokenizer", tmp_path / "vq/model", *shape, *few)
-    (tmp_path / "prompts.txt").write_text("0\ta first thing\n1\ta second one\n")
+    (tmp_path / "prompts.txt").write_text("0\ta first thing\n1\ta second one\n", encoding="utf-8-sig")
     few = ["--iterations", "2", "--prompts", "2", "--group-size", "2", "--middle", "0", "--rewards", "jpeg"]
     rl = ["rl", "--model", tmp_path / "var/model", "--output", tmp_path / "rl", *few]
     run(*rl, "--prompt-file", tmp_path / "prompts.txt")
+    (tmp_path / "prompts.txt").write_text("0\ta first thing\n", encoding="utf-16")
+    with pytest.raises(SystemExit):
+        run(*rl, "--prompt-file", tmp_path / "prompts.txt")
+    assert "prompt_file: expected text in UTF-8, got" in capsys.readouterr().err
     (tmp_path / "prompts.txt").write_text("7\ta first thing\n")
     with pytest.raises(SystemExit):
         run(*rl, "--prompt-file", tmp_path / "prompts.txt")

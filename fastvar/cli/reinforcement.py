@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastvar.cli.common import Flat, at_least, load_model
 from fastvar.evaluation import SamplingOptions
+from fastvar.files import read_text
 from fastvar.rl.config import RLConfig
 from fastvar.rl.rollout import RolloutOptions
 
@@ -61,7 +62,7 @@ class RewardOptions:
 
         config = var.config
         if self.prompt_file is not None:
-            lines = [line for line in self.prompt_file.read_text().splitlines() if line.strip()]
+            lines = [line for line in read_text(self.prompt_file, "prompt_file").splitlines() if line.strip()]
             if config.text_length:
                 config.encode_text(lines)  # raises for a text that the model cannot write
                 return Prompts(lines)

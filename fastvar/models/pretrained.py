@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable
@@ -14,11 +13,12 @@ from typing import Any, ClassVar, Self
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from fastvar.files import replacing, write_json
+from fastvar.fields import fitted
+from fastvar.files import read_json_object, replacing, write_json
+from fastvar.weights import read_weights, without_wrappers
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -85,12 +85,9 @@ class PretrainedModel(nn.Module, ModelHubMixin):
     def _from_pretrained(cls, *, model_id: str, subfolder: str = "", **hub: Any) -> Self:
         config = load_config(cls.config_class, Path(_file(model_id, subfolder, CONFIG_NAME, **hub)))
         path = _file(model_id, subfolder, WEIGHTS_NAME, **hub)
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{cls.__name__}: {path}: damaged file: {error}") from error
+        state, prefix = without_wrappers(read_weights(path, cls.__name__))
         model = cls(config)
-        load_strictly(model, state, path)
+        load_strictly(model, state, path, prefix=prefix)
         return model.eval()
 
 
@@ -100,24 +97,24 @@ def load_config(config_class: type, path: Path) -> Any:
     Raises:
         ValueError: a damaged file, a field that the dataclass does not have, values that make no sense.
     """
-    try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{config_class.__name__}: {path}: damaged file: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{config_class.__name__}: {path}: damaged file: expected an object")
+    values = read_json_object(path, config_class.__name__)
     known = {field.name for field in dataclasses.fields(config_class)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"{config_class.__name__}: {path}: unknown fields {unknown}")
     try:
-        return config_class(**values)
-    except TypeError as error:
-        raise ValueError(f"{config_class.__name__}: {path}: damaged file: {error}") from error
+        return config_class(**{name: fitted(config_class, name, value) for name, value in values.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{config_class.__name__}: {path}: {error}") from error
 
 
 def load_strictly(
-    model: nn.Module, state: dict[str, torch.Tensor], source: str, describe: Callable[[str], str] = str
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    source: str,
+    describe: Callable[[str], str] = str,
+    *,
+    prefix: str = "",
 ) -> None:
     """Load a state dict that must fit exactly.
 
@@ -126,15 +123,20 @@ def load_strictly(
         state: its state dict.
         source: where it came from, for the message.
         describe: from a key to the name that the user knows it by.
+        prefix: of these names.
 
     Raises:
         ValueError: names every missing and unexpected key and every wrong shape.
     """
+
+    def name_of(key: str) -> str:
+        return prefix + describe(key)
+
     own = model.state_dict()
-    problems = [f"missing key {describe(name)}" for name in sorted(set(own) - set(state))]
-    problems += [f"unexpected key {describe(name)}" for name in sorted(set(state) - set(own))]
+    problems = [f"missing key {name_of(name)}" for name in sorted(set(own) - set(state))]
+    problems += [f"unexpected key {name_of(name)}" for name in sorted(set(state) - set(own))]
     problems += [
-        f"{describe(name)}: expected shape {tuple(own[name].shape)}, got {tuple(state[name].shape)}"
+        f"{name_of(name)}: expected shape {tuple(own[name].shape)}, got {tuple(state[name].shape)}"
         for name in sorted(set(own) & set(state))
         if own[name].shape != state[name].shape
     ]

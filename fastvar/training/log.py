@@ -105,9 +105,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a `metrics.jsonl`; a line cut off by a crash is left out."""
     lines = []
     if path.is_file():
-        for text in path.read_text().splitlines():
-            try:
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(json.JSONDecodeError):
                 lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                continue
     return lines

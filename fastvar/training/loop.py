@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fastvar.files import write_json
+from fastvar.files import read_json_object, write_json
 from fastvar.pictures import save_picture
 from fastvar.training.batches import StepSampler, step_loader
 from fastvar.training.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint, saved_steps
@@ -315,7 +315,7 @@ def _settings(task: Task, dataset: Any, config: TrainConfig, processes: int) -> 
 
 def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
     """Raise a ValueError that names what differs from the settings that a run's folder was begun with."""
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = read_json_object(path, "train: output") if path.is_file() else {}
     different = []
     for part, now in settings.items():
         old = before.get(part, {} if isinstance(now, dict) else None)
