@@ -19,6 +19,7 @@ from fastvar.cli.models import Sample, Train, TrainTokenizer
 from fastvar.cli.reinforcement import RL, Ablate, ChooseMiddle, Evaluate, RewardOptions
 from fastvar.demo import DemoConfig
 from fastvar.evaluation import SamplingOptions
+from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.rl import LossOptions, RLConfig, RolloutOptions
 from fastvar.training import TrainConfig
 
@@ -195,7 +196,7 @@ def test_prompts_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     run("train-tokenizer", "--output", tmp_path / "vq", *SMALL, *few)
     shape = ["--depth", "1", "--width", "16", "--heads", "2"]
     run("train", "--output", tmp_path / "var", "--tokenizer", tmp_path / "vq/model", *shape, *few)
-    (tmp_path / "prompts.txt").write_text("0\ta first thing\n1\ta second one\n", encoding="utf-8-sig")
+    (tmp_path / "prompts.txt").write_text("a\ta first thing\n1\ta second one\n", encoding="utf-8-sig")
     few = ["--iterations", "2", "--prompts", "2", "--group-size", "2", "--middle", "0", "--rewards", "jpeg"]
     rl = ["rl", "--model", tmp_path / "var/model", "--output", tmp_path / "rl", *few]
     run(*rl, "--prompt-file", tmp_path / "prompts.txt")
@@ -206,10 +207,16 @@ def test_prompts_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (tmp_path / "prompts.txt").write_text("7\ta first thing\n")
     with pytest.raises(SystemExit):
         run(*rl, "--prompt-file", tmp_path / "prompts.txt")
-    assert "prompt_file: expected lines CLASS TAB PROMPT, CLASS below 2" in capsys.readouterr().err
+    assert (
+        "prompt_file: CLASS: expected one of 'a', 'b' or a class index from 0 to 1, got '7'" in capsys.readouterr().err
+    )
+    (tmp_path / "prompts.txt").write_text("a a first thing\n")
+    with pytest.raises(SystemExit):
+        run(*rl, "--prompt-file", tmp_path / "prompts.txt")
+    assert "prompt_file: expected lines CLASS TAB PROMPT, got 'a a first thing'" in capsys.readouterr().err
 
 
-def test_folder_of_images(tmp_path: Path) -> None:
+def test_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for label in ("a", "b"):
         (tmp_path / "photos" / label).mkdir(parents=True)
         for i in range(4):
@@ -219,5 +226,38 @@ def test_folder_of_images(tmp_path: Path) -> None:
     run(
         "train", "--data", tmp_path / "photos", "--output", tmp_path / "var", "--tokenizer", tmp_path / "vq/model", *few
     )
-    run("sample", "--model", tmp_path / "var/model", "--labels", "1", "--output", tmp_path / "a.png")
-    assert (tmp_path / "a.png").is_file()
+    sample = ["sample", "--model", tmp_path / "var/model", "--count", 2, "--output"]
+    run(*sample, tmp_path / "a.png", "--labels", "b")
+    run(*sample, tmp_path / "b.png", "--labels", 1)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with pytest.raises(SystemExit):
+        run(*sample, tmp_path / "c.png", "--labels", "c")
+    assert "sample: labels: expected one of 'a', 'b' or a class index from 0 to 1, got 'c'" in capsys.readouterr().err
+
+
+def test_starting_from_a_model_of_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The labels are those of the names that the model has; a class that it does not have is refused."""
+    for label in ("b", "c", "d"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        Image.new("RGB", (20, 30), (60, 10, 200)).save(tmp_path / "photos" / label / "1.png")
+    shape = {"vocab_size": 16, "code_channels": 8}
+    grids = ((1, 1), (2, 2))
+    vq = VQTokenizer(VQTokenizerConfig(grids, channels=8, channel_multipliers=(1, 2), norm_groups=4, **shape))
+    vq.save_pretrained(tmp_path / "vq")
+    start = ["train", "--tokenizer", tmp_path / "vq", "--data", tmp_path / "photos", "--steps", 1, "--batch-size", 2]
+    for number, names, message in (
+        (3, ("b", "c", "e"), "out of 3 classes (b, c, e), got d"),
+        (4, (), "train: start: expected a model of 3 classes, as "),
+        (4, ("a", "d", "c", "b"), ""),
+        (3, (), ""),
+    ):
+        config = VARConfig(grids, depth=1, embed_dim=8, num_heads=2, num_classes=number, class_names=names, **shape)
+        VAR(config).save_pretrained(tmp_path / "start")
+        run_it = [*start, "--start", tmp_path / "start", "--output", tmp_path / "run", "--no-resume"]
+        if message:
+            with pytest.raises(SystemExit):
+                run(*run_it)
+            assert message in capsys.readouterr().err
+        else:
+            run(*run_it)
+            assert VAR.from_pretrained(tmp_path / "run/model").config.class_names == (names or ("b", "c", "d"))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tyro
 
 if TYPE_CHECKING:
-    from fastvar.models import VAR
+    from fastvar.data import HandwritingScenes, ImageFolder
+    from fastvar.models import VAR, VARConfig
 
 Flat = tyro.conf.OmitArgPrefixes
 
@@ -29,8 +31,14 @@ class DataOptions:
     flip: bool = True
     """Folder: mirror images at random; switch it off for text."""
 
-    def load(self, size: tuple[int, int], *, train: bool, seed: int) -> Any:
-        """The data set at an image size (height, width)."""
+    def load(
+        self, size: tuple[int, int], *, train: bool, seed: int, classes: Sequence[str] | None = None
+    ) -> HandwritingScenes | ImageFolder:
+        """The data set at an image size (height, width).
+
+        Args:
+            classes: of a folder, see `ImageFolder`.
+        """
         from fastvar.data import HandwritingScenes, ImageFolder
 
         if self.data == "handwriting":
@@ -43,7 +51,7 @@ class DataOptions:
                 seed=seed,
                 reference_place=self.reference_place,
             )
-        return ImageFolder(self.data, size=size, train=train, flip=self.flip)
+        return ImageFolder(self.data, size=size, train=train, flip=self.flip, classes=classes)
 
 
 def load_model(folder: Path, *, device: str | None = None) -> VAR:
@@ -60,6 +68,14 @@ def load_model(folder: Path, *, device: str | None = None) -> VAR:
     var = VAR.from_pretrained(saved("model", folder))
     var.tokenizer  # noqa: B018  # raises if there is none
     return var.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def class_index(option: str, label: str, config: VARConfig) -> int:
+    """The class that a label names, or counts from 0."""
+    try:
+        return config.class_index(label)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
 
 
 def at_least(option: str, value: int, least: int) -> None:

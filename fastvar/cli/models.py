@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastvar.cli.common import DataOptions, Flat, at_least, load_model, saved
+from fastvar.cli.common import DataOptions, Flat, at_least, class_index, load_model, saved
 from fastvar.evaluation import SamplingOptions
 from fastvar.training.loop import TrainConfig
 
 if TYPE_CHECKING:
+    from fastvar.data import ImageFolder
     from fastvar.models import VAR
 
 
@@ -76,7 +77,7 @@ class Train:
     tokenizer: Path
     """Folder of a trained tokenizer, such as RUN/model of train-tokenizer."""
     start: Path | None = None
-    """Folder of a VAR to start from instead of random weights; depth, width and heads are its own."""
+    """Folder of a VAR to start from instead of random weights; depth, width, heads and classes are its own."""
     depth: int = 4
     """Number of blocks."""
     width: int = 128
@@ -101,15 +102,29 @@ class Train:
         from fastvar.training import TokenDataset, VARTask, train
 
         tokenizer = VQTokenizer.from_pretrained(saved("tokenizer", self.tokenizer))
-        dataset = self.data.load(tokenizer.config.image_size, train=True, seed=self.train.seed)
+        start = None if self.start is None else VAR.from_pretrained(saved("start", self.start))
+        handwriting = self.data.data == "handwriting"
+        if start is not None and bool(start.config.text_length) != handwriting:
+            raise ValueError(
+                "train: start: expected a model with a text condition for handwriting, classes for a folder"
+            )
+        classes = start.config.class_names if start is not None else ()
+        size = tokenizer.config.image_size
+        dataset: Any = self.data.load(size, train=True, seed=self.train.seed, classes=classes or None)
+        if start is not None and not handwriting and dataset.num_classes != start.config.num_classes:
+            raise ValueError(
+                f"train: start: expected a model of {dataset.num_classes} classes, as {self.data.data} has, "
+                f"got {start.config.num_classes}"
+            )
         torch.manual_seed(self.train.seed)
-        if self.start is not None:
-            model = VAR.from_pretrained(saved("start", self.start))
+        if start is not None:
+            model = start
             model.tokenizer = tokenizer
+            if not handwriting:
+                model.config = replace(model.config, class_names=_class_names(dataset))
             if self.subject not in ("none", model.config.subject):
                 model = model.add_subject(self.subject)
         else:
-            handwriting = self.data.data == "handwriting"
             model = VAR(
                 VARConfig(
                     grids=tokenizer.config.grids,
@@ -119,16 +134,13 @@ class Train:
                     vocab_size=tokenizer.config.vocab_size,
                     code_channels=tokenizer.config.code_channels,
                     num_classes=0 if handwriting else dataset.num_classes,
+                    class_names=() if handwriting else _class_names(dataset),
                     text_length=self.data.digits if handwriting else 0,
                     subject=self.subject,
                 ),
                 tokenizer,
             )
-        if bool(model.config.text_length) != (self.data.data == "handwriting"):
-            raise ValueError(
-                "train: start: expected a model with a text condition for handwriting, classes for a folder"
-            )
-        if model.config.subject != "none" and self.data.data != "handwriting":
+        if model.config.subject != "none" and not handwriting:
             raise ValueError('train: subject: expected "none" for a folder of images, which has no references')
         if self.cache_tokens:
             dataset = TokenDataset(dataset, tokenizer, reference=model.config.subject != "none", seed=self.train.seed)
@@ -154,6 +166,10 @@ class Train:
         return image_grid(draw(model, labels, SamplingOptions()), 8)
 
 
+def _class_names(folder: ImageFolder) -> tuple[str, ...]:
+    return () if folder.classes == [""] else tuple(folder.classes)
+
+
 @dataclass(frozen=True)
 class Sample:
     """Draw images from a trained VAR and save them as one PNG."""
@@ -161,7 +177,8 @@ class Sample:
     model: Path
     """Folder of the model (save_pretrained), with its tokenizer inside."""
     labels: tuple[str, ...]
-    """What to draw: class indices, or texts for a model with a text condition."""
+    """What to draw: classes by name or index (a class called "7" comes before the index 7), or texts for a model with a
+    text condition."""
     output: Path = Path("samples.png")
     """The picture; one row per label."""
     count: int = 8
@@ -184,8 +201,7 @@ class Sample:
         texts = [label for label in self.labels for _ in range(self.count)]
         labels: Any = texts
         if not var.config.text_length:
-            classes = [_class_index(label, var.config.num_classes) for label in texts]
-            labels = torch.tensor(classes)
+            labels = torch.tensor([class_index("sample: labels", label, var.config) for label in texts])
         subject = None
         if self.subject is not None:
             image = _read_image(self.subject, var.tokenizer.config.image_size)
@@ -195,12 +211,6 @@ class Sample:
             image_grid(draw(var, labels, self.options, subject=subject), self.count, zoom=self.zoom), self.output
         )
         print(self.output)
-
-
-def _class_index(label: str, num_classes: int) -> int:
-    if not label.isdigit() or int(label) >= num_classes:
-        raise ValueError(f"sample: labels: expected class indices 0 to {num_classes - 1}, got {label!r}")
-    return int(label)
 
 
 def _read_image(path: Path, size: tuple[int, int]) -> Any:

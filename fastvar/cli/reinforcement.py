@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastvar.cli.common import Flat, at_least, load_model
+from fastvar.cli.common import Flat, at_least, class_index, load_model
 from fastvar.evaluation import SamplingOptions
 from fastvar.files import read_text
 from fastvar.rl.config import RLConfig
@@ -30,8 +30,9 @@ class RewardOptions:
     standardise: bool = False
     """Subtract each reward's mean over the batch and divide by its standard deviation before weighing."""
     prompt_file: Path | None = None
-    """A text file, a prompt on each line; for a model with a class condition CLASS TAB PROMPT. By default every number
-    that a handwriting model can write, or texts and references of handwriting scenes for one with a subject prefix."""
+    """A text file, a prompt on each line; for a model with a class condition CLASS TAB PROMPT, CLASS being a name or an
+    index. By default every number that a handwriting model can write, or texts and references of handwriting scenes for
+    one with a subject prefix."""
     reference_place: str = "own"
     """Where handwriting's references show their digit: at a place of its "own" or as in the "scene"; as in training."""
 
@@ -67,9 +68,11 @@ class RewardOptions:
                 config.encode_text(lines)  # raises for a text that the model cannot write
                 return Prompts(lines)
             columns = [line.partition("\t") for line in lines]
-            if any(not c.isdigit() or int(c) >= config.num_classes or not text for c, _, text in columns):
-                raise ValueError(f"prompt_file: expected lines CLASS TAB PROMPT, CLASS below {config.num_classes}")
-            return Prompts([text for *_, text in columns], torch.tensor([int(c) for c, *_ in columns]))
+            for line, (_, _, text) in zip(lines, columns, strict=True):
+                if not text:
+                    raise ValueError(f"prompt_file: expected lines CLASS TAB PROMPT, got {line!r}")
+            indices = [class_index("prompt_file: CLASS", name, config) for name, *_ in columns]
+            return Prompts([text for *_, text in columns], torch.tensor(indices))
         if not config.text_length:
             raise ValueError("prompt_file: expected a file, as the model has a class condition")
         split = "train" if train else "test"

@@ -30,12 +30,15 @@ class ImageFolder(Dataset[dict[str, Any]]):
         size: (H, W) or one int, pixels.
         train: random crop and flip, or centre crop.
         flip: allow flips in training; turn it off for text.
+        classes: the names of the classes in the order of their labels, as a model has them; by default those of the
+            subfolders. A class may have no images here.
         transform: instead of all this: from a PIL RGB image to a (3, H, W) tensor.
 
     An item is a dict: image (3, H, W) float32 in [-1, 1]; label int64; path str.
 
     Raises:
-        ValueError: no such folder, no images in it, images both beside and inside subfolders; when an item is read, a
+        ValueError: no such folder, no images in it, images both beside and inside subfolders, a subfolder that is no
+            class; when an item is read, a
             file that `fastvar.pictures.read_picture` refuses or the transform fails on (the message names it).
     """
 
@@ -46,6 +49,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
         size: int | Sequence[int],
         train: bool = True,
         flip: bool = True,
+        classes: Sequence[str] | None = None,
         transform: Callable[[Any], Tensor] | None = None,
     ) -> None:
         sides = (size, size) if isinstance(size, int) else tuple(size)
@@ -53,12 +57,12 @@ class ImageFolder(Dataset[dict[str, Any]]):
             raise ValueError(f"ImageFolder: size: expected a positive int or (height, width), got {size!r}")
         self.root = Path(root)
         self.size: tuple[int, int] = (sides[0], sides[1])
-        self.classes, self.samples = _find(self.root)
+        self.classes, self.samples = _find(self.root, classes)
         self.transform = transform if transform is not None else image_transform(self.size, train=train, flip=flip)
 
     @property
     def num_classes(self) -> int:
-        """Number of class subfolders, or 1."""
+        """Number of classes: those that were named, else of class subfolders, or 1."""
         return len(self.classes)
 
     def __len__(self) -> int:
@@ -123,7 +127,7 @@ def _images_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _find(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+def _find(root: Path, wanted: Sequence[str] | None) -> tuple[list[str], list[tuple[Path, int]]]:
     """The class names and the (path, label) of every image."""
     if not root.is_dir():
         raise ValueError(f"ImageFolder: root: expected a folder, got {root}")
@@ -132,6 +136,8 @@ def _find(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
         raise ValueError(f"ImageFolder: root: expected images ({', '.join(EXTENSIONS)}), got none below {root}")
     beside = [path for path in images if path.parent == root]
     if len(beside) == len(images):
+        if wanted is not None:
+            raise ValueError(f"ImageFolder: classes: expected class subfolders in {root}, got images beside each other")
         return [""], [(path, 0) for path in images]
     if beside:
         raise ValueError(
@@ -139,6 +145,14 @@ def _find(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
             f"{len(images) - len(beside)} in subfolders of {root}"
         )
     classes = sorted({path.relative_to(root).parts[0] for path in images})
+    if wanted is not None:
+        unknown = [name for name in classes if name not in set(wanted)]
+        if unknown:
+            raise ValueError(
+                f"ImageFolder: classes: expected subfolders of {root} out of {len(wanted)} classes "
+                f"({', '.join(wanted[:10])}{', ...' if len(wanted) > 10 else ''}), got {', '.join(unknown)}"
+            )
+        classes = list(wanted)
     labels = {name: label for label, name in enumerate(classes)}
     # Sorted by class before path: "a" before "a-b", though "a-b/x" sorts before "a/x" as text.
     samples = sorted((labels[path.relative_to(root).parts[0]], path) for path in images)

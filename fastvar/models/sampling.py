@@ -284,7 +284,7 @@ def generate(
 
     Args:
         var: the model; put it in evaluation mode.
-        labels: (B,) class indices, or texts, or characters (B, text_length).
+        labels: (B,) class indices or names, or texts, or characters (B, text_length).
         subject: (B / G, L, C), `VQTokenizer.pyramid` of the reference subjects' tokens, each shared by G adjacent
             samples. Guidance contrasts with neither condition nor subject.
         guidance: classifier-free guidance, see `guidance_per_scale`; 0 runs the conditional rows alone.

@@ -183,7 +183,7 @@ class VAR(PretrainedModel):
     # -- condition ---------------------------------------------------------------------------------------------------
 
     def condition(self, labels: Labels) -> torch.Tensor:
-        """The condition (B, 1 + T, C) of class indices (B,), texts or their character indices (B, T = text_length).
+        """The condition (B, 1 + T, C) of class indices (B,) or names, texts or their characters (B, T = text_length).
 
         The first row modulates the blocks. A text has a row for each character besides: every token of the image adds
         a mixture of them that depends on its position, so that the model need not guess which character goes where.
@@ -202,7 +202,7 @@ class VAR(PretrainedModel):
         """Labels as indices on the model's device: classes (B,) or characters (B, T); errors as `condition`."""
         config = self.config
         if not isinstance(labels, torch.Tensor):
-            labels = config.encode_text(labels)
+            labels = config.encode_text(labels) if config.text_length else config.encode_classes(labels)
         if labels.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"VAR: labels: expected int64 or int32, got {labels.dtype}")
         if config.text_length and (labels.ndim != 2 or labels.shape[1] != config.text_length):
@@ -212,7 +212,8 @@ class VAR(PretrainedModel):
         if not config.text_length and labels.ndim != 1:
             raise ValueError(f"VAR: labels: expected class indices (B,), got {tuple(labels.shape)}")
         if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
-            last = len(config.alphabet) if config.text_length else config.num_classes
+            # the padding of texts is a label, the row of `class_embed` for "no condition" is none
+            last = len(config.alphabet) if config.text_length else config.num_classes - 1
             smallest, largest = (int(bound) for bound in labels.aminmax())
             if smallest < 0 or largest > last:
                 raise ValueError(f"VAR: labels: expected indices from 0 to {last}, got {smallest} to {largest}")
@@ -438,7 +439,7 @@ class VAR(PretrainedModel):
         """Logits of every token given the true coarser scales, or log-probabilities or cross-entropy of given tokens.
 
         Args:
-            labels: (B,) class indices, or texts, or characters (B, text_length).
+            labels: (B,) class indices or names, or texts, or characters (B, text_length).
             inputs: (B, L - n_1, code_channels), `VQTokenizer.teacher_forcing` of the tokens; those of the first m
                 scales run the model on these scales alone.
             subject: (B / G, L, code_channels), `VQTokenizer.pyramid` of the reference subjects' tokens, each shared

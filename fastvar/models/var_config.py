@@ -25,6 +25,8 @@ class VARConfig:
     """Channels of the tokenizer's feature map."""
     num_classes: int = 1000
     """Class condition; 0 for a text condition."""
+    class_names: tuple[str, ...] = ()
+    """Class condition: what the classes are called, in the order of their indices; empty if nobody knows."""
     text_length: int = 0
     """Text condition: the most characters of a text; 0 for a class condition."""
     alphabet: str = "0123456789"
@@ -50,6 +52,7 @@ class VARConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grids", ScaleSchedule(self.grids).grids)
+        object.__setattr__(self, "class_names", tuple(self.class_names))
         for name in ("depth", "embed_dim", "num_heads", "vocab_size", "code_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"VARConfig: {name}: expected at least 1, got {getattr(self, name)}")
@@ -72,6 +75,12 @@ class VARConfig:
                 f"got {self.num_classes} and {self.text_length}"
             )
 
+        if self.class_names and len(set(self.class_names)) != self.num_classes:
+            raise ValueError(
+                f"VARConfig: class_names: expected {self.num_classes} different ones, one for each class, "
+                f"got {len(self.class_names)}: {self._some_names()}"
+            )
+
     @property
     def schedule(self) -> ScaleSchedule:
         return ScaleSchedule(self.grids)
@@ -79,6 +88,39 @@ class VARConfig:
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
+
+    def encode_classes(self, names: Sequence[str]) -> torch.Tensor:
+        """Class names to indices (B,) int64.
+
+        Raises:
+            ValueError: a model whose classes have no names, a name that it does not have.
+        """
+        if not self.class_names:
+            raise ValueError("VAR: labels: expected a tensor of class indices, as this model has a class condition")
+        if isinstance(names, str):
+            raise ValueError(f"VAR: labels: expected a list of class names, got the text {names!r}")
+        places = {name: i for i, name in enumerate(self.class_names)}
+        for name in names:
+            if name not in places:
+                raise ValueError(f"VAR: labels: expected class names out of {self._some_names()}, got {name!r}")
+        return torch.tensor([places[name] for name in names], dtype=torch.int64)
+
+    def class_index(self, label: str) -> int:
+        """The index of a class that a user names, or counts from 0; a class that is called "7" comes before the index.
+
+        Raises:
+            ValueError: neither.
+        """
+        if label in self.class_names:
+            return self.class_names.index(label)
+        if label.isdecimal() and int(label) < self.num_classes:
+            return int(label)
+        names = f"one of {self._some_names()} or " if self.class_names else ""
+        raise ValueError(f"expected {names}a class index from 0 to {self.num_classes - 1}, got {label!r}")
+
+    def _some_names(self) -> str:
+        """The class names, unless they fill the screen."""
+        return ", ".join(map(repr, self.class_names[:20])) + (", ..." if len(self.class_names) > 20 else "")
 
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
         """Texts to character indices (B, text_length) int64; shorter texts are padded on the right.

@@ -186,6 +186,8 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
     from accelerate.utils import set_seed
 
     config.check()
+    if hasattr(task, "check_data"):  # whether the data fits the model; a task need not know
+        task.check_data(dataset)
     start = time.perf_counter()
     # Autocast is ours: accelerate fixes its precision once per process, but two runs may differ.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())

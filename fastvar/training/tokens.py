@@ -33,6 +33,8 @@ class TokenDataset:
         reference: bool = False,
         seed: int = 0,
     ) -> None:
+        self.classes: list[str] | None = getattr(dataset, "classes", None)
+        self.num_classes: int | None = getattr(dataset, "num_classes", None)
         device = next(tokenizer.parameters()).device
         wanted = ("label", "text")
         columns: dict[str, list[Any]] = {}

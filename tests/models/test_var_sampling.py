@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import RECTANGLES, some_subjects, tiny_var
+from tiny import RECTANGLES, some_subjects, tiny_var, unconditional
 
 from fastvar.models import VAR, Generation
 from fastvar.ops import token_log_probs
@@ -108,9 +108,9 @@ def test_guidance(kind: str | None) -> None:
     out = var.generate(LABELS, subject=subject, guidance=weights, top_k=1)
     inputs = var.tokenizer.teacher_forcing(out.tokens)
     with torch.no_grad():
-        conditional, unconditional = var(LABELS, inputs, subject=subject), var(torch.full((4,), 5), inputs)
+        conditional, dropped = var(LABELS, inputs, subject=subject), unconditional(var)(LABELS, inputs)
     t = torch.tensor(weights)[list(var.schedule.scale_of_token)][:, None]
-    assert torch.equal(out.tokens, ((1 + t) * conditional - t * unconditional).argmax(-1))
+    assert torch.equal(out.tokens, ((1 + t) * conditional - t * dropped).argmax(-1))
     assert not torch.equal(out.tokens, conditional.argmax(-1))
 
 
@@ -242,7 +242,7 @@ def test_wrong_arguments() -> None:
         ("stop: expected 1 to 3, got 0", {"labels": LABELS, "stop": 0}),
         ("stop: expected 1 to 3, got 4", {"labels": LABELS, "stop": 4}),
         ("seed: expected 0 to", {"labels": LABELS, "seed": -1}),
-        ("labels: expected indices from 0 to 5", {"labels": LABELS + 2}),
+        ("labels: expected indices from 0 to 4", {"labels": LABELS + 2}),
         ("temperature: expected", {"labels": LABELS, "temperature": 0.0}),
         ("top_k: expected", {"labels": LABELS, "top_k": -1}),
         ("top_p: expected", {"labels": LABELS, "top_p": 1.5}),
