@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastvar.cli.common import DataOptions, Flat, at_least, class_index, load_model, saved
+from fastvar.cli.common import DataOptions, Flat, at_least, class_index, load_model, load_saved, train_on
+from fastvar.cli.outputs import output_file, output_folder, say
 from fastvar.evaluation import SamplingOptions
 from fastvar.training.loop import TrainConfig
 
@@ -21,6 +22,7 @@ class TrainTokenizer:
 
     output: Path
     """Folder of the run: model, metrics, pictures, checkpoints. An interrupted run goes on from here."""
+    data: Annotated[DataOptions, Flat]
     grids: str = "1,2,3x4,6x8"
     """Token grids, coarse to fine ("1,2,3x4" are 1x1, 2x2, 3x4), or a preset such as "var-256"."""
     vocab_size: int = 256
@@ -39,7 +41,8 @@ class TrainTokenizer:
     """Attention on the coarsest resolution."""
     chroma_gain: float = 3.5
     """Enlarge colour against grey for the networks and the loss; 1 leaves images as they are."""
-    data: Annotated[DataOptions, Flat] = field(default_factory=DataOptions)
+    device: str | None = None
+    """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPUs, if there are any."""
     train: Annotated[TrainConfig, Flat] = field(default_factory=lambda: TrainConfig(weight_decay=0.0))
 
     def run(self) -> None:
@@ -49,6 +52,8 @@ class TrainTokenizer:
         from fastvar.schedule import ScaleSchedule
         from fastvar.training import TokenizerTask, train
 
+        output_folder("output", self.output)
+        train_on(self.device)
         config = VQTokenizerConfig(
             grids=ScaleSchedule.parse(self.grids).grids,
             vocab_size=self.vocab_size,
@@ -65,7 +70,7 @@ class TrainTokenizer:
         examples = torch.stack([held_out[i]["image"] for i in range(min(8, len(held_out)))])
         torch.manual_seed(self.train.seed)
         result = train(TokenizerTask(VQTokenizer(config), examples), dataset, self.train, self.output)
-        print(f"tokenizer: {result.output / 'model'} ({result.steps_run} steps, {result.seconds:.0f} s)")
+        say(f"tokenizer: {result.output / 'model'} ({result.steps_run} steps, {result.seconds:.0f} s)")
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ class Train:
     output: Path
     """Folder of the run: model, metrics, pictures, checkpoints. An interrupted run goes on from here."""
     tokenizer: Path
-    """Folder of a trained tokenizer, such as RUN/model of train-tokenizer."""
+    """Folder of a trained tokenizer, or of the run that trained it."""
+    data: Annotated[DataOptions, Flat]
     start: Path | None = None
     """Folder of a VAR to start from instead of random weights; depth, width, heads and classes are its own."""
     depth: int = 4
@@ -92,7 +98,8 @@ class Train:
     """Share of the target that goes to all tokens alike."""
     scale_weights: tuple[float, ...] = ()
     """How much a token of each scale counts in the loss, coarse to fine; all alike by default."""
-    data: Annotated[DataOptions, Flat] = field(default_factory=DataOptions)
+    device: str | None = None
+    """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPUs, if there are any."""
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
 
     def run(self) -> None:
@@ -101,8 +108,10 @@ class Train:
         from fastvar.models import VAR, VARConfig, VQTokenizer
         from fastvar.training import TokenDataset, VARTask, train
 
-        tokenizer = VQTokenizer.from_pretrained(saved("tokenizer", self.tokenizer))
-        start = None if self.start is None else VAR.from_pretrained(saved("start", self.start))
+        output_folder("output", self.output)
+        train_on(self.device)
+        tokenizer = load_saved("tokenizer", VQTokenizer, self.tokenizer)
+        start = None if self.start is None else load_saved("start", VAR, self.start)
         handwriting = self.data.data == "handwriting"
         if start is not None and bool(start.config.text_length) != handwriting:
             raise ValueError(
@@ -151,7 +160,7 @@ class Train:
             scale_weights=self.scale_weights or None,
         )
         result = train(task, dataset, self.train, self.output)
-        print(f"var: {result.output / 'model'} ({result.steps_run} steps, {result.seconds:.0f} s)")
+        say(f"var: {result.output / 'model'} ({result.steps_run} steps, {result.seconds:.0f} s)")
 
     def _picture(self, model: VAR) -> Any:
         from fastvar.evaluation import draw, every_number
@@ -175,18 +184,20 @@ class Sample:
     """Draw images from a trained VAR and save them as one PNG."""
 
     model: Path
-    """Folder of the model (save_pretrained), with its tokenizer inside."""
+    """Folder of the model, or of the run that trained it."""
     labels: tuple[str, ...]
     """What to draw: classes by name or index (a class called "7" comes before the index 7), or texts for a model with a
     text condition."""
     output: Path = Path("samples.png")
-    """The picture; one row per label."""
+    """The picture, a .png; one row per label."""
     count: int = 8
     """Images per label."""
     subject: Path | None = None
     """An image of the reference subject, for a model with a subject prefix."""
     zoom: int = 1
     """Repeat each pixel so many times."""
+    device: str | None = None
+    """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPU, if there is one."""
     options: Annotated[SamplingOptions, Flat] = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
@@ -197,7 +208,8 @@ class Sample:
 
         at_least("count", self.count, 1)
         at_least("zoom", self.zoom, 1)
-        var = load_model(self.model)
+        output_file("output", self.output, ".png")
+        var = load_model(self.model, device=self.device)
         texts = [label for label in self.labels for _ in range(self.count)]
         labels: Any = texts
         if not var.config.text_length:

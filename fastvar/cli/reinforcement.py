@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastvar.cli.common import Flat, at_least, class_index, load_model
+from fastvar.cli.common import Flat, at_least, class_index, load_model, train_on
+from fastvar.cli.outputs import output_file, output_folder, say
 from fastvar.evaluation import SamplingOptions
 from fastvar.files import read_text
 from fastvar.rl.config import RLConfig
@@ -84,7 +85,7 @@ class RL:
     """Train a VAR with rewards (VMR-GRPO). An interrupted run goes on with the same command."""
 
     model: Path
-    """Folder of the model to start from (save_pretrained), with its tokenizer inside."""
+    """Folder of the model to start from, or of the run that trained it."""
     output: Path
     """Folder of the run: model (averaged weights), best, metrics, pictures, checkpoints."""
     scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
@@ -92,6 +93,8 @@ class RL:
     """The most prompts, where they are made and not read from a file."""
     adapter_rank: int = 0
     """Train low-rank adapters (LoRA) of this rank instead of all weights; the KL is then to the model without them."""
+    device: str | None = None
+    """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPUs, if there are any."""
     rl: Annotated[RLConfig, Flat] = field(default_factory=RLConfig)
 
     def run(self) -> None:
@@ -100,6 +103,8 @@ class RL:
         at_least("prompt_count", self.prompt_count, 1)
         at_least("adapter_rank", self.adapter_rank, 0)
         self.rl.check()
+        output_folder("output", self.output)
+        train_on(self.device)
         var = load_model(self.model, device="cpu")  # each process moves it to its own device
         prompts = self.scoring.load_prompts(var, count=self.prompt_count, train=True)
         held_out = None
@@ -108,7 +113,7 @@ class RL:
         if self.adapter_rank:
             add_adapters(var, self.adapter_rank, seed=self.rl.seed)
         VMRGRPOTrainer(var, self.scoring.reward(), prompts, self.rl, self.output, evaluation=held_out).train()
-        print(f"policy: {self.output / 'model'}")
+        say(f"policy: {self.output / 'model'}")
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,11 @@ class ChooseMiddle:
     """Measure for every middle scale m how much of a reward's variance the coarse scales explain, and recommend one."""
 
     model: Path
-    """Folder of the model (save_pretrained), with its tokenizer inside."""
+    """Folder of the model, or of the run that trained it."""
     output: Path = Path("middle.png")
-    """The plot."""
+    """The plot, a .png."""
+    device: str | None = None
+    """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPU, if there is one."""
     scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
     prompt_count: int = 8
     """Prompts, spread over all."""
@@ -137,7 +144,8 @@ class ChooseMiddle:
 
         at_least("prompt_count", self.prompt_count, 1)
         at_least("averaged_over", self.averaged_over, 1)
-        var = load_model(self.model)
+        output_file("output", self.output, ".png")
+        var = load_model(self.model, device=self.device)
         prompts = self.scoring.load_prompts(var, count=max(self.prompt_count, 100), train=False)
         prompts = prompts.take([i * len(prompts) // self.prompt_count for i in range(self.prompt_count)])
         shares = explained_shares(
@@ -168,11 +176,13 @@ class Evaluate:
     and with a subject prefix how often a sample's digit matches its reference."""
 
     model: Path
-    """Folder of the model (save_pretrained), with its tokenizer inside."""
+    """Folder of the model, or of the run that trained it."""
     samples: int = 400
     """Images to draw for each part."""
     output: Path | None = None
     """Also write the figures to this JSON file."""
+    device: str | None = None
+    """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPU, if there is one."""
     scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
     options: Annotated[SamplingOptions, Flat] = field(default_factory=SamplingOptions)
 
@@ -184,7 +194,9 @@ class Evaluate:
 
         at_least("samples", self.samples, 8)
         self.options.check()
-        var = load_model(self.model)
+        if self.output is not None:
+            output_file("output", self.output)
+        var = load_model(self.model, device=self.device)
         figures: dict[str, Any] = {}
         digits = var.config.text_length
         if self.scoring.prompt_file is None and digits:
@@ -239,7 +251,8 @@ class Ablate:
     def run(self) -> None:
         from fastvar.rl.ablation import run_ablations
 
-        print(run_ablations(self.config, self.output, only=self.only))
+        output_folder("output", self.output)
+        say(run_ablations(self.config, self.output, only=self.only))
 
 
 def _number(option: str, item: str, text: str) -> float:

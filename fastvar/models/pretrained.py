@@ -22,6 +22,7 @@ from fastvar.weights import read_weights, without_wrappers
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+RUN_MODEL = "model"  # where a run's folder has its model
 _HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
 
@@ -66,12 +67,14 @@ class PretrainedModel(nn.Module, ModelHubMixin):
         """A model in evaluation mode, on the CPU, from a folder that `save_pretrained` wrote or from the hub.
 
         Args:
-            pretrained_model_name_or_path: a folder, or "owner/name" on the Hugging Face hub.
+            pretrained_model_name_or_path: a folder, or that of a run, whose model it then is, or "owner/name" on the
+                Hugging Face hub.
             options: those of the hub: revision, cache_dir, force_download, local_files_only, token.
 
         Raises:
             FileNotFoundError: no such folder, or a file that is not in it.
-            ValueError: a config with unknown fields, weights that do not fit it, a damaged file, an unknown option.
+            ValueError: a model of another class, a config with unknown fields, weights that do not fit it, a damaged
+                file, an unknown option.
         """
         source = str(pretrained_model_name_or_path)
         unknown = sorted(set(options) - set(_HUB_OPTIONS))
@@ -79,6 +82,9 @@ class PretrainedModel(nn.Module, ModelHubMixin):
             raise ValueError(f"from_pretrained: expected options out of {_HUB_OPTIONS}, got {unknown}")
         if not os.path.isdir(source) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
             raise FileNotFoundError(f"from_pretrained: no such folder: {source}")
+        if not os.path.isfile(os.path.join(source, CONFIG_NAME)):
+            model = os.path.join(source, RUN_MODEL)
+            source = model if os.path.isfile(os.path.join(model, CONFIG_NAME)) else source
         return cls._from_pretrained(model_id=source, **options)
 
     @classmethod
@@ -91,6 +97,22 @@ class PretrainedModel(nn.Module, ModelHubMixin):
         return model.eval()
 
 
+def saved_class(config: Path) -> type[PretrainedModel] | None:
+    """Which of fastvar's models a config.json is of, as its fields say; None for none of them."""
+    names = set(read_json_object(config, "from_pretrained"))
+    kinds = PretrainedModel.__subclasses__()
+    return next((kind for kind in kinds if names <= _field_names(kind.config_class)), None)
+
+
+def _is_of(config: Path, config_class: type) -> bool:
+    kind = saved_class(config)
+    return kind is not None and kind.config_class is config_class
+
+
+def _field_names(config_class: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config_class)}
+
+
 def load_config(config_class: type, path: Path) -> Any:
     """Read a dataclass from a JSON file.
 
@@ -98,9 +120,14 @@ def load_config(config_class: type, path: Path) -> Any:
         ValueError: a damaged file, a field that the dataclass does not have, values that make no sense.
     """
     values = read_json_object(path, config_class.__name__)
-    known = {field.name for field in dataclasses.fields(config_class)}
-    unknown = sorted(set(values) - known)
+    unknown = sorted(set(values) - _field_names(config_class))
     if unknown:
+        kind = saved_class(path)
+        if kind is not None:
+            inside = [other for other in sorted(path.parent.glob(f"*/{CONFIG_NAME}")) if _is_of(other, config_class)]
+            hint = f", which has its own in {inside[0].parent}" if inside else ""
+            wanted = config_class.__name__.removesuffix("Config")
+            raise ValueError(f"from_pretrained: expected a {wanted}, got a {kind.__name__} in {path.parent}{hint}")
         raise ValueError(f"{config_class.__name__}: {path}: unknown fields {unknown}")
     try:
         return config_class(**{name: fitted(config_class, name, value) for name, value in values.items()})

@@ -153,6 +153,11 @@ class VAR(PretrainedModel):
             super().__setattr__(name, value)
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer is attached."""
+        return bool(self._tokenizer)
+
+    @property
     def device(self) -> torch.device:
         return self.head.weight.device
 
