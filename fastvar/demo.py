@@ -128,15 +128,15 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     reader = Reader(cache=output / "reader.safetensors")
     seconds["reader"] = time.perf_counter() - start
 
-    tokenizer: VQTokenizer = _train_tokenizer(config, scenes, held_out).model
+    tokenizer = _train_tokenizer(config, scenes, held_out).model
     seconds["tokenizer"] = _training_seconds(output / "tokenizer")
     start = time.perf_counter()
     tokens = TokenDataset(scenes, tokenizer, reference=True)
     seconds["tokens"] = time.perf_counter() - start
-    var: VAR = _train_var(config, VAR(var_config(config, tokenizer), tokenizer), tokens, held_out, "var").model
+    var = _train_var(config, VAR(var_config(config, tokenizer), tokenizer), tokens, held_out, "var").model
     seconds["var"] = _training_seconds(output / "var")
     with_subject = var.add_subject("block_causal")
-    subject_var: VAR = _train_var(config, with_subject, tokens, held_out, "var-subject").model
+    subject_var = _train_var(config, with_subject, tokens, held_out, "var-subject").model
     seconds["var-subject"] = _training_seconds(output / "var-subject")
 
     learned = _train_policy(config, var, reader) if config.rl_iterations else None
@@ -187,7 +187,9 @@ def _training_seconds(folder: Path) -> float:
     return read_metrics(folder / "metrics.jsonl")[-1]["seconds"]
 
 
-def _train_tokenizer(config: DemoConfig, scenes: HandwritingScenes, held_out: HandwritingScenes) -> TrainResult:
+def _train_tokenizer(
+    config: DemoConfig, scenes: HandwritingScenes, held_out: HandwritingScenes
+) -> TrainResult[VQTokenizer]:
     torch.manual_seed(config.seed)
     task = TokenizerTask(
         VQTokenizer(tokenizer_config(config)), held_out.batch(list(range(min(8, len(held_out)))))["image"]
@@ -208,7 +210,7 @@ def _train_tokenizer(config: DemoConfig, scenes: HandwritingScenes, held_out: Ha
 
 def _train_var(
     config: DemoConfig, model: VAR, tokens: TokenDataset, held_out: HandwritingScenes, name: str
-) -> TrainResult:
+) -> TrainResult[VAR]:
     torch.manual_seed(config.seed)
     with_subject = model.config.subject != "none"
     options = TrainConfig(

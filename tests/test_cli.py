@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import os
+import re
 import textwrap
 from pathlib import Path
 
@@ -23,7 +24,10 @@ from fastvar.cli.reinforcement import RL, Ablate, ChooseMiddle, Evaluate, Reward
 from fastvar.demo import DemoConfig
 from fastvar.evaluation import SamplingOptions
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.ops.policy_loss import KL_ESTIMATORS, NORMALISATIONS, PANW_NORMALISATIONS, RATIO_LEVELS
 from fastvar.rl import LossOptions, RLConfig, RolloutOptions
+from fastvar.rl.config import TOLERANCES
+from fastvar.rl.rewards.base import _REGISTRY
 from fastvar.training import TrainConfig
 
 DATA = ["--data", "handwriting"]
@@ -43,6 +47,21 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "usage: fastvar" in shown
+
+
+def test_help_names_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for command in ("rl", "train"):
+        with pytest.raises(SystemExit):
+            run(command, "--help")
+        shown[command] = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    for name, factory in _REGISTRY.items():
+        if factory.__module__.startswith("fastvar."):
+            assert re.search(rf"There are [^.]*\b{name}\b", shown["rl"]), name
+    for choices in (NORMALISATIONS, PANW_NORMALISATIONS, RATIO_LEVELS, KL_ESTIMATORS, TOLERANCES, ("own", "scene")):
+        assert all(f'"{choice}"' in shown["rl"] for choice in choices)
+    for choice in ("none", "block_causal", "bidirectional", "no", "bf16", "auto", "handwriting", "own", "scene"):
+        assert f'"{choice}"' in shown["train"], choice
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ class RewardOptions:
     """What images are scored by, and what they should show."""
 
     rewards: tuple[str, ...] = ("ocr",)
-    """Names of rewards, each with its weight if that is not 1: "ocr", "clip-t=0.5"."""
+    """Names of rewards, each with its weight if that is not 1: "ocr", "clip-t=0.5". There are aesthetic, clip-i,
+    clip-t, colour, dino, hpsv2, jpeg, ocr, remote and subject."""
     reward_options: tuple[str, ...] = ()
     """Options of rewards as NAME.OPTION=VALUE, the value as JSON has it or plain text: "clip-t.pretrained=openai"."""
     standardise: bool = False

@@ -12,9 +12,12 @@ import torch
 from fastvar.models.graphs import replay, survey
 from fastvar.models.kv_cache import KVCache
 from fastvar.ops import PrefixKV, SampledTokens, accumulate_scale, sample_tokens
+from fastvar.pictures import image_grid, png
 from fastvar.profiling import annotate
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from fastvar.models.var import VAR, Labels
     from fastvar.models.var_block import Modulations
 
@@ -130,6 +133,19 @@ class Generation(NamedTuple):
     log_probs: torch.Tensor | None
     sampled_log_probs: torch.Tensor | None
     state: SamplingState | None
+
+    def picture(self, columns: int = 8) -> Image:
+        """The images as one PIL image, `columns` a row; a notebook shows it.
+
+        Raises:
+            ValueError: nothing was decoded.
+        """
+        if self.images is None or not len(self.images):
+            raise ValueError("Generation: images: expected some, got none: nothing was decoded")
+        return image_grid(self.images, columns)
+
+    def _repr_png_(self) -> bytes | None:
+        return None if self.images is None or not len(self.images) else png(self.picture())
 
 
 def sample_seeds(seed: int, count: int, first_sample: int = 0, device: torch.device | None = None) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fastvar.models.kv_cache import KVCache
 from fastvar.models.linear import Linear
 from fastvar.models.pretrained import PretrainedModel, has_model
+from fastvar.models.sampling import generate
 from fastvar.models.var_block import (
     Block,
     Modulations,
@@ -501,8 +502,4 @@ class VAR(PretrainedModel):
         cache.length = end
         return h
 
-    def generate(self, labels: Labels | None = None, **options: Any) -> Any:
-        """Sample images; see `fastvar.models.sampling.generate` for all options."""
-        from fastvar.models.sampling import generate
-
-        return generate(self, labels, **options)
+    generate = generate

@@ -8,7 +8,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,8 @@ from fastvar.training.log import RunLog
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -102,23 +104,23 @@ class TrainConfig:
         return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-class Task(Protocol):
+class Task(Protocol[_Model]):
     """What is trained: a model, its loss on a batch, and what to show of it."""
 
     name: str
-    model: Any
+    model: _Model
     identity: dict[str, Any]
     """What besides the model's config decides what is learned; a run is only resumed with the same."""
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The scalar to minimise and scalars to log, called with the (possibly wrapped) model in training mode."""
 
-    def picture(self, model: Any) -> Image | None:
+    def picture(self, model: _Model) -> Image | None:
         """A picture of what the averaged model can do, or None."""
 
 
 @dataclass
-class TrainResult:
+class TrainResult(Generic[_Model]):
     """What a run left.
 
     Attributes:
@@ -129,7 +131,7 @@ class TrainResult:
         steps_run: steps of this call; fewer than the config's if it resumed.
     """
 
-    model: Any
+    model: _Model
     output: Path
     seconds: float
     steps_run: int
@@ -166,7 +168,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainResult:
+def train(task: Task[_Model], dataset: Any, config: TrainConfig, output: Path) -> TrainResult[_Model]:
     """Train a task's model; goes on from the newest checkpoint in `output` if there is one.
 
     Everything that a step does follows from (config, data, step): an interrupted run that resumes gives the same
@@ -222,7 +224,7 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
         world_size=accelerator.num_processes,
     )
     log = RunLog(output, first_step, config.steps, title=task.name, active=accelerator.is_main_process)
-    result = TrainResult(ema.model, output, 0.0, max(config.steps - first_step, 0))
+    result: TrainResult[_Model] = TrainResult(ema.model, output, 0.0, max(config.steps - first_step, 0))
     check: _Check | None = None
     try:
         for step, batch in enumerate(step_loader(dataset, sampler, workers=config.workers), first_step):
@@ -252,7 +254,7 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
 
 
 def _step(
-    accelerator: Any, task: Task, model: nn.Module, optimizer: Any, batch: Any, config: TrainConfig, step: int
+    accelerator: Any, task: Task[Any], model: nn.Module, optimizer: Any, batch: Any, config: TrainConfig, step: int
 ) -> tuple[dict[str, Any], _Check]:
     """One optimizer step; it is left out where the gradient is not finite. Nothing waits for the device."""
     model.train()
@@ -301,7 +303,7 @@ class _Check:
 _FREE = ("log_every", "picture_every", "save_every", "keep", "resume", "workers")
 
 
-def _settings(task: Task, dataset: Any, config: TrainConfig, processes: int) -> dict[str, Any]:
+def _settings(task: Task[Any], dataset: Any, config: TrainConfig, processes: int) -> dict[str, Any]:
     """What decides the run's result, as JSON has it."""
     plain = (bool, int, float, str, tuple)
     described = {n: v for n, v in vars(dataset).items() if not n.startswith("_") and isinstance(v, plain)}
@@ -351,7 +353,7 @@ def _parts(batch: Any, count: int) -> list[Any]:
     return [{name: column[i] for name, column in columns.items()} for i in range(count)]
 
 
-def _show(task: Task, ema: EMA, log: RunLog, step: int, output: Path, result: TrainResult) -> None:
+def _show(task: Task[Any], ema: EMA, log: RunLog, step: int, output: Path, result: TrainResult[Any]) -> None:
     # Drawing samples must not disturb the training's random numbers.
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))), torch.no_grad():
         image = task.picture(ema.model)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
-from fastvar.training import TrainConfig, VARTask, train
+from fastvar.training import TrainConfig, TrainResult, VARTask, train
 from fastvar.training.loop import check_same_settings
 
 GRIDS = ((1, 1), (2, 2), (3, 3))
@@ -36,6 +37,12 @@ class Classes:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+
+def test_the_model_of_a_result_has_its_type() -> None:
+    hints = get_type_hints(train, localns={"Image": object})
+    assert get_args(hints["return"]) == get_args(hints["task"]) and get_origin(hints["return"]) is TrainResult
+    assert get_type_hints(TrainResult)["model"] == get_args(hints["return"])[0]
 
 
 def test_other_classes_are_refused_at_the_start(tmp_path: Path) -> None:
