@@ -315,10 +315,9 @@ class VAR(PretrainedModel):
         config, schedule = self.config, self.schedule
         if config.subject == "none":
             raise ValueError("VAR: subject: this model has no subject prefix; see VARConfig.subject and add_subject")
-        if subject.ndim != 3 or tuple(subject.shape[1:]) != (schedule.num_tokens, config.code_channels):
-            raise ValueError(
-                f"VAR: subject: expected (R, {schedule.num_tokens}, {config.code_channels}), got {tuple(subject.shape)}"
-            )
+        shape = tuple(subject.shape) if isinstance(subject, torch.Tensor) else type(subject).__name__
+        if len(shape) != 3 or shape[1:] != (schedule.num_tokens, config.code_channels):
+            raise ValueError(f"VAR: subject: expected (R, {schedule.num_tokens}, {config.code_channels}), got {shape}")
         if config.subject == "bidirectional":
             schedule = ScaleSchedule(((1, schedule.num_tokens),))
         x = self._codes(subject) + self.positions(0, subject.shape[1]) + self.subject_embed
@@ -420,11 +419,10 @@ class VAR(PretrainedModel):
         """The scales that teacher-forcing inputs are for."""
         first, ends = self.schedule.lengths[0], self.schedule.ends
         channels = self.config.code_channels
-        if inputs.ndim != 3 or inputs.shape[2] != channels or first + inputs.shape[1] not in ends:
+        shape = tuple(inputs.shape) if isinstance(inputs, torch.Tensor) else type(inputs).__name__
+        if len(shape) != 3 or shape[2] != channels or first + inputs.shape[1] not in ends:
             lengths = ", ".join(str(end - first) for end in ends)
-            raise ValueError(
-                f"VAR: inputs: expected (B, n, {channels}) with n one of {lengths}, got {tuple(inputs.shape)}"
-            )
+            raise ValueError(f"VAR: inputs: expected (B, n, {channels}) with n one of {lengths}, got {shape}")
         return self.schedule.with_num_tokens(first + inputs.shape[1])
 
     def before_head(self, x: torch.Tensor, modulations: Modulations) -> torch.Tensor:

@@ -134,7 +134,7 @@ class VARConfig:
             raise ValueError(f"VAR: labels: expected a list of texts, got the text {texts!r}")
         rows = []
         for text in texts:
-            if len(text) > self.text_length or any(c not in self.alphabet for c in text):
+            if not isinstance(text, str) or len(text) > self.text_length or any(c not in self.alphabet for c in text):
                 raise ValueError(
                     f"VAR: labels: expected texts of at most {self.text_length} characters out of "
                     f"{self.alphabet!r}, got {text!r}"
