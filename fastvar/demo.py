@@ -23,6 +23,7 @@ from fastvar.evaluation import (
 )
 from fastvar.files import write_json
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.pictures import image_grid
 from fastvar.ranges import Count, CountOrNone, OneOf, Range, Seed, check_fields
 from fastvar.report import Report, curves, points
 from fastvar.rl import Evaluation, LossOptions, Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, evaluate_policy
@@ -31,7 +32,6 @@ from fastvar.schedule import ScaleSchedule
 from fastvar.training import TokenDataset, TokenizerTask, TrainConfig, TrainResult, VARTask, train
 from fastvar.training.lock import locked
 from fastvar.training.log import read_metrics, say
-from fastvar.training.pictures import image_grid
 from fastvar.training.settings import OtherSettingsError
 
 if TYPE_CHECKING:
@@ -138,15 +138,15 @@ def _run(config: DemoConfig) -> dict[str, Any]:
     reader = Reader(cache=output / "reader.safetensors")
     seconds["reader"] = time.perf_counter() - start
 
-    tokenizer: VQTokenizer = _train_tokenizer(config, scenes, held_out).model
+    tokenizer = _train_tokenizer(config, scenes, held_out).model
     seconds["tokenizer"] = _training_seconds(output / "tokenizer")
     start = time.perf_counter()
     tokens = TokenDataset(scenes, tokenizer, reference=True)
     seconds["tokens"] = time.perf_counter() - start
-    var: VAR = _train_var(config, VAR(var_config(config), tokenizer), tokens, held_out, "var").model
+    var = _train_var(config, VAR(var_config(config), tokenizer), tokens, held_out, "var").model
     seconds["var"] = _training_seconds(output / "var")
     with_subject = var.add_subject("block_causal")
-    subject_var: VAR = _train_var(config, with_subject, tokens, held_out, "var-subject").model
+    subject_var = _train_var(config, with_subject, tokens, held_out, "var-subject").model
     seconds["var-subject"] = _training_seconds(output / "var-subject")
 
     learned = _train_policy(config, var, reader) if config.rl_iterations else None
@@ -197,7 +197,9 @@ def _training_seconds(folder: Path) -> float:
     return read_metrics(folder / "metrics.jsonl")[-1]["seconds"]
 
 
-def _train_tokenizer(config: DemoConfig, scenes: HandwritingScenes, held_out: HandwritingScenes) -> TrainResult:
+def _train_tokenizer(
+    config: DemoConfig, scenes: HandwritingScenes, held_out: HandwritingScenes
+) -> TrainResult[VQTokenizer]:
     torch.manual_seed(config.seed)
     task = TokenizerTask(
         VQTokenizer(tokenizer_config(config)), held_out.batch(list(range(min(8, len(held_out)))))["image"]
@@ -218,7 +220,7 @@ def _train_tokenizer(config: DemoConfig, scenes: HandwritingScenes, held_out: Ha
 
 def _train_var(
     config: DemoConfig, model: VAR, tokens: TokenDataset, held_out: HandwritingScenes, name: str
-) -> TrainResult:
+) -> TrainResult[VAR]:
     torch.manual_seed(config.seed)
     with_subject = model.config.subject != "none"
     options = TrainConfig(

@@ -131,6 +131,7 @@ def draw(
             first_sample=start,
             graphs=None if options.graphs else False,
         )
+        assert out.images is not None  # they were decoded
         images.append(out.images.cpu())
     return torch.cat(images)
 

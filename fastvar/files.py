@@ -1,4 +1,4 @@
-"""Files that appear whole: written beside their place and renamed into it."""
+"""Files that appear whole: written beside their place and renamed into it. Text and JSON that users give."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file that is either the old one or the new one, never a part."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
@@ -60,6 +60,41 @@ def _finite(value: Any) -> Any:
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
+    return value
+
+
+def read_text(path: Path, owner: str) -> str:
+    """A text file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: the file.
+        owner: "class: argument", as it opens messages.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{owner}: expected text in UTF-8, got {path} ({error.reason})") from error
+    except OSError as error:
+        raise type(error)(f"{owner}: {error}") from error
+
+
+def read_json_object(path: Path, owner: str) -> dict[str, Any]:
+    """A JSON file that holds an object; arguments and errors as `read_text`.
+
+    Raises:
+        ValueError: also a damaged file, or another value in it.
+    """
+    text = read_text(path, owner)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{owner}: {path}: damaged file: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{owner}: {path}: damaged file: expected an object")
     return value
 
 

@@ -67,6 +67,12 @@ def test_submodules_are_reached_from_the_package() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_what_there_is_can_be_listed() -> None:
+    done = python("import fastvar; print(*dir(fastvar))")
+    names = set(done.stdout.split())
+    assert {"data", "models", "ops", "rl", "training", "ScaleSchedule", "explain", "support", "__version__"} <= names
+
+
 def test_versions_agree() -> None:
     done = python("import fastvar, importlib.metadata as m; print(fastvar.__version__, m.version('fastvar'))")
     if done.returncode:

@@ -49,12 +49,12 @@ FIELDS = [
 
 def made(config: type, **changes: Any) -> Any:
     """A config with defaults where it has them."""
-    needed = [
-        field.name
-        for field in dataclasses.fields(config)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    return config(**{name: REQUIRED.get(name, Path("x")) for name in needed} | changes)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            kind, _ = declarations(config)[field.name]
+            values[field.name] = made(kind) if dataclasses.is_dataclass(kind) else REQUIRED.get(field.name, Path("x"))
+    return config(**values | changes)
 
 
 def check(config: Any) -> None:

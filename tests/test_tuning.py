@@ -216,12 +216,12 @@ def test_a_stale_file_is_left_out_aloud(kernel: Kernel, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"kernels": {"toy.forward": {"version": "a", "rows": [{"tile": {"BLOCK": "a"}}]}}}']
+    "text", ["{", "[]", "\udcff", '{"kernels": {"toy.forward": {"version": "a", "rows": [{"tile": {"BLOCK": "a"}}]}}}']
 )
 def test_a_broken_file_is_named(kernel: Kernel, text: str) -> None:
     path = own_path(CARD.name)
     path.parent.mkdir(parents=True)
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")  # the third is no UTF-8
     with pytest.raises(ValueError, match=r"NVIDIA-Test-1.json: expected a table that fastvar tune wrote \(delete it\)"):
         kernel.table.choose(CARD, bits=16, length=7)
     assert "delete it" in own_summary(CARD.name)

@@ -7,7 +7,8 @@ import sys
 
 import tyro
 
-import fastvar.threads  # noqa: F401  # before torch comes
+import fastvar
+import fastvar.threads  # before torch comes
 from fastvar.cli.build import Build
 from fastvar.cli.info import Info, demo_command
 from fastvar.cli.models import Sample, Train, TrainTokenizer
@@ -32,10 +33,14 @@ def main(arguments: list[str] | None = None) -> None:
         "build": Build,
         "tune": Tune,
     }
+    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        print(f"fastvar {fastvar.__version__}")
+        return
     command = tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="fastvar",
-        description="Visual autoregressive models: train, sample, evaluate, learn from rewards.",
+        description="Visual autoregressive models: train, sample, evaluate, learn from rewards. "
+        "fastvar --version prints the version.",
         args=arguments,
     )
     try:

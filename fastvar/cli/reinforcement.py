@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastvar.cli.common import Flat, load_model
+from fastvar.cli.common import Flat, class_index, load_model, train_on
+from fastvar.cli.outputs import output_file, output_folder, say
 from fastvar.evaluation import SamplingOptions
+from fastvar.files import read_text
 from fastvar.ranges import Count, CountOrNone, OneOf, Range, check_fields
 from fastvar.rl.config import RLConfig
 from fastvar.rl.rollout import RolloutOptions
@@ -25,14 +27,16 @@ class RewardOptions:
     """What images are scored by, and what they should show."""
 
     rewards: tuple[str, ...] = ("ocr",)
-    """Names of rewards, each with its weight if that is not 1: "ocr", "clip-t=0.5"."""
+    """Names of rewards, each with its weight if that is not 1: "ocr", "clip-t=0.5". There are aesthetic, clip-i,
+    clip-t, colour, dino, hpsv2, jpeg, ocr, remote and subject."""
     reward_options: tuple[str, ...] = ()
     """Options of rewards as NAME.OPTION=VALUE, the value as JSON has it or plain text: "clip-t.pretrained=openai"."""
     standardise: bool = False
     """Subtract each reward's mean over the batch and divide by its standard deviation before weighing."""
     prompt_file: Path | None = None
-    """A text file, a prompt on each line; for a model with a class condition CLASS TAB PROMPT. By default every number
-    that a handwriting model can write, or texts and references of handwriting scenes for one with a subject prefix."""
+    """A text file, a prompt on each line; for a model with a class condition CLASS TAB PROMPT, CLASS being a name or an
+    index. By default every number that a handwriting model can write, or texts and references of handwriting scenes for
+    one with a subject prefix."""
     reference_place: Annotated[str, OneOf("own", "scene")] = "own"
     """Where handwriting's references show their digit: at a place of its "own" or as in the "scene"; as in training."""
 
@@ -79,14 +83,16 @@ class RewardOptions:
 
         config = var.config
         if self.prompt_file is not None:
-            lines = [line for line in self.prompt_file.read_text().splitlines() if line.strip()]
+            lines = [line for line in read_text(self.prompt_file, "prompt_file").splitlines() if line.strip()]
             if config.text_length:
                 config.encode_text(lines)  # raises for a text that the model cannot write
                 return Prompts(lines)
             columns = [line.partition("\t") for line in lines]
-            if any(not c.isdigit() or int(c) >= config.num_classes or not text for c, _, text in columns):
-                raise ValueError(f"prompt_file: expected lines CLASS TAB PROMPT, CLASS below {config.num_classes}")
-            return Prompts([text for *_, text in columns], torch.tensor([int(c) for c, *_ in columns]))
+            for line, (_, _, text) in zip(lines, columns, strict=True):
+                if not text:
+                    raise ValueError(f"prompt_file: expected lines CLASS TAB PROMPT, got {line!r}")
+            indices = [class_index("prompt_file: CLASS", name, config) for name, *_ in columns]
+            return Prompts([text for *_, text in columns], torch.tensor(indices))
         if not config.text_length:
             raise ValueError("prompt_file: expected a file, as the model has a class condition")
         split = "train" if train else "test"
@@ -98,7 +104,7 @@ class RL:
     """Train a VAR with rewards (VMR-GRPO). An interrupted run goes on with the same command."""
 
     model: Path
-    """Folder of the model to start from (save_pretrained), with its tokenizer inside."""
+    """Folder of the model to start from, or of the run that trained it."""
     output: Path
     """Folder of the run: model (averaged weights), best, metrics, pictures, checkpoints."""
     scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
@@ -106,11 +112,15 @@ class RL:
     """The most prompts, where they are made and not read from a file."""
     adapter_rank: CountOrNone = 0
     """Train low-rank adapters (LoRA) of this rank instead of all weights; the KL is then to the model without them."""
+    device: str | None = None
+    """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPUs, if there are any."""
     rl: Annotated[RLConfig, Flat] = field(default_factory=RLConfig)
 
     def run(self) -> None:
         from fastvar.rl import VMRGRPOTrainer, add_adapters
 
+        output_folder("output", self.output)
+        train_on(self.device)
         var = load_model(self.model, device="cpu")  # each process moves it to its own device
         prompts = self.scoring.load_prompts(var, count=self.prompt_count, train=True)
         held_out = None
@@ -119,7 +129,7 @@ class RL:
         if self.adapter_rank:
             add_adapters(var, self.adapter_rank, seed=self.rl.seed)
         VMRGRPOTrainer(var, self.scoring.reward(), prompts, self.rl, self.output, evaluation=held_out).train()
-        print(f"policy: {self.output / 'model'}")
+        say(f"policy: {self.output / 'model'}")
 
 
 @dataclass(frozen=True)
@@ -127,9 +137,11 @@ class ChooseMiddle:
     """Measure for every middle scale m how much of a reward's variance the coarse scales explain, and recommend one."""
 
     model: Path
-    """Folder of the model (save_pretrained), with its tokenizer inside."""
+    """Folder of the model, or of the run that trained it."""
     output: Path = Path("middle.png")
-    """The plot."""
+    """The plot, a .png."""
+    device: str | None = None
+    """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPU, if there is one."""
     scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
     prompt_count: Count = 8
     """Prompts, spread over all."""
@@ -142,11 +154,12 @@ class ChooseMiddle:
     rollout: Annotated[RolloutOptions, Flat] = field(default_factory=RolloutOptions)
 
     def run(self) -> None:
+        from fastvar.pictures import save_picture
         from fastvar.report import points
         from fastvar.rl.choose_middle import ENOUGH, explained_shares, recommended_middle
-        from fastvar.training.pictures import save_picture
 
-        var = load_model(self.model)
+        output_file("output", self.output, ".png")
+        var = load_model(self.model, device=self.device)
         prompts = self.scoring.load_prompts(var, count=max(self.prompt_count, 100), train=False)
         prompts = prompts.take([i * len(prompts) // self.prompt_count for i in range(self.prompt_count)])
         shares = explained_shares(
@@ -177,11 +190,13 @@ class Evaluate:
     and with a subject prefix how often a sample's digit matches its reference."""
 
     model: Path
-    """Folder of the model (save_pretrained), with its tokenizer inside."""
+    """Folder of the model, or of the run that trained it."""
     samples: Annotated[int, Range(8)] = 400
     """Images to draw for each part."""
     output: Path | None = None
     """Also write the figures to this JSON file."""
+    device: str | None = None
+    """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPU, if there is one."""
     scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
     options: Annotated[SamplingOptions, Flat] = field(default_factory=SamplingOptions)
 
@@ -191,7 +206,9 @@ class Evaluate:
         from fastvar.files import json_text, write_json
         from fastvar.rl import evaluate_policy
 
-        var = load_model(self.model)
+        if self.output is not None:
+            output_file("output", self.output)
+        var = load_model(self.model, device=self.device)
         reward = self.scoring.reward()
         prompts = self.scoring.load_prompts(var, count=self.samples, train=False)
         figures: dict[str, Any] = {}
@@ -248,8 +265,9 @@ class Ablate:
         from fastvar.rl.ablation import run_ablations
         from fastvar.training.lock import locked
 
+        output_folder("output", self.output)
         with locked(self.output):
-            print(run_ablations(self.config, self.output, only=self.only))
+            say(run_ablations(self.config, self.output, only=self.only))
 
 
 def _number(option: str, item: str, text: str) -> float:

@@ -29,6 +29,8 @@ class VARConfig:
     """Channels of the tokenizer's feature map."""
     num_classes: CountOrNone = 1000
     """Class condition; 0 for a text condition."""
+    class_names: tuple[str, ...] = ()
+    """Class condition: what the classes are called, in the order of their indices; empty if nobody knows."""
     text_length: CountOrNone = 0
     """Text condition: the most characters of a text; 0 for a class condition."""
     alphabet: str = "0123456789"
@@ -55,6 +57,7 @@ class VARConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "grids", ScaleSchedule(self.grids).grids)
         check_fields(self)
+        object.__setattr__(self, "class_names", tuple(self.class_names))
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"VARConfig: num_heads: expected a divisor of embed_dim {self.embed_dim}, got {self.num_heads}"
@@ -65,6 +68,12 @@ class VARConfig:
                 f"got {self.num_classes} and {self.text_length}"
             )
 
+        if self.class_names and len(set(self.class_names)) != self.num_classes:
+            raise ValueError(
+                f"VARConfig: class_names: expected {self.num_classes} different ones, one for each class, "
+                f"got {len(self.class_names)}: {self._some_names()}"
+            )
+
     @property
     def schedule(self) -> ScaleSchedule:
         return ScaleSchedule(self.grids)
@@ -72,6 +81,39 @@ class VARConfig:
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
+
+    def encode_classes(self, names: Sequence[str]) -> torch.Tensor:
+        """Class names to indices (B,) int64.
+
+        Raises:
+            ValueError: a model whose classes have no names, a name that it does not have.
+        """
+        if not self.class_names:
+            raise ValueError("VAR: labels: expected a tensor of class indices, as this model has a class condition")
+        if isinstance(names, str):
+            raise ValueError(f"VAR: labels: expected a list of class names, got the text {names!r}")
+        places = {name: i for i, name in enumerate(self.class_names)}
+        for name in names:
+            if name not in places:
+                raise ValueError(f"VAR: labels: expected class names out of {self._some_names()}, got {name!r}")
+        return torch.tensor([places[name] for name in names], dtype=torch.int64)
+
+    def class_index(self, label: str) -> int:
+        """The index of a class that a user names, or counts from 0; a class that is called "7" comes before the index.
+
+        Raises:
+            ValueError: neither.
+        """
+        if label in self.class_names:
+            return self.class_names.index(label)
+        if label.isdecimal() and int(label) < self.num_classes:
+            return int(label)
+        names = f"one of {self._some_names()} or " if self.class_names else ""
+        raise ValueError(f"expected {names}a class index from 0 to {self.num_classes - 1}, got {label!r}")
+
+    def _some_names(self) -> str:
+        """The class names, unless they fill the screen."""
+        return ", ".join(map(repr, self.class_names[:20])) + (", ..." if len(self.class_names) > 20 else "")
 
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
         """Texts to character indices (B, text_length) int64; shorter texts are padded on the right.
@@ -85,7 +127,7 @@ class VARConfig:
             raise ValueError(f"VAR: labels: expected a list of texts, got the text {texts!r}")
         rows = []
         for text in texts:
-            if len(text) > self.text_length or any(c not in self.alphabet for c in text):
+            if not isinstance(text, str) or len(text) > self.text_length or any(c not in self.alphabet for c in text):
                 raise ValueError(
                     f"VAR: labels: expected texts of at most {self.text_length} characters out of "
                     f"{self.alphabet!r}, got {text!r}"

@@ -142,13 +142,17 @@ class VQTokenizer(PretrainedModel):
 
     def encode_features(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] to continuous features (B, C, h, w), float32 at least."""
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.config.image_size):
-            height, width = self.config.image_size
-            raise ValueError(f"VQTokenizer: images: expected (B, 3, {height}, {width}), got {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise ValueError(f"VQTokenizer: images: expected floating-point numbers in [-1, 1], got {images.dtype}")
+        self._check(images)
         features = self.quant_conv(self.encoder(self.enlarge_chroma(images).to(self.quant_conv.weight.dtype)))
         return features.to(torch.promote_types(features.dtype, torch.float32)).contiguous()
+
+    def _check(self, images: torch.Tensor) -> None:
+        height, width = self.config.image_size
+        if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+            got = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+            raise ValueError(f"VQTokenizer: images: expected floating-point numbers in [-1, 1], got {got}")
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
+            raise ValueError(f"VQTokenizer: images: expected (B, 3, {height}, {width}), got {tuple(images.shape)}")
 
     @torch.no_grad()
     def quantize(self, images: torch.Tensor) -> QuantizedResidual:
@@ -156,6 +160,7 @@ class VQTokenizer(PretrainedModel):
 
         Autocast is off inside: which code is nearest must not depend on whether a model is in training.
         """
+        self._check(images)
         with torch.autocast(images.device.type, enabled=False):
             return self._quantize(self.encode_features(images))
 

@@ -206,9 +206,9 @@ def policy_loss(
         Schulman, Approximating KL divergence (2020); geometric-mean ratios: GSPO (arXiv 2507.18071).
     """
     op = "policy_loss"
-    backend = _LOSS.resolve(backend, hidden)
     _checks.schedule(op, schedule)
     _checks.shape(op, "hidden", hidden, "B", schedule.num_tokens, "V" if weight is None else "E")
+    backend = _LOSS.resolve(backend, hidden)
     batch, length = hidden.shape[:2]
     _choice(op, "panw_normalisation", panw_normalisation, PANW_NORMALISATIONS)
     _choice(op, "ratio_level", ratio_level, RATIO_LEVELS)

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastvar
-from fastvar.files import json_text, write_text
+from fastvar.fields import fitted
+from fastvar.files import json_text, read_text, write_text
 from fastvar.models import VAR
+from fastvar.pictures import save_picture
 from fastvar.ranges import Range, check_value
 from fastvar.rl.config import RLConfig
 from fastvar.rl.prompts import handwriting_prompts
@@ -26,7 +28,6 @@ from fastvar.rl.rewards import RewardSum, check_options, create
 from fastvar.rl.trainer import VMRGRPOTrainer
 from fastvar.schedule import ScaleSchedule
 from fastvar.training.log import read_metrics
-from fastvar.training.pictures import save_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,14 +65,18 @@ class Ablation:
         Raises:
             ValueError: a missing or unknown entry.
         """
-        with path.open("rb") as file:
-            content = tomllib.load(file)
+        try:
+            content = tomllib.loads(read_text(path, "ablate: config"))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"ablate: config: {path}: {error}") from error
         names = {f.name for f in fields(cls)}
         if set(content) != names:
             raise ValueError(f"ablate: config: expected the entries {sorted(names)}, got {sorted(content)}")
-        content["model"] = path.parent / content["model"]
-        content["seeds"] = tuple(content["seeds"])
-        found = cls(**content)
+        try:
+            content = {name: fitted(cls, name, value) for name, value in content.items()}
+        except ValueError as error:
+            raise ValueError(f"ablate: config: {path}: {error}") from error
+        found = cls(**content | {"model": path.parent / content["model"]})
         for seed, reward, variant in itertools.product(found.seeds, found.rewards, found.variants):
             found.settings(reward, variant, seed).check()
         for reward in found.rewards:
@@ -116,7 +121,14 @@ def changed(config: Any, changes: Mapping[str, Any]) -> Any:
         if name not in {f.name for f in fields(config)}:
             raise ValueError(f"ablate: config: expected fields of {type(config).__name__}, got {name!r}")
         old = getattr(config, name)
-        config = replace(config, **{name: changed(old, value) if is_dataclass(old) else value})
+        if is_dataclass(old) and isinstance(value, Mapping):
+            new = changed(old, value)
+        else:
+            try:
+                new = fitted(type(config), name, value)
+            except ValueError as error:
+                raise ValueError(f"ablate: config: {type(config).__name__}: {error}") from error
+        config = replace(config, **{name: new})
     return config
 
 
@@ -167,8 +179,12 @@ def run_ablations(path: Path, output: Path, *, only: Sequence[str] = ()) -> str:
             raise ValueError(f"ablate: {reward}, {variant}: middle: expected below {scales}, got {middle}")
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
-    done = {(row["seed"], row["reward"], row["variant"]): row for row in rows}
+    lines = read_text(results, "ablate: output").splitlines() if results.is_file() else []
+    try:
+        rows = [json.loads(line) for line in lines]
+        done = {(row["seed"], row["reward"], row["variant"]): row for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"ablate: output: expected a result on each line, got {results} ({error!r})") from error
     for seed, reward, variant in table.runs(only):
         row = done.get((seed, reward, variant))
         if row is not None:

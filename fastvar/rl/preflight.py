@@ -42,9 +42,6 @@ def check_prompts(var: VAR, prompts: Prompts) -> None:
     """Raise a ValueError that names a condition which the model does not know, or references which it cannot take."""
     labels, config = prompts.conditions, var.config
     var.indices(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
-    if not config.text_length and isinstance(labels, torch.Tensor) and int(labels.max()) >= config.num_classes:
-        expected = f"classes 0 to {config.num_classes - 1}, got {int(labels.max())}"
-        raise ValueError(f"Prompts: labels: expected {expected}, which stands for no class")
     references = prompts.references
     if references is not None:
         if config.subject == "none":

@@ -196,6 +196,7 @@ class _Artist:
             graphs=None if options.graphs else False,
         )
         self.passed_tokens += len(out.tokens) * (out.tokens.shape[1] - before) * (2 if options.guidance else 1)
+        assert out.log_probs is not None  # they were asked for
         return _Drawn(out.tokens, out.log_probs, out.images, out.state)
 
 

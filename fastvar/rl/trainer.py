@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from fastvar.files import json_text
 from fastvar.models import VAR
 from fastvar.ops import PolicyLoss, group_advantages
+from fastvar.pictures import image_grid, save_picture
 from fastvar.rl.adapters import has_adapters, merged
 from fastvar.rl.choose_middle import intraclass_correlation
 from fastvar.rl.config import FREE, TOLERANCES, RLConfig
@@ -37,7 +38,6 @@ from fastvar.training.interrupts import Interrupted, Interrupts
 from fastvar.training.lock import locked
 from fastvar.training.log import RunLog
 from fastvar.training.loop import launched_precision, parameter_groups
-from fastvar.training.pictures import image_grid, save_picture
 from fastvar.training.settings import check_enough_steps, check_same_settings, write_settings
 
 _T = TypeVar("_T")

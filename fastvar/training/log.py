@@ -113,10 +113,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a `metrics.jsonl`, NaN for null; a line cut off by a crash is left out."""
     lines = []
     if path.is_file():
-        for text in path.read_text().splitlines():
-            try:
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(json.JSONDecodeError):
                 line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            lines.append({name: math.nan if value is None else value for name, value in line.items()})
+                lines.append({name: math.nan if value is None else value for name, value in line.items()})
     return lines

@@ -9,13 +9,14 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fastvar.files import json_text
+from fastvar.pictures import save_picture
 from fastvar.ranges import (
     Count,
     CountOrNone,
@@ -35,12 +36,13 @@ from fastvar.training.ema import EMA
 from fastvar.training.interrupts import Interrupted, Interrupts, Wishes
 from fastvar.training.lock import locked
 from fastvar.training.log import RunLog
-from fastvar.training.pictures import save_picture
 from fastvar.training.settings import check_enough_steps, check_same_settings, write_settings
 from fastvar.training.space import check_space
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -105,23 +107,23 @@ class TrainConfig:
         return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-class Task(Protocol):
+class Task(Protocol[_Model]):
     """What is trained: a model, its loss on a batch, and what to show of it."""
 
     name: str
-    model: Any
+    model: _Model
     identity: dict[str, Any]
     """What besides the model's config decides what is learned; a run is only resumed with the same."""
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The scalar to minimise and scalars to log, called with the (possibly wrapped) model in training mode."""
 
-    def picture(self, model: Any) -> Image | None:
+    def picture(self, model: _Model) -> Image | None:
         """A picture of what the averaged model can do, or None."""
 
 
 @dataclass
-class TrainResult:
+class TrainResult(Generic[_Model]):
     """What a run left.
 
     Attributes:
@@ -132,7 +134,7 @@ class TrainResult:
         steps_run: steps of this call; fewer than the config's if it resumed.
     """
 
-    model: Any
+    model: _Model
     output: Path
     seconds: float
     steps_run: int
@@ -188,7 +190,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainResult:
+def train(task: Task[_Model], dataset: Any, config: TrainConfig, output: Path) -> TrainResult[_Model]:
     """Train a task's model; goes on from the newest checkpoint in `output` if there is one.
 
     Everything that a step does follows from (config, data, step): an interrupted run that resumes gives the same
@@ -211,6 +213,8 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
 
     config.check()
     check_space(output, task.model)
+    if hasattr(task, "check_data"):  # whether the data fits the model; a task need not know
+        task.check_data(dataset)
     # Autocast is ours: accelerate fixes its precision once per process, but two runs may differ.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     set_seed(config.seed, device_specific=True)
@@ -221,8 +225,8 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
 
 
 def _train(
-    accelerator: Any, task: Task, dataset: Any, config: TrainConfig, output: Path, interrupts: Interrupts
-) -> TrainResult:
+    accelerator: Any, task: Task[_Model], dataset: Any, config: TrainConfig, output: Path, interrupts: Interrupts
+) -> TrainResult[_Model]:
     start = time.perf_counter()
     task.model.to(accelerator.device)
     optimizer = torch.optim.AdamW(
@@ -255,7 +259,7 @@ def _train(
         world_size=accelerator.num_processes,
     )
     log = RunLog(output, first_step, config.steps, title=task.name, active=main)
-    result = TrainResult(ema.model, output, 0.0, config.steps - first_step)
+    result: TrainResult[_Model] = TrainResult(ema.model, output, 0.0, config.steps - first_step)
     wishes = Wishes(accelerator)
     check: _Check | None = None
     try:
@@ -290,7 +294,7 @@ def _train(
 
 
 def _step(
-    accelerator: Any, task: Task, model: nn.Module, optimizer: Any, batch: Any, config: TrainConfig, step: int
+    accelerator: Any, task: Task[Any], model: nn.Module, optimizer: Any, batch: Any, config: TrainConfig, step: int
 ) -> tuple[dict[str, Any], _Check]:
     """One optimizer step; it is left out where the gradient is not finite. Nothing waits for the device."""
     model.train()
@@ -339,7 +343,7 @@ class _Check:
 _FREE = ("steps", "log_every", "picture_every", "save_every", "save_minutes", "keep", "resume", "workers")
 
 
-def _settings(task: Task, dataset: Any, config: TrainConfig, processes: int) -> dict[str, Any]:
+def _settings(task: Task[Any], dataset: Any, config: TrainConfig, processes: int) -> dict[str, Any]:
     """What decides the run's result, as JSON has it."""
     plain = (bool, int, float, str, tuple)
     described = {n: v for n, v in vars(dataset).items() if not n.startswith("_") and isinstance(v, plain)}
@@ -371,7 +375,7 @@ def _parts(batch: Any, count: int) -> list[Any]:
     return [{name: column[i] for name, column in columns.items()} for i in range(count)]
 
 
-def _show(task: Task, ema: EMA, log: RunLog, step: int, output: Path, result: TrainResult) -> None:
+def _show(task: Task[Any], ema: EMA, log: RunLog, step: int, output: Path, result: TrainResult[Any]) -> None:
     # Drawing samples must not disturb the training's random numbers.
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))), torch.no_grad():
         image = task.picture(ema.model)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvar.files import write_json
+from fastvar.files import read_json_object, write_json
 from fastvar.training.checkpoints import ANEW
 from fastvar.training.log import say
 
@@ -19,7 +18,7 @@ class OtherSettingsError(ValueError):
 def check_same_settings(path: Path, settings: dict[str, Any], *, free: Sequence[str] = ()) -> None:
     """Raise an OtherSettingsError that names what differs from the settings that a run's folder was begun with; `free`
     are names that may."""
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = read_json_object(path, "train: output") if path.is_file() else {}
     different = []
     for part, now in settings.items():
         old = before.get(part, {} if isinstance(now, dict) else None)
@@ -53,7 +52,7 @@ def write_settings(path: Path, settings: dict[str, Any], found: int | None, step
     """
     lengths: list[dict[str, int]] = []
     if found is not None:
-        lengths = json.loads(path.read_text()).get("lengths", [])
+        lengths = read_json_object(path, "train: output").get("lengths", [])
         if lengths and lengths[-1]["steps"] != steps:
             say(f"{path.parent} goes on from step {found} to {steps} instead of {lengths[-1]['steps']}")
     if not lengths or lengths[-1]["steps"] != steps:

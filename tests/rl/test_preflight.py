@@ -59,11 +59,8 @@ def test_prompts_of_functions_that_draw() -> None:
 def test_classes() -> None:
     var = tiny_var(num_classes=5)
     check_prompts(var, Prompts(["a", "b"], torch.tensor([0, 4])))
-    for label, message in (
-        (5, "expected classes 0 to 4, got 5, which stands for no class"),
-        (-1, "expected indices from 0 to 5, got -1 to 0"),
-    ):
-        with pytest.raises(ValueError, match=f"labels: {message}"):
+    for label in (5, -1):
+        with pytest.raises(ValueError, match=r"labels: expected indices from 0 to 4, got"):
             check_prompts(var, Prompts(["a", "b"], torch.tensor([0, label])))
     with pytest.raises(ValueError, match="labels: expected a tensor of class indices"):
         check_prompts(var, Prompts(["a", "b"]))

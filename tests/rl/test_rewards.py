@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,7 +109,12 @@ def test_standardised() -> None:
     ("answer", "message"),
     [
         (lambda i, p, r: torch.zeros(2), r"reward 'bad': scores: expected shape \(3,\), got \(2,\)"),
-        (lambda i, p, r: [1.0, 2.0, 3.0], r"reward 'bad': scores: expected shape \(3,\), got list"),
+        (lambda i, p, r: [1.0, 2.0, 3.0], r"reward 'bad': scores: expected a tensor of shape \(3,\), got list"),
+        (lambda i, p, r: np.zeros(3), r"reward 'bad': scores: expected a tensor of shape \(3,\), got ndarray"),
+        (
+            lambda i, p, r: Reward(torch.zeros(3), np.ones((3, 24, 32), bool)),  # type: ignore[arg-type]
+            r"reward 'bad': mask: expected a tensor of shape \(3, 24, 32\), got ndarray",
+        ),
         (lambda i, p, r: torch.full((3,), math.nan), "reward 'bad': scores: expected at least one finite, got none"),
         (
             lambda i, p, r: Reward(torch.zeros(3), torch.ones(3, 2, 2)),

@@ -190,6 +190,10 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
         train(
             tokenizer_task(), HandwritingScenes(length=9, size=(16, 16), digits=1), options(learning_rate=0.1), tmp_path
         )
+    for damaged in ('{"train": {', "[1]"):
+        (tmp_path / "settings.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"train: output: .*settings\.json: damaged file"):
+            train(tokenizer_task(), scenes(), options(), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])

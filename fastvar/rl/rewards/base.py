@@ -214,10 +214,13 @@ class RewardSum:
             raise RuntimeError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
         reward = found if isinstance(found, Reward) else Reward(found)
         count = len(images)
-        if not isinstance(reward.scores, torch.Tensor) or tuple(reward.scores.shape) != (count,):
-            shape = tuple(getattr(reward.scores, "shape", ())) or type(reward.scores).__name__
-            raise RuntimeError(f"reward {name!r}: scores: expected shape ({count},), got {shape}")
         size = (count, *images.shape[-2:])
-        if reward.mask is not None and tuple(reward.mask.shape) != size:
-            raise RuntimeError(f"reward {name!r}: mask: expected shape {size}, got {tuple(reward.mask.shape)}")
+        for part, value, shape in (("scores", reward.scores, (count,)), ("mask", reward.mask, size)):
+            if part == "mask" and value is None:
+                continue
+            if not isinstance(value, torch.Tensor):
+                kind = type(value).__name__
+                raise RuntimeError(f"reward {name!r}: {part}: expected a tensor of shape {shape}, got {kind}")
+            if tuple(value.shape) != shape:
+                raise RuntimeError(f"reward {name!r}: {part}: expected shape {shape}, got {tuple(value.shape)}")
         return reward
