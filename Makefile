@@ -9,8 +9,8 @@ DEMO_FLAGS ?=
 TEST_FLAGS ?=
 
 # Threads that wait spin only briefly. By default they spin for long, which makes a step on two cores several times
-# slower where another process holds one of them; not at all costs half as much again where none does. Has to be set
-# before Python starts.
+# slower where another process holds one of them; not at all costs half as much again where none does. The command
+# line sets it too (fastvar/threads.py); pytest, which may import torch first, has it from here.
 export GOMP_SPINCOUNT ?= 2000
 
 .PHONY: demo test lint wheel clean

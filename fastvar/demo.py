@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
 
@@ -22,16 +23,22 @@ from fastvar.evaluation import (
 )
 from fastvar.files import write_json
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.pictures import image_grid
+from fastvar.ranges import Count, CountOrNone, OneOf, Range, Seed, check_fields
 from fastvar.report import Report, curves, points
 from fastvar.rl import Evaluation, LossOptions, Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, evaluate_policy
 from fastvar.rl.rewards import OCRReward, RewardSum
 from fastvar.schedule import ScaleSchedule
 from fastvar.training import TokenDataset, TokenizerTask, TrainConfig, TrainResult, VARTask, train
-from fastvar.training.log import read_metrics
-from fastvar.training.pictures import image_grid
+from fastvar.training.lock import locked
+from fastvar.training.log import read_metrics, say
+from fastvar.training.settings import OtherSettingsError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -40,29 +47,29 @@ class DemoConfig:
 
     output: Path = Path("outputs/demo")
     """Folder of the report, the figures and the runs."""
-    tokenizer_steps: int = 900
+    tokenizer_steps: Count = 900
     """Steps of the tokenizer."""
-    var_steps: int = 2000
+    var_steps: Count = 2000
     """Steps of the VAR without a subject."""
-    subject_steps: int = 350
+    subject_steps: Count = 350
     """Steps of fine-tuning with the subject prefix."""
-    rl_iterations: int = 200
+    rl_iterations: CountOrNone = 200
     """Rollouts of reinforcement learning with the OCR reward; 0 for none."""
-    scenes: int = 16000
+    scenes: Count = 16000
     """Training scenes."""
-    samples: int = 400
+    samples: Annotated[int, Range(8)] = 400
     """Images per evaluation."""
     grids: str = "1,2,3x4,6x8"
     """Token grids; the images are four times the finest one."""
-    vocab_size: int = 256
+    vocab_size: Count = 256
     """Entries of the codebook."""
-    width: int = 128
+    width: Count = 128
     """Width of the VAR's residual stream."""
-    depth: int = 4
+    depth: Count = 4
     """Blocks of the VAR."""
-    precision: str = "auto"
+    precision: Annotated[str, OneOf("auto", "no", "bf16")] = "auto"
     """"no" (float32), "bf16" (autocast) or "auto" (bf16 where the hardware computes in it, else float32)."""
-    seed: int = 0
+    seed: Seed = 0
     """Of scenes, weights and training."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
@@ -86,15 +93,16 @@ def tokenizer_config(config: DemoConfig) -> VQTokenizerConfig:
     )
 
 
-def var_config(config: DemoConfig, tokenizer: VQTokenizer) -> VARConfig:
+def var_config(config: DemoConfig) -> VARConfig:
     """A small VAR that writes the number it is told."""
+    tokenizer = tokenizer_config(config)
     return VARConfig(
-        grids=tokenizer.config.grids,
+        grids=tokenizer.grids,
         depth=config.depth,
         embed_dim=config.width,
         num_heads=max(config.width // 32, 1),
-        vocab_size=tokenizer.config.vocab_size,
-        code_channels=tokenizer.config.code_channels,
+        vocab_size=tokenizer.vocab_size,
+        code_channels=tokenizer.code_channels,
         num_classes=0,
         text_length=DIGITS,
         gate_init=1.0,
@@ -104,21 +112,23 @@ def var_config(config: DemoConfig, tokenizer: VQTokenizer) -> VARConfig:
 def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Train, sample, read, and write `report.html`, `results.json` and the checkpoints below `config.output`.
 
-    Interrupted and called again with the same settings, training goes on where it stopped.
+    Interrupted and called again with the same settings, training goes on where it stopped. What a folder has of other
+    settings is made anew.
 
     Returns:
         the figures of `results.json`.
+
+    Raises:
+        ValueError: settings that make no sense, a folder that another process is using.
     """
-    for name in ("tokenizer_steps", "var_steps", "subject_steps", "scenes", "width", "depth"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"demo: {name}: expected at least 1, got {getattr(config, name)}")
-    if config.rl_iterations < 0:
-        raise ValueError(f"demo: rl_iterations: expected at least 0, got {config.rl_iterations}")
-    if config.samples < 8:
-        raise ValueError(f"demo: samples: expected at least 8, got {config.samples}")
-    config.sampling.check()
+    check_fields(config)
+    var_config(config)  # raises for sizes that do not fit, before anything is trained
+    with locked(config.output):
+        return _run(config)
+
+
+def _run(config: DemoConfig) -> dict[str, Any]:
     output = config.output
-    output.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
     size = tuple(4 * side for side in ScaleSchedule.parse(config.grids).finest)
     data: dict[str, Any] = {"size": size, "digits": DIGITS, "seed": config.seed, "reference_place": "scene"}
@@ -128,15 +138,15 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     reader = Reader(cache=output / "reader.safetensors")
     seconds["reader"] = time.perf_counter() - start
 
-    tokenizer: VQTokenizer = _train_tokenizer(config, scenes, held_out).model
+    tokenizer = _train_tokenizer(config, scenes, held_out).model
     seconds["tokenizer"] = _training_seconds(output / "tokenizer")
     start = time.perf_counter()
     tokens = TokenDataset(scenes, tokenizer, reference=True)
     seconds["tokens"] = time.perf_counter() - start
-    var: VAR = _train_var(config, VAR(var_config(config, tokenizer), tokenizer), tokens, held_out, "var").model
+    var = _train_var(config, VAR(var_config(config), tokenizer), tokens, held_out, "var").model
     seconds["var"] = _training_seconds(output / "var")
     with_subject = var.add_subject("block_causal")
-    subject_var: VAR = _train_var(config, with_subject, tokens, held_out, "var-subject").model
+    subject_var = _train_var(config, with_subject, tokens, held_out, "var-subject").model
     seconds["var-subject"] = _training_seconds(output / "var-subject")
 
     learned = _train_policy(config, var, reader) if config.rl_iterations else None
@@ -187,7 +197,9 @@ def _training_seconds(folder: Path) -> float:
     return read_metrics(folder / "metrics.jsonl")[-1]["seconds"]
 
 
-def _train_tokenizer(config: DemoConfig, scenes: HandwritingScenes, held_out: HandwritingScenes) -> TrainResult:
+def _train_tokenizer(
+    config: DemoConfig, scenes: HandwritingScenes, held_out: HandwritingScenes
+) -> TrainResult[VQTokenizer]:
     torch.manual_seed(config.seed)
     task = TokenizerTask(
         VQTokenizer(tokenizer_config(config)), held_out.batch(list(range(min(8, len(held_out)))))["image"]
@@ -203,12 +215,12 @@ def _train_tokenizer(config: DemoConfig, scenes: HandwritingScenes, held_out: Ha
         picture_every=200,
         seed=config.seed,
     )
-    return train(task, scenes, options, config.output / "tokenizer")
+    return _going_on(train, task, scenes, options, config.output / "tokenizer")
 
 
 def _train_var(
     config: DemoConfig, model: VAR, tokens: TokenDataset, held_out: HandwritingScenes, name: str
-) -> TrainResult:
+) -> TrainResult[VAR]:
     torch.manual_seed(config.seed)
     with_subject = model.config.subject != "none"
     options = TrainConfig(
@@ -230,7 +242,18 @@ def _train_var(
         images = draw(averaged, shown["text"], config.sampling, subject=subject)
         return _pairs(shown["reference"] * 0.5 + 0.5, images)
 
-    return train(VARTask(model, picture), tokens, options, config.output / name)
+    return _going_on(train, VARTask(model, picture), tokens, options, config.output / name)
+
+
+def _going_on(run: Callable[..., _T], *arguments: Any) -> _T:
+    """A run, whose last two arguments are its settings and its folder; anew where the folder has one of other settings:
+    a demo is never a mixture."""
+    *others, settings, folder = arguments
+    try:
+        return run(*others, settings, folder)
+    except OtherSettingsError:
+        say(f"{folder} was made with other settings, and is made anew")
+        return run(*others, replace(settings, resume=False), folder)
 
 
 @dataclass(frozen=True)
@@ -275,7 +298,7 @@ def rl_config(config: DemoConfig) -> RLConfig:
         iterations=config.rl_iterations,
         prompts=8,
         group_size=8,
-        middle=2,
+        middle=min(2, len(ScaleSchedule.parse(config.grids)) - 1),
         coarse_updates=0,
         fine_updates=1,
         learning_rate=3e-4,
@@ -293,9 +316,12 @@ def _train_policy(config: DemoConfig, var: VAR, reader: Reader) -> _Learned:
     settings, folder = rl_config(config), config.output / "rl"
     reward = RewardSum({"ocr": OCRReward(reader)})
     before = _Drawn.by(var, reader, config.samples)
-    policy = VMRGRPOTrainer(
-        var.clone().requires_grad_(True), reward, every_number(DIGITS, 100), settings, folder
-    ).train()
+
+    def learn(settings: RLConfig, folder: Path) -> VAR:
+        policy = var.clone().requires_grad_(True)
+        return VMRGRPOTrainer(policy, reward, every_number(DIGITS, 100), settings, folder).train()
+
+    policy = _going_on(learn, settings, folder)
     return _Learned(before, _Drawn.by(policy, reader, config.samples), _training_seconds(folder), config.rl_iterations)
 
 

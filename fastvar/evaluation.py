@@ -20,6 +20,7 @@ from fastvar.data import (
 )
 from fastvar.data.metrics import edit_similarity
 from fastvar.models import VAR
+from fastvar.ranges import Count, CountOrNone, Guidance, Seed, Share, Temperature, check_fields
 
 Interval = tuple[float, float]
 
@@ -28,25 +29,24 @@ Interval = tuple[float, float]
 class SamplingOptions:
     """How samples are drawn; see `fastvar.models.sampling.generate`."""
 
-    guidance: float = 2.0
+    guidance: Guidance = 2.0
     """Classifier-free guidance of the last scale; it grows linearly from 0 at the first one."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """Divides the logits; below 1 the likeliest codes gain."""
-    top_k: int = 0
+    top_k: CountOrNone = 0
     """Keep this many codes; 0 for all."""
-    top_p: float = 0.9
+    top_p: Share = 0.9
     """Keep the likeliest codes of this mass; 1 for all."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the samples."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images drawn at a time; it changes nothing but memory and speed."""
     graphs: bool = True
     """Draw by CUDA graphs where they can be used: on a GPU."""
 
     def check(self) -> None:
         """Raise a ValueError that names a setting which makes no sense."""
-        if self.batch_size < 1:
-            raise ValueError(f"SamplingOptions: batch_size: expected at least 1, got {self.batch_size}")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ def draw(
     options.check()
     if not len(labels):
         raise ValueError("draw: labels: expected at least one, got none")
+    labels = var.indices(labels)  # all of them, before the first is drawn
     images = []
     for start in tqdm(range(0, len(labels), options.batch_size), desc=title, leave=False, dynamic_ncols=True):
         rows = slice(start, start + options.batch_size)
@@ -130,6 +131,7 @@ def draw(
             first_sample=start,
             graphs=None if options.graphs else False,
         )
+        assert out.images is not None  # they were decoded
         images.append(out.images.cpu())
     return torch.cat(images)
 

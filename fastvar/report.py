@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvar.files import write_text
+from fastvar.pictures import png
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,9 +48,7 @@ class Report:
 
     def picture(self, image: Image, caption: str, *, plot: bool = False) -> None:
         """Add a PIL image; pixels stay sharp unless it is a plot."""
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        data = base64.b64encode(buffer.getvalue()).decode()
+        data = base64.b64encode(png(image)).decode()
         kind = ' class="plot"' if plot else ""
         alt = html.escape(caption, quote=True)
         self._parts.append(

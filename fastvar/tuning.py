@@ -265,11 +265,12 @@ def own_summary(name: str) -> str:
 @contextmanager
 def _forced(table: Table, tile: Tile, key: Key) -> Iterator[None]:
     """Calls with these numbers take this tile."""
+    before = table.forced, table.forced_for
     table.forced, table.forced_for = tile, key
     try:
         yield
     finally:
-        table.forced = table.forced_for = None
+        table.forced, table.forced_for = before
 
 
 def _same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:

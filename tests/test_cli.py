@@ -5,26 +5,36 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
+import re
 import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+import fastvar
 from fastvar.cli import main
 from fastvar.cli.build import Build
-from fastvar.cli.common import DataOptions
+from fastvar.cli.common import DataOptions, chosen_device, train_on
 from fastvar.cli.info import Info
 from fastvar.cli.models import Sample, Train, TrainTokenizer
 from fastvar.cli.reinforcement import RL, Ablate, ChooseMiddle, Evaluate, RewardOptions
 from fastvar.demo import DemoConfig
 from fastvar.evaluation import SamplingOptions
+from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.ops.policy_loss import KL_ESTIMATORS, NORMALISATIONS, PANW_NORMALISATIONS, RATIO_LEVELS
 from fastvar.rl import LossOptions, RLConfig, RolloutOptions
+from fastvar.rl.config import TOLERANCES
+from fastvar.rl.rewards.base import _REGISTRY
 from fastvar.training import TrainConfig
+from fastvar.training.interrupts import Interrupted
 
+DATA = ["--data", "handwriting"]
 COMMANDS = ("train-tokenizer", "train", "sample", "evaluate", "demo", "info", "build", "rl", "choose-middle", "ablate")
 SMALL = ["--grids", "1,3x4,6x8", "--vocab-size", "16", "--code-channels", "8", "--channels", "8", "--norm-groups", "4"]
-FEW = ["--steps", "3", "--batch-size", "4", "--scenes", "16", "--log-every", "1"]
+FEW = ["--steps", "3", "--batch-size", "4", "--scenes", "16", "--log-every", "1", *DATA]
 
 
 def run(*arguments: object) -> None:
@@ -38,6 +48,21 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "usage: fastvar" in shown
+
+
+def test_help_names_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for command in ("rl", "train"):
+        with pytest.raises(SystemExit):
+            run(command, "--help")
+        shown[command] = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    for name, factory in _REGISTRY.items():
+        if factory.__module__.startswith("fastvar."):
+            assert re.search(rf"There are [^.]*\b{name}\b", shown["rl"]), name
+    for choices in (NORMALISATIONS, PANW_NORMALISATIONS, RATIO_LEVELS, KL_ESTIMATORS, TOLERANCES, ("own", "scene")):
+        assert all(f'"{choice}"' in shown["rl"] for choice in choices)
+    for choice in ("none", "block_causal", "bidirectional", "no", "bf16", "auto", "handwriting", "own", "scene"):
+        assert f'"{choice}"' in shown["train"], choice
 
 
 @pytest.mark.parametrize(
@@ -68,18 +93,34 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["sample", "--model", "nowhere", "--labels", "1", "--device", "tpu"], "device: expected one of cpu"),
+        (["sample", "--model", "x", "--labels", "1", "--output", "s1.xyz"], "whose name ends in .png, got s1.xyz"),
+        (["sample", "--model", "x", "--labels", "1", "--output", "."], "output: expected a file, got the folder ."),
+        (["sample", "--model", "x", "--labels", "1", "--output", "file/a.png"], "expected a folder, got the file file"),
+        (["choose-middle", "--model", "x", "--output", "m.svg"], "whose name ends in .png, got m.svg"),
+        (["evaluate", "--model", "x", "--output", "."], "output: expected a file, got the folder ."),
+        (["train", *DATA, "--output", "file", "--tokenizer", "x"], "output: expected a folder, got the file file"),
+        (["train-tokenizer", *DATA, "--output", "file/run"], "output: expected a folder, got the file file"),
+        (["rl", "--model", "x", "--output", "file"], "output: expected a folder, got the file file"),
+        (["ablate", "--config", "x", "--output", "file"], "output: expected a folder, got the file file"),
+        (["demo", "--output", "file"], "output: expected a folder, got the file file"),
+        (["train", *DATA, "--output", "x", "--tokenizer", "y", "--device", "cuda:99"], "device: expected one of cpu"),
+        (["info", "nowhere"], "info: path: expected a file or a folder, got nowhere, which is none"),
         (["sample", "--model", "nowhere", "--labels", "1"], "model: expected a folder with config.json, got nowhere"),
-        (["train-tokenizer", "--output", "x", "--grids", "4,2"], "expected sides that never shrink"),
-        (["train-tokenizer", "--output", "x", "--grids", "four"], "expected a preset or grids"),
+        (["train-tokenizer", *DATA, "--output", "x", "--grids", "4,2"], "expected sides that never shrink"),
+        (["train-tokenizer", *DATA, "--output", "x", "--grids", "four"], "expected a preset or grids"),
         (["train-tokenizer", "--output", "x", "--data", "nowhere"], "nowhere"),
-        (["train", "--output", "x", "--tokenizer", "nowhere"], "tokenizer: expected a folder with config.json"),
-        (["train-tokenizer", "--output", "x", "--steps", "0"], "steps: expected at least 1, got 0"),
-        (["train-tokenizer", "--output", "x", "--norm-groups", "0"], "norm_groups: expected at least 1, got 0"),
+        (["train", *DATA, "--output", "x", "--tokenizer", "nowhere"], "tokenizer: expected a folder with config.json"),
+        (["train-tokenizer", *DATA, "--output", "x", "--steps", "0"], "steps: expected at least 1, got 0"),
+        (["train-tokenizer", *DATA, "--output", "x", "--norm-groups", "0"], "norm_groups: expected at least 1, got 0"),
         (["sample", "--model", "x", "--labels", "1", "--count", "0"], "count: expected at least 1, got 0"),
         (["evaluate", "--model", "x", "--samples", "0"], "samples: expected at least 8, got 0"),
         (["rl", "--model", "nowhere", "--output", "x"], "model: expected a folder with config.json, got nowhere"),
         (["rl", "--model", "x", "--output", "x", "--eta", "0"], "RLConfig: eta: expected above 0, got 0"),
         (["ablate", "--config", "nowhere.toml", "--output", "x"], "nowhere.toml"),
+        (["rl", "--model", "x", "--output", "x", "--seed", "4294967296"], "RLConfig: seed: expected 0 to 2147483647"),
+        (["sample", "--model", "x", "--labels", "1", "--guidance", "nan"], "SamplingOptions: guidance: expected"),
+        (["evaluate", "--model", "x", "--temperature", "1e-40"], "SamplingOptions: temperature: expected"),
         (["demo", "--output", "x", "--samples", "1"], "samples: expected at least 8, got 1"),
     ],
 )
@@ -91,6 +132,7 @@ def test_a_mistake_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stop:
         run(*arguments)
     assert stop.value.code not in (0, None)
@@ -99,10 +141,80 @@ def test_a_mistake_is_one_line(
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [
+        (
+            Interrupted("SIGTERM", 7, Path("run/step-7")),
+            143,
+            "stopped by SIGTERM after step 7, saved in run/step-7;",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted"),  # of what has nothing to save
+    ],
+)
+def test_interrupts_say_where_it_was_saved(
+    raised: BaseException, status: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(self: Info) -> None:
+        raise raised
+
+    monkeypatch.setattr(Info, "run", stop)
+    with pytest.raises(SystemExit) as stopped:
+        run("info")
+    shown = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == status and len(shown) == 1 and shown[0].startswith(f"fastvar: {line}")
+
+
+def test_flags_that_messages_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is one of the commands that the message is for."""
+    for command, flags in {
+        "train": ("--no-resume", "--precision", "--save-minutes", "--steps"),
+        "train-tokenizer": ("--no-resume", "--precision"),
+        "rl": ("--no-resume", "--precision", "--save-minutes", "--iterations"),
+    }.items():
+        with pytest.raises(SystemExit):
+            run(command, "--help")
+        shown = capsys.readouterr().out
+        assert all(flag in shown for flag in flags), command
+
+
+def test_training_asks_for_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["train", "--output", "x", "--tokenizer", "y"], ["train-tokenizer", "--output", "x"]):
+        with pytest.raises(SystemExit) as stop:
+            run(*command)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "--data STR" in error and '"handwriting"' in error
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--version")
+    assert capsys.readouterr().out == f"fastvar {fastvar.__version__}\n"
+
+
+def test_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training is told by accelerate's variable; a GPU of its own is not for one of several processes."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    train_on("cpu")
+    assert os.environ["ACCELERATE_USE_CPU"] == "true"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert chosen_device(None) == torch.device("cuda") and chosen_device("cpu") == torch.device("cpu")
+    train_on("cuda:1")
+    train_on(None)
+    assert chosen == [torch.device("cuda", 1)]
+    with pytest.raises(ValueError, match=r"device: expected one of cpu, cuda, cuda:0, cuda:1, got 'cuda:2'"):
+        train_on("cuda:2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="device: expected cpu or cuda where several processes"):
+        train_on("cuda:0")
+
+
 def test_train_sample_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("train-tokenizer", "--output", tmp_path / "vq", *SMALL, *FEW)
     shape = ["--depth", "1", "--width", "16", "--heads", "2"]
-    train = ["train", "--output", tmp_path / "var", "--tokenizer", tmp_path / "vq/model", *shape, *FEW]
+    train = ["train", "--output", tmp_path / "var", "--tokenizer", tmp_path / "vq", *shape, *FEW]
     with pytest.raises(SystemExit):
         run(*train, "--scale-weights", 1, 2)
     assert "scale_weights: expected 3 numbers, one for each scale, got 2" in capsys.readouterr().err
@@ -124,7 +236,7 @@ def test_train_sample_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (2 + 3 * (32 + 2), 2 + 2 * (24 + 2))
     capsys.readouterr()
-    run("evaluate", "--model", tmp_path / "var/model", "--samples", "8", "--output", tmp_path / "figures.json")
+    run("evaluate", "--model", tmp_path / "var", "--samples", "8", "--output", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert json.loads(capsys.readouterr().out) == figures and figures["reading"]["images"] == 8
     assert {"ocr", "ocr_95", "diversity", "diversity_95"} <= set(figures["rewards"])
@@ -139,6 +251,21 @@ def test_train_sample_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str
         *["--output", tmp_path / "b.png"],
     )
     assert (tmp_path / "b.png").is_file()
+    with pytest.raises(SystemExit):
+        run(
+            *["sample", "--model", tmp_path / "subject/model", "--labels", "07", "--output", tmp_path / "c.png"],
+            *["--subject", tmp_path / "subject/settings.json"],
+        )
+    error = capsys.readouterr().err
+    assert "sample: subject: expected a readable image, got" in error and "settings.json" in error
+    with pytest.raises(SystemExit):
+        run("sample", "--model", tmp_path / "vq", "--labels", "07")
+    assert f"model: from_pretrained: expected a VAR, got a VQTokenizer in {tmp_path}/vq/" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("train", "--tokenizer", tmp_path / "var", "--output", tmp_path / "other", *FEW)
+    error = capsys.readouterr().err
+    assert f"tokenizer: from_pretrained: expected a VQTokenizer, got a VAR in {tmp_path}/var/model, which" in error
+    assert f"which has its own in {tmp_path}/var/model/tokenizer" in error
     with pytest.raises(SystemExit):
         run("sample", "--model", tmp_path / "var/model", "--labels", "cat", "--output", tmp_path / "c.png")
     assert "expected texts of at most 2 characters out of '0123456789', got 'cat'" in capsys.readouterr().err
@@ -164,6 +291,8 @@ def test_reinforcement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "<- recommended" in capsys.readouterr().out and (tmp_path / "m.png").is_file()
     for options, message in (
         (["--rewards", "beauty"], "create: name: expected one of"),
+        (["--rewards", "jpeg=nan"], "rewards: expected finite weights, got jpeg=nan"),
+        (["--rewards", "jpeg=0"], "RewardSum: weights: expected one other than 0, as nothing would be learned"),
         (["--rewards", "jpeg=much"], "rewards: expected NAME or NAME=WEIGHT, got 'jpeg=much'"),
         (["--reward-options", "jpeg.quality"], "reward_options: expected NAME.OPTION=VALUE"),
         (
@@ -184,29 +313,75 @@ def test_prompts_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (tmp_path / "photos" / label).mkdir(parents=True)
         for i in range(2):
             Image.new("RGB", (32, 24), (i * 40, 90, 20)).save(tmp_path / "photos" / label / f"{i}.png")
-    few = [*FEW[:-4], "--data", tmp_path / "photos"]
+    few = [*FEW[:4], "--data", tmp_path / "photos"]
     run("train-tokenizer", "--output", tmp_path / "vq", *SMALL, *few)
     shape = ["--depth", "1", "--width", "16", "--heads", "2"]
     run("train", "--output", tmp_path / "var", "--tokenizer", tmp_path / "vq/model", *shape, *few)
-    (tmp_path / "prompts.txt").write_text("0\ta first thing\n1\ta second one\n")
+    (tmp_path / "prompts.txt").write_text("a\ta first thing\n1\ta second one\n", encoding="utf-8-sig")
     few = ["--iterations", "2", "--prompts", "2", "--group-size", "2", "--middle", "0", "--rewards", "jpeg"]
     rl = ["rl", "--model", tmp_path / "var/model", "--output", tmp_path / "rl", *few]
     run(*rl, "--prompt-file", tmp_path / "prompts.txt")
+    (tmp_path / "prompts.txt").write_text("0\ta first thing\n", encoding="utf-16")
+    with pytest.raises(SystemExit):
+        run(*rl, "--prompt-file", tmp_path / "prompts.txt")
+    assert "prompt_file: expected text in UTF-8, got" in capsys.readouterr().err
     (tmp_path / "prompts.txt").write_text("7\ta first thing\n")
     with pytest.raises(SystemExit):
         run(*rl, "--prompt-file", tmp_path / "prompts.txt")
-    assert "prompt_file: expected lines CLASS TAB PROMPT, CLASS below 2" in capsys.readouterr().err
+    assert (
+        "prompt_file: CLASS: expected one of 'a', 'b' or a class index from 0 to 1, got '7'" in capsys.readouterr().err
+    )
+    (tmp_path / "prompts.txt").write_text("a a first thing\n")
+    with pytest.raises(SystemExit):
+        run(*rl, "--prompt-file", tmp_path / "prompts.txt")
+    assert "prompt_file: expected lines CLASS TAB PROMPT, got 'a a first thing'" in capsys.readouterr().err
 
 
-def test_folder_of_images(tmp_path: Path) -> None:
+def test_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for label in ("a", "b"):
         (tmp_path / "photos" / label).mkdir(parents=True)
         for i in range(4):
             Image.new("RGB", (20, 30), (60 * i, 10, 200)).save(tmp_path / "photos" / label / f"{i}.png")
     few = ["--steps", "2", "--batch-size", "4"]
     run("train-tokenizer", "--data", tmp_path / "photos", "--output", tmp_path / "vq", *SMALL, *few)
-    run(
-        "train", "--data", tmp_path / "photos", "--output", tmp_path / "var", "--tokenizer", tmp_path / "vq/model", *few
-    )
-    run("sample", "--model", tmp_path / "var/model", "--labels", "1", "--output", tmp_path / "a.png")
-    assert (tmp_path / "a.png").is_file()
+    train = ["train", "--data", tmp_path / "photos", "--output", tmp_path / "var", "--tokenizer", tmp_path / "vq/model"]
+    run(*train, *few)
+    assert capsys.readouterr().out.count(f"var: {tmp_path / 'var/model'} (2 steps") == 1
+    monkeypatch.setenv("RANK", "1")  # the second of several processes says nothing
+    run(*train, *few)
+    assert "var: " not in capsys.readouterr().out
+    sample = ["sample", "--model", tmp_path / "var/model", "--count", 2, "--output"]
+    run(*sample, tmp_path / "a.png", "--labels", "b")
+    run(*sample, tmp_path / "b.png", "--labels", 1)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with pytest.raises(SystemExit):
+        run(*sample, tmp_path / "c.png", "--labels", "c")
+    assert "sample: labels: expected one of 'a', 'b' or a class index from 0 to 1, got 'c'" in capsys.readouterr().err
+
+
+def test_starting_from_a_model_of_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The labels are those of the names that the model has; a class that it does not have is refused."""
+    for label in ("b", "c", "d"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        Image.new("RGB", (20, 30), (60, 10, 200)).save(tmp_path / "photos" / label / "1.png")
+    shape = {"vocab_size": 16, "code_channels": 8}
+    grids = ((1, 1), (2, 2))
+    vq = VQTokenizer(VQTokenizerConfig(grids, channels=8, channel_multipliers=(1, 2), norm_groups=4, **shape))
+    vq.save_pretrained(tmp_path / "vq")
+    start = ["train", "--tokenizer", tmp_path / "vq", "--data", tmp_path / "photos", "--steps", 1, "--batch-size", 2]
+    for number, names, message in (
+        (3, ("b", "c", "e"), "out of 3 classes (b, c, e), got d"),
+        (4, (), "train: start: expected a model of 3 classes, as "),
+        (4, ("a", "d", "c", "b"), ""),
+        (3, (), ""),
+    ):
+        config = VARConfig(grids, depth=1, embed_dim=8, num_heads=2, num_classes=number, class_names=names, **shape)
+        VAR(config).save_pretrained(tmp_path / "start")
+        run_it = [*start, "--start", tmp_path / "start", "--output", tmp_path / "run", "--no-resume"]
+        if message:
+            with pytest.raises(SystemExit):
+                run(*run_it)
+            assert message in capsys.readouterr().err
+        else:
+            run(*run_it)
+            assert VAR.from_pretrained(tmp_path / "run/model").config.class_names == (names or ("b", "c", "d"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvar.demo import DemoConfig, run_demo
+from fastvar.demo import DemoConfig, rl_config, run_demo
+from fastvar.evaluation import SamplingOptions
 from fastvar.training.checkpoints import saved_steps
 from fastvar.training.loop import resolve_precision
 
 FILES = ("report.html", "results.json", "tokenizer/model/model.safetensors", "var/model/tokenizer/config.json")
 
 
-def test_demo(tmp_path: Path) -> None:
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = DemoConfig(
         output=tmp_path / "demo",
         tokenizer_steps=3,
@@ -47,14 +50,37 @@ def test_demo(tmp_path: Path) -> None:
     assert again["scores"] == results["scores"]
     for name, lines in before.items():  # with their seconds: nothing was trained again
         assert (config.output / name / "metrics.jsonl").read_text() == lines
-    with pytest.raises(ValueError, match=r"other settings \(train.seed was 0, is 1"):
-        run_demo(replace(config, seed=1))
     # what "auto" came to is kept: a run does not go on in another precision
     settings = json.loads((config.output / "tokenizer" / "settings.json").read_text())
     precision = resolve_precision("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     assert settings["train"]["precision"] == precision
-    with pytest.raises(ValueError, match=rf"other settings \(train.precision was {precision}, is"):
-        run_demo(replace(config, precision={"no": "bf16", "bf16": "no"}[precision]))
+    capsys.readouterr()
+    # with other settings all is made anew
+    run_demo(replace(config, seed=1))
+    shown = capsys.readouterr().err
+    for name in ("tokenizer", "var", "var-subject", "rl"):
+        assert f"{config.output / name} was made with other settings, and is made anew" in shown
+        settings = json.loads((config.output / name / "settings.json").read_text())
+        assert settings["rl" if name == "rl" else "train"]["seed"] == 1
+
+
+def test_sizes_that_do_not_fit_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="VARConfig: num_heads: expected a divisor of embed_dim 100, got 3"):
+        run_demo(DemoConfig(output=tmp_path / "demo", width=100))
+    with pytest.raises(ValueError, match="SamplingOptions: guidance: expected"):
+        run_demo(DemoConfig(output=tmp_path / "demo", sampling=SamplingOptions(guidance=math.nan)))
+    assert not (tmp_path / "demo").exists()
+    assert [rl_config(DemoConfig(grids=grids)).middle for grids in ("6x8", "1,6x8", "1,2,3,6x8")] == [0, 1, 2]
+
+
+def test_a_folder_that_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(*arguments: object) -> None:
+        raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "lockf", taken)
+    with pytest.raises(ValueError, match=r"output: .* is in use by another process"):
+        run_demo(DemoConfig(output=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_import_is_light_and_silent() -> None:
 import sys, torch
 before = set(sys.modules)
 sys.modules["triton"] = None  # importing it would raise
-import fastvar
+import fastvar, fastvar.ops
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 heavy = new & {"numpy", "scipy", "sklearn", "torchvision", "PIL", "accelerate", "huggingface_hub", "tyro",
                "safetensors", "transformers", "matplotlib", "tqdm"}
@@ -65,6 +65,12 @@ assert not torch.cuda.is_initialized()
 def test_submodules_are_reached_from_the_package() -> None:
     done = python("import fastvar; fastvar.models.VAR; fastvar.data.HandwritingScenes; fastvar.ops.sample_tokens")
     assert done.returncode == 0, done.stderr
+
+
+def test_what_there_is_can_be_listed() -> None:
+    done = python("import fastvar; print(*dir(fastvar))")
+    names = set(done.stdout.split())
+    assert {"data", "models", "ops", "rl", "training", "ScaleSchedule", "explain", "support", "__version__"} <= names
 
 
 def test_versions_agree() -> None:

@@ -15,7 +15,7 @@ import torch
 from fastvar.kernels.common import tiling
 from fastvar.kernels.common.tiling import Card, Row, Table, own_path, own_tiles
 
-from fastvar.tuning import Tuner, add_own_row, load_tables, own_summary
+from fastvar.tuning import Tuner, _forced, add_own_row, load_tables, own_summary
 from fastvar.workloads import Shape, tensors, workloads
 
 CARD = Card("NVIDIA Test/1", "sm90", 1000)
@@ -73,6 +73,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def kernel() -> Kernel:
     return Kernel()
+
+
+def test_a_tile_forced_within_another(kernel: Kernel) -> None:
+    table, key = kernel.table, {"length": 1}
+    with _forced(table, {"BLOCK": 64}, key):
+        with _forced(table, {"BLOCK": 128}, key):
+            assert table.forced == {"BLOCK": 128}
+        assert table.forced == {"BLOCK": 64} and table.forced_for == key
+    assert table.forced is None and table.forced_for is None
 
 
 def test_the_fastest_right_tile_is_written_and_taken(kernel: Kernel, cache: Path) -> None:
@@ -207,12 +216,12 @@ def test_a_stale_file_is_left_out_aloud(kernel: Kernel, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"kernels": {"toy.forward": {"version": "a", "rows": [{"tile": {"BLOCK": "a"}}]}}}']
+    "text", ["{", "[]", "\udcff", '{"kernels": {"toy.forward": {"version": "a", "rows": [{"tile": {"BLOCK": "a"}}]}}}']
 )
 def test_a_broken_file_is_named(kernel: Kernel, text: str) -> None:
     path = own_path(CARD.name)
     path.parent.mkdir(parents=True)
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")  # the third is no UTF-8
     with pytest.raises(ValueError, match=r"NVIDIA-Test-1.json: expected a table that fastvar tune wrote \(delete it\)"):
         kernel.table.choose(CARD, bits=16, length=7)
     assert "delete it" in own_summary(CARD.name)
@@ -256,7 +265,7 @@ def test_the_command_needs_a_gpu() -> None:
     done = run("--ops", "beauty")
     assert done.returncode == 2 and "tune: ops: expected some of block_causal_attention, " in done.stderr
     done = run("--minutes", "0")
-    assert done.returncode == 2 and "tune: minutes: expected a positive number, got 0.0" in done.stderr
+    assert done.returncode == 2 and "Tune: minutes: expected above 0, got 0.0" in done.stderr
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     done = run()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import tyro
 
+import fastvar
+import fastvar.threads  # before torch comes
 from fastvar.cli.build import Build
 from fastvar.cli.info import Info, demo_command
 from fastvar.cli.models import Sample, Train, TrainTokenizer
 from fastvar.cli.reinforcement import RL, Ablate, ChooseMiddle, Evaluate
 from fastvar.cli.tune import Tune
+from fastvar.installation import install_command
+from fastvar.ranges import check_fields
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,19 +33,24 @@ def main(arguments: list[str] | None = None) -> None:
         "build": Build,
         "tune": Tune,
     }
+    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        print(f"fastvar {fastvar.__version__}")
+        return
     command = tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="fastvar",
-        description="Visual autoregressive models: train, sample, evaluate, learn from rewards.",
+        description="Visual autoregressive models: train, sample, evaluate, learn from rewards. "
+        "fastvar --version prints the version.",
         args=arguments,
     )
     try:
+        check_fields(command)
         command.run()
-    except KeyboardInterrupt:
-        print("fastvar: interrupted; training goes on from its last checkpoint with the same command", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as error:  # a run that has saved says where, and by which signal it was stopped
+        print(f"fastvar: {str(error) or 'interrupted'}", file=sys.stderr)
+        raise SystemExit(getattr(error, "exit_status", 128 + signal.SIGINT)) from None
     except ImportError as error:
-        remedy = "" if "pip install" in str(error) else '; install it with pip install "fastvar[train]"'
+        remedy = "" if "pip install" in str(error) else f"; {install_command('train')}"
         print(f"fastvar: {error}{remedy}", file=sys.stderr)
         raise SystemExit(2) from None
     except (ValueError, RuntimeError, OSError) as error:

@@ -1,16 +1,25 @@
-"""What commands share: data sets, saved models, checks of options."""
+"""What commands share: data sets, saved models, devices, checks of options."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import tyro
 
-if TYPE_CHECKING:
-    from fastvar.models import VAR
+from fastvar.ranges import Count, OneOf
 
+if TYPE_CHECKING:
+    import torch
+
+    from fastvar.data import HandwritingScenes, ImageFolder
+    from fastvar.models import VAR, VARConfig
+    from fastvar.models.pretrained import PretrainedModel
+
+Model = TypeVar("Model", bound="PretrainedModel")
 Flat = tyro.conf.OmitArgPrefixes
 
 
@@ -18,19 +27,25 @@ Flat = tyro.conf.OmitArgPrefixes
 class DataOptions:
     """What to train on."""
 
-    data: str = "handwriting"
+    data: str
     """"handwriting" (scenes of scanned digits, no download) or a folder of images, one subfolder per class."""
-    scenes: int = 16000
+    scenes: Count = 16000
     """Handwriting: number of scenes."""
-    digits: int = 2
+    digits: Count = 2
     """Handwriting: digits of each number."""
-    reference_place: str = "own"
+    reference_place: Annotated[str, OneOf("own", "scene")] = "own"
     """Handwriting: where a reference shows its digit, at a place of its "own" or as in the "scene", which is easier."""
     flip: bool = True
     """Folder: mirror images at random; switch it off for text."""
 
-    def load(self, size: tuple[int, int], *, train: bool, seed: int) -> Any:
-        """The data set at an image size (height, width)."""
+    def load(
+        self, size: tuple[int, int], *, train: bool, seed: int, classes: Sequence[str] | None = None
+    ) -> HandwritingScenes | ImageFolder:
+        """The data set at an image size (height, width).
+
+        Args:
+            classes: of a folder, see `ImageFolder`.
+        """
         from fastvar.data import HandwritingScenes, ImageFolder
 
         if self.data == "handwriting":
@@ -43,7 +58,7 @@ class DataOptions:
                 seed=seed,
                 reference_place=self.reference_place,
             )
-        return ImageFolder(self.data, size=size, train=train, flip=self.flip)
+        return ImageFolder(self.data, size=size, train=train, flip=self.flip, classes=classes)
 
 
 def load_model(folder: Path, *, device: str | None = None) -> VAR:
@@ -51,23 +66,61 @@ def load_model(folder: Path, *, device: str | None = None) -> VAR:
 
     Raises:
         FileNotFoundError: no model in that folder.
-        RuntimeError: a model that was saved without its tokenizer.
+        ValueError: another model, one that was saved without its tokenizer, a device that is not here.
     """
-    import torch
-
     from fastvar.models import VAR
 
-    var = VAR.from_pretrained(saved("model", folder))
-    var.tokenizer  # noqa: B018  # raises if there is none
-    return var.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = chosen_device(device)
+    var = load_saved("model", VAR, folder)
+    if not var.has_tokenizer:
+        raise ValueError(f"model: expected a VAR that was saved with its tokenizer, got {folder}")
+    return var.to(place)
 
 
-def at_least(option: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{option}: expected at least {least}, got {value}")
+def load_saved(option: str, kind: type[Model], folder: Path) -> Model:
+    """A model from its folder, or from that of the run which trained it.
+
+    Raises:
+        FileNotFoundError: no model in that folder.
+        ValueError: another model, a damaged one.
+    """
+    if not any((place / "config.json").is_file() for place in (folder, folder / "model")):
+        unfinished = (folder / "settings.json").is_file()
+        hint = "; that run has no model yet: the command that began it goes on with it" if unfinished else ""
+        raise FileNotFoundError(f"{option}: expected a folder with config.json, got {folder}{hint}")
+    try:
+        return kind.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
-def saved(option: str, folder: Path) -> str:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{option}: expected a folder with config.json, got {folder}")
-    return str(folder)
+def chosen_device(name: str | None) -> torch.device:
+    """The device of a name such as "cuda:1"; without one the GPU, if there is one."""
+    import torch
+
+    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    here += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name is not None and name not in here:
+        raise ValueError(f"device: expected one of {', '.join(here)}, got {name!r}")
+    return torch.device(name or ("cuda" if "cuda" in here else "cpu"))
+
+
+def train_on(name: str | None) -> None:
+    """Make accelerate train on a device; without a name it takes the GPUs, if there are any."""
+    import torch
+
+    device = chosen_device(name)
+    if device.type == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    elif device.index is not None:
+        if "LOCAL_RANK" in os.environ:
+            raise ValueError(f"device: expected cpu or cuda where several processes have a GPU each, got {name!r}")
+        torch.cuda.set_device(device)
+
+
+def class_index(option: str, label: str, config: VARConfig) -> int:
+    """The class that a label names, or counts from 0."""
+    try:
+        return config.class_index(label)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import tyro
+
+from fastvar.cli.common import train_on
+from fastvar.cli.outputs import output_folder, say
 
 
 @dataclass(frozen=True)
 class Info:
-    """Show versions, devices and the support matrix."""
+    """Show versions, devices and the support matrix; or what a file or a folder is."""
 
+    path: tyro.conf.Positional[Path | None] = None
+    """A model, a run, a checkpoint, a file of weights, pictures, a table."""
     markdown: bool = False
     """Print only the support matrix, as the README has it."""
 
@@ -19,6 +26,13 @@ class Info:
         import torch
 
         import fastvar
+
+        if self.path is not None:
+            from fastvar.cli.describe import describe
+
+            for line in describe(self.path):
+                print(line)
+            return
         from fastvar.tuning import own_summary
 
         if self.markdown:
@@ -50,15 +64,21 @@ class Info:
 
 def demo_command() -> Any:
     from fastvar.demo import DemoConfig, run_demo
+    from fastvar.files import json_text
 
     @dataclass(frozen=True)
     class Demo(DemoConfig):
         """Train a tokenizer and a VAR on real handwriting, with and without a reference subject; write a report."""
 
+        device: str | None = None
+        """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPUs, if there are any."""
+
         def run(self) -> None:
+            output_folder("output", self.output)
+            train_on(self.device)
             results = run_demo(self)
-            print(json.dumps(results, indent=2))
-            print(f"report: {self.output / 'report.html'}")
+            say(json_text(results, indent=2))
+            say(f"report: {self.output / 'report.html'}")
 
     return Demo
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastvar.cli.common import DataOptions, Flat, at_least, load_model, saved
+from fastvar.cli.common import DataOptions, Flat, class_index, load_model, load_saved, train_on
+from fastvar.cli.outputs import output_file, output_folder, say
 from fastvar.evaluation import SamplingOptions
+from fastvar.models.var_config import SUBJECTS
+from fastvar.ranges import Count, OneOf, Positive, Range, Share
 from fastvar.training.loop import TrainConfig
 
 if TYPE_CHECKING:
+    from fastvar.data import ImageFolder
     from fastvar.models import VAR
 
 
@@ -20,25 +24,27 @@ class TrainTokenizer:
 
     output: Path
     """Folder of the run: model, metrics, pictures, checkpoints. An interrupted run goes on from here."""
+    data: Annotated[DataOptions, Flat]
     grids: str = "1,2,3x4,6x8"
     """Token grids, coarse to fine ("1,2,3x4" are 1x1, 2x2, 3x4), or a preset such as "var-256"."""
-    vocab_size: int = 256
+    vocab_size: Count = 256
     """Entries of the codebook."""
-    code_channels: int = 16
+    code_channels: Count = 16
     """Channels of a code."""
-    channels: int = 16
+    channels: Count = 16
     """Width of the first convolution."""
-    channel_multipliers: tuple[int, ...] = (1, 2, 4)
+    channel_multipliers: Annotated[tuple[int, ...], Range(1)] = (1, 2, 4)
     """Width of each resolution in units of `channels`; images are 2^(count - 1) times the finest grid."""
-    blocks_per_level: int = 1
+    blocks_per_level: Count = 1
     """Residual blocks of each resolution."""
-    norm_groups: int = 8
+    norm_groups: Count = 8
     """Groups of the group norms; must divide every width."""
     attention: bool = False
     """Attention on the coarsest resolution."""
-    chroma_gain: float = 3.5
+    chroma_gain: Positive = 3.5
     """Enlarge colour against grey for the networks and the loss; 1 leaves images as they are."""
-    data: Annotated[DataOptions, Flat] = field(default_factory=DataOptions)
+    device: str | None = None
+    """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPUs, if there are any."""
     train: Annotated[TrainConfig, Flat] = field(default_factory=lambda: TrainConfig(weight_decay=0.0))
 
     def run(self) -> None:
@@ -48,6 +54,8 @@ class TrainTokenizer:
         from fastvar.schedule import ScaleSchedule
         from fastvar.training import TokenizerTask, train
 
+        output_folder("output", self.output)
+        train_on(self.device)
         config = VQTokenizerConfig(
             grids=ScaleSchedule.parse(self.grids).grids,
             vocab_size=self.vocab_size,
@@ -64,7 +72,7 @@ class TrainTokenizer:
         examples = torch.stack([held_out[i]["image"] for i in range(min(8, len(held_out)))])
         torch.manual_seed(self.train.seed)
         result = train(TokenizerTask(VQTokenizer(config), examples), dataset, self.train, self.output)
-        print(f"tokenizer: {result.output / 'model'} ({result.steps_run} steps, {result.seconds:.0f} s)")
+        say(f"tokenizer: {result.output / 'model'} ({result.steps_run} steps, {result.seconds:.0f} s)")
 
 
 @dataclass(frozen=True)
@@ -74,24 +82,26 @@ class Train:
     output: Path
     """Folder of the run: model, metrics, pictures, checkpoints. An interrupted run goes on from here."""
     tokenizer: Path
-    """Folder of a trained tokenizer, such as RUN/model of train-tokenizer."""
+    """Folder of a trained tokenizer, or of the run that trained it."""
+    data: Annotated[DataOptions, Flat]
     start: Path | None = None
-    """Folder of a VAR to start from instead of random weights; depth, width and heads are its own."""
-    depth: int = 4
+    """Folder of a VAR to start from instead of random weights; depth, width, heads and classes are its own."""
+    depth: Count = 4
     """Number of blocks."""
-    width: int = 128
+    width: Count = 128
     """Width of the residual stream."""
-    heads: int = 4
+    heads: Count = 4
     """Attention heads."""
-    subject: str = "none"
+    subject: Annotated[str, OneOf(*SUBJECTS)] = "none"
     """Prefix of a reference subject: "none", "block_causal" or "bidirectional". Handwriting only."""
     cache_tokens: bool = False
     """Encode the whole data set once, in memory, instead of every batch; images are then not augmented anew."""
-    label_smoothing: float = 0.0
+    label_smoothing: Share = 0.0
     """Share of the target that goes to all tokens alike."""
-    scale_weights: tuple[float, ...] = ()
+    scale_weights: Annotated[tuple[float, ...], Range(0)] = ()
     """How much a token of each scale counts in the loss, coarse to fine; all alike by default."""
-    data: Annotated[DataOptions, Flat] = field(default_factory=DataOptions)
+    device: str | None = None
+    """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPUs, if there are any."""
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
 
     def run(self) -> None:
@@ -100,16 +110,32 @@ class Train:
         from fastvar.models import VAR, VARConfig, VQTokenizer
         from fastvar.training import TokenDataset, VARTask, train
 
-        tokenizer = VQTokenizer.from_pretrained(saved("tokenizer", self.tokenizer))
-        dataset = self.data.load(tokenizer.config.image_size, train=True, seed=self.train.seed)
+        output_folder("output", self.output)
+        train_on(self.device)
+        tokenizer = load_saved("tokenizer", VQTokenizer, self.tokenizer)
+        start = None if self.start is None else load_saved("start", VAR, self.start)
+        handwriting = self.data.data == "handwriting"
+        if start is not None and bool(start.config.text_length) != handwriting:
+            raise ValueError(
+                "train: start: expected a model with a text condition for handwriting, classes for a folder"
+            )
+        classes = start.config.class_names if start is not None else ()
+        size = tokenizer.config.image_size
+        dataset: Any = self.data.load(size, train=True, seed=self.train.seed, classes=classes or None)
+        if start is not None and not handwriting and dataset.num_classes != start.config.num_classes:
+            raise ValueError(
+                f"train: start: expected a model of {dataset.num_classes} classes, as {self.data.data} has, "
+                f"got {start.config.num_classes}"
+            )
         torch.manual_seed(self.train.seed)
-        if self.start is not None:
-            model = VAR.from_pretrained(saved("start", self.start))
+        if start is not None:
+            model = start
             model.tokenizer = tokenizer
+            if not handwriting:
+                model.config = replace(model.config, class_names=_class_names(dataset))
             if self.subject not in ("none", model.config.subject):
                 model = model.add_subject(self.subject)
         else:
-            handwriting = self.data.data == "handwriting"
             model = VAR(
                 VARConfig(
                     grids=tokenizer.config.grids,
@@ -119,31 +145,28 @@ class Train:
                     vocab_size=tokenizer.config.vocab_size,
                     code_channels=tokenizer.config.code_channels,
                     num_classes=0 if handwriting else dataset.num_classes,
+                    class_names=() if handwriting else _class_names(dataset),
                     text_length=self.data.digits if handwriting else 0,
                     subject=self.subject,
                 ),
                 tokenizer,
             )
-        if bool(model.config.text_length) != (self.data.data == "handwriting"):
-            raise ValueError(
-                "train: start: expected a model with a text condition for handwriting, classes for a folder"
-            )
-        if model.config.subject != "none" and self.data.data != "handwriting":
+        if model.config.subject != "none" and not handwriting:
             raise ValueError('train: subject: expected "none" for a folder of images, which has no references')
-        if self.cache_tokens:
-            dataset = TokenDataset(dataset, tokenizer, reference=model.config.subject != "none")
         task = VARTask(
             model,
             self._picture,
             label_smoothing=self.label_smoothing,
             scale_weights=self.scale_weights or None,
         )
+        if self.cache_tokens:
+            dataset = TokenDataset(dataset, tokenizer, reference=model.config.subject != "none")
         result = train(task, dataset, self.train, self.output)
-        print(f"var: {result.output / 'model'} ({result.steps_run} steps, {result.seconds:.0f} s)")
+        say(f"var: {result.output / 'model'} ({result.steps_run} steps, {result.seconds:.0f} s)")
 
     def _picture(self, model: VAR) -> Any:
         from fastvar.evaluation import draw, every_number
-        from fastvar.training.pictures import image_grid
+        from fastvar.pictures import image_grid
 
         config = model.config
         labels: Any = every_number(config.text_length, 32)
@@ -154,38 +177,43 @@ class Train:
         return image_grid(draw(model, labels, SamplingOptions()), 8)
 
 
+def _class_names(folder: ImageFolder) -> tuple[str, ...]:
+    return () if folder.classes == [""] else tuple(folder.classes)
+
+
 @dataclass(frozen=True)
 class Sample:
     """Draw images from a trained VAR and save them as one PNG."""
 
     model: Path
-    """Folder of the model (save_pretrained), with its tokenizer inside."""
+    """Folder of the model, or of the run that trained it."""
     labels: tuple[str, ...]
-    """What to draw: class indices, or texts for a model with a text condition."""
+    """What to draw: classes by name or index (a class called "7" comes before the index 7), or texts for a model with a
+    text condition."""
     output: Path = Path("samples.png")
-    """The picture; one row per label."""
-    count: int = 8
+    """The picture, a .png; one row per label."""
+    count: Count = 8
     """Images per label."""
     subject: Path | None = None
     """An image of the reference subject, for a model with a subject prefix."""
-    zoom: int = 1
+    zoom: Count = 1
     """Repeat each pixel so many times."""
+    device: str | None = None
+    """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPU, if there is one."""
     options: Annotated[SamplingOptions, Flat] = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
         import torch
 
         from fastvar.evaluation import draw
-        from fastvar.training.pictures import image_grid, save_picture
+        from fastvar.pictures import image_grid, save_picture
 
-        at_least("count", self.count, 1)
-        at_least("zoom", self.zoom, 1)
-        var = load_model(self.model)
+        output_file("output", self.output, ".png")
+        var = load_model(self.model, device=self.device)
         texts = [label for label in self.labels for _ in range(self.count)]
         labels: Any = texts
         if not var.config.text_length:
-            classes = [_class_index(label, var.config.num_classes) for label in texts]
-            labels = torch.tensor(classes)
+            labels = torch.tensor([class_index("sample: labels", label, var.config) for label in texts])
         subject = None
         if self.subject is not None:
             image = _read_image(self.subject, var.tokenizer.config.image_size)
@@ -197,16 +225,11 @@ class Sample:
         print(self.output)
 
 
-def _class_index(label: str, num_classes: int) -> int:
-    if not label.isdigit() or int(label) >= num_classes:
-        raise ValueError(f"sample: labels: expected class indices 0 to {num_classes - 1}, got {label!r}")
-    return int(label)
-
-
 def _read_image(path: Path, size: tuple[int, int]) -> Any:
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
-    with Image.open(path) as image:
-        resized = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    from fastvar.pictures import read_picture
+
+    resized = read_picture(path, "sample: subject").resize((size[1], size[0]), Image.Resampling.BICUBIC)
     return pil_to_tensor(resized).float() / 127.5 - 1

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastvar.cli.common import Flat, at_least, load_model
+from fastvar.cli.common import Flat, class_index, load_model, train_on
+from fastvar.cli.outputs import output_file, output_folder, say
 from fastvar.evaluation import SamplingOptions
+from fastvar.files import read_text
+from fastvar.ranges import Count, CountOrNone, OneOf, Range, check_fields
 from fastvar.rl.config import RLConfig
 from fastvar.rl.rollout import RolloutOptions
 
@@ -23,21 +27,40 @@ class RewardOptions:
     """What images are scored by, and what they should show."""
 
     rewards: tuple[str, ...] = ("ocr",)
-    """Names of rewards, each with its weight if that is not 1: "ocr", "clip-t=0.5"."""
+    """Names of rewards, each with its weight if that is not 1: "ocr", "clip-t=0.5". There are aesthetic, clip-i,
+    clip-t, colour, dino, hpsv2, jpeg, ocr, remote and subject."""
     reward_options: tuple[str, ...] = ()
     """Options of rewards as NAME.OPTION=VALUE, the value as JSON has it or plain text: "clip-t.pretrained=openai"."""
     standardise: bool = False
     """Subtract each reward's mean over the batch and divide by its standard deviation before weighing."""
     prompt_file: Path | None = None
-    """A text file, a prompt on each line; for a model with a class condition CLASS TAB PROMPT. By default every number
-    that a handwriting model can write, or texts and references of handwriting scenes for one with a subject prefix."""
-    reference_place: str = "own"
+    """A text file, a prompt on each line; for a model with a class condition CLASS TAB PROMPT, CLASS being a name or an
+    index. By default every number that a handwriting model can write, or texts and references of handwriting scenes for
+    one with a subject prefix."""
+    reference_place: Annotated[str, OneOf("own", "scene")] = "own"
     """Where handwriting's references show their digit: at a place of its "own" or as in the "scene"; as in training."""
+
+    def check(self) -> None:
+        """Raise a ValueError that names a setting which makes no sense, without loading a reward."""
+        from fastvar.rl.rewards import check_options
+
+        check_fields(self)
+        weights, options = self._parsed()
+        for name, weight in weights.items():
+            check_options(name, options[name])
+            if not math.isfinite(weight):
+                raise ValueError(f"rewards: expected finite weights, got {name}={weight}")
 
     def reward(self) -> RewardSum:
         """The weighted sum."""
         from fastvar.rl.rewards import RewardSum, create
 
+        weights, options = self._parsed()
+        found = {name: create(name, **options[name]) for name in weights}
+        return RewardSum(found, weights, standardise=self.standardise)
+
+    def _parsed(self) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+        """Weights and options by the names of rewards."""
         weights = {}
         for item in self.rewards:
             name, _, weight = item.partition("=")
@@ -49,8 +72,7 @@ class RewardOptions:
             if not (equals and dot) or name not in options:
                 raise ValueError(f"reward_options: expected NAME.OPTION=VALUE with NAME out of {weights}, got {item!r}")
             options[name][option] = _json_or_text(value)
-        found = {name: create(name, **options[name]) for name in weights}
-        return RewardSum(found, weights, standardise=self.standardise)
+        return weights, options
 
     def load_prompts(self, var: VAR, *, count: int, train: bool) -> Prompts:
         """What to draw with a model: the file's prompts, or those of handwriting (`count` scenes of a split)."""
@@ -61,14 +83,16 @@ class RewardOptions:
 
         config = var.config
         if self.prompt_file is not None:
-            lines = [line for line in self.prompt_file.read_text().splitlines() if line.strip()]
+            lines = [line for line in read_text(self.prompt_file, "prompt_file").splitlines() if line.strip()]
             if config.text_length:
                 config.encode_text(lines)  # raises for a text that the model cannot write
                 return Prompts(lines)
             columns = [line.partition("\t") for line in lines]
-            if any(not c.isdigit() or int(c) >= config.num_classes or not text for c, _, text in columns):
-                raise ValueError(f"prompt_file: expected lines CLASS TAB PROMPT, CLASS below {config.num_classes}")
-            return Prompts([text for *_, text in columns], torch.tensor([int(c) for c, *_ in columns]))
+            for line, (_, _, text) in zip(lines, columns, strict=True):
+                if not text:
+                    raise ValueError(f"prompt_file: expected lines CLASS TAB PROMPT, got {line!r}")
+            indices = [class_index("prompt_file: CLASS", name, config) for name, *_ in columns]
+            return Prompts([text for *_, text in columns], torch.tensor(indices))
         if not config.text_length:
             raise ValueError("prompt_file: expected a file, as the model has a class condition")
         split = "train" if train else "test"
@@ -80,22 +104,23 @@ class RL:
     """Train a VAR with rewards (VMR-GRPO). An interrupted run goes on with the same command."""
 
     model: Path
-    """Folder of the model to start from (save_pretrained), with its tokenizer inside."""
+    """Folder of the model to start from, or of the run that trained it."""
     output: Path
     """Folder of the run: model (averaged weights), best, metrics, pictures, checkpoints."""
     scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
-    prompt_count: int = 1000
+    prompt_count: Count = 1000
     """The most prompts, where they are made and not read from a file."""
-    adapter_rank: int = 0
+    adapter_rank: CountOrNone = 0
     """Train low-rank adapters (LoRA) of this rank instead of all weights; the KL is then to the model without them."""
+    device: str | None = None
+    """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPUs, if there are any."""
     rl: Annotated[RLConfig, Flat] = field(default_factory=RLConfig)
 
     def run(self) -> None:
         from fastvar.rl import VMRGRPOTrainer, add_adapters
 
-        at_least("prompt_count", self.prompt_count, 1)
-        at_least("adapter_rank", self.adapter_rank, 0)
-        self.rl.check()
+        output_folder("output", self.output)
+        train_on(self.device)
         var = load_model(self.model, device="cpu")  # each process moves it to its own device
         prompts = self.scoring.load_prompts(var, count=self.prompt_count, train=True)
         held_out = None
@@ -104,7 +129,7 @@ class RL:
         if self.adapter_rank:
             add_adapters(var, self.adapter_rank, seed=self.rl.seed)
         VMRGRPOTrainer(var, self.scoring.reward(), prompts, self.rl, self.output, evaluation=held_out).train()
-        print(f"policy: {self.output / 'model'}")
+        say(f"policy: {self.output / 'model'}")
 
 
 @dataclass(frozen=True)
@@ -112,28 +137,29 @@ class ChooseMiddle:
     """Measure for every middle scale m how much of a reward's variance the coarse scales explain, and recommend one."""
 
     model: Path
-    """Folder of the model (save_pretrained), with its tokenizer inside."""
+    """Folder of the model, or of the run that trained it."""
     output: Path = Path("middle.png")
-    """The plot."""
+    """The plot, a .png."""
+    device: str | None = None
+    """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPU, if there is one."""
     scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
-    prompt_count: int = 8
+    prompt_count: Count = 8
     """Prompts, spread over all."""
-    prefixes: int = 6
+    prefixes: Annotated[int, Range(2)] = 6
     """Coarse states of each prompt."""
-    continuations: int = 8
+    continuations: Annotated[int, Range(2)] = 8
     """Images that continue each coarse state."""
-    averaged_over: int = 2
+    averaged_over: Count = 2
     """K, the continuations whose mean is the return in training."""
     rollout: Annotated[RolloutOptions, Flat] = field(default_factory=RolloutOptions)
 
     def run(self) -> None:
+        from fastvar.pictures import save_picture
         from fastvar.report import points
         from fastvar.rl.choose_middle import ENOUGH, explained_shares, recommended_middle
-        from fastvar.training.pictures import save_picture
 
-        at_least("prompt_count", self.prompt_count, 1)
-        at_least("averaged_over", self.averaged_over, 1)
-        var = load_model(self.model)
+        output_file("output", self.output, ".png")
+        var = load_model(self.model, device=self.device)
         prompts = self.scoring.load_prompts(var, count=max(self.prompt_count, 100), train=False)
         prompts = prompts.take([i * len(prompts) // self.prompt_count for i in range(self.prompt_count)])
         shares = explained_shares(
@@ -164,23 +190,27 @@ class Evaluate:
     and with a subject prefix how often a sample's digit matches its reference."""
 
     model: Path
-    """Folder of the model (save_pretrained), with its tokenizer inside."""
-    samples: int = 400
+    """Folder of the model, or of the run that trained it."""
+    samples: Annotated[int, Range(8)] = 400
     """Images to draw for each part."""
     output: Path | None = None
     """Also write the figures to this JSON file."""
+    device: str | None = None
+    """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPU, if there is one."""
     scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
     options: Annotated[SamplingOptions, Flat] = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
         from fastvar.data import HandwritingScenes, Reader
         from fastvar.evaluation import evaluate_subject, evaluate_texts, every_number
-        from fastvar.files import write_json
+        from fastvar.files import json_text, write_json
         from fastvar.rl import evaluate_policy
 
-        at_least("samples", self.samples, 8)
-        self.options.check()
-        var = load_model(self.model)
+        if self.output is not None:
+            output_file("output", self.output)
+        var = load_model(self.model, device=self.device)
+        reward = self.scoring.reward()
+        prompts = self.scoring.load_prompts(var, count=self.samples, train=False)
         figures: dict[str, Any] = {}
         digits = var.config.text_length
         if self.scoring.prompt_file is None and digits:
@@ -198,10 +228,9 @@ class Evaluate:
                 read, match = evaluate_subject(var, scenes, self.options, reader)
                 figures["subject_match"] = match.summary()
             figures["reading"] = read.summary()
-        prompts = self.scoring.load_prompts(var, count=self.samples, train=False)
         scored = evaluate_policy(
             var,
-            self.scoring.reward(),
+            reward,
             prompts,
             samples=self.samples,
             options=RolloutOptions(
@@ -215,7 +244,7 @@ class Evaluate:
         )
         figures["rewards"] = {"images": len(scored.images), **scored.metrics}
         figures["rewards"] |= {f"{name}_95": interval for name, interval in scored.intervals.items()}
-        print(json.dumps(figures, indent=2))
+        print(json_text(figures, indent=2))
         if self.output is not None:
             write_json(self.output, figures)
 
@@ -234,8 +263,11 @@ class Ablate:
 
     def run(self) -> None:
         from fastvar.rl.ablation import run_ablations
+        from fastvar.training.lock import locked
 
-        print(run_ablations(self.config, self.output, only=self.only))
+        output_folder("output", self.output)
+        with locked(self.output):
+            say(run_ablations(self.config, self.output, only=self.only))
 
 
 def _number(option: str, item: str, text: str) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastvar.ranges import Positive
+
 
 @dataclass(frozen=True)
 class Tune:
@@ -12,7 +14,7 @@ class Tune:
 
     ops: tuple[str, ...] = ()
     """Operators to tune; all by default."""
-    minutes: float = 10.0
+    minutes: Positive = 10.0
     """To spend at most; the most important kernels come first."""
 
     def run(self) -> None:
@@ -27,8 +29,6 @@ class Tune:
         unknown = sorted(set(self.ops) - set(names))
         if unknown:
             raise ValueError(f"tune: ops: expected some of {', '.join(names)}, got {', '.join(unknown)}")
-        if not self.minutes > 0:
-            raise ValueError(f"tune: minutes: expected a positive number, got {self.minutes}")
         if not torch.cuda.is_available():
             raise RuntimeError("tune: needs a CUDA device, torch sees none")
         device = torch.device("cuda", torch.cuda.current_device())

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastvar.weights import read_weights
+
 SIDE = 16  # pixels of a crop
 BORDER = 1
 ORIENTATIONS = 8
@@ -86,9 +88,9 @@ class CharacterClassifier:
     @classmethod
     def load(cls, path: str | Path) -> CharacterClassifier:
         """Read what `save` wrote. Raises ValueError if it is something else."""
-        from safetensors.torch import load_file
-
-        tensors = load_file(str(path))
+        tensors = read_weights(path, "CharacterClassifier: path")
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ValueError(f"CharacterClassifier: path: expected tensors by name, got something else in {path}")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         count = shapes.get("centres", (0,))[0]
         if shapes != {"centres": (count, NUM_FEATURES), "weights": (count, JUNK + 1)}:

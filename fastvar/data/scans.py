@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvar.data.draws import hash_integers
+from fastvar.installation import install_command
 
 CELLS = 8  # a scan is CELLS x CELLS
 PADDING = 2  # empty cells around a scan in its field, so that reading outside finds paper
@@ -51,7 +52,7 @@ def load_scans() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("handwriting scenes need scikit-learn: pip install 'fastvar[train]'") from error
+        raise ImportError(f"handwriting scenes need scikit-learn: {install_command('train')}") from error
     digits = load_digits()
     scans = (np.asarray(digits.images) / 16).astype(np.float32)
     classes = np.asarray(digits.target, dtype=np.int64)

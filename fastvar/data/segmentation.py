@@ -137,7 +137,8 @@ def check_images(images: Tensor, name: str, dimensions: int = 4) -> None:
     """
     shape = "(B, 3, H, W)" if dimensions == 4 else "(B, N, 3, H, W)"
     if not isinstance(images, Tensor) or not images.is_floating_point():
-        raise ValueError(f"{name}: expected a float tensor, got {getattr(images, 'dtype', type(images).__name__)}")
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"{name}: expected a float tensor, got {got}")
     if images.dim() != dimensions or images.shape[-3] != 3 or images.shape[-1] < 1 or images.shape[-2] < 1:
         raise ValueError(f"{name}: expected {shape}, got {tuple(images.shape)}")
     if images.numel() and not bool(torch.isfinite(images).all()):

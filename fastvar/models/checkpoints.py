@@ -15,6 +15,7 @@ from fastvar.models.var import VAR
 from fastvar.models.var_config import VARConfig
 from fastvar.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from fastvar.schedule import ScaleSchedule
+from fastvar.weights import read_weights, without_wrappers
 
 State = Mapping[str, torch.Tensor]
 StateOrPath = State | str | os.PathLike[str]
@@ -65,8 +66,9 @@ def load_var(
     the residual ratio of these is taken as 0.5, which all public tokenizers have.
 
     Args:
-        transformer: the state dict of `var_d16.pth` and its like, or a path to it (loaded with weights_only=True); a
-            trainer's checkpoint that nests it as `trainer.var_wo_ddp` works too.
+        transformer: the state dict of `var_d16.pth` and its like, or a path to it (no code of it is run); a trainer's
+            checkpoint that nests it as `trainer.var_wo_ddp` works too, and names of a model that was wrapped when it
+            was saved ("module.", "_orig_mod.").
         tokenizer: the state dict of `vae_ch160v4096z32.pth` or a path; or nested as `trainer.vae_local`.
         num_heads: needed only where it cannot be read off, in models without L2-normalised queries and keys; the
             default there is embed_dim / 64.
@@ -77,30 +79,55 @@ def load_var(
         both in evaluation mode, on the CPU, the tokenizer attached to the model.
 
     Raises:
-        ValueError: names every missing and unexpected key and every wrong shape.
+        ValueError: names every missing and unexpected key and every wrong shape, as the file names them; where keys are
+            missing that the model's own shape is read off, these, and some of those that are there.
     """
-    transformer_state = _read(transformer, "var_wo_ddp")
-    tokenizer_state = _read(tokenizer, "vae_local")
+    transformer_state = _read(transformer, "transformer", "var_wo_ddp")
+    tokenizer_state = _read(tokenizer, "tokenizer", "vae_local")
     config = _transformer_config(transformer_state, num_heads)
     vq = VQTokenizer(_tokenizer_config(tokenizer_state, ScaleSchedule(config.grids), znorm, norm_groups))
-    load_strictly(vq, _tokenizer_weights(tokenizer_state), "VQ-VAE state dict", _public_tokenizer_name)
     var = VAR(config, vq)
-    load_strictly(var, _transformer_weights(transformer_state), "VAR state dict", _public_transformer_name)
+    state = tokenizer_state
+    load_strictly(vq, _tokenizer_weights(state), state.source, _public_tokenizer_name, prefix=state.prefix)
+    state = transformer_state
+    load_strictly(var, _transformer_weights(state), state.source, _public_transformer_name, prefix=state.prefix)
     return var.eval(), vq.eval()
 
 
-def _read(source: StateOrPath, nested: str) -> dict[str, torch.Tensor]:
+class _State(dict[str, torch.Tensor]):
+    """Tensors by their public names; `argument` of `load_var` that they came by, the file or a word for it in
+    `source`, and the `prefix` that their names have there."""
+
+    def __init__(self, tensors: State, argument: str, source: str) -> None:
+        found, self.prefix = without_wrappers(tensors)
+        super().__init__(found)
+        self.argument, self.source = argument, source
+
+    def need(self, dimensions: Mapping[str, int]) -> None:
+        """Raise a ValueError that names every key which is missing or has another number of dimensions."""
+        problems = [f"missing key {self.prefix}{name}" for name in dimensions if name not in self]
+        problems += [
+            f"{self.prefix}{name}: expected {wanted} dimensions, got shape {tuple(self[name].shape)}"
+            for name, wanted in dimensions.items()
+            if name in self and self[name].ndim != wanted
+        ]
+        if problems:
+            there = ", ".join(f"{self.prefix}{name}" for name in list(self)[:5]) or "none"
+            raise ValueError(f"load_var: {self.argument}: {'; '.join(problems)}; {len(self)} keys are there: {there}")
+
+
+def _read(source: StateOrPath, argument: str, nested: str) -> _State:
     state: Any = source
     if isinstance(source, str | os.PathLike):
-        state = torch.load(source, map_location="cpu", weights_only=True)
+        state = read_weights(os.fspath(source), f"load_var: {argument}")
+    for name in ("trainer", nested):
+        state = state.get(name, state) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping):
-        raise ValueError(f"load_var: expected a state dict, got {type(state).__name__}")
-    state = state.get("trainer", state)
-    state = dict(state.get(nested, state))
+        raise ValueError(f"load_var: {argument}: expected a state dict, got {type(state).__name__}")
     wrong = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
     if wrong:
-        raise ValueError(f"load_var: expected tensors only, got other values under {wrong[:5]}")
-    return state
+        raise ValueError(f"load_var: {argument}: expected tensors only, got other values under {wrong[:5]}")
+    return _State(state, argument, "a state dict" if isinstance(source, Mapping) else str(source))
 
 
 def _count(state: State, pattern: str) -> int:
@@ -109,17 +136,14 @@ def _count(state: State, pattern: str) -> int:
     return max(found, default=-1) + 1
 
 
-def _need(state: State, name: str) -> torch.Tensor:
-    if name not in state:
-        raise ValueError(f"load_var: missing key {name}")
-    return state[name]
-
-
-def _transformer_config(state: State, num_heads: int | None) -> VARConfig:
-    embed_dim, code_channels = _need(state, "word_embed.weight").shape
-    levels = _need(state, "lvl_1L").flatten().bincount().tolist()
+def _transformer_config(state: _State, num_heads: int | None) -> VARConfig:
+    state.need(
+        {"word_embed.weight": 2, "lvl_1L": 2, "blocks.0.ffn.fc1.weight": 2, "head.weight": 2, "class_emb.weight": 2}
+    )
+    embed_dim, code_channels = state["word_embed.weight"].shape
+    levels = state["lvl_1L"].flatten().long().bincount().tolist()
     if any(isqrt(n) ** 2 != n for n in levels):
-        raise ValueError(f"load_var: lvl_1L: expected square grids, got scales of {levels} tokens")
+        raise ValueError(f"load_var: transformer: lvl_1L: expected square grids, got scales of {levels} tokens")
     log_scale = state.get("blocks.0.attn.scale_mul_1H11")
     if log_scale is not None:
         if num_heads not in (None, log_scale.numel()):
@@ -130,10 +154,10 @@ def _transformer_config(state: State, num_heads: int | None) -> VARConfig:
         depth=_count(state, r"blocks\.(\d+)\."),
         embed_dim=embed_dim,
         num_heads=num_heads or embed_dim // 64,
-        mlp_ratio=_need(state, "blocks.0.ffn.fc1.weight").shape[0] / embed_dim,
-        vocab_size=_need(state, "head.weight").shape[0],
+        mlp_ratio=state["blocks.0.ffn.fc1.weight"].shape[0] / embed_dim,
+        vocab_size=state["head.weight"].shape[0],
         code_channels=code_channels,
-        num_classes=_need(state, "class_emb.weight").shape[0] - 1,
+        num_classes=state["class_emb.weight"].shape[0] - 1,
         shared_adaln="shared_ada_lin.1.weight" in state,
         qk_l2_norm=log_scale is not None,
     )
@@ -188,11 +212,13 @@ def _phi_names(state: State) -> list[str]:
     return []
 
 
-def _tokenizer_config(state: State, schedule: ScaleSchedule, znorm: bool, norm_groups: int) -> VQTokenizerConfig:
-    vocab_size, code_channels = _need(state, "quantize.embedding.weight").shape
-    channels = _need(state, "encoder.conv_in.weight").shape[0]
+def _tokenizer_config(state: _State, schedule: ScaleSchedule, znorm: bool, norm_groups: int) -> VQTokenizerConfig:
     levels = _count(state, r"encoder\.down\.(\d+)\.")
-    widths = [_need(state, f"encoder.down.{i}.block.0.conv1.weight").shape[0] for i in range(levels)]
+    first_convs = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(max(levels, 1))]
+    state.need({"quantize.embedding.weight": 2, "encoder.conv_in.weight": 4} | dict.fromkeys(first_convs, 4))
+    vocab_size, code_channels = state["quantize.embedding.weight"].shape
+    channels = state["encoder.conv_in.weight"].shape[0]
+    widths = [state[name].shape[0] for name in first_convs]
     return VQTokenizerConfig(
         grids=schedule.grids,
         vocab_size=vocab_size,

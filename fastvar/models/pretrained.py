@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable
@@ -14,14 +13,16 @@ from typing import Any, ClassVar, Self
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from fastvar.files import replacing, write_json
+from fastvar.fields import fitted
+from fastvar.files import read_json_object, replacing, write_json
+from fastvar.weights import read_weights, without_wrappers
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+RUN_MODEL = "model"  # where a run's folder has its model
 _HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
 
@@ -66,12 +67,14 @@ class PretrainedModel(nn.Module, ModelHubMixin):
         """A model in evaluation mode, on the CPU, from a folder that `save_pretrained` wrote or from the hub.
 
         Args:
-            pretrained_model_name_or_path: a folder, or "owner/name" on the Hugging Face hub.
+            pretrained_model_name_or_path: a folder, or that of a run, whose model it then is, or "owner/name" on the
+                Hugging Face hub.
             options: those of the hub: revision, cache_dir, force_download, local_files_only, token.
 
         Raises:
             FileNotFoundError: no such folder, or a file that is not in it.
-            ValueError: a config with unknown fields, weights that do not fit it, a damaged file, an unknown option.
+            ValueError: a model of another class, a config with unknown fields, weights that do not fit it, a damaged
+                file, an unknown option.
         """
         source = str(pretrained_model_name_or_path)
         unknown = sorted(set(options) - set(_HUB_OPTIONS))
@@ -79,19 +82,35 @@ class PretrainedModel(nn.Module, ModelHubMixin):
             raise ValueError(f"from_pretrained: expected options out of {_HUB_OPTIONS}, got {unknown}")
         if not os.path.isdir(source) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
             raise FileNotFoundError(f"from_pretrained: no such folder: {source}")
+        if not os.path.isfile(os.path.join(source, CONFIG_NAME)):
+            model = os.path.join(source, RUN_MODEL)
+            source = model if os.path.isfile(os.path.join(model, CONFIG_NAME)) else source
         return cls._from_pretrained(model_id=source, **options)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, subfolder: str = "", **hub: Any) -> Self:
         config = load_config(cls.config_class, Path(_file(model_id, subfolder, CONFIG_NAME, **hub)))
         path = _file(model_id, subfolder, WEIGHTS_NAME, **hub)
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{cls.__name__}: {path}: damaged file: {error}") from error
+        state, prefix = without_wrappers(read_weights(path, cls.__name__))
         model = cls(config)
-        load_strictly(model, state, path)
+        load_strictly(model, state, path, prefix=prefix)
         return model.eval()
+
+
+def saved_class(config: Path) -> type[PretrainedModel] | None:
+    """Which of fastvar's models a config.json is of, as its fields say; None for none of them."""
+    names = set(read_json_object(config, "from_pretrained"))
+    kinds = PretrainedModel.__subclasses__()
+    return next((kind for kind in kinds if names <= _field_names(kind.config_class)), None)
+
+
+def _is_of(config: Path, config_class: type) -> bool:
+    kind = saved_class(config)
+    return kind is not None and kind.config_class is config_class
+
+
+def _field_names(config_class: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config_class)}
 
 
 def load_config(config_class: type, path: Path) -> Any:
@@ -100,24 +119,29 @@ def load_config(config_class: type, path: Path) -> Any:
     Raises:
         ValueError: a damaged file, a field that the dataclass does not have, values that make no sense.
     """
-    try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{config_class.__name__}: {path}: damaged file: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{config_class.__name__}: {path}: damaged file: expected an object")
-    known = {field.name for field in dataclasses.fields(config_class)}
-    unknown = sorted(set(values) - known)
+    values = read_json_object(path, config_class.__name__)
+    unknown = sorted(set(values) - _field_names(config_class))
     if unknown:
+        kind = saved_class(path)
+        if kind is not None:
+            inside = [other for other in sorted(path.parent.glob(f"*/{CONFIG_NAME}")) if _is_of(other, config_class)]
+            hint = f", which has its own in {inside[0].parent}" if inside else ""
+            wanted = config_class.__name__.removesuffix("Config")
+            raise ValueError(f"from_pretrained: expected a {wanted}, got a {kind.__name__} in {path.parent}{hint}")
         raise ValueError(f"{config_class.__name__}: {path}: unknown fields {unknown}")
     try:
-        return config_class(**values)
-    except TypeError as error:
-        raise ValueError(f"{config_class.__name__}: {path}: damaged file: {error}") from error
+        return config_class(**{name: fitted(config_class, name, value) for name, value in values.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{config_class.__name__}: {path}: {error}") from error
 
 
 def load_strictly(
-    model: nn.Module, state: dict[str, torch.Tensor], source: str, describe: Callable[[str], str] = str
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    source: str,
+    describe: Callable[[str], str] = str,
+    *,
+    prefix: str = "",
 ) -> None:
     """Load a state dict that must fit exactly.
 
@@ -126,15 +150,20 @@ def load_strictly(
         state: its state dict.
         source: where it came from, for the message.
         describe: from a key to the name that the user knows it by.
+        prefix: of these names.
 
     Raises:
         ValueError: names every missing and unexpected key and every wrong shape.
     """
+
+    def name_of(key: str) -> str:
+        return prefix + describe(key)
+
     own = model.state_dict()
-    problems = [f"missing key {describe(name)}" for name in sorted(set(own) - set(state))]
-    problems += [f"unexpected key {describe(name)}" for name in sorted(set(state) - set(own))]
+    problems = [f"missing key {name_of(name)}" for name in sorted(set(own) - set(state))]
+    problems += [f"unexpected key {name_of(name)}" for name in sorted(set(state) - set(own))]
     problems += [
-        f"{describe(name)}: expected shape {tuple(own[name].shape)}, got {tuple(state[name].shape)}"
+        f"{name_of(name)}: expected shape {tuple(own[name].shape)}, got {tuple(state[name].shape)}"
         for name in sorted(set(own) & set(state))
         if own[name].shape != state[name].shape
     ]

@@ -12,9 +12,13 @@ import torch
 from fastvar.models.graphs import replay, survey
 from fastvar.models.kv_cache import KVCache
 from fastvar.ops import PrefixKV, SampledTokens, accumulate_scale, sample_tokens
+from fastvar.pictures import image_grid, png
 from fastvar.profiling import annotate
+from fastvar.ranges import GUIDANCE
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from fastvar.models.var import VAR, Labels
     from fastvar.models.var_block import Modulations
 
@@ -131,6 +135,19 @@ class Generation(NamedTuple):
     sampled_log_probs: torch.Tensor | None
     state: SamplingState | None
 
+    def picture(self, columns: int = 8) -> Image:
+        """The images as one PIL image, `columns` a row; a notebook shows it.
+
+        Raises:
+            ValueError: nothing was decoded.
+        """
+        if self.images is None or not len(self.images):
+            raise ValueError("Generation: images: expected some, got none: nothing was decoded")
+        return image_grid(self.images, columns)
+
+    def _repr_png_(self) -> bytes | None:
+        return None if self.images is None or not len(self.images) else png(self.picture())
+
 
 def sample_seeds(seed: int, count: int, first_sample: int = 0, device: torch.device | None = None) -> torch.Tensor:
     """One 64-bit seed per sample, (count,) int64, from a run's seed and the sample's index.
@@ -151,6 +168,10 @@ def guidance_per_scale(guidance: float | Sequence[float], num_scales: int) -> li
     A number g grows linearly, t_k = g k / (K - 1), as VAR samples (g itself if K = 1); a sequence of K numbers is taken
     as it is.
     """
+    for weight in guidance if isinstance(guidance, Sequence) else [guidance]:
+        expected = GUIDANCE.problem(weight)
+        if expected is not None:
+            raise ValueError(f"generate: guidance: expected {expected}, got {weight}")
     if not isinstance(guidance, Sequence):
         return [float(guidance) * (k / (num_scales - 1) if num_scales > 1 else 1.0) for k in range(num_scales)]
     weights = [float(weight) for weight in guidance]
@@ -284,7 +305,7 @@ def generate(
 
     Args:
         var: the model; put it in evaluation mode.
-        labels: (B,) class indices, or texts, or characters (B, text_length).
+        labels: (B,) class indices or names, or texts, or characters (B, text_length).
         subject: (B / G, L, C), `VQTokenizer.pyramid` of the reference subjects' tokens, each shared by G adjacent
             samples. Guidance contrasts with neither condition nor subject.
         guidance: classifier-free guidance, see `guidance_per_scale`; 0 runs the conditional rows alone.

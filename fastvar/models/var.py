@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fastvar.models.kv_cache import KVCache
 from fastvar.models.linear import Linear
 from fastvar.models.pretrained import PretrainedModel, has_model
+from fastvar.models.sampling import generate
 from fastvar.models.var_block import (
     Block,
     Modulations,
@@ -153,6 +154,11 @@ class VAR(PretrainedModel):
             super().__setattr__(name, value)
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer is attached."""
+        return bool(self._tokenizer)
+
+    @property
     def device(self) -> torch.device:
         return self.head.weight.device
 
@@ -183,7 +189,7 @@ class VAR(PretrainedModel):
     # -- condition ---------------------------------------------------------------------------------------------------
 
     def condition(self, labels: Labels) -> torch.Tensor:
-        """The condition (B, 1 + T, C) of class indices (B,), texts or their character indices (B, T = text_length).
+        """The condition (B, 1 + T, C) of class indices (B,) or names, texts or their characters (B, T = text_length).
 
         The first row modulates the blocks. A text has a row for each character besides: every token of the image adds
         a mixture of them that depends on its position, so that the model need not guess which character goes where.
@@ -202,7 +208,7 @@ class VAR(PretrainedModel):
         """Labels as indices on the model's device: classes (B,) or characters (B, T); errors as `condition`."""
         config = self.config
         if not isinstance(labels, torch.Tensor):
-            labels = config.encode_text(labels)
+            labels = config.encode_text(labels) if config.text_length else config.encode_classes(labels)
         if labels.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"VAR: labels: expected int64 or int32, got {labels.dtype}")
         if config.text_length and (labels.ndim != 2 or labels.shape[1] != config.text_length):
@@ -212,7 +218,8 @@ class VAR(PretrainedModel):
         if not config.text_length and labels.ndim != 1:
             raise ValueError(f"VAR: labels: expected class indices (B,), got {tuple(labels.shape)}")
         if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
-            last = len(config.alphabet) if config.text_length else config.num_classes
+            # the padding of texts is a label, the row of `class_embed` for "no condition" is none
+            last = len(config.alphabet) if config.text_length else config.num_classes - 1
             smallest, largest = (int(bound) for bound in labels.aminmax())
             if smallest < 0 or largest > last:
                 raise ValueError(f"VAR: labels: expected indices from 0 to {last}, got {smallest} to {largest}")
@@ -308,10 +315,9 @@ class VAR(PretrainedModel):
         config, schedule = self.config, self.schedule
         if config.subject == "none":
             raise ValueError("VAR: subject: this model has no subject prefix; see VARConfig.subject and add_subject")
-        if subject.ndim != 3 or tuple(subject.shape[1:]) != (schedule.num_tokens, config.code_channels):
-            raise ValueError(
-                f"VAR: subject: expected (R, {schedule.num_tokens}, {config.code_channels}), got {tuple(subject.shape)}"
-            )
+        shape = tuple(subject.shape) if isinstance(subject, torch.Tensor) else type(subject).__name__
+        if len(shape) != 3 or shape[1:] != (schedule.num_tokens, config.code_channels):
+            raise ValueError(f"VAR: subject: expected (R, {schedule.num_tokens}, {config.code_channels}), got {shape}")
         if config.subject == "bidirectional":
             schedule = ScaleSchedule(((1, schedule.num_tokens),))
         x = self._codes(subject) + self.positions(0, subject.shape[1]) + self.subject_embed
@@ -413,11 +419,10 @@ class VAR(PretrainedModel):
         """The scales that teacher-forcing inputs are for."""
         first, ends = self.schedule.lengths[0], self.schedule.ends
         channels = self.config.code_channels
-        if inputs.ndim != 3 or inputs.shape[2] != channels or first + inputs.shape[1] not in ends:
+        shape = tuple(inputs.shape) if isinstance(inputs, torch.Tensor) else type(inputs).__name__
+        if len(shape) != 3 or shape[2] != channels or first + inputs.shape[1] not in ends:
             lengths = ", ".join(str(end - first) for end in ends)
-            raise ValueError(
-                f"VAR: inputs: expected (B, n, {channels}) with n one of {lengths}, got {tuple(inputs.shape)}"
-            )
+            raise ValueError(f"VAR: inputs: expected (B, n, {channels}) with n one of {lengths}, got {shape}")
         return self.schedule.with_num_tokens(first + inputs.shape[1])
 
     def before_head(self, x: torch.Tensor, modulations: Modulations) -> torch.Tensor:
@@ -438,7 +443,7 @@ class VAR(PretrainedModel):
         """Logits of every token given the true coarser scales, or log-probabilities or cross-entropy of given tokens.
 
         Args:
-            labels: (B,) class indices, or texts, or characters (B, text_length).
+            labels: (B,) class indices or names, or texts, or characters (B, text_length).
             inputs: (B, L - n_1, code_channels), `VQTokenizer.teacher_forcing` of the tokens; those of the first m
                 scales run the model on these scales alone.
             subject: (B / G, L, code_channels), `VQTokenizer.pyramid` of the reference subjects' tokens, each shared
@@ -495,8 +500,4 @@ class VAR(PretrainedModel):
         cache.length = end
         return h
 
-    def generate(self, labels: Labels | None = None, **options: Any) -> Any:
-        """Sample images; see `fastvar.models.sampling.generate` for all options."""
-        from fastvar.models.sampling import generate
-
-        return generate(self, labels, **options)
+    generate = generate

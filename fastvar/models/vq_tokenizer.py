@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import nn
 from fastvar.models.autoencoder import Decoder, Encoder
 from fastvar.models.pretrained import PretrainedModel
 from fastvar.ops import QuantizedResidual, ResidualConv, accumulate_scale, residual_conv_index, residual_quantize
+from fastvar.ranges import Count, NotNegative, Positive, Range, Share, ShareBelowOne, check_fields
 from fastvar.schedule import VAR_256, ScaleSchedule
 
 
@@ -22,28 +23,28 @@ class VQTokenizerConfig:
 
     grids: tuple[tuple[int, int], ...] = VAR_256.grids
     """Token grids (height, width), coarse to fine; the last one is the feature map's size."""
-    vocab_size: int = 4096
+    vocab_size: Count = 4096
     """V, entries of the codebook."""
-    code_channels: int = 32
+    code_channels: Count = 32
     """C, channels of a code and of the feature map."""
-    channels: int = 160
+    channels: Count = 160
     """Width of the first convolution."""
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    channel_multipliers: Annotated[tuple[int, ...], Range(1)] = (1, 1, 2, 2, 4)
     """Width of each resolution in units of `channels`; the image is 2^(len - 1) times the finest grid."""
-    blocks_per_level: int = 2
-    norm_groups: int = 32
+    blocks_per_level: Count = 2
+    norm_groups: Count = 32
     attention: bool = True
     """Attention on the coarsest resolution of encoder and decoder."""
-    dropout: float = 0.0
-    residual_convs: int = 4
+    dropout: ShareBelowOne = 0.0
+    residual_convs: Count = 4
     """How many convolutions phi the scales share: 1, one for all; K, one each; of more than K some are unused."""
-    residual_ratio: float = 0.5
+    residual_ratio: Share = 0.5
     """r in phi(h) = (1 - r) h + r conv(h); 0 for no phi."""
     cosine: bool = False
     """Nearest code by cosine instead of Euclidean distance."""
-    commitment_weight: float = 0.25
+    commitment_weight: NotNegative = 0.25
     """Of the encoder's loss against the codebook's."""
-    chroma_gain: float = 1.0
+    chroma_gain: Positive = 1.0
     """Networks and reconstruction loss see colour, the deviation from grey, enlarged by this factor. Where brightness
     varies much more than colour, a tokenizer trained for minutes learns no colour without it; 1 for public weights."""
 
@@ -51,27 +52,14 @@ class VQTokenizerConfig:
         # lists, as they come from JSON
         object.__setattr__(self, "grids", ScaleSchedule(self.grids).grids)
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
-        for name in ("vocab_size", "code_channels", "channels", "blocks_per_level", "norm_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"VQTokenizerConfig: {name}: expected at least 1, got {getattr(self, name)}")
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            raise ValueError(
-                f"VQTokenizerConfig: channel_multipliers: expected at least one, none below 1, "
-                f"got {self.channel_multipliers}"
-            )
+        check_fields(self)
+        if not self.channel_multipliers:
+            raise ValueError("VQTokenizerConfig: channel_multipliers: expected at least one, got none")
         widths = [self.channels * m for m in (1, *self.channel_multipliers)]
         if any(width % self.norm_groups for width in widths):
             raise ValueError(
                 f"VQTokenizerConfig: norm_groups: expected a divisor of all widths {sorted(set(widths))}, "
                 f"got {self.norm_groups}"
-            )
-        if not self.chroma_gain > 0:
-            raise ValueError(f"VQTokenizerConfig: chroma_gain: expected above 0, got {self.chroma_gain}")
-        if self.residual_convs < 1:
-            raise ValueError(f"VQTokenizerConfig: residual_convs: expected at least 1, got {self.residual_convs}")
-        if not 0 <= self.residual_ratio <= 1:
-            raise ValueError(
-                f"VQTokenizerConfig: residual_ratio: expected a number in [0, 1], got {self.residual_ratio}"
             )
 
     @property
@@ -154,13 +142,17 @@ class VQTokenizer(PretrainedModel):
 
     def encode_features(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] to continuous features (B, C, h, w), float32 at least."""
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.config.image_size):
-            height, width = self.config.image_size
-            raise ValueError(f"VQTokenizer: images: expected (B, 3, {height}, {width}), got {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise ValueError(f"VQTokenizer: images: expected floating-point numbers in [-1, 1], got {images.dtype}")
+        self._check(images)
         features = self.quant_conv(self.encoder(self.enlarge_chroma(images).to(self.quant_conv.weight.dtype)))
         return features.to(torch.promote_types(features.dtype, torch.float32)).contiguous()
+
+    def _check(self, images: torch.Tensor) -> None:
+        height, width = self.config.image_size
+        if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+            got = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+            raise ValueError(f"VQTokenizer: images: expected floating-point numbers in [-1, 1], got {got}")
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
+            raise ValueError(f"VQTokenizer: images: expected (B, 3, {height}, {width}), got {tuple(images.shape)}")
 
     @torch.no_grad()
     def quantize(self, images: torch.Tensor) -> QuantizedResidual:
@@ -168,6 +160,7 @@ class VQTokenizer(PretrainedModel):
 
         Autocast is off inside: which code is nearest must not depend on whether a model is in training.
         """
+        self._check(images)
         with torch.autocast(images.device.type, enabled=False):
             return self._quantize(self.encode_features(images))
 

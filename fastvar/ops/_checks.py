@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from fastvar.ranges import Range
 from fastvar.schedule import ScaleSchedule
 
 # Read once: checks of values wait for the device, which nobody wants unasked.
@@ -17,8 +18,15 @@ def fail(op: str, argument: str, expected: str, got: object) -> None:
     raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
 
 
+def kind(value: object) -> str:
+    """What a value is, for a message: a tensor's dtype; an array of another library prints one as well, but is none."""
+    return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
 def shape(op: str, argument: str, tensor: torch.Tensor, *expected: int | str | None) -> None:
     """Check a tensor's shape; a str or None stands for any size (a str names it in the message)."""
+    if not isinstance(tensor, torch.Tensor):
+        fail(op, argument, "a tensor", kind(tensor))
     got = tensor.shape
     if len(got) == len(expected):
         for size, want in zip(got, expected, strict=True):
@@ -34,7 +42,7 @@ def same_dtype_and_device(op: str, reference: str, tensor: torch.Tensor, **other
     """Check that the tensors named have the dtype and device of `tensor`, whose argument is called `reference`."""
     for name, other in others.items():
         if other is not None and (other.dtype != tensor.dtype or other.device != tensor.device):
-            fail(op, name, f"{tensor.dtype} on {tensor.device} as {reference}", f"{other.dtype} on {other.device}")
+            fail(op, name, f"{tensor.dtype} on {tensor.device} as {reference}", f"{kind(other)} on {other.device}")
 
 
 def same_device(op: str, reference: str, tensor: torch.Tensor, **others: torch.Tensor | None) -> None:
@@ -46,8 +54,8 @@ def same_device(op: str, reference: str, tensor: torch.Tensor, **others: torch.T
 
 def floating(op: str, argument: str, tensor: torch.Tensor) -> None:
     """Check that a tensor holds floating-point numbers."""
-    if not tensor.is_floating_point():
-        fail(op, argument, "a floating-point tensor", tensor.dtype)
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        fail(op, argument, "a floating-point tensor", kind(tensor))
 
 
 def finite(op: str, argument: str, tensor: torch.Tensor) -> None:
@@ -56,10 +64,17 @@ def finite(op: str, argument: str, tensor: torch.Tensor) -> None:
         fail(op, argument, "finite numbers", f"{int((~torch.isfinite(tensor)).sum())} that are not")
 
 
+def number(op: str, argument: str, value: float, allowed: Range) -> None:
+    """Check that a number is in a range."""
+    expected = allowed.problem(value)
+    if expected is not None:
+        fail(op, argument, expected, value)
+
+
 def integer(op: str, argument: str, tensor: torch.Tensor) -> None:
     """Check that a tensor holds int64 or int32 indices."""
     if tensor.dtype not in (torch.int64, torch.int32):
-        fail(op, argument, "int64 or int32", tensor.dtype)
+        fail(op, argument, "int64 or int32", kind(tensor))
 
 
 def writable(op: str, argument: str, tensor: torch.Tensor, **others: torch.Tensor) -> None:

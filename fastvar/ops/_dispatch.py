@@ -110,7 +110,7 @@ class Implementation:
         return self.missing() or self.obstacle(tensor)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """What would run for a call and why; `print` it."""
 
@@ -121,6 +121,8 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.backend}"]
         return "\n".join(lines + [f"  {backend}: {reason}" for backend, reason in self.reasons.items()])
+
+    __repr__ = __str__
 
 
 # Operators by public name, in order of registration: the implementations, the preferred one first.
@@ -291,20 +293,31 @@ def _because(op: str, chosen: str, backend: str, call: Call) -> str:
     return f": predicted to pay on {family}, not yet measured there as it is now"
 
 
-@dataclass(frozen=True)
+_COLUMNS = ("operator", "backend", "devices", "tested on")
+
+
+@dataclass(frozen=True, repr=False)
 class SupportMatrix:
-    """Every operator and its implementations: rows of (operator, backend, devices, where it has been seen to run)."""
+    """Every operator and its implementations: rows of (operator, backend, devices, where it has been seen to run). It
+    prints as a table, and is one in a notebook."""
 
     rows: tuple[tuple[str, str, str, str], ...]
 
     def markdown(self) -> str:
         """The table that the README shows."""
-        head = "| operator | backend | devices | tested on |\n| --- | --- | --- | --- |\n"
-        return head + "".join(f"| {' | '.join(row)} |\n" for row in self.rows)
+        rows = (_COLUMNS, ("---",) * len(_COLUMNS), *self.rows)
+        return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
     def __str__(self) -> str:
-        widths = [max(len(row[i]) for row in self.rows) for i in range(4)]
-        return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in self.rows)
+        rows = (_COLUMNS, *self.rows)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+    __repr__ = __str__
+
+    def _repr_markdown_(self) -> str:
+        return self.markdown()
 
 
 def _verified(op: str, implementation: Implementation) -> tuple[str, ...]:

@@ -86,12 +86,12 @@ def cross_entropy(
     op = "cross_entropy"
     if not 0 <= label_smoothing <= 1:
         _checks.fail(op, "label_smoothing", "a number from 0 to 1", label_smoothing)
+    hidden, weight, bias = checked(op, hidden, weight, bias, tokens)
     if weights is not None:
         shape = hidden.shape[1:2] if weights.ndim == 1 else hidden.shape[:2]
         _checks.shape(op, "weights", weights, *shape)
         _checks.floating(op, "weights", weights)
         _checks.same_device(op, "hidden", hidden, weights=weights)
-    hidden, weight, bias = checked(op, hidden, weight, bias, tokens)
     needs = wanted(hidden, weight, bias)
     given = [None if t is None else t.detach() for t in (hidden, weight, bias, tokens, weights)]
     backend = _CROSS_ENTROPY.resolve(backend, *given)

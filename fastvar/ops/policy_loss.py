@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,9 @@ from fastvar.ops import _checks
 from fastvar.ops._one_pass import wanted, with_gradients
 from fastvar.ops._operator import Operator
 from fastvar.ops.token_log_probs import Head, checked, checked_reference, fake_gradients, implementations
+from fastvar.ranges import Range
 from fastvar.schedule import ScaleSchedule
+from fastvar.statistics import centred
 
 NORMALISATIONS = ("group", "batch", "none")
 PANW_NORMALISATIONS = ("per_segment", "per_scale", "none")
@@ -109,32 +110,15 @@ def _group_advantages(
     if group_size is None or group_size < 1 or rewards.shape[0] % group_size:
         _checks.fail(op, "group_size", f"a number that divides the batch {rewards.shape[0]}", group_size)
     _choice(op, "normalise", normalise, NORMALISATIONS)
-    _at_least_zero(op, spread_floor=spread_floor)
-    groups = rewards.detach().double().view(-1, group_size or 1)
-    deviation, spread = _deviations(groups)
+    _checks.number(op, "spread_floor", spread_floor, Range(0))
+    groups = rewards.view(-1, group_size or 1)
+    _, deviation, spread = centred(groups)
     if normalise == "batch":
-        spread = _deviations(groups.view(1, -1))[1]
+        spread = centred(groups.view(1, -1)).spread
     if normalise != "none":
         # Where nothing deviates there is no spread: with a floor of 0 that would be 0 / 0.
         deviation = torch.where(deviation != 0, deviation / (spread + spread_floor), 0)
     return deviation.view(-1).to(torch.promote_types(rewards.dtype, torch.float32))
-
-
-def _deviations(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the finite rewards of each row (n, m) from their mean, 0 for the others and where all are equal, and the
-    standard deviation (n, 1). All is computed from (reward - middle) / half of the range, at most 1: nothing overflows,
-    and a common offset takes no digits but those that it took from the rewards."""
-    valid = rewards.isfinite()
-    if not rewards.shape[1]:
-        return rewards, rewards.sum(1, keepdim=True)
-    highest = torch.where(valid, rewards, -math.inf).amax(1, keepdim=True)
-    lowest = torch.where(valid, rewards, math.inf).amin(1, keepdim=True)
-    varied = highest > lowest
-    half = torch.where(varied, highest / 2 - lowest / 2, 1)
-    moved = torch.where(valid & varied, (rewards - (highest / 2 + lowest / 2)) / half, 0)  # [-1, 1]
-    count = valid.sum(1, keepdim=True).clamp_min(1)
-    moved = torch.where(valid & varied, moved - moved.sum(1, keepdim=True) / count, 0)
-    return moved * half, (moved.square().sum(1, keepdim=True) / count).sqrt() * half
 
 
 def policy_loss(
@@ -222,21 +206,19 @@ def policy_loss(
         Schulman, Approximating KL divergence (2020); geometric-mean ratios: GSPO (arXiv 2507.18071).
     """
     op = "policy_loss"
-    backend = _LOSS.resolve(backend, hidden)
     _checks.schedule(op, schedule)
     _checks.shape(op, "hidden", hidden, "B", schedule.num_tokens, "V" if weight is None else "E")
+    backend = _LOSS.resolve(backend, hidden)
     batch, length = hidden.shape[:2]
     _choice(op, "panw_normalisation", panw_normalisation, PANW_NORMALISATIONS)
     _choice(op, "ratio_level", ratio_level, RATIO_LEVELS)
     _choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
-    _at_least_zero(
-        op,
-        panw_alpha=panw_alpha,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        kl_weight=kl_weight,
-        spread_floor=spread_floor,
-    )
+    _checks.number(op, "panw_alpha", panw_alpha, Range(0))
+    _checks.number(op, "clip_low", clip_low, Range(0, infinite=True))
+    _checks.number(op, "clip_high", clip_high, Range(0, infinite=True))
+    _checks.number(op, "kl_weight", kl_weight, Range(0))
+    _checks.number(op, "spread_floor", spread_floor, Range(0))
+    _checks.number(op, "entropy_weight", entropy_weight, Range())
     if not 0 <= first_scale < len(schedule):
         _checks.fail(op, "first_scale", f"a scale from 0 to {len(schedule) - 1}", first_scale)
     per_token = {"old_log_probs": old_log_probs, "reference_log_probs": reference_log_probs, "token_mask": token_mask}
@@ -304,12 +286,6 @@ def policy_loss(
 def _choice(op: str, argument: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         _checks.fail(op, argument, f"one of {choices}", repr(value))
-
-
-def _at_least_zero(op: str, **numbers: float) -> None:
-    for name, number in numbers.items():
-        if not number >= 0:
-            _checks.fail(op, name, "at least 0", number)
 
 
 def _on_device(op: str, argument: str, tensor: torch.Tensor, like: torch.Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from fastvar.ops._dispatch import Implementation
 from fastvar.ops._extension import extension_implementation
 from fastvar.ops._operator import Operator
 from fastvar.ops._triton import triton_implementation
+from fastvar.ranges import GUIDANCE, TEMPERATURE
 
 _MODULE = "fastvar.kernels.sample_tokens.reference"
 _ARGUMENTS = (
@@ -100,7 +100,7 @@ def sample_tokens(
         logits: (B, n, V), any floating dtype. Minus infinity bans a token, whatever `unconditional` says of it.
         unconditional: (B, n, V), the logits without the condition; needed where guidance is not 0.
         guidance: t as VAR defines it. Infinity's cfg * conditional + (1 - cfg) * unconditional is t = cfg - 1.
-        temperature: above 0; for the largest logit take top_k=1.
+        temperature: 1e-12 to 1e12; for the largest logit take top_k=1.
         top_k: how many logits to keep; 0 (or at least V) keeps all. 1 is the argmax; logits that tie for it are all
             kept, and one of them is drawn.
         top_p: probability mass to keep; 1 (and, as upstream, 0) keeps all.
@@ -159,7 +159,7 @@ def sample_bits(
             under guidance two infinite ones of a sign cancel.
         unconditional: (B, n, d), without the condition; needed where guidance is not 0.
         guidance: t as VAR defines it. Infinity's cfg is 1 + t.
-        temperature: above 0; for the likelier bit take top_k=1. Infinity calls it tau.
+        temperature: 1e-12 to 1e12; for the likelier bit take top_k=1. Infinity calls it tau.
         top_k: 1 takes the likelier bit (a fair draw where z = 0), 0 and 2 draw. Infinity's 900 is 2.
         top_p: probability mass to keep; 0 and 1 keep all.
         seeds: (B,) int64, one seed a sample.
@@ -203,12 +203,12 @@ def _check(
     if unconditional is not None:
         _checks.shape(op, "unconditional", unconditional, *logits.shape)
         _checks.same_dtype_and_device(op, "logits", logits, unconditional=unconditional)
-    elif guidance != 0:
+    _checks.number(op, "guidance", guidance, GUIDANCE)
+    if unconditional is None and guidance != 0:
         _checks.fail(op, "unconditional", f"a tensor, as guidance is {guidance}", None)
     if temperature == 0:
-        _checks.fail(op, "temperature", "a number above 0 (for the likeliest one take top_k=1)", temperature)
-    if not 0 < temperature < math.inf:
-        _checks.fail(op, "temperature", "a number above 0", temperature)
+        _checks.fail(op, "temperature", f"{TEMPERATURE} (for the likeliest one take top_k=1)", temperature)
+    _checks.number(op, "temperature", temperature, TEMPERATURE)
     if not 0 <= top_p <= 1:
         _checks.fail(op, "top_p", "a probability from 0 to 1", top_p)
     _checks.shape(op, "seeds", seeds, logits.shape[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
 from fastvar.ops._triton import triton_implementation
+from fastvar.ranges import TEMPERATURE
 
 Head = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
@@ -97,7 +97,7 @@ def token_log_probs(
         bias: (V,), (d,) for bits, or None.
         tokens: (B, L) int64 or int32 in 0..V-1; or (B, L, d) bits, bool or integers 0 and 1, whose log-probabilities
             and entropies are summed over d.
-        temperature: above 0; the one that the tokens were drawn with.
+        temperature: 1e-12 to 1e12; the one that the tokens were drawn with.
         reference_head: (hidden, weight, bias) of the reference policy for the exact KL over the vocabulary; its width
             may differ, its vocabulary may not. It gets no gradient.
         backend: see `fastvar.support()`.
@@ -137,8 +137,7 @@ def checked(
 ) -> Head:
     """The head, checked together with the tokens on behalf of the operator `op`, rounded as autocast asks for."""
     _checks.shape(op, "hidden", hidden, "B", "L", "V" if weight is None else "E")
-    if not 0 < temperature < math.inf:
-        _checks.fail(op, "temperature", "a number above 0", temperature)
+    _checks.number(op, "temperature", temperature, TEMPERATURE)
     hidden, weight, bias = _checked_head(op, "", hidden, weight, bias)
     size = hidden.shape[2] if weight is None else weight.shape[0]
     if size == 0:

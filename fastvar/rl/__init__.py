@@ -1,5 +1,6 @@
 """Reinforcement learning: what a policy is rewarded for, and what it learns from it."""
 
+import fastvar.threads  # noqa: F401  # before torch comes
 from fastvar.rl.adapters import add_adapters, merged, without_adapters
 from fastvar.rl.config import RLConfig
 from fastvar.rl.evaluate import Evaluation, evaluate_policy

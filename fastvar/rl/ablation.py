@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastvar
-from fastvar.files import write_text
+from fastvar.fields import fitted
+from fastvar.files import json_text, read_text, write_text
 from fastvar.models import VAR
+from fastvar.pictures import save_picture
+from fastvar.ranges import Range, check_value
 from fastvar.rl.config import RLConfig
 from fastvar.rl.prompts import handwriting_prompts
-from fastvar.rl.rewards import RewardSum, create
+from fastvar.rl.rewards import RewardSum, check_options, create
 from fastvar.rl.trainer import VMRGRPOTrainer
 from fastvar.schedule import ScaleSchedule
 from fastvar.training.log import read_metrics
-from fastvar.training.pictures import save_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,16 +65,26 @@ class Ablation:
         Raises:
             ValueError: a missing or unknown entry.
         """
-        with path.open("rb") as file:
-            content = tomllib.load(file)
+        try:
+            content = tomllib.loads(read_text(path, "ablate: config"))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"ablate: config: {path}: {error}") from error
         names = {f.name for f in fields(cls)}
         if set(content) != names:
             raise ValueError(f"ablate: config: expected the entries {sorted(names)}, got {sorted(content)}")
-        content["model"] = path.parent / content["model"]
-        content["seeds"] = tuple(content["seeds"])
-        found = cls(**content)
-        for reward, variant in itertools.product(found.rewards, found.variants):
-            found.settings(reward, variant, 0).check()
+        try:
+            content = {name: fitted(cls, name, value) for name, value in content.items()}
+        except ValueError as error:
+            raise ValueError(f"ablate: config: {path}: {error}") from error
+        found = cls(**content | {"model": path.parent / content["model"]})
+        for seed, reward, variant in itertools.product(found.seeds, found.rewards, found.variants):
+            found.settings(reward, variant, seed).check()
+        for reward in found.rewards:
+            check_value("ablate", "tokens", found.budget(reward), int, Range(1))
+            weights, terms = found.terms(reward)
+            for name, options in terms.items():
+                check_options(name, options)
+                check_value("ablate", f"rewards.{reward}.{name}.weight", weights[name], float, Range())
         return found
 
     def runs(self, only: Sequence[str] = ()) -> Iterator[tuple[int, str, str]]:
@@ -91,7 +103,12 @@ class Ablation:
 
     def budget(self, reward: str) -> int:
         """Tokens of each run with a sum of rewards."""
-        return int(self.rewards[reward].get("tokens", self.tokens))
+        return self.rewards[reward].get("tokens", self.tokens)
+
+    def terms(self, reward: str) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+        """Weights and options of the rewards in a sum, by name."""
+        terms = {name: dict(own) for name, own in self.rewards[reward].items() if name not in ("base", "tokens")}
+        return {name: own.pop("weight", 1.0) for name, own in terms.items()}, terms
 
 
 def changed(config: Any, changes: Mapping[str, Any]) -> Any:
@@ -104,7 +121,14 @@ def changed(config: Any, changes: Mapping[str, Any]) -> Any:
         if name not in {f.name for f in fields(config)}:
             raise ValueError(f"ablate: config: expected fields of {type(config).__name__}, got {name!r}")
         old = getattr(config, name)
-        config = replace(config, **{name: changed(old, value) if is_dataclass(old) else value})
+        if is_dataclass(old) and isinstance(value, Mapping):
+            new = changed(old, value)
+        else:
+            try:
+                new = fitted(type(config), name, value)
+            except ValueError as error:
+                raise ValueError(f"ablate: config: {type(config).__name__}: {error}") from error
+        config = replace(config, **{name: new})
     return config
 
 
@@ -148,14 +172,23 @@ def run_ablations(path: Path, output: Path, *, only: Sequence[str] = ()) -> str:
     unknown = sorted(set(only) - set(table.rewards))
     if unknown:
         raise ValueError(f"ablate: only: expected names out of {tuple(table.rewards)}, got {unknown}")
+    scales = len(VAR.from_pretrained(table.model).schedule)
+    for seed, reward, variant in table.runs(only):
+        middle = table.settings(reward, variant, seed).middle
+        if middle >= scales:
+            raise ValueError(f"ablate: {reward}, {variant}: middle: expected below {scales}, got {middle}")
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
-    done = {(row["seed"], row["reward"], row["variant"]): row for row in rows}
+    lines = read_text(results, "ablate: output").splitlines() if results.is_file() else []
+    try:
+        rows = [json.loads(line) for line in lines]
+        done = {(row["seed"], row["reward"], row["variant"]): row for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"ablate: output: expected a result on each line, got {results} ({error!r})") from error
     for seed, reward, variant in table.runs(only):
         row = done.get((seed, reward, variant))
         if row is not None:
-            wanted = json.loads(json.dumps(table.settings(reward, variant, seed).settings()))
+            wanted = json.loads(json_text(table.settings(reward, variant, seed).settings()))
             if row["settings"] != wanted or row.get("budget", table.tokens) != table.budget(reward):
                 raise ValueError(
                     f"ablate: output: {results} has {reward}, {variant}, seed {seed} with other settings; "
@@ -163,7 +196,7 @@ def run_ablations(path: Path, output: Path, *, only: Sequence[str] = ()) -> str:
                 )
             continue
         rows.append(_run(table, reward, variant, seed, output / "runs" / f"{reward}-{variant}-{seed}"))
-        write_text(results, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(results, "".join(json_text(row) + "\n" for row in rows))
     text = markdown(rows)
     write_text(output / "table.md", text)
     save_picture(plot(rows), output / "plot.png")
@@ -176,8 +209,7 @@ def _run(table: Ablation, reward: str, variant: str, seed: int, output: Path) ->
     iterations = affordable_iterations(config, var.schedule, table.budget(reward))
     often = max(iterations // 10, 1)
     config = replace(config, iterations=iterations, evaluate_every=iterations, save_every=often, keep=1)
-    terms = {name: dict(options) for name, options in table.rewards[reward].items() if name not in ("base", "tokens")}
-    weights = {name: options.pop("weight", 1.0) for name, options in terms.items()}
+    weights, terms = table.terms(reward)
     rewards = RewardSum({name: create(name, **options) for name, options in terms.items()}, weights)
     prompts = handwriting_prompts(var, split="train", **table.prompts)
     held_out = handwriting_prompts(var, split="test", **table.prompts)
@@ -200,7 +232,7 @@ def _run(table: Ablation, reward: str, variant: str, seed: int, output: Path) ->
         "tokens": spent,
         "budget": table.budget(reward),
         "seconds": round(time.perf_counter() - start, 1),
-        "settings": json.loads(json.dumps(config.settings())),
+        "settings": json.loads(json_text(config.settings())),
         "versions": {"fastvar": fastvar.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "threads": torch.get_num_threads(),
         "device": str(var.device),

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastvar.installation import install_command
+
 if TYPE_CHECKING:
     from fastvar.models import VAR
 
@@ -42,7 +44,7 @@ def add_adapters(
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ImportError(f'{error}; adapters need pip install "fastvar[lora]"') from error
+        raise ImportError(f"{error}; adapters need {install_command('lora')}") from error
     var.requires_grad_(False)
     options = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=list(targets))
     with torch.random.fork_rng():
@@ -58,24 +60,25 @@ def has_adapters(var: nn.Module) -> bool:
 
 @contextmanager
 def without_adapters(var: nn.Module) -> Iterator[None]:
-    """The model as it was before its adapters, inside the `with`.
+    """The model as it was before its adapters, inside the `with`. Afterwards adapters are on or off, and weights are
+    trained or frozen, as before.
 
     Raises:
         ValueError: a model that has none.
     """
-    layers = [layer for _, layer in _adapted(var)]
+    layers = [(layer, not layer.disable_adapters) for _, layer in _adapted(var)]
     if not layers:
         raise ValueError("without_adapters: var: expected a model with adapters")
-    trained = [p for p in var.parameters() if p.requires_grad]
-    for layer in layers:
+    trained = [(parameter, parameter.requires_grad) for parameter in var.parameters()]
+    for layer, _ in layers:
         layer.enable_adapters(False)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        for parameter in trained:
-            parameter.requires_grad_()
+        for layer, enabled in layers:
+            layer.enable_adapters(enabled)
+        for parameter, wanted in trained:  # peft trains all that it enables
+            parameter.requires_grad_(wanted)
 
 
 def merged(var: VAR) -> VAR:

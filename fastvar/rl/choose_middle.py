@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastvar.models import VAR
+from fastvar.rl.preflight import check_prompts
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.rewards import RewardSum
 from fastvar.rl.rollout import RolloutOptions, roll_out
@@ -59,13 +60,14 @@ def explained_shares(
         one `MiddleShare` for each m from 1 to K - 1.
 
     Raises:
-        ValueError: too few draws; a reward that is the same for all images.
+        ValueError: too few draws; a prompt that the model cannot draw; a reward that is the same for all images.
 
     Source: one-way random effects (R. A. Fisher); Spearman (1910) and Brown (1910) for the mean of several.
     """
     for name, value in (("prefixes", prefixes), ("continuations", continuations)):
         if value < 2:
             raise ValueError(f"explained_shares: {name}: expected at least 2, got {value}")
+    check_prompts(var, prompts)
     found = []
     for middle in range(1, len(var.schedule)):
         drawn = roll_out(

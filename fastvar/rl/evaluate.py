@@ -10,6 +10,7 @@ import torch
 
 from fastvar.data.metrics import diversity, mean_interval
 from fastvar.models import VAR
+from fastvar.rl.preflight import check_prompts
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.rewards import RewardSum
 from fastvar.rl.rollout import Rollout, RolloutOptions, roll_out
@@ -57,8 +58,10 @@ def evaluate_policy(
         seed: of the samples; always the same images for the same weights.
 
     Raises:
+        ValueError: a prompt that the model cannot draw.
         RuntimeError: names a reward that misbehaved.
     """
+    check_prompts(var, prompts)
     drawn = draw_evaluation(var, prompts, samples=samples, options=options, seed=seed)
     return summarise([score_evaluation(drawn, reward)], reward)
 
@@ -95,8 +98,8 @@ def summarise(parts: Sequence[Part], reward: RewardSum) -> Evaluation:
     metrics = {"return": float(reward.combine(each, standardise=False).nanmean())}
     intervals = {}
     for name, scores in each.items():
-        metrics[name] = float(scores[scores.isfinite()].mean())
-        groups = torch.where(scores.isfinite(), scores, torch.nan).view(-1, PER_PROMPT).nanmean(1)
+        metrics[name] = float(scores.nanmean())
+        groups = scores.view(-1, PER_PROMPT).nanmean(1)
         known = groups[groups.isfinite()].tolist()
         intervals[name] = mean_interval(known) if len(known) > 1 else (math.nan, math.nan)
     spread = diversity(images, PER_PROMPT)

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastvar.ops import PolicyLoss
 from fastvar.profiling import annotate
+from fastvar.statistics import centred
 
 
 class Clock:
@@ -61,5 +62,5 @@ def fingerprint(model: nn.Module) -> int:
 
 
 def spread(values: torch.Tensor) -> float:
-    finite = values[values.isfinite()]
-    return float(finite.std(correction=0))
+    """Mean standard deviation of the rows of scores (n, m), of those that are not missing."""
+    return float(centred(values).spread.nanmean())

@@ -39,6 +39,8 @@ class Prompts:
             column = getattr(self, name)
             if column is not None and len(column) != len(self.texts):
                 raise ValueError(f"Prompts: {name}: expected one for each of {len(self.texts)}, got {len(column)}")
+        if self.references is not None and not isinstance(self.references, torch.Tensor):
+            raise ValueError(f"Prompts: references: expected a tensor, got {type(self.references).__name__}")
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from fastvar.models import VAR, SamplingState
+from fastvar.ranges import Count, CountOrNone, Guidance, ShareAboveZero, Temperature, check_fields
 from fastvar.rl.prompts import Prompts, subject_of
 from fastvar.rl.rows import taken
 
@@ -21,15 +22,15 @@ class RolloutOptions:
     is trained, which is the model's own at this temperature; the gradient is then that of the model's own
     log-probabilities of these images, as VAR RL Done Right has it."""
 
-    guidance: float = 0.0
+    guidance: Guidance = 0.0
     """Classifier-free guidance of the last scale; it grows linearly from 0 at the first one."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """Divides the logits, when drawing and when scoring."""
-    top_k: int = 0
+    top_k: CountOrNone = 0
     """Keep this many codes; 0 for all."""
-    top_p: float = 1.0
+    top_p: ShareAboveZero = 1.0
     """Keep the likeliest codes of this mass; 1 for all."""
-    chunk: int = 64
+    chunk: Count = 64
     """Images drawn at a time, so that memory is bounded; it does not change them."""
     graphs: bool = True
     """Draw by CUDA graphs where they can be used, see `generate`: on a GPU, not with FSDP. They hold up to 15 % of the
@@ -38,15 +39,7 @@ class RolloutOptions:
 
     def check(self) -> None:
         """Raise a ValueError that names a setting which makes no sense."""
-        checks = {
-            "temperature": (self.temperature > 0, "above 0"),
-            "top_k": (self.top_k >= 0, "at least 0"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "chunk": (self.chunk >= 1, "at least 1"),
-        }
-        for name, (good, expected) in checks.items():
-            if not good:
-                raise ValueError(f"RolloutOptions: {name}: expected {expected}, got {getattr(self, name)}")
+        check_fields(self)
 
 
 class Rollout(NamedTuple):
@@ -203,6 +196,7 @@ class _Artist:
             graphs=None if options.graphs else False,
         )
         self.passed_tokens += len(out.tokens) * (out.tokens.shape[1] - before) * (2 if options.guidance else 1)
+        assert out.log_probs is not None  # they were asked for
         return _Drawn(out.tokens, out.log_probs, out.images, out.state)
 
 

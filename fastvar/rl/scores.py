@@ -17,7 +17,7 @@ class Scores(NamedTuple):
     """What rewards say of a rollout of n segments with K continuations each.
 
     Attributes:
-        each: by name, a reward's own scores (n K,) float32; NaN where it has nothing to say. `RewardSum.combine` adds
+        each: by name, a reward's own scores (n K,) float64; NaN where it has nothing to say. `RewardSum.combine` adds
             them up.
         mask: (n, L') bool, which tokens lie where the scores were decided, or None for all.
     """

@@ -14,14 +14,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.distributed.tensor import DTensor
 
-from fastvar.files import write_json
+from fastvar.files import json_text
 from fastvar.models import VAR
 from fastvar.ops import PolicyLoss, group_advantages
+from fastvar.pictures import image_grid, save_picture
 from fastvar.rl.adapters import has_adapters, merged
 from fastvar.rl.choose_middle import intraclass_correlation
-from fastvar.rl.config import TOLERANCES, RLConfig
+from fastvar.rl.config import FREE, TOLERANCES, RLConfig
 from fastvar.rl.evaluate import draw_evaluation, score_evaluation, summarise
 from fastvar.rl.measuring import Clock, fingerprint, loss_metrics, peak_memory, spread
+from fastvar.rl.preflight import before_the_first_step
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.returns import middle_returns
 from fastvar.rl.rewards import RewardSum
@@ -30,11 +32,13 @@ from fastvar.rl.rows import indices, taken
 from fastvar.rl.scores import score
 from fastvar.rl.update import segment_loss, token_totals
 from fastvar.rl.wrapping import CalledPolicy, gather_for_methods
-from fastvar.training.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint, saved_steps
+from fastvar.training.checkpoints import Checkpoints
 from fastvar.training.ema import EMA
+from fastvar.training.interrupts import Interrupted, Interrupts
+from fastvar.training.lock import locked
 from fastvar.training.log import RunLog
-from fastvar.training.loop import check_same_settings, parameter_groups
-from fastvar.training.pictures import image_grid, save_picture
+from fastvar.training.loop import launched_precision, parameter_groups
+from fastvar.training.settings import check_enough_steps, check_same_settings, write_settings
 
 _T = TypeVar("_T")
 _SHOWN = (
@@ -62,7 +66,9 @@ class VMRGRPOTrainer:
         evaluation: prompts of the evaluations; `prompts` by default.
 
     Raises:
-        ValueError: settings that do not fit, nothing to train.
+        ValueError: settings that do not fit, nothing to train, a prompt or a reference that cannot be drawn or scored.
+        RewardError: a reward misbehaves on a blank picture.
+        OSError: no room for a checkpoint.
     """
 
     def __init__(
@@ -78,6 +84,7 @@ class VMRGRPOTrainer:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         config.check()
+        launched_precision(config.precision)
         if not isinstance(reward, RewardSum):
             reward = RewardSum({getattr(reward, "__name__", type(reward).__name__): reward})
         if config.middle >= len(policy.schedule):
@@ -99,6 +106,8 @@ class VMRGRPOTrainer:
         self.policy = policy.to(self.accelerator.device).eval()
         self.policy.gradient_checkpointing = config.gradient_checkpointing
         self.policy.tokenizer.requires_grad_(False).eval()
+        where = output if self.accelerator.is_main_process else None
+        self._rewarded(lambda: before_the_first_step(self.policy, self.prompts, self.evaluation, reward, where))
         self.reference = reference
         if reference is None and config.loss.kl_weight != 0:
             self.reference = policy if has_adapters(policy) else policy.clone()
@@ -113,7 +122,16 @@ class VMRGRPOTrainer:
         self.policy = self.accelerator.unwrap_model(self.model).policy
         gather_for_methods(self.model)
         self.progress = _Progress()
-        self.accelerator.register_for_checkpointing(self.ema, self.progress)
+        self.checkpoints = Checkpoints(
+            self.accelerator,
+            output,
+            self.model,
+            self.optimizer,
+            self.ema,
+            keep=config.keep,
+            minutes=config.save_minutes,
+            progress=self.progress,
+        )
 
     def train(self) -> VAR:
         """Run all iterations, or those that are left, and return the averaged policy; it is saved in `output/model`.
@@ -121,27 +139,35 @@ class VMRGRPOTrainer:
         Raises:
             ValueError: `output` holds a run with other settings.
             RewardError: a reward misbehaved; what was done before is saved.
+            Interrupted: SIGINT or SIGTERM came; the iteration was finished and saved.
             RuntimeError: rollout and training do not agree, or too many updates in a row had a gradient that is not
                 finite.
 
         Called again, with the model that the run began with, it goes on from its last checkpoint.
         """
-        config, output, accelerator = self.config, self.output, self.accelerator
+        with locked(self.output, active=self.accelerator.is_main_process), Interrupts() as interrupts:
+            return self._train(interrupts)
+
+    def _train(self, interrupts: Interrupts) -> VAR:
+        config, output, accelerator, checkpoints = self.config, self.output, self.accelerator, self.checkpoints
         main = accelerator.is_main_process
         settings = self._settings()
-        steps = saved_steps(output) if config.resume else []
-        first = steps[-1] if steps else 0
-        if steps:
-            check_same_settings(output / "settings.json", settings)
-            load_checkpoint(accelerator, output, first, self.optimizer)
+        found = checkpoints.newest() if config.resume else None
+        first = found or 0
+        if found is not None:
+            check_same_settings(output / "settings.json", settings, free=FREE)
+            check_enough_steps("iterations", config.iterations, found, output)
+            checkpoints.load(found)
             if main and first == 0:  # stopped before the first step: its first evaluation is made again
                 (output / "metrics.jsonl").unlink(missing_ok=True)
-        else:
-            if main:
-                _clear(output)
-                write_json(output / "settings.json", settings)
-            accelerator.wait_for_everyone()
-            save_checkpoint(accelerator, output, 0, config.keep)
+        elif main:
+            checkpoints.clear()
+            _clear(output)
+        if main:
+            write_settings(output / "settings.json", settings, found, config.iterations)
+        accelerator.wait_for_everyone()
+        if found is None:
+            checkpoints.save(0)
         log = RunLog(output, first, config.iterations, title="vmr-grpo", shown=_SHOWN, active=main)
         try:
             if first == 0 and config.evaluate_every:
@@ -152,7 +178,7 @@ class VMRGRPOTrainer:
                 try:
                     metrics = self.iteration(iteration)
                 except RewardError:  # nothing was learned from it yet
-                    save_checkpoint(accelerator, output, iteration, config.keep)
+                    checkpoints.save(iteration)
                     raise
                 done, last = iteration + 1, iteration + 1 == config.iterations or self._too_far()
                 log.advance()
@@ -161,12 +187,16 @@ class VMRGRPOTrainer:
                         metrics |= self.evaluate(done, log)
                     except RewardError:
                         log.write(done, metrics)
-                        save_checkpoint(accelerator, output, done, config.keep)
+                        checkpoints.save(done)
                         raise
                 if done % config.log_every == 0 or last or "evaluation/return" in metrics:
                     log.write(done, metrics)
-                if done % config.save_every == 0 or last:
-                    save_checkpoint(accelerator, output, done, config.keep)
+                stop = self._total(float(interrupts.received is not None)) > 0
+                due = self._total(float(checkpoints.due())) > 0
+                if stop or due or last or done % config.save_every == 0:
+                    saved = checkpoints.save(done)
+                if stop and not last:
+                    raise Interrupted(interrupts.received or "SIGTERM", done, saved)
         finally:
             log.close()
         averaged = self._averaged()
@@ -242,7 +272,7 @@ class VMRGRPOTrainer:
             config.group_size,
             normalise=config.loss.normalise,
             spread_floor=config.loss.spread_floor,
-        )
+        ).float()
         groups = returns.view(-1, config.group_size)
         # A group whose returns are equal has advantages of exactly 0.
         spreads = (advantages.view_as(groups) != 0).any(1).repeat_interleave(config.group_size)
@@ -258,11 +288,11 @@ class VMRGRPOTrainer:
         schedule = self.policy.schedule.with_num_tokens(rollout.tokens.shape[1])
         mask[:, : schedule.starts[rollout.first_scale]] = 0
         metrics = {f"reward/{name}": float(values.nanmean()) for name, values in each.items()}
-        metrics |= {f"reward_std/{name}": spread(values) for name, values in each.items()}
+        metrics |= {f"reward_std/{name}": spread(values[None]) for name, values in each.items()}
         metrics |= {
             "reward": float(self.reward.combine(each, standardise=False).nanmean()),
             "return": float(returns.nanmean()),
-            "spread": float(groups.std(1, correction=0).nanmean()),
+            "spread": spread(groups),
             "groups_without_spread": 1 - float(spreads.float().mean()),
             "mask_share": share,
         }
@@ -436,7 +466,7 @@ class VMRGRPOTrainer:
             "rewards": {**self.reward.weights, "standardise": self.reward.standardise, **self._reward_options()},
             "prompts": self.prompts.fingerprint(),
         }
-        return json.loads(json.dumps(settings))
+        return json.loads(json_text(settings))
 
     def _reward_options(self) -> dict[str, Any]:
         """What tells a reward from another one of its name: plain public attributes."""
@@ -479,15 +509,15 @@ class _Progress:
         self.best, self.kl = -math.inf, 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        # JSON has no infinity; what is left out is as at the start.
+        return {name: value for name, value in vars(self).items() if math.isfinite(value)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
 
 def _clear(output: Path) -> None:
-    """Forget a run that was here before."""
-    remove_checkpoints(output)
+    """Forget what a run that was here before has shown."""
     for name in ("best", "pictures", "tensorboard"):
         shutil.rmtree(output / name, ignore_errors=True)
     (output / "metrics.jsonl").unlink(missing_ok=True)

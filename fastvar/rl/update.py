@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Annotated
 
 import torch
 
 from fastvar.models import VAR
 from fastvar.ops import PolicyLoss, policy_loss
 from fastvar.ops.policy_loss import KL_ESTIMATORS, NORMALISATIONS, PANW_NORMALISATIONS, RATIO_LEVELS
+from fastvar.ranges import NotNegative, NotNegativeOrInfinite, Number, OneOf, check_fields
 from fastvar.rl.adapters import without_adapters
 from fastvar.rl.rollout import Rollout
 from fastvar.rl.rows import taken
@@ -22,41 +24,30 @@ from fastvar.schedule import ScaleSchedule
 class LossOptions:
     """What a segment's loss is; see `fastvar.ops.policy_loss`."""
 
-    normalise: str = "group"
+    normalise: Annotated[str, OneOf(*NORMALISATIONS)] = "group"
     """Spread of the advantages: "group", "batch" or "none"."""
-    spread_floor: float = 1e-4
+    spread_floor: NotNegative = 1e-4
     """Added to the standard deviation of the rewards."""
-    panw_alpha: float = 0.6
+    panw_alpha: NotNegative = 0.6
     """Per-action normalisation: a scale's tokens weigh (h w)^-alpha; 0 weighs all tokens alike."""
-    panw_normalisation: str = "per_segment"
+    panw_normalisation: Annotated[str, OneOf(*PANW_NORMALISATIONS)] = "per_segment"
     """"per_segment", "per_scale" or "none"."""
-    clip_low: float = 0.2
-    """How far a ratio may fall below 1."""
-    clip_high: float = 0.2
-    """How far a ratio may rise above 1."""
-    ratio_level: str = "token"
+    clip_low: NotNegativeOrInfinite = 0.2
+    """How far a ratio may fall below 1; infinity never clips."""
+    clip_high: NotNegativeOrInfinite = 0.2
+    """How far a ratio may rise above 1; infinity never clips."""
+    ratio_level: Annotated[str, OneOf(*RATIO_LEVELS)] = "token"
     """Ratio per "token", "scale" or "sample"."""
-    kl_weight: float = 0.0
+    kl_weight: NotNegative = 0.0
     """Weight of the KL to the reference; 0 needs no reference."""
-    kl_estimator: str = "exact"
+    kl_estimator: Annotated[str, OneOf(*KL_ESTIMATORS)] = "exact"
     """"exact" over the whole vocabulary, "k2" or "k3"."""
-    entropy_weight: float = 0.0
+    entropy_weight: Number = 0.0
     """Weight of an entropy bonus."""
 
     def check(self) -> None:
         """Raise a ValueError that names a setting which makes no sense."""
-        choices = {
-            "normalise": NORMALISATIONS,
-            "panw_normalisation": PANW_NORMALISATIONS,
-            "ratio_level": RATIO_LEVELS,
-            "kl_estimator": KL_ESTIMATORS,
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"LossOptions: {name}: expected one of {known}, got {getattr(self, name)!r}")
-        for name in ("spread_floor", "panw_alpha", "clip_low", "clip_high", "kl_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"LossOptions: {name}: expected at least 0, got {getattr(self, name)}")
+        check_fields(self)
 
 
 def segment_loss(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+
+from fastvar.training.interrupts import outlive_the_first_signal
 
 
 class StepSampler:
@@ -56,8 +61,25 @@ class StepSampler:
             yield pairs
 
 
+@contextmanager
+def seeded(seed: int, position: int) -> Iterator[None]:
+    """The random states that transforms draw from (torch's on the CPU, NumPy's, Python's) follow from two numbers
+    alone inside, and are as before afterwards."""
+    key = seed * 1_000_003 + position
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key)
+        random.seed(key)
+        np.random.seed([key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF])
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
 class _SeededByPosition(Dataset):
-    """Draws item `index` under a random state that depends on the position alone (random crops and the like)."""
+    """Draws item `index` under random states that depend on the position alone (random crops and the like)."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
@@ -67,20 +89,32 @@ class _SeededByPosition(Dataset):
 
     def __getitem__(self, pair: tuple[int, int]) -> Any:
         position, index = pair
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 1_000_003 + position)
+        with seeded(self.seed, position):
             return self.dataset[index]
 
 
 def step_loader(dataset: Any, sampler: StepSampler, *, workers: int = 0) -> Iterator[Any]:
-    """The batches of a sampler's steps: by the data set's own `batch(indices)` if it has one, else by a DataLoader."""
+    """The batches of a sampler's steps: by the data set's own `batch(indices)` if it has one, else by a DataLoader.
+
+    What a data set draws from the global random states depends on the sample's position alone (with `batch`, on that of
+    the batch's first sample): it is other for each sample, process and epoch, and the same whatever the number of
+    workers and after a resume.
+    """
     if hasattr(dataset, "batch"):
-        return (dataset.batch([index for _, index in pairs]) for pairs in sampler)
+        return _own_batches(dataset, sampler)
     loader: DataLoader[Any] = DataLoader(
         _SeededByPosition(dataset, sampler.seed),
         batch_sampler=sampler,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=outlive_the_first_signal,
         generator=torch.Generator(),  # else it draws a seed for its workers from the training's random state
     )
     return iter(loader)
+
+
+def _own_batches(dataset: Any, sampler: StepSampler) -> Iterator[Any]:
+    for pairs in sampler:
+        with seeded(sampler.seed, pairs[0][0]):
+            batch = dataset.batch([index for _, index in pairs])
+        yield batch

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,15 +15,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastvar.files import write_text
+from fastvar.files import json_text, write_text
 
 
 class RunLog:
     """Writes metrics of the main process to `metrics.jsonl` and TensorBoard and shows them on a progress bar; also to
     Weights & Biases, if it is installed and the environment variable WANDB_PROJECT names a project.
 
-    Each line also has the run's seconds so far. On resuming, lines of steps after `first_step` are dropped, as they
-    will be written again, and the seconds go on from the last line that is kept.
+    A metric that is not finite is null in the file. Each line also has the run's seconds so far. On resuming, lines of
+    steps after `first_step` are dropped, as they will be written again, and the seconds go on from the last line that
+    is kept.
 
     Args:
         output: the run's folder.
@@ -49,7 +52,7 @@ class RunLog:
         if not active:
             return
         kept = [line for line in read_metrics(self.path) if line["step"] <= first_step]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.path, "".join(json_text(line) + "\n" for line in kept))
         self._start = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
         self._file = self.path.open("a")
         with suppress(ImportError):
@@ -74,7 +77,7 @@ class RunLog:
         if not self.active:
             return
         line = {"step": step, **metrics, "seconds": round(time.perf_counter() - self._start, 3)}
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json_text(line) + "\n")
         self._file.flush()
         shown = {n: v for n, v in metrics.items() if self.shown is None or n in self.shown}
         self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
@@ -101,13 +104,17 @@ class RunLog:
             self._wandb.finish()
 
 
+def say(text: str) -> None:
+    """A line to the user on standard error, above the progress bars."""
+    tqdm.write(f"fastvar: {text}", file=sys.stderr)
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`; a line cut off by a crash is left out."""
+    """The lines of a `metrics.jsonl`, NaN for null; a line cut off by a crash is left out."""
     lines = []
     if path.is_file():
-        for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                continue
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(json.JSONDecodeError):
+                line = json.loads(text)
+                lines.append({name: math.nan if value is None else value for name, value in line.items()})
     return lines

@@ -4,93 +4,98 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fastvar.files import write_json
+from fastvar.files import json_text
+from fastvar.pictures import save_picture
+from fastvar.ranges import (
+    Count,
+    CountOrNone,
+    NotNegative,
+    OneOf,
+    Positive,
+    PositiveOrInfinite,
+    Range,
+    Seed,
+    Share,
+    ShareBelowOne,
+    check_fields,
+)
 from fastvar.training.batches import StepSampler, step_loader
-from fastvar.training.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint, saved_steps
+from fastvar.training.checkpoints import Checkpoints
 from fastvar.training.ema import EMA
+from fastvar.training.interrupts import Interrupted, Interrupts, Wishes
+from fastvar.training.lock import locked
 from fastvar.training.log import RunLog
-from fastvar.training.pictures import save_picture
+from fastvar.training.settings import check_enough_steps, check_same_settings, write_settings
+from fastvar.training.space import check_space
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train."""
 
-    steps: int = 1000
-    """Optimizer steps."""
-    batch_size: int = 64
+    steps: Count = 1000
+    """Optimizer steps in all. A run that was stopped or has finished can go on to more: from there its learning rate is
+    that of a run of so many steps."""
+    batch_size: Count = 64
     """Samples per process and optimizer step."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Peak of the cosine schedule."""
-    final_learning_rate: float = 0.05
+    final_learning_rate: Share = 0.05
     """End of the cosine schedule as a share of the peak."""
-    warmup: float = 0.05
+    warmup: Share = 0.05
     """Share of the steps in which the learning rate rises linearly."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], Range(0, 1, below=True)] = (0.9, 0.95)
     """Of AdamW."""
-    weight_decay: float = 0.05
+    weight_decay: NotNegative = 0.05
     """Of matrices; biases, embeddings, scales and codebooks have none."""
-    clip_norm: float = 1.0
-    """Largest norm of the gradient; larger ones are scaled down."""
-    ema_decay: float = 0.999
+    clip_norm: PositiveOrInfinite = 1.0
+    """Largest norm of the gradient; larger ones are scaled down. Infinity for no limit."""
+    ema_decay: ShareBelowOne = 0.999
     """Of the averaged weights, which are the ones sampled from and saved as the model."""
-    precision: str = "no"
+    precision: Annotated[str, OneOf("auto", "no", "bf16")] = "no"
     """"no" (float32), "bf16" (autocast) or "auto" (bf16 where the hardware computes in it, else float32)."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Micro-batches per optimizer step; must divide the batch size."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the order of the data, dropout and augmentation."""
-    workers: int = 0
+    workers: CountOrNone = 0
     """Processes that load data."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between two lines of metrics."""
-    picture_every: int = 0
+    picture_every: CountOrNone = 0
     """Steps between two pictures; 0 for the last step only."""
-    save_every: int = 500
+    save_every: Count = 500
     """Steps between two checkpoints."""
-    keep: int = 2
+    save_minutes: NotNegative = 5.0
+    """Also save when so many minutes have passed since the last checkpoint, but never for more than a twentieth of the
+    time; 0 for not."""
+    keep: Count = 2
     """Checkpoints that are kept."""
     resume: bool = True
     """Go on from the newest checkpoint in the output folder, if there is one."""
 
     def check(self) -> None:
         """Raise a ValueError that names a setting which makes no sense; `train` does so before anything else."""
-        checks = {
-            "steps": (self.steps >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "accumulate": (
-                self.accumulate >= 1 and self.batch_size % max(self.accumulate, 1) == 0,
-                f"a divisor of the batch size {self.batch_size}",
-            ),
-            "precision": (self.precision in ("auto", "no", "bf16"), '"auto", "no" or "bf16"'),
-            "learning_rate": (self.learning_rate > 0, "above 0"),
-            "final_learning_rate": (0 <= self.final_learning_rate <= 1, "0 to 1"),
-            "warmup": (0 <= self.warmup <= 1, "0 to 1"),
-            "clip_norm": (self.clip_norm > 0, "above 0"),
-            "ema_decay": (0 <= self.ema_decay < 1, "at least 0 and below 1"),
-            "picture_every": (self.picture_every >= 0, "at least 0"),
-            "workers": (self.workers >= 0, "at least 0"),
-            "seed": (self.seed >= 0, "at least 0"),
-            "save_every": (self.save_every >= 1, "at least 1"),
-            "log_every": (self.log_every >= 1, "at least 1"),
-            "keep": (self.keep >= 1, "at least 1"),
-        }
-        for name, (good, expected) in checks.items():
-            if not good:
-                raise ValueError(f"TrainConfig: {name}: expected {expected}, got {getattr(self, name)}")
+        check_fields(self)
+        if self.batch_size % self.accumulate:
+            expected = f"a divisor of the batch size {self.batch_size}"
+            raise ValueError(f"TrainConfig: accumulate: expected {expected}, got {self.accumulate}")
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, 0 to steps - 1."""
@@ -102,23 +107,23 @@ class TrainConfig:
         return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-class Task(Protocol):
+class Task(Protocol[_Model]):
     """What is trained: a model, its loss on a batch, and what to show of it."""
 
     name: str
-    model: Any
+    model: _Model
     identity: dict[str, Any]
     """What besides the model's config decides what is learned; a run is only resumed with the same."""
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The scalar to minimise and scalars to log, called with the (possibly wrapped) model in training mode."""
 
-    def picture(self, model: Any) -> Image | None:
+    def picture(self, model: _Model) -> Image | None:
         """A picture of what the averaged model can do, or None."""
 
 
 @dataclass
-class TrainResult:
+class TrainResult(Generic[_Model]):
     """What a run left.
 
     Attributes:
@@ -129,7 +134,7 @@ class TrainResult:
         steps_run: steps of this call; fewer than the config's if it resumed.
     """
 
-    model: Any
+    model: _Model
     output: Path
     seconds: float
     steps_run: int
@@ -151,6 +156,25 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if native else "no"
 
 
+def launched_precision(precision: str) -> str:
+    """A run's precision under `accelerate launch`, whose own (--mixed_precision, or its config file) decides only what
+    "auto" means: autocast is ours.
+
+    Raises:
+        ValueError: the two contradict each other.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched in ("no", precision):
+        return precision
+    if (launched, precision) == ("bf16", "auto"):
+        return launched
+    expected = "bf16 there as here (--precision bf16), or no" if launched == "bf16" else "no or bf16"
+    raise ValueError(
+        f"train: precision: expected accelerate's --mixed_precision to be {expected}; got {launched} there, "
+        f"{precision} here"
+    )
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weights of linear layers and convolutions with weight decay; all else, embeddings and codebooks too, without.
 
@@ -166,7 +190,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainResult:
+def train(task: Task[_Model], dataset: Any, config: TrainConfig, output: Path) -> TrainResult[_Model]:
     """Train a task's model; goes on from the newest checkpoint in `output` if there is one.
 
     Everything that a step does follows from (config, data, step): an interrupted run that resumes gives the same
@@ -180,36 +204,51 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
 
     Raises:
         ValueError: settings that make no sense, or others than those of the run that would be resumed.
+        OSError: no room for a checkpoint.
         RuntimeError: the gradient is not finite.
+        Interrupted: SIGINT or SIGTERM came; the step was finished and saved.
     """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
     config.check()
-    start = time.perf_counter()
+    check_space(output, task.model)
+    if hasattr(task, "check_data"):  # whether the data fits the model; a task need not know
+        task.check_data(dataset)
     # Autocast is ours: accelerate fixes its precision once per process, but two runs may differ.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     set_seed(config.seed, device_specific=True)
-    config = replace(config, precision=resolve_precision(config.precision, accelerator.device))  # resuming compares it
+    precision = resolve_precision(launched_precision(config.precision), accelerator.device)
+    config = replace(config, precision=precision)  # resuming compares it
+    with locked(output, active=accelerator.is_main_process), Interrupts() as interrupts:
+        return _train(accelerator, task, dataset, config, output, interrupts)
+
+
+def _train(
+    accelerator: Any, task: Task[_Model], dataset: Any, config: TrainConfig, output: Path, interrupts: Interrupts
+) -> TrainResult[_Model]:
+    start = time.perf_counter()
     task.model.to(accelerator.device)
     optimizer = torch.optim.AdamW(
         parameter_groups(task.model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
     )
     ema = EMA(task.model, config.ema_decay)
     model, optimizer = accelerator.prepare(task.model, optimizer)
-    accelerator.register_for_checkpointing(ema)
+    checkpoints = Checkpoints(accelerator, output, model, optimizer, ema, keep=config.keep, minutes=config.save_minutes)
 
-    first_step = 0
-    steps = saved_steps(output) if config.resume else []
     settings = _settings(task, dataset, config, accelerator.num_processes)
-    if steps:
-        first_step = steps[-1]
-        check_same_settings(output / "settings.json", settings)
-        load_checkpoint(accelerator, output, first_step, optimizer)
-    elif accelerator.is_main_process:
-        remove_checkpoints(output)
+    found = checkpoints.newest() if config.resume else None
+    first_step = found or 0
+    main = accelerator.is_main_process
+    if found is not None:
+        check_same_settings(output / "settings.json", settings, free=_FREE)
+        check_enough_steps("steps", config.steps, found, output)
+        checkpoints.load(found)
+    elif main:
+        checkpoints.clear()
         (output / "metrics.jsonl").unlink(missing_ok=True)
-        write_json(output / "settings.json", settings)
+    if main:
+        write_settings(output / "settings.json", settings, found, config.steps)
     sampler = StepSampler(
         len(dataset),
         config.batch_size,
@@ -219,8 +258,9 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    log = RunLog(output, first_step, config.steps, title=task.name, active=accelerator.is_main_process)
-    result = TrainResult(ema.model, output, 0.0, max(config.steps - first_step, 0))
+    log = RunLog(output, first_step, config.steps, title=task.name, active=main)
+    result: TrainResult[_Model] = TrainResult(ema.model, output, 0.0, config.steps - first_step)
+    wishes = Wishes(accelerator)
     check: _Check | None = None
     try:
         for step, batch in enumerate(step_loader(dataset, sampler, workers=config.workers), first_step):
@@ -230,19 +270,23 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
                 before.raise_if_bad()
             ema.update(accelerator.unwrap_model(model))
             done, last = step + 1, step + 1 == config.steps
+            stop, due = wishes(interrupts.received is not None, checkpoints.due())
+            save = stop or due or last or done % config.save_every == 0
             shown = last or (config.picture_every and done % config.picture_every == 0)
-            if shown or done % config.log_every == 0 or done % config.save_every == 0:
+            if shown or save or done % config.log_every == 0:
                 check.raise_if_bad()
             log.advance()
             if done % config.log_every == 0 or last:
                 log.write(done, _over_processes(accelerator, metrics))
-            if accelerator.is_main_process and shown:
+            if main and shown:
                 _show(task, ema, log, done, output, result)
-            if done % config.save_every == 0 or last:
-                save_checkpoint(accelerator, output, done, config.keep)
+            if save:
+                saved = checkpoints.save(done)
+            if stop and not last:
+                raise Interrupted(interrupts.received or "SIGTERM", done, saved)
     finally:
         log.close()
-    if accelerator.is_main_process:
+    if main:
         ema.model.save_pretrained(output / "model")
     accelerator.wait_for_everyone()
     result.seconds = time.perf_counter() - start
@@ -250,7 +294,7 @@ def train(task: Task, dataset: Any, config: TrainConfig, output: Path) -> TrainR
 
 
 def _step(
-    accelerator: Any, task: Task, model: nn.Module, optimizer: Any, batch: Any, config: TrainConfig, step: int
+    accelerator: Any, task: Task[Any], model: nn.Module, optimizer: Any, batch: Any, config: TrainConfig, step: int
 ) -> tuple[dict[str, Any], _Check]:
     """One optimizer step; it is left out where the gradient is not finite. Nothing waits for the device."""
     model.train()
@@ -295,11 +339,11 @@ class _Check:
             raise RuntimeError(f"{self.name}: at step {self.step + 1} the loss is {loss}, its gradient's norm {norm}")
 
 
-# Settings that change what a run shows and keeps, but not what it learns.
-_FREE = ("log_every", "picture_every", "save_every", "keep", "resume", "workers")
+# Settings that change what a run shows and keeps, but not what it learns; and how far it goes, which is kept apart.
+_FREE = ("steps", "log_every", "picture_every", "save_every", "save_minutes", "keep", "resume", "workers")
 
 
-def _settings(task: Task, dataset: Any, config: TrainConfig, processes: int) -> dict[str, Any]:
+def _settings(task: Task[Any], dataset: Any, config: TrainConfig, processes: int) -> dict[str, Any]:
     """What decides the run's result, as JSON has it."""
     plain = (bool, int, float, str, tuple)
     described = {n: v for n, v in vars(dataset).items() if not n.startswith("_") and isinstance(v, plain)}
@@ -310,25 +354,7 @@ def _settings(task: Task, dataset: Any, config: TrainConfig, processes: int) -> 
         "processes": processes,
         **task.identity,
     }
-    return json.loads(json.dumps(found))
-
-
-def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Raise a ValueError that names what differs from the settings that a run's folder was begun with."""
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    different = []
-    for part, now in settings.items():
-        old = before.get(part, {} if isinstance(now, dict) else None)
-        if isinstance(now, dict) and isinstance(old, dict):
-            names = [name for name in {**old, **now} if old.get(name) != now.get(name)]
-            different += [f"{part}.{name} was {old.get(name)}, is {now.get(name)}" for name in names]
-        elif old != now:
-            different.append(f"{part} was {old}, is {now}")
-    if different:
-        raise ValueError(
-            f"train: output: {path.parent} has a run with other settings ({'; '.join(different)}); "
-            "choose another folder, or resume=False to start anew"
-        )
+    return json.loads(json_text(found))
 
 
 def _over_processes(accelerator: Any, metrics: dict[str, Any]) -> dict[str, float]:
@@ -349,7 +375,7 @@ def _parts(batch: Any, count: int) -> list[Any]:
     return [{name: column[i] for name, column in columns.items()} for i in range(count)]
 
 
-def _show(task: Task, ema: EMA, log: RunLog, step: int, output: Path, result: TrainResult) -> None:
+def _show(task: Task[Any], ema: EMA, log: RunLog, step: int, output: Path, result: TrainResult[Any]) -> None:
     # Drawing samples must not disturb the training's random numbers.
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))), torch.no_grad():
         image = task.picture(ema.model)

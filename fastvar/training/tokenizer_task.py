@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastvar.models import VQTokenizer
-from fastvar.training.pictures import image_grid
+from fastvar.pictures import image_grid
 
 if TYPE_CHECKING:
     from PIL.Image import Image

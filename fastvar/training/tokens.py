@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from fastvar.models import VQTokenizer
+from fastvar.training.batches import seeded
 
 
 class TokenDataset:
@@ -20,16 +21,27 @@ class TokenDataset:
         tokenizer: encodes them.
         batch_size: images encoded at a time.
         reference: whether to encode the reference images too.
+        seed: of what the data set draws at random; each item is drawn once.
     """
 
-    def __init__(self, dataset: Any, tokenizer: VQTokenizer, *, batch_size: int = 64, reference: bool = False) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        tokenizer: VQTokenizer,
+        *,
+        batch_size: int = 64,
+        reference: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.classes: list[str] | None = getattr(dataset, "classes", None)
+        self.num_classes: int | None = getattr(dataset, "num_classes", None)
         device = next(tokenizer.parameters()).device
         wanted = ("label", "text")
         columns: dict[str, list[Any]] = {}
         # one pass in order; the last batch may be short
         for start in tqdm(range(0, len(dataset), batch_size), desc="tokens", dynamic_ncols=True):
             indices = list(range(start, min(start + batch_size, len(dataset))))
-            batch = _batch(dataset, indices)
+            batch = _batch(dataset, indices, seed)
             row = {name: batch[name] for name in wanted if name in batch}
             row["tokens"] = tokenizer.encode(batch["image"].to(device)).cpu()
             if reference:
@@ -55,7 +67,12 @@ class TokenDataset:
         }
 
 
-def _batch(dataset: Any, indices: list[int]) -> Any:
+def _batch(dataset: Any, indices: list[int], seed: int) -> Any:
     if hasattr(dataset, "batch"):
-        return dataset.batch(indices)
-    return torch.utils.data.default_collate([dataset[i] for i in indices])
+        with seeded(seed, indices[0]):
+            return dataset.batch(indices)
+    items = []
+    for i in indices:
+        with seeded(seed, i):
+            items.append(dataset[i])
+    return torch.utils.data.default_collate(items)

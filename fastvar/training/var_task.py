@@ -62,6 +62,21 @@ class VARTask:
             self.token_weights = torch.tensor(scale_weights, dtype=torch.float32)[model.scale_index.cpu()]  # [L]
         model.tokenizer.requires_grad_(False).eval()
 
+    def check_data(self, dataset: Any) -> None:
+        """Raise a ValueError if a data set that names or counts its classes has others than the model."""
+        config = self.model.config
+        names, count = getattr(dataset, "classes", None), getattr(dataset, "num_classes", None)
+        if config.text_length or count is None:
+            return
+        if count != config.num_classes:
+            raise ValueError(f"VARTask: model: expected {count} classes, as the data has, got {config.num_classes}")
+        if config.class_names and names is not None and list(config.class_names) != list(names):
+            first, other = next(pair for pair in zip(config.class_names, names, strict=True) if pair[0] != pair[1])
+            raise ValueError(
+                f"VARTask: model: expected the classes of the data in their order, got {first!r} where the data has "
+                f"{other!r}; ImageFolder(..., classes=model.config.class_names) takes the model's"
+            )
+
     def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         var, device = self.model, self.model.device
         if "tokens" in batch:

@@ -222,9 +222,9 @@ def own_tiles(name: str) -> OwnTiles:
     """
     try:
         path = own_path(name)
-        text = path.read_text() if name and path.is_file() else ""
+        text = path.read_bytes() if name and path.is_file() else b""
     except (OSError, RuntimeError):  # no home, or not this user's: nothing was tuned
-        text = ""
+        text = b""
     if not text:
         return OwnTiles()
     try:

@@ -29,6 +29,19 @@ def test_class_subfolders_are_sorted_labels(tmp_path):
     assert item["path"].endswith("1.png")
 
 
+def test_labels_of_given_classes(tmp_path):
+    """A model's own names give the labels, also where a class has no images; others are refused."""
+    for name in ("b/1.png", "a/1.png"):
+        write(tmp_path / name)
+    dataset = ImageFolder(tmp_path, size=16, classes=("b", "c", "a"))
+    assert dataset.classes == ["b", "c", "a"] and dataset.num_classes == 3
+    assert [(path.parent.name, label) for path, label in dataset.samples] == [("b", 0), ("a", 2)]
+    with pytest.raises(ValueError, match=r"classes: expected subfolders of .* out of 2 classes \(b, c\), got a"):
+        ImageFolder(tmp_path, size=16, classes=["b", "c"])
+    with pytest.raises(ValueError, match=r"classes: expected class subfolders in .*, got images beside each other"):
+        ImageFolder(tmp_path / "a", size=16, classes=["b", "c"])
+
+
 def test_flat_folder_has_one_class(tmp_path):
     for name in ("b.png", "a.png"):
         write(tmp_path / name)
@@ -88,6 +101,9 @@ def test_own_transform(tmp_path):
     write(tmp_path / "a.png")
     dataset = ImageFolder(tmp_path, size=16, transform=lambda image: torch.full((3, 2, 2), image.width))
     assert dataset[0]["image"].tolist() == torch.full((3, 2, 2), 40).tolist()
+    failing = ImageFolder(tmp_path, size=16, transform=lambda image: {}["mean"])
+    with pytest.raises(ValueError, match=r"ImageFolder: transform: KeyError on .*a\.png \('mean'\)"):
+        failing[0]
 
 
 def test_errors_name_folder_and_file(tmp_path):

@@ -166,6 +166,11 @@ def test_cache_file(reader, tmp_path):
     CharacterClassifier(torch.zeros(3, NUM_FEATURES + 1), torch.zeros(3, JUNK + 1)).save(path)
     with pytest.raises(ValueError, match="CharacterClassifier: path: expected centres"):
         Reader(cache=path)
+    path.write_bytes(b"cut")
+    with pytest.raises(
+        ValueError, match=r"CharacterClassifier: path: expected a file .* got .*characters\.safetensors"
+    ):
+        Reader(cache=path)
 
 
 def test_features_have_unit_parts():

@@ -81,7 +81,7 @@ def test_damaged_files(saved: Path, subfolder: str) -> None:
 
     for part in (whole[: len(whole) // 2], whole[:5], b""):
         weights.write_bytes(part)
-        refused(ValueError, "damaged file")
+        refused(ValueError, r"expected a file of safetensors or torch.save, got .*model\.safetensors: ")
     weights.unlink()
     refused(FileNotFoundError, r"no such file: .*model\.safetensors")
     weights.write_bytes(whole)
@@ -89,11 +89,43 @@ def test_damaged_files(saved: Path, subfolder: str) -> None:
     refused(ValueError, r"config\.json: damaged file")
     config.write_text("[]")
     refused(ValueError, r"config\.json: damaged file: expected an object")
-    config.write_text(json.dumps({**json.loads(text), "colour": 1, "attn": 2}))
+    config.write_text("[" * 100_000)
+    refused(ValueError, r"config\.json: damaged file")
+    config.write_text(text, encoding="utf-16")
+    refused(ValueError, r"expected text in UTF-8, got .*config\.json")
+    values = json.loads(text)
+    config.write_text(json.dumps({**values, "colour": 1, "attn": 2}))
     refused(ValueError, r"config\.json: unknown fields \['attn', 'colour'\]")
+    for value, expected in (("2", "int, got '2'"), (2.5, "int, got 2.5"), (True, "int, got True"), (-1, "at least 1")):
+        config.write_text(json.dumps({**values, "vocab_size": value}))
+        refused(ValueError, rf"config\.json: .*vocab_size: expected {expected}")
+    config.write_text(json.dumps({**values, "grids": [[1, 2], [2]]}))
+    refused(ValueError, r"config\.json: grids: expected tuple")
     if not subfolder:
         config.unlink()
         refused(FileNotFoundError, r"no such file: .*config\.json")
+
+
+def test_configs_of_other_programs(saved: Path) -> None:
+    """A byte order mark, whole numbers with a point."""
+    config = saved / "config.json"
+    values = json.loads(config.read_text())
+    text = json.dumps({**values, "num_heads": 2.0, "mlp_ratio": 4, "grids": [[1.0, 2.0], [2, 3]]})
+    config.write_text(text, encoding="utf-8-sig")
+    loaded = VAR.from_pretrained(saved)
+    assert loaded.config == tiny_var(RECTANGLES, subject="block_causal").config
+    assert isinstance(loaded.config.num_heads, int) and isinstance(loaded.config.mlp_ratio, float)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_of_a_wrapped_model(saved: Path, prefix: str) -> None:
+    path = saved / "model.safetensors"
+    state = load_file(path)
+    save_file({prefix + name.replace("blocks.0.", "blocks.0._orig_mod."): t for name, t in state.items()}, path)
+    assert torch.equal(VAR.from_pretrained(saved).head.bias, state["head.bias"])
+    save_file({prefix + name: tensor for name, tensor in state.items() if name != "head.bias"}, path)
+    with pytest.raises(ValueError, match=rf"\n  missing key {prefix}head\.bias$"):
+        VAR.from_pretrained(saved)
 
 
 def test_weights_that_do_not_fit(saved: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,8 +152,8 @@ def wrong_calls() -> dict[str, tuple[str, Callable[[VAR, torch.Tensor, torch.Ten
         "too few labels": (r"labels: expected one per row of inputs \(2\), got 1", lambda v, y, x: v(y[:1], x)),
         "labels (B, 1)": (r"labels: expected class indices \(B,\), got \(2, 1\)", lambda v, y, x: v(y[:, None], x)),
         "float labels": ("labels: expected int64 or int32, got torch.float32", lambda v, y, x: v(y.float(), x)),
-        "a large label": ("labels: expected indices from 0 to 5, got 0 to 6", lambda v, y, x: v(y * 6, x)),
-        "a negative label": ("labels: expected indices from 0 to 5, got -1 to 0", lambda v, y, x: v(-y, x)),
+        "a large label": ("labels: expected indices from 0 to 4, got 0 to 5", lambda v, y, x: v(y * 5, x)),
+        "a negative label": ("labels: expected indices from 0 to 4, got -1 to 0", lambda v, y, x: v(-y, x)),
         "texts": ("labels: expected a tensor of class indices", lambda v, y, x: v(["1", "2"], x)),
         "between scales": (r"inputs: expected \(B, n, 8\) with n one of 0, 4, 13", lambda v, y, x: v(y, x[:, :5])),
         "too long": ("inputs: expected", lambda v, y, x: v(y, torch.cat([x, x], 1))),
@@ -196,6 +197,25 @@ def test_wrong_condition() -> None:
             var(labels, inputs)
 
 
+def test_class_names(tmp_path: Path) -> None:
+    """They are kept in the model and stand for indices; what would be "no condition" is no class."""
+    tiny_var(class_names=["cat", "dog", "1", "owl", "ant"]).save_pretrained(tmp_path)
+    var = VAR.from_pretrained(tmp_path)
+    assert var.config.class_names == ("cat", "dog", "1", "owl", "ant")
+    assert torch.equal(var.generate(["owl", "1"]).tokens, var.generate(torch.tensor([3, 2])).tokens)
+    assert [var.config.class_index(label) for label in ("owl", "1", "0", "4")] == [3, 2, 0, 4]
+    for label in ("5", "-1", "²", "bird", "1.0"):
+        with pytest.raises(ValueError, match=f"expected one of 'cat', .* or a class index from 0 to 4, got '{label}'"):
+            var.config.class_index(label)
+    for labels, message in (
+        (["cat", "3"], "expected class names out of 'cat', 'dog', '1', 'owl', 'ant', got '3'"),
+        ("cat", "expected a list of class names, got the text 'cat'"),
+        (torch.tensor([5]), "expected indices from 0 to 4, got 5 to 5"),
+    ):
+        with pytest.raises(ValueError, match=f"VAR: labels: {message}"):
+            var.generate(labels)
+
+
 @pytest.mark.parametrize(
     ("message", "fields"),
     [
@@ -203,9 +223,11 @@ def test_wrong_condition() -> None:
         ("subject: expected", {"subject": "yes"}),
         ("num_classes, text_length: expected exactly one", {"num_classes": 0}),
         ("num_classes, text_length: expected exactly one", {"text_length": 2}),
-        (r"drop_path: expected a number in \[0, 1\), got 1.0", {"drop_path": 1.0}),
+        (r"drop_path: expected at least 0 and below 1, got 1.0", {"drop_path": 1.0}),
         ("condition_dropout: expected", {"condition_dropout": 1.5}),
         ("subject_dropout: expected", {"subject_dropout": -0.1}),
+        ("class_names: expected 5 different ones, .* got 1: 'a'", {"class_names": ["a"]}),
+        ("class_names: expected 5 different ones, .* got 5: 'a'", {"class_names": ["a", "b", "c", "d", "a"]}),
     ],
 )
 def test_wrong_config(message: str, fields: dict[str, Any]) -> None:

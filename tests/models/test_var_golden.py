@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
 import pytest
 import torch
 from golden.golden import GoldenCase, load_case
@@ -80,6 +83,47 @@ def test_a_wrong_key_is_named(case: GoldenCase) -> None:
     tokenizer = {n: t for n, t in case.tokenizer.items() if not n.startswith("quantize.embedding")}
     with pytest.raises(ValueError, match=r"missing key quantize\.embedding\.weight"):
         load_var(case.transformer, tokenizer, num_heads=case.config["num_heads"])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_weights_of_a_wrapped_model(case: GoldenCase, prefix: str) -> None:
+    wrapped = [{prefix + n: t for n, t in state.items()} for state in (case.transformer, case.tokenizer)]
+    var, _ = load_var(*wrapped, num_heads=case.config["num_heads"])
+    expected, _ = load_var(case.transformer, case.tokenizer, num_heads=case.config["num_heads"])
+    assert all(torch.equal(var.state_dict()[n], t) for n, t in expected.state_dict().items())
+    del wrapped[0][f"{prefix}head.bias"]
+    with pytest.raises(ValueError, match=rf"\n  missing key {prefix}head\.bias$"):
+        load_var(*wrapped, num_heads=case.config["num_heads"])
+
+
+def test_something_else_than_a_transformer(case: GoldenCase, tmp_path: Path) -> None:
+    """All that is missing is named, and what is there; files are named; torch's advice to run code is left out."""
+    with pytest.raises(ValueError) as raised:
+        load_var({f"module.{n}": t for n, t in case.tokenizer.items()}, case.transformer)
+    for part in (
+        *("load_var: transformer: ", "missing key module.word_embed.weight", "missing key module.head.weight"),
+        *(f"{len(case.tokenizer)} keys are there", f"module.{next(iter(case.tokenizer))}"),
+    ):
+        assert part in str(raised.value)
+    flat = {n: t.flatten() if n == "word_embed.weight" else t for n, t in case.transformer.items()}
+    with pytest.raises(ValueError, match=r"word_embed\.weight: expected 2 dimensions, got shape \(\d+,\)"):
+        load_var(flat, case.tokenizer)
+    path = tmp_path / "var.pth"
+    for content, why in (
+        ({"model": case.transformer, "args": argparse.Namespace()}, "holds a argparse.Namespace, whose code would"),
+        ([1, 2], "expected a state dict, got list"),
+        ({"epoch": 3}, r"got other values under \['epoch'\]"),
+        ({"trainer": 3}, "expected a state dict, got int"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=f"load_var: transformer: .*{why}") as raised:
+            load_var(path, case.tokenizer)
+        assert "weights_only" not in str(raised.value)
+    path.write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"load_var: tokenizer: expected a file .*var\.pth: it is something else$"):
+        load_var(case.transformer, path)
+    with pytest.raises(FileNotFoundError, match=r"load_var: tokenizer: .*nowhere\.pth"):
+        load_var(case.transformer, tmp_path / "nowhere.pth")
 
 
 def test_variants_of_public_files(case: GoldenCase, tmp_path: object) -> None:

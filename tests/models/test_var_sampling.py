@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import io
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tiny import RECTANGLES, some_subjects, tiny_var
+from PIL import Image
+from tiny import RECTANGLES, some_subjects, tiny_var, unconditional
 
 from fastvar.models import VAR, Generation
+from fastvar.models.sampling import generate
 from fastvar.ops import token_log_probs
 
 LABELS = torch.tensor([0, 3, 4, 1])
@@ -108,10 +114,29 @@ def test_guidance(kind: str | None) -> None:
     out = var.generate(LABELS, subject=subject, guidance=weights, top_k=1)
     inputs = var.tokenizer.teacher_forcing(out.tokens)
     with torch.no_grad():
-        conditional, unconditional = var(LABELS, inputs, subject=subject), var(torch.full((4,), 5), inputs)
+        conditional, dropped = var(LABELS, inputs, subject=subject), unconditional(var)(LABELS, inputs)
     t = torch.tensor(weights)[list(var.schedule.scale_of_token)][:, None]
-    assert torch.equal(out.tokens, ((1 + t) * conditional - t * unconditional).argmax(-1))
+    assert torch.equal(out.tokens, ((1 + t) * conditional - t * dropped).argmax(-1))
     assert not torch.equal(out.tokens, conditional.argmax(-1))
+
+
+def test_options_are_in_the_signature() -> None:
+    own, other = (inspect.signature(function).parameters for function in (VAR.generate, generate))
+    assert list(own) == list(other) and {"guidance", "top_p", "graphs"} <= set(own)
+    assert VAR.generate.__doc__ == generate.__doc__
+
+
+def test_images_show_themselves() -> None:
+    out = tiny_var().generate(LABELS)
+    with Image.open(io.BytesIO(out._repr_png_())) as shown:
+        assert shown.size == out.picture().size == (2 + 4 * (6 + 2), 2 + 6 + 2)
+        pixels = torch.from_numpy(np.array(shown)).permute(2, 0, 1)
+    assert torch.equal(pixels[:, 2:8, 2:8], (out.images[0] * 255).round().to(torch.uint8))
+    assert out.picture(columns=2).size == (2 + 2 * (6 + 2),) * 2
+    blind = tiny_var().generate(LABELS, decode=False)
+    assert blind._repr_png_() is None
+    with pytest.raises(ValueError, match="Generation: images: expected some, got none"):
+        blind.picture()
 
 
 def test_guidance_of_one_number_grows_over_the_scales() -> None:
@@ -239,10 +264,12 @@ def test_wrong_arguments() -> None:
         ("subject: expected a number of rows that divides 4, got 0", {"labels": LABELS, "subject": subject[:0]}),
         (r"subject: expected \(R, 14, 8\)", {"labels": LABELS, "subject": subject[:2, 1:]}),
         ("guidance: expected a number or 3 of them, got 2", {"labels": LABELS, "guidance": [1, 2]}),
+        ("generate: guidance: expected .*, got nan", {"labels": LABELS, "guidance": math.nan}),
+        ("generate: guidance: expected .*, got inf", {"labels": LABELS, "guidance": [0, 1, math.inf]}),
         ("stop: expected 1 to 3, got 0", {"labels": LABELS, "stop": 0}),
         ("stop: expected 1 to 3, got 4", {"labels": LABELS, "stop": 4}),
         ("seed: expected 0 to", {"labels": LABELS, "seed": -1}),
-        ("labels: expected indices from 0 to 5", {"labels": LABELS + 2}),
+        ("labels: expected indices from 0 to 4", {"labels": LABELS + 2}),
         ("temperature: expected", {"labels": LABELS, "temperature": 0.0}),
         ("top_k: expected", {"labels": LABELS, "top_k": -1}),
         ("top_p: expected", {"labels": LABELS, "top_p": 1.5}),

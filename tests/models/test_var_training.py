@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import some_subjects, some_tokens, tiny_var
+from tiny import some_subjects, some_tokens, tiny_var, unconditional
 
 from fastvar.models import VAR
 
@@ -37,7 +37,7 @@ def test_nothing_is_dropped_at_rate_zero() -> None:
 def test_condition_dropout(rate: float) -> None:
     var = tiny_var(**{**QUIET, "condition_dropout": rate})
     labels, inputs = same_input(var, ROWS)
-    kept, dropped = var(torch.tensor([2, 5]), inputs[:2])  # the label after the last class is "no condition"
+    kept, dropped = (model(labels[:1], inputs[:1]) for model in (var, unconditional(var)))
     torch.manual_seed(0)
     logits = var.train()(labels, inputs)
     assert (rows_like(logits, kept) ^ rows_like(logits, dropped)).all()
@@ -54,8 +54,7 @@ def test_subject_dropout(kind: str) -> None:
     subject = some_subjects(var, 1)
     kept = var(labels[:1], inputs[:1], subject=subject)
     dropped = var(labels[:1], inputs[:1])
-    null = torch.full_like(labels[:1], var.config.num_classes)
-    both = var(null, inputs[:1])
+    both = unconditional(var)(labels[:1], inputs[:1])
     torch.manual_seed(0)
     logits = var.train()(labels, inputs, subject=subject.expand(ROWS // 2, -1, -1))
     subject_alone, all_lost = rows_like(logits, dropped), rows_like(logits, both)

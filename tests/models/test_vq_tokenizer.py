@@ -216,7 +216,7 @@ def test_wrong_images() -> None:
     [
         (r"norm_groups: expected a divisor of all widths \[8, 16\], got 3", {"norm_groups": 3}),
         ("residual_convs: expected at least 1, got 0", {"residual_convs": 0}),
-        (r"residual_ratio: expected a number in \[0, 1\], got -0.5", {"residual_ratio": -0.5}),
+        (r"residual_ratio: expected 0 to 1, got -0.5", {"residual_ratio": -0.5}),
     ],
 )
 def test_wrong_config(message: str, fields: dict[str, Any]) -> None:

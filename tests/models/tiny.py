@@ -48,6 +48,14 @@ def tiny_var(grids: tuple[tuple[int, int], ...] = SQUARES, seed: int = 0, **fiel
     return var.eval()
 
 
+def unconditional(var: VAR) -> VAR:
+    """A copy for which every class is "no condition"."""
+    copy = var.clone()
+    with torch.no_grad():
+        copy.class_embed.weight[:] = copy.class_embed.weight[-1]
+    return copy
+
+
 def some_tokens(var: VAR | VQTokenizer, count: int, seed: int = 3) -> torch.Tensor:
     """(count, L) tokens."""
     generator = torch.Generator().manual_seed(seed)

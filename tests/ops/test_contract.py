@@ -192,6 +192,19 @@ def test_inputs_are_left_alone(name: str, index: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(SAMPLES))
+def test_arrays_of_numpy_are_refused(name: str) -> None:
+    """Their shapes and dtypes look like those of tensors, so that a message about these would not say what is wrong."""
+    function, arguments, _ = next(iter(SAMPLES[name](torch.float32)))
+    others = {"flip_probability"}  # any sequence of numbers is right
+    if name == "qk_norm_rope_into_cache":
+        others.add("q")  # the sample itself reads it
+    for argument, value in arguments.items():
+        if isinstance(value, torch.Tensor) and argument not in others:
+            with pytest.raises(ValueError, match=f"^{name}: .*got ndarray"):
+                function(**{**arguments, argument: value.numpy()})
+
+
+@pytest.mark.parametrize("name", list(SAMPLES))
 def test_wishes(name: str) -> None:
     function, arguments, _ = next(iter(SAMPLES[name](torch.float32)))
     function(**arguments, backend="reference")

@@ -145,6 +145,7 @@ def test_autocast_stays_outside(
 def test_explain(install: Callable[..., None]) -> None:
     install("triton")
     told = explain(NAME, X)
+    assert repr(told) == str(told)
     assert told.backend == "reference"
     assert str(told).splitlines() == [
         "adaptive_layer_norm: reference",
@@ -178,7 +179,15 @@ def test_support(install: Callable[..., None]) -> None:
     assert rows == [(NAME, "cpu", "cpu, cuda", "H200"), (NAME, "reference", "any", "CPU, H200")]
     assert {row[0] for row in support().rows} == set(REGISTRY)
     assert f"| {NAME} | cpu | cpu, cuda | H200 |" in support().markdown().splitlines()
-    assert len(str(support()).splitlines()) == len(support().rows)
+    lines = str(support()).splitlines()
+    assert len(lines) == len(support().rows) + 1 and lines[0].split() == [
+        "operator",
+        "backend",
+        "devices",
+        "tested",
+        "on",
+    ]
+    assert repr(support()) == str(support()) and support()._repr_markdown_() == support().markdown()
 
 
 def test_preference(install: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:

@@ -504,7 +504,9 @@ def test_autocast_and_low_precision() -> None:
         ({"first_scale": 3}, "first_scale: expected a scale from 0 to 2"),
         ({"clip_low": -0.1}, "clip_low: expected at least 0"),
         ({"clip_high": math.nan}, "clip_high: expected at least 0"),
-        ({"temperature": 0.0}, "temperature: expected a number above 0"),
+        ({"panw_alpha": math.inf}, "panw_alpha: expected at least 0 and finite, got inf"),
+        ({"entropy_weight": math.nan}, "entropy_weight: expected a number, got nan"),
+        ({"temperature": 0.0}, "temperature: expected 1e-12 to 1e"),
     ],
 )
 def test_wrong_arguments(change: dict[str, Any], message: str) -> None:

@@ -86,7 +86,41 @@ def test_clear_errors(tmp_path: Path) -> None:
     path.write_text(CONFIG.replace("tokens = 3000", ""))
     with pytest.raises(ValueError, match="ablate: config: expected the entries"):
         Ablation.read(path)
+    for before, after, message in (
+        ("seeds = [0, 1]", "seeds = 3", r"table\.toml: seeds: expected tuple\[int, \.\.\.\], got 3"),
+        ("middle = 2 }", 'middle = "two" }', r"RLConfig: middle: expected int, got 'two'"),
+        ("loss = { panw_alpha = 0.0 }", "loss = 3", "RLConfig: loss: expected LossOptions, got 3"),
+        ("seeds = [0, 1]", "seeds = [0, 1", r"table\.toml: "),
+    ):
+        path.write_text(CONFIG.replace(before, after))
+        with pytest.raises(ValueError, match=f"ablate: config: .*{message}"):
+            Ablation.read(path)
+    path.write_text(CONFIG.replace("tokens = 3000", "tokens = 3000.0"), encoding="utf-8-sig")
+    assert isinstance(Ablation.read(path).tokens, int)
+    path.write_text(CONFIG, encoding="utf-16")
+    with pytest.raises(ValueError, match=r"ablate: config: expected text in UTF-8, got .*table\.toml"):
+        Ablation.read(path)
     path.write_text(CONFIG)
+    for old, new, message in (
+        ("seeds = [0, 1]", "seeds = [0, 4294967296]", "RLConfig: seed: expected 0 to 2147483647, got 4294967296"),
+        ("tokens = 2500", "tokens = 0", "ablate: tokens: expected at least 1, got 0"),
+        ("jpeg = {", "jpg = {", "create: name: expected one of"),
+        ("colour = {}", 'colour = { tint = "red" }', "create: options of 'colour'"),
+        ("weight = 2.0", "weight = nan", "ablate: rewards.corner.colour.weight: expected a number, got nan"),
+    ):
+        path.write_text(CONFIG.replace(old, new))
+        with pytest.raises(ValueError, match=message):
+            Ablation.read(path)
+    policy().save_pretrained(tmp_path / "policy")
+    path.write_text(CONFIG.replace("middle = 2, use_mask", "middle = 3, use_mask"))
+    with pytest.raises(ValueError, match="ablate: corner, masked: middle: expected below 3, got 3"):
+        run_ablations(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()  # before the first run, not at the last
+    path.write_text(CONFIG)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/results.jsonl").write_text('{"seed": 0, "rew')
+    with pytest.raises(ValueError, match=r"ablate: output: expected a result on each line, got .*results\.jsonl"):
+        run_ablations(path, tmp_path / "broken")
     with pytest.raises(ValueError, match=r"only: expected names out of \('red', 'corner'\), got \['blue'\]"):
         run_ablations(path, tmp_path / "out", only=["blue"])
 

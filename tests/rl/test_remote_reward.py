@@ -198,6 +198,7 @@ def test_malformed_answers(body: bytes, message: str) -> None:
         (lambda: RemoteReward("file:///etc/hostname"), "url: expected http://... or https://..., got 'file:"),
         (lambda: RemoteReward("localhost:8000"), "url: expected http://"),
         (lambda: RemoteReward("http://a/", timeout=0), "expected timeout > 0, .* got 0, 3"),
+        (lambda: RemoteReward("http://a/", timeout=math.nan), "expected timeout > 0, .* got nan, 3"),
         (lambda: RemoteReward("http://a/", retries=-1), "expected .*retries >= 0"),
         (lambda: RemoteReward("http://a/")(IMAGES, ["a"]), "prompts: expected 5, got 1"),
         (lambda: RemoteReward("http://a/")(IMAGES * 3, PROMPTS), r"images: expected values in \[0, 1\]"),

@@ -360,7 +360,7 @@ def test_clip_from_a_file(tiny: str, tmp_path: Path, suffix: str) -> None:
 
 def test_dino_from_a_file(tmp_path: Path) -> None:
     network = timm.create_model("vit_tiny_patch16_224", num_classes=0)
-    torch.save(network.state_dict(), tmp_path / "dino.pth")
+    torch.save({f"module.{name}": tensor for name, tensor in network.state_dict().items()}, tmp_path / "dino.pth")
     reward = DINOReward(pretrained=tmp_path / "dino.pth", model="vit_tiny_patch16_224")
     assert torch.equal(reward.model.state_dict()["cls_token"], network.state_dict()["cls_token"])
     with pytest.raises(ValueError, match=r"DINOReward: pretrained: expected a state dict of .*, got .*size mismatch"):
@@ -398,8 +398,9 @@ def test_bad_files(tiny: str, bad_files: dict[str, Path], bad: str) -> None:
         "HPSv2Reward: (checkpoint|pretrained)": lambda: HPSv2Reward(checkpoint=path, model=tiny),
     }
     for message, attempt in attempts.items():
-        with pytest.raises(ValueError, match=rf"^{message}: expected .*got .*{path.name}"):
+        with pytest.raises(ValueError, match=rf"^{message}: expected .*got .*{path.name}") as raised:
             attempt()
+        assert "weights_only" not in str(raised.value)  # torch's advice, to run the file's code
     if bad == "keys":
         with pytest.raises(ValueError, match=r"Missing key.*layers\.0\.weight.*Unexpected key.*somewhere\.weight"):
             AestheticReward(pretrained=None, head=path, model=tiny)
@@ -460,7 +461,7 @@ def test_wrong_calls(tiny: str, dino: DINOReward) -> None:
 )
 def test_missing_packages(name: str, package: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf'{package} is needed: pip install "fastvar\[rewards\]"'):
+    with pytest.raises(ImportError, match=rf"{package} is needed: pip install .*\[rewards\]"):
         create(name, **options)
 
 

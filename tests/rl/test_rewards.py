@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from fastvar.rl.rewards.ocr import ocr_score
 
 IMAGES = torch.rand(3, 3, 24, 32, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["10", "20", "30"]
+LEAST = torch.finfo(torch.float32).min
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_weighted_sum_and_each_reward() -> None:
 
     both = RewardSum({"red": redness, "prompt": prompt}, {"prompt": 0.1})
     total, (each, _) = both(IMAGES, PROMPTS), both.ask(IMAGES, PROMPTS)
-    torch.testing.assert_close(each["prompt"], torch.tensor([10.0, 20.0, 30.0]))
+    assert each["prompt"].tolist() == [10, 20, 30]
     torch.testing.assert_close(total.scores, each["red"] + 0.1 * each["prompt"])
     assert total.mask is None  # redness is decided everywhere
     masked = RewardSum({"red": redness, "prompt": prompt}, {"red": 0.0})(IMAGES, PROMPTS)
@@ -107,7 +109,12 @@ def test_standardised() -> None:
     ("answer", "message"),
     [
         (lambda i, p, r: torch.zeros(2), r"reward 'bad': scores: expected shape \(3,\), got \(2,\)"),
-        (lambda i, p, r: [1.0, 2.0, 3.0], r"reward 'bad': scores: expected shape \(3,\), got list"),
+        (lambda i, p, r: [1.0, 2.0, 3.0], r"reward 'bad': scores: expected a tensor of shape \(3,\), got list"),
+        (lambda i, p, r: np.zeros(3), r"reward 'bad': scores: expected a tensor of shape \(3,\), got ndarray"),
+        (
+            lambda i, p, r: Reward(torch.zeros(3), np.ones((3, 24, 32), bool)),  # type: ignore[arg-type]
+            r"reward 'bad': mask: expected a tensor of shape \(3, 24, 32\), got ndarray",
+        ),
         (lambda i, p, r: torch.full((3,), math.nan), "reward 'bad': scores: expected at least one finite, got none"),
         (
             lambda i, p, r: Reward(torch.zeros(3), torch.ones(3, 2, 2)),
@@ -121,9 +128,42 @@ def test_misbehaving_reward_is_named(answer: Any, message: str) -> None:
         RewardSum({"red": redness, "bad": answer})(IMAGES, PROMPTS)
 
 
-def test_one_missing_score_is_passed_on() -> None:
-    total = RewardSum({"some": lambda i, p, r: torch.tensor([1.0, math.nan, 3.0])})(IMAGES, PROMPTS)
-    assert total.scores[1].isnan() and total.scores[[0, 2]].tolist() == [1.0, 3.0]
+@pytest.mark.parametrize("missing", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("standardise", [False, True])
+def test_one_missing_score_is_passed_on(missing: float, standardise: bool) -> None:
+    """As NaN, whatever it was; the others are standardised among themselves."""
+    some = RewardSum({"some": lambda i, p, r: torch.tensor([1.0, missing, 3.0])}, standardise=standardise)
+    total, (each, _) = some(IMAGES, PROMPTS), some.ask(IMAGES, PROMPTS)
+    assert total.scores[1].isnan() and each["some"][1].isnan()
+    assert total.scores[[0, 2]].tolist() == pytest.approx([-1, 1] if standardise else [1, 3], abs=1e-5)
+
+
+def test_images_that_no_two_rewards_score_are_refused() -> None:
+    halves = {"a": [1.0, math.nan, math.inf], "b": [math.nan, 2.0, 3.0]}
+    rewards = {name: lambda i, p, r, scores=scores: torch.tensor(scores) for name, scores in halves.items()}
+    with pytest.raises(RuntimeError, match=r"rewards \('a', 'b'\): scores: expected an image that all score, got none"):
+        RewardSum(rewards)(IMAGES, PROMPTS)
+    assert RewardSum(rewards, {"b": 0.0})(IMAGES, PROMPTS).scores[0] == 1  # what only measures may be missing
+
+
+@pytest.mark.parametrize(
+    ("scores", "standardised"),
+    [
+        ([0.0, 1.0, LEAST, LEAST], [1, 1, -1, -1]),
+        ([1e25, 2e25, 3e25, 4e25], [-(1.8**0.5), -(0.2**0.5), 0.2**0.5, 1.8**0.5]),
+        ([2.0**24, 2.0**24 + 2, 2.0**24 + 4, 2.0**24 + 6], [-(1.8**0.5), -(0.2**0.5), 0.2**0.5, 1.8**0.5]),
+    ],
+)
+def test_sums_of_large_scores(scores: list[float], standardised: list[float]) -> None:
+    """Neither the sum nor what it is standardised with leaves the range of numbers."""
+    images = torch.zeros(4, 3, 2, 2)
+    rewards = {name: lambda i, p, r: torch.tensor(scores) for name in ("one", "two")}
+    total = RewardSum(rewards, {"two": 2.0})(images, PROMPTS).scores
+    torch.testing.assert_close(total, 3 * torch.tensor(scores).double())
+    each = {name: torch.tensor(scores) for name in rewards}  # in float32
+    torch.testing.assert_close(RewardSum(rewards, {"two": 2.0}).combine(each), total)
+    found = RewardSum(rewards, standardise=True)(images, PROMPTS).scores
+    assert found.tolist() == pytest.approx([2 * score for score in standardised], rel=1e-5)
 
 
 def test_registry() -> None:
@@ -135,6 +175,9 @@ def test_registry() -> None:
         register("jpeg")(JPEGSizeReward)
     with pytest.raises(ValueError, match="RewardSum: weights: expected names out of"):
         RewardSum({"red": redness}, {"blue": 1.0})
+    for weight in (math.nan, -math.inf):
+        with pytest.raises(ValueError, match=r"RewardSum: weights: expected finite numbers, got .* for 'red'"):
+            RewardSum({"red": redness}, {"red": weight})
     with pytest.raises(ValueError, match="RewardSum: rewards: expected at least one"):
         RewardSum({})
 

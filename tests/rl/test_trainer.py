@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +29,8 @@ from fastvar.rl import (
     without_adapters,
 )
 from fastvar.rl.rewards import ColourReward, Reward, RewardSum
-from fastvar.training.checkpoints import saved_steps
+from fastvar.training.checkpoints import Checkpoints, saved_steps
+from fastvar.training.interrupts import Interrupted
 from fastvar.training.log import read_metrics
 
 PROMPTS = ["0", "1", "2", "3"]
@@ -65,10 +69,12 @@ def test_random_reward_teaches_nothing(tmp_path: Path) -> None:
 
     rises = []
     for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator()
         config = replace(QUICK, iterations=50, prompts=4, group_size=8, learning_rate=3e-3, save_every=50, seed=seed)
         rewards = RewardSum({"random": random, "red": redness}, {"red": 0.0})
-        VMRGRPOTrainer(policy(seed), rewards, PROMPTS, config, tmp_path / str(seed)).train()
+        training = VMRGRPOTrainer(policy(seed), rewards, PROMPTS, config, tmp_path / str(seed))
+        generator.manual_seed(seed)
+        training.train()
         red = [line["reward/red"] for line in lines(tmp_path / str(seed))]
         rises.append(fmean(red[-8:]) - fmean(red[:8]))
     assert max(rises) < 0.3, rises
@@ -140,6 +146,31 @@ def test_rewards_that_are_nan_are_left_out(tmp_path: Path) -> None:
     assert missing[0] == 0 and torch.equal(missing[4:], whole[4:]) and not torch.equal(missing[1:4], whole[1:4])
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_missing_scores_are_missing_everywhere(bad: float, tmp_path: Path) -> None:
+    """In means, spreads, evaluations and what is best, each line JSON; a group that lacks one score has a spread."""
+
+    def some(images: torch.Tensor, prompts: Sequence[str], references: Any) -> torch.Tensor:
+        scores = redness(images, prompts, references)
+        scores[::4] = bad
+        return scores
+
+    config = replace(QUICK, iterations=2, middle=0, evaluate_every=1, evaluation_samples=8)
+    training = trainer(tmp_path, config, some)
+    training.train()
+    for text in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+        assert all(math.isfinite(value) for value in line.values())
+    assert all(line["evaluation/return"] == line["evaluation/it"] for line in lines(tmp_path))
+    assert (tmp_path / "best").is_dir()
+    rollout = training.roll_out(0)
+    groups = redness(rollout.images, [], None).double().view(2, 4)[:, 1:]
+    found = training.grade(rollout).metrics
+    assert found["reward"] == found["reward/it"] == found["return"] == pytest.approx(groups.mean().item())
+    assert found["spread"] == pytest.approx(groups.std(1, correction=0).mean().item())
+    assert found["reward_std/it"] == pytest.approx(groups.std(correction=0).item())
+
+
 def test_gradient_that_is_not_finite_skips_and_in_the_end_stops(tmp_path: Path) -> None:
     """The weights stay as they were before the first bad step."""
     broken = trainer(tmp_path, replace(QUICK, iterations=9, bad_steps=2))
@@ -159,7 +190,7 @@ def test_reward_that_raises_loses_nothing(tmp_path: Path) -> None:
     def breaks(images: torch.Tensor, prompts: Sequence[str], references: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        if calls == 4:
+        if calls == 5:  # the first is about a blank picture
             raise TimeoutError("the scorer is gone")
         return redness(images, prompts, references)
 
@@ -301,6 +332,25 @@ def test_adapters(tmp_path: Path) -> None:
         add_adapters(adapted, 4)
 
 
+def test_without_adapters_restores_what_was_there() -> None:
+    """Nested, after an error, and with a half of the adapters that is not trained (LoRA-FA)."""
+    pytest.importorskip("peft")
+    inputs = (["1", "2"], policy().tokenizer.teacher_forcing(torch.zeros(2, 14, dtype=torch.int64)))
+    plain, adapted = policy()(*inputs), add_adapters(policy(), 2)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_()
+            parameter.requires_grad_("lora_B" in name)
+    trained = {name: parameter.requires_grad for name, parameter in adapted.named_parameters()}
+    with pytest.raises(KeyError), without_adapters(adapted):
+        with without_adapters(adapted):
+            pass
+        assert torch.equal(adapted(*inputs), plain)
+        raise KeyError
+    assert not torch.equal(adapted(*inputs), plain)
+    assert {name: parameter.requires_grad for name, parameter in adapted.named_parameters()} == trained
+
+
 def test_subject_driven(tmp_path: Path) -> None:
     """Rewards see the references of their prompts; the policy sees them as prefixes."""
     var = policy().add_subject()
@@ -331,6 +381,58 @@ def test_stopped_before_its_first_step(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path)] == [0]
     trainer(tmp_path, config).train()
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+
+
+def test_interrupt_finishes_the_iteration_and_saves(tmp_path: Path) -> None:
+    config = replace(QUICK, save_every=100, save_minutes=0.0)
+    straight = trainer(tmp_path / "straight", config).train()
+    first = trainer(tmp_path / "stopped", config)
+    iteration = first.iteration
+
+    def told(number: int) -> dict[str, float]:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return iteration(number)
+
+    first.iteration = told  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM after step 3, saved in .*step-00000003"):
+        first.train()
+    resumed = trainer(tmp_path / "stopped", config).train()
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "straight")
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in straight.state_dict().items())
+
+
+def test_saves_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoints, "due", lambda self: self.average.updates == 2)
+    trainer(tmp_path, replace(QUICK, iterations=4, save_every=100, keep=9)).train()
+    assert saved_steps(tmp_path) == [0, 2, 4] and RLConfig().save_minutes == 5
+
+
+def test_going_on_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished run goes on as if it had been meant for more iterations: the rate is constant."""
+    straight = trainer(tmp_path / "straight").train()
+    trainer(tmp_path / "longer", replace(QUICK, iterations=4)).train()
+    longer = trainer(tmp_path / "longer").train()
+    assert "goes on from step 4 to 6 instead of 4" in capsys.readouterr().err
+    assert lines(tmp_path / "longer") == lines(tmp_path / "straight")
+    assert all(torch.equal(value, longer.state_dict()[key]) for key, value in straight.state_dict().items())
+    with pytest.raises(ValueError, match=r"train: iterations: expected at least 6, .*, got 5; .* with --no-resume"):
+        trainer(tmp_path / "longer", replace(QUICK, iterations=5)).train()
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(*arguments: object) -> None:
+        raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "lockf", taken)
+    with pytest.raises(ValueError, match=r"train: output: .* is in use by another process"):
+        trainer(tmp_path).train()
+
+
+def test_precision_of_accelerate_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match=r"train: precision: .*got bf16 there, no here"):
+        trainer(tmp_path)
 
 
 def test_images_are_let_go_before_the_update(tmp_path: Path) -> None:

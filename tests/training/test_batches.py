@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 
+from fastvar.training import TokenDataset
 from fastvar.training.batches import StepSampler, step_loader
 
 
@@ -32,21 +38,82 @@ def test_processes_share_a_step() -> None:
 
 
 class Noisy:
-    """Items that draw from torch's global random state, as random crops do."""
+    """Items that draw from the global random states of torch, NumPy and Python, as random crops do."""
 
     def __len__(self) -> int:
         return 10
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"index": index, "noise": torch.rand(3)}
+        noise = [torch.rand(()).item(), np.random.rand(), random.random()]
+        return {"image": torch.tensor(noise, dtype=torch.float64)}
 
 
-def test_augmentation_depends_on_the_position_alone() -> None:
-    torch.manual_seed(0)
-    straight = [batch["noise"] for batch in step_loader(Noisy(), sampler(0, 6))]
-    torch.manual_seed(1)
-    resumed = [batch["noise"] for batch in step_loader(Noisy(), sampler(3, 6))]
-    workers = [batch["noise"] for batch in step_loader(Noisy(), sampler(3, 6), workers=2)]
-    for a, b, c in zip(straight[3:], resumed, workers, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)
-    assert not torch.equal(straight[0], straight[3])
+class Told(Noisy):
+    """A worker is told to stop with the run's whole group."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(index)
+
+
+def test_workers_outlive_the_first_signal() -> None:
+    assert len(list(step_loader(Told(), sampler(0, 2), workers=1))) == 2  # of ten items, eight of them: index 3 too
+
+
+class NoisyBatches(Noisy):
+    def batch(self, indices: list[int]) -> dict[str, Any]:
+        return torch.utils.data.default_collate([self[index] for index in indices])
+
+
+def noise(data: Noisy, state: int, *steps: int, workers: int = 0, **changes: int) -> torch.Tensor:
+    """(steps x batch, 3), drawn from other random states each time."""
+    torch.manual_seed(state)
+    np.random.seed(state)
+    random.seed(state)
+    return torch.cat([batch["image"] for batch in step_loader(data, sampler(*steps, **changes), workers=workers)])
+
+
+@pytest.mark.parametrize("data", [Noisy(), NoisyBatches()])
+def test_augmentation_depends_on_the_position_alone(data: Noisy) -> None:
+    straight = noise(data, 0, 0, 6)
+    assert torch.equal(noise(data, 1, 3, 6), straight[12:])
+    assert all(len(column.unique()) == 24 for column in straight.T)  # two epochs and a half, of ten items each
+    ranks = [noise(data, 2, 0, 3, rank=rank, world_size=2) for rank in (0, 1)]
+    halves = torch.stack(ranks).unflatten(1, (3, 4)).transpose(0, 1).flatten(0, 2)
+    assert torch.equal(halves, straight)
+    if not hasattr(data, "batch"):
+        assert torch.equal(noise(data, 3, 3, 6, workers=2), straight[12:])
+    assert not torch.equal(noise(data, 0, 0, 6, seed=4), straight)
+
+
+@pytest.mark.parametrize("data", [Noisy(), NoisyBatches()])
+def test_drawing_items_leaves_the_random_states_alone(data: Noisy) -> None:
+    noise(data, 0, 0, 6)
+    after = torch.rand(()).item(), np.random.rand(), random.random()
+    for generator in (torch.manual_seed, np.random.seed, random.seed):
+        generator(0)
+    assert after == (torch.rand(()).item(), np.random.rand(), random.random())
+
+
+class FirstPixels:
+    """Stands in for a tokenizer: the image is its tokens."""
+
+    def parameters(self) -> Any:
+        return iter([torch.empty(0)])
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+
+@pytest.mark.parametrize("data", [Noisy(), NoisyBatches()])
+def test_cached_tokens_follow_from_the_seed(data: Noisy) -> None:
+    def tokens(seed: int) -> torch.Tensor:
+        return TokenDataset(data, FirstPixels(), batch_size=4, seed=seed).columns["tokens"]  # type: ignore[arg-type]
+
+    first = tokens(0)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    assert torch.equal(tokens(0), first) and not torch.equal(tokens(1), first)
+    assert all(len(column.unique()) == 10 for column in first.T)

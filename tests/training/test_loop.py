@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +21,11 @@ import torch
 from fastvar.data import HandwritingScenes
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.training import TokenDataset, TokenizerTask, TrainConfig, VARTask, train
-from fastvar.training.checkpoints import load_checkpoint, saved_steps
+from fastvar.training.checkpoints import Checkpoints, checkpoint_folder, load_moments, saved_steps
 from fastvar.training.ema import EMA
+from fastvar.training.interrupts import Interrupted as ToldToStop
 from fastvar.training.log import RunLog, read_metrics
-from fastvar.training.loop import parameter_groups
+from fastvar.training.loop import launched_precision, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = VQTokenizerConfig(
@@ -186,6 +190,99 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
         train(
             tokenizer_task(), HandwritingScenes(length=9, size=(16, 16), digits=1), options(learning_rate=0.1), tmp_path
         )
+    for damaged in ('{"train": {', "[1]"):
+        (tmp_path / "settings.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"train: output: .*settings\.json: damaged file"):
+            train(tokenizer_task(), scenes(), options(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interrupt_finishes_the_step_and_saves(name: str, tmp_path: Path) -> None:
+    """And what goes on from there is what would have been."""
+    straight = train(tokenizer_task(), scenes(), options(save_every=100), tmp_path / "straight")
+    task = tokenizer_task()
+    loss, begun = task.loss, 0
+
+    def told(*args: object) -> object:
+        nonlocal begun
+        begun += 1
+        if begun == 3:
+            os.kill(os.getpid(), signal.Signals[name])
+        return loss(*args)  # type: ignore[arg-type]
+
+    task.loss = told  # type: ignore[method-assign,assignment]
+    with pytest.raises(ToldToStop, match=rf"stopped by {name} after step 3, saved in .*step-00000003; ") as error:
+        train(task, scenes(), options(save_every=100), tmp_path / "stopped")
+    assert error.value.exit_status == 128 + signal.Signals[name]
+    assert saved_steps(tmp_path / "stopped") == [3] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    resumed = train(tokenizer_task(), scenes(), options(save_every=100), tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+    for key, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+
+
+def test_saves_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoints, "due", lambda self: self.average.updates in (2, 3))
+    train(tokenizer_task(), scenes(), options(save_every=100, keep=9), tmp_path)
+    assert saved_steps(tmp_path) == [2, 3, 6] and TrainConfig().save_minutes == 5
+
+
+def test_going_on_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the last step on the learning rate is that of a run of so many steps; the settings tell of it."""
+    train(tokenizer_task(), scenes(), options(steps=4), tmp_path)
+    longer = train(tokenizer_task(), scenes(), options(steps=8), tmp_path)
+    assert longer.steps_run == 4 and "goes on from step 4 to 8 instead of 4" in capsys.readouterr().err
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    expected = [options(steps=4).learning_rate_at(i) for i in range(4)]
+    expected += [options(steps=8).learning_rate_at(i) for i in range(4, 8)]
+    assert rates == pytest.approx(expected)
+    lengths = json.loads((tmp_path / "settings.json").read_text())["lengths"]
+    assert lengths == [{"from": 0, "steps": 4}, {"from": 4, "steps": 8}]
+    with pytest.raises(ValueError, match=r"train: steps: expected at least 8, .*, got 6; .* with --no-resume"):
+        train(tokenizer_task(), scenes(), options(steps=6), tmp_path)
+
+
+def test_broken_checkpoint_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    straight = train(tokenizer_task(), scenes(), options(), tmp_path)
+    (checkpoint_folder(tmp_path, 6) / "state.json").unlink()
+    resumed = train(tokenizer_task(), scenes(), options(), tmp_path)
+    assert "step-00000006: state.json is missing: going on from" in capsys.readouterr().err
+    assert resumed.steps_run == 1 and len(losses(tmp_path)) == 6
+    for key, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+
+
+def test_folder_of_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before anything of the other run is removed."""
+    train(tokenizer_task(), scenes(), options(), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+
+    def taken(*arguments: object) -> None:
+        raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "lockf", taken)
+    with pytest.raises(ValueError, match=r"train: output: .* is in use by another process"):
+        train(tokenizer_task(), scenes(), options(resume=False), tmp_path)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("launched", "asked", "found"),
+    [("no", "bf16", "bf16"), ("bf16", "bf16", "bf16"), ("bf16", "auto", "bf16"), ("no", "auto", "auto")],
+)
+def test_precision_of_accelerate_launch(launched: str, asked: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert launched_precision(asked) == found
+
+
+@pytest.mark.parametrize(("launched", "asked"), [("bf16", "no"), ("fp16", "no"), ("fp8", "auto"), ("fp16", "bf16")])
+def test_another_precision_of_accelerate_launch_is_refused(
+    launched: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    with pytest.raises(ValueError, match=rf"train: precision: .*--mixed_precision .* got {launched} there, {asked}"):
+        train(tokenizer_task(), scenes(), options(precision=asked), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_trained_var_has_its_tokenizer(tmp_path: Path) -> None:
@@ -283,7 +380,7 @@ def test_learning_rate() -> None:
     ("name", "value"), [("steps", 0), ("accumulate", 3), ("precision", "fp8"), ("learning_rate", 0.0), ("keep", 0)]
 )
 def test_bad_settings(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"TrainConfig: {name}: expected .*, got {value}"):
+    with pytest.raises(ValueError, match=f"TrainConfig: {name}: expected .*, got {value!r}"):
         options(**{name: value}).check()
 
 
@@ -294,6 +391,13 @@ def test_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="tokenizer: at step 1 the loss is nan"):
         train(task, scenes(), options(), tmp_path)
     assert not saved_steps(tmp_path)
+
+
+def test_a_full_disk_is_known_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**10))
+    with pytest.raises(OSError, match=r"train: output: expected \d+ MiB of free space in .* for a checkpoint, got 0"):
+        train(tokenizer_task(), scenes(), options(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_gradient_that_is_not_finite_stops(tmp_path: Path) -> None:
@@ -334,7 +438,7 @@ def test_log_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert rest[5]["id"] != first["id"]  # begun anew
 
 
-def test_moments_get_the_layout_of_their_parameters(tmp_path: Path) -> None:
+def test_moments_get_the_layout_of_their_parameters() -> None:
     """A run whose tokenizer was not yet channels-last goes on as if it had been."""
     weights = []
     for contiguous in (False, True):
@@ -347,6 +451,6 @@ def test_moments_get_the_layout_of_their_parameters(tmp_path: Path) -> None:
             if step == 1 and contiguous:
                 state = optimizer.state[weight]
                 state.update({name: value.contiguous() for name, value in state.items()})
-                load_checkpoint(SimpleNamespace(load_state=lambda _: None), tmp_path, 1, optimizer)
+                load_moments(optimizer, {f"0.{name}": value for name, value in state.items()})
         weights.append(weight.detach())
     assert torch.equal(*weights)

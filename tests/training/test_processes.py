@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastvar.models import VQTokenizer
 from fastvar.training.checkpoints import saved_steps
@@ -22,10 +23,54 @@ torch.set_num_threads(1)
 train(tokenizer_task(), scenes(), options(steps={steps}, batch_size={batch}), Path({output!r}))
 """
 
+_SHARDED = """
+import sys; sys.path[:0] = [{root!r}, {tests!r}]
+from types import SimpleNamespace
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from test_checkpoints import *
+torch.set_num_threads(1)
+accelerator = Accelerator(cpu=True)
+mesh = init_device_mesh("cpu", (2,))
+
+
+def run(seed):
+    torch.manual_seed(seed)
+    model = Model()
+    average = EMA(model, 0.5)
+    for part in (model[0], model[2], model):
+        fully_shard(part, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    wrapped = SimpleNamespace(optimizer=optimizer)
+    return model, optimizer, average, Checkpoints(accelerator, Path({output!r}), model, wrapped, average, keep=1)
+
+
+def step(model, optimizer, average, checkpoints):
+    model(torch.ones(2, 3, 4, 4)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    average.update(model)
+    return [p.full_tensor() for p in model.parameters()] + list(average.model.parameters())
+
+
+straight, resumed = run(0), run(9)
+step(*straight)
+straight[-1].save(1)
+expected = step(*straight)
+assert resumed[-1].newest() == 1
+resumed[-1].load(1)
+assert type(resumed[0][0].weight).__name__ == "DTensor"
+assert all(torch.equal(a, b) for a, b in zip(step(*resumed), expected, strict=True))
+"""
+
 
 def launch(processes: int, batch: int, steps: int, output: Path, script: Path) -> None:
     tests = str(Path(__file__).parent)
     script.write_text(_RUN.format(root=str(ROOT), tests=tests, batch=batch, steps=steps, output=str(output)))
+    start(processes, script)
+
+
+def start(processes: int, script: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -45,3 +90,12 @@ def test_two_processes_are_one_with_the_double_batch(tmp_path: Path) -> None:
     assert saved_steps(tmp_path / "two") == [2, 3]
     launch(2, 2, 3, tmp_path / "two", tmp_path / "two.py")  # finds itself finished
     assert read_metrics(tmp_path / "two" / "metrics.jsonl") == two
+
+
+@pytest.mark.slow
+def test_checkpoints_of_sharded_weights(tmp_path: Path) -> None:
+    """FSDP2 over two processes: whole tensors in the file, and the same step after a resume."""
+    names = {"root": str(ROOT), "tests": str(Path(__file__).parent), "output": str(tmp_path / "run")}
+    (tmp_path / "sharded.py").write_text(_SHARDED.format(**names))
+    start(2, tmp_path / "sharded.py")
+    assert load_file(tmp_path / "run/checkpoints/step-00000001/model.safetensors")["0.weight"].shape == (4, 3, 3, 3)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
-from fastvar.training import VARTask
-from fastvar.training.loop import check_same_settings
+from fastvar.training import TrainConfig, TrainResult, VARTask, train
+from fastvar.training.settings import check_same_settings
 
 GRIDS = ((1, 1), (2, 2), (3, 3))
 
@@ -25,6 +26,35 @@ def model() -> VAR:
     var = VAR(replace(config, condition_dropout=0.0, gate_init=1.0), tokenizer)
     torch.nn.init.normal_(var.head.weight)
     return var
+
+
+@dataclass
+class Classes:
+    """A data set that names its classes."""
+
+    classes: list[str]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+def test_the_model_of_a_result_has_its_type() -> None:
+    hints = get_type_hints(train, localns={"Image": object})
+    assert get_args(hints["return"]) == get_args(hints["task"]) and get_origin(hints["return"]) is TrainResult
+    assert get_type_hints(TrainResult)["model"] == get_args(hints["return"])[0]
+
+
+def test_other_classes_are_refused_at_the_start(tmp_path: Path) -> None:
+    var = model()
+    task = VARTask(var)
+    with pytest.raises(ValueError, match="VARTask: model: expected 4 classes, as the data has, got 3"):
+        train(task, Classes(["a", "b", "c", "d"]), TrainConfig(steps=1), tmp_path)
+    task.check_data(Classes(["a", "b", "c"]))
+    var.config = replace(var.config, class_names=("a", "c", "b"))
+    task.check_data(Classes(["a", "c", "b"]))
+    with pytest.raises(ValueError, match=r"VARTask: model: .* in their order, got 'c' where the data has 'b'; ImageF"):
+        task.check_data(Classes(["a", "b", "c"]))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

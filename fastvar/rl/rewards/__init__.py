@@ -4,7 +4,7 @@ Importing them is cheap: packages that a reward needs are imported, and weights 
 """
 
 from fastvar.rl.rewards.aesthetic import AestheticReward
-from fastvar.rl.rewards.base import Reward, RewardFunction, RewardSum, available, create, register
+from fastvar.rl.rewards.base import Reward, RewardFunction, RewardSum, available, check_options, create, register
 from fastvar.rl.rewards.clip import CLIPImageReward, CLIPTextReward
 from fastvar.rl.rewards.dino import DINOReward
 from fastvar.rl.rewards.hps import HPSv2Reward
@@ -30,6 +30,7 @@ __all__ = [
     "RewardSum",
     "SubjectReward",
     "available",
+    "check_options",
     "create",
     "register",
     "reward_server",

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+
+from fastvar.statistics import centred
 
 
 class Reward(NamedTuple):
     """What a reward says of B images.
 
     Attributes:
-        scores: (B,) floating; NaN where it has nothing to say.
+        scores: (B,) floating; NaN (or infinite) where it has nothing to say.
         mask: (B, H, W) bool in image pixels, where in the image the score was decided; None for everywhere.
     """
 
@@ -36,6 +39,9 @@ class RewardFunction(Protocol):
 
         Returns:
             a `Reward`, or its scores (B,) alone.
+
+        A reward may also have a method `check_texts(texts)` that raises a ValueError for a prompt which it can never
+        score. It is asked about all prompts before anything is drawn.
         """
 
 
@@ -65,13 +71,18 @@ def create(name: str, **options: Any) -> RewardFunction:
     Raises:
         ValueError: an unknown name, options that the reward does not have or lacks.
     """
+    check_options(name, options)
+    return _REGISTRY[name](**options)
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Whether `create` knows a name and its options, without loading anything; errors as there."""
     if name not in _REGISTRY:
         raise ValueError(f"create: name: expected one of {available()}, got {name!r}")
     try:
         inspect.signature(_REGISTRY[name]).bind(**options)
     except TypeError as error:
         raise ValueError(f"create: options of {name!r}: {error}") from None
-    return _REGISTRY[name](**options)
 
 
 class RewardSum:
@@ -84,7 +95,7 @@ class RewardSum:
             that weights compare like with like.
 
     Raises:
-        ValueError: no reward, or a weight for an unknown one.
+        ValueError: no reward, a weight for an unknown one or one that is not finite.
     """
 
     def __init__(
@@ -102,6 +113,9 @@ class RewardSum:
         unknown = sorted(set(weights or {}) - set(rewards))
         if unknown:
             raise ValueError(f"RewardSum: weights: expected names out of {tuple(rewards)}, got {unknown}")
+        for name, weight in (weights or {}).items():
+            if not math.isfinite(weight):
+                raise ValueError(f"RewardSum: weights: expected finite numbers, got {weight} for {name!r}")
         self.rewards = dict(rewards)
         self.weights = {name: 1.0 for name in rewards} | dict(weights or {})
         self.standardise = standardise
@@ -116,7 +130,8 @@ class RewardSum:
     def ask(
         self, images: torch.Tensor, prompts: Sequence[str], references: torch.Tensor | None = None
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Each reward's own scores (B,) float32, unweighted, and their mask; arguments as `RewardFunction`.
+        """Each reward's own scores (B,) float64, unweighted, and their mask; arguments as `RewardFunction`. An infinite
+        score is missing: NaN takes its place.
 
         The mask is the union of the rewards' masks, None if any reward with a weight has none: it was then decided
         everywhere.
@@ -129,7 +144,8 @@ class RewardSum:
         each: dict[str, torch.Tensor] = {}
         for name, function in self.rewards.items():
             found = self._ask(name, function, images, prompts, references)
-            each[name] = found.scores.detach().to(images.device, torch.float32)
+            scores = found.scores.detach().to(images.device, torch.float64)
+            each[name] = torch.where(scores.isfinite(), scores, torch.nan)
             if self.weights[name] == 0:
                 continue
             if found.mask is None:
@@ -139,18 +155,34 @@ class RewardSum:
                 mask = own if mask is None else mask | own
         return each, None if everywhere else mask
 
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """Before anything is drawn: ask rewards that have a method `check_texts` about all prompts.
+
+        Raises:
+            ValueError: names a reward and a text that it cannot score.
+        """
+        for name, function in self.rewards.items():
+            try:
+                getattr(function, "check_texts", lambda _: None)(texts)
+            except ValueError as error:
+                raise ValueError(f"reward {name!r}: {error}") from error
+
     def check(self, each: Mapping[str, torch.Tensor]) -> None:
         """Scores by name, of the whole batch: those of several processes are to be put together before.
 
         Raises:
-            RuntimeError: names a reward that has no finite score at all.
+            RuntimeError: names a reward that has no finite score at all; there is no image that all have one for.
         """
         for name, scores in each.items():
             if len(scores) and not scores.isfinite().any():
                 raise RuntimeError(f"reward {name!r}: scores: expected at least one finite, got none")
+        total = self.combine(each, standardise=False)
+        if len(total) and not total.isfinite().any():
+            raise RuntimeError(f"rewards {tuple(each)}: scores: expected an image that all score, got none")
 
     def combine(self, each: Mapping[str, torch.Tensor], *, standardise: bool | None = None) -> torch.Tensor:
-        """The weighted sum (B,) of scores by name (B,), of the whole batch as in `check`.
+        """The weighted sum (B,) float64 of scores by name (B,), of the whole batch as in `check`; NaN where a score is
+        missing.
 
         Args:
             each: scores by name.
@@ -158,15 +190,14 @@ class RewardSum:
                 good images are, leave it out.
         """
         standardise = self.standardise if standardise is None else standardise
-        total = torch.zeros_like(next(iter(each.values())))
+        total = torch.zeros_like(next(iter(each.values())), dtype=torch.float64)
         for name, scores in each.items():
             if self.weights[name] == 0:
                 continue
             if standardise:
-                finite = scores[scores.isfinite()]
-                if len(finite):
-                    scores = (scores - finite.mean()) / (finite.std(correction=0) + 1e-6)
-            total = total + self.weights[name] * scores
+                _, deviations, spread = centred(scores[None])
+                scores = torch.where(scores.isfinite(), deviations[0] / (spread[0] + 1e-6), torch.nan)
+            total = total + self.weights[name] * scores.double()
         return total
 
     def _ask(
@@ -183,10 +214,13 @@ class RewardSum:
             raise RuntimeError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
         reward = found if isinstance(found, Reward) else Reward(found)
         count = len(images)
-        if not isinstance(reward.scores, torch.Tensor) or tuple(reward.scores.shape) != (count,):
-            shape = tuple(getattr(reward.scores, "shape", ())) or type(reward.scores).__name__
-            raise RuntimeError(f"reward {name!r}: scores: expected shape ({count},), got {shape}")
         size = (count, *images.shape[-2:])
-        if reward.mask is not None and tuple(reward.mask.shape) != size:
-            raise RuntimeError(f"reward {name!r}: mask: expected shape {size}, got {tuple(reward.mask.shape)}")
+        for part, value, shape in (("scores", reward.scores, (count,)), ("mask", reward.mask, size)):
+            if part == "mask" and value is None:
+                continue
+            if not isinstance(value, torch.Tensor):
+                kind = type(value).__name__
+                raise RuntimeError(f"reward {name!r}: {part}: expected a tensor of shape {shape}, got {kind}")
+            if tuple(value.shape) != shape:
+                raise RuntimeError(f"reward {name!r}: {part}: expected shape {shape}, got {tuple(value.shape)}")
         return reward

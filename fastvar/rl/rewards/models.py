@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastvar.data.segmentation import check_images
+from fastvar.installation import install_command
 from fastvar.rl.rewards.base import Reward
+from fastvar.weights import read_weights, reason, without_wrappers
 
 
 def require(package: str) -> ModuleType:
@@ -25,7 +25,7 @@ def require(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f'{package} is needed: pip install "fastvar[rewards]" ({error})') from error
+        raise ImportError(f"{package} is needed: {install_command('rewards')} ({error})") from error
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -46,24 +46,14 @@ def load_weights(model: nn.Module, path: str | Path, owner: str) -> None:
     """
     if not Path(path).is_file():
         raise ValueError(f"{owner}: expected a checkpoint file, got {str(path)!r}, which is none")
+    state = read_weights(path, owner)
     try:
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]
-        model.load_state_dict(state)
+        model.load_state_dict(without_wrappers(state)[0])
     except Exception as error:  # each way of being something else raises another one
         expected = f"a state dict of {type(model).__name__}"
-        raise ValueError(f"{owner}: expected {expected}, got {path}: {shortened(error)}") from error
-
-
-def shortened(error: Exception) -> str:
-    """The message of an error, without the hundreds of lines in which torch names each tensor that does not fit."""
-    return textwrap.shorten(str(error), 600)
+        raise ValueError(f"{owner}: expected {expected}, got {path}: {reason(error)}") from error
 
 
 class ModelReward:

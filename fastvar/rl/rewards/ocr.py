@@ -72,6 +72,12 @@ class OCRReward:
             raise ValueError(f"OCRReward: options: expected none beside a reader, got {sorted(options)}")
         self.reader = reader
 
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """Raise a ValueError for a text without a word."""
+        for text in texts:
+            if not text.split():
+                raise ValueError(f"OCRReward: prompts: expected at least one word in each, got {text!r}")
+
     def __call__(self, images: torch.Tensor, prompts: Sequence[str], references: torch.Tensor | None = None) -> Reward:
         """Score images (B, 3, H, W) in [0, 1] by the words of their prompts. An image in which nothing was read has a
         mask of ones: the fault may lie anywhere."""

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastvar.rl.rewards.models import freeze, require, shortened, unit_features
+from fastvar.rl.rewards.models import freeze, require, unit_features
 from fastvar.rl.rewards.preprocessing import crop_square
+from fastvar.weights import reason
 
 _REMEMBERED = 4096  # texts whose features are kept; at most 16 MB
 
@@ -53,7 +54,7 @@ class OpenCLIP:
             if pretrained is None or tag:
                 raise
             raise ValueError(
-                f"{owner}: pretrained: expected a state dict of {name}, got {pretrained}: {shortened(error)}"
+                f"{owner}: pretrained: expected a state dict of {name}, got {pretrained}: {reason(error)}"
             ) from error
         seen = model.visual.preprocess_cfg
         sides = (seen["size"],) * 2 if isinstance(seen["size"], int) else tuple(seen["size"])

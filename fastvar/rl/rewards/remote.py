@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fastvar.data.segmentation import check_images
+from fastvar.pictures import png, read_picture
 from fastvar.rl.rewards.base import Reward, RewardFunction, register
 from fastvar.rl.rewards.preprocessing import to_uint8
 
@@ -65,7 +66,7 @@ class RemoteReward:
     ) -> None:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
             raise ValueError(f"RemoteReward: url: expected http://... or https://..., got {url!r}")
-        if timeout <= 0 or retries < 0 or backoff < 0 or batch_size < 1:
+        if not (0 < timeout < math.inf and retries >= 0 and 0 <= backoff < math.inf and batch_size >= 1):
             raise ValueError(
                 "RemoteReward: expected timeout > 0, retries >= 0, backoff >= 0 and batch_size >= 1, "
                 f"got {timeout}, {retries}, {backoff} and {batch_size}"
@@ -144,19 +145,13 @@ def encode_images(images: Tensor) -> list[str]:
     """Images (B, 3, H, W) in [0, 1] as PNGs in base64."""
     from PIL import Image
 
-    encoded = []
-    for pixels in to_uint8(images):
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="PNG")
-        encoded.append(base64.b64encode(buffer.getvalue()).decode())
-    return encoded
+    return [base64.b64encode(png(Image.fromarray(pixels))).decode() for pixels in to_uint8(images)]
 
 
 def decode_images(encoded: Sequence[str]) -> Tensor:
     """Images (B, 3, H, W) in [0, 1], float32, of PNGs in base64, all of one size; the inverse of `encode_images`."""
-    from PIL import Image
-
-    images = [np.array(Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")) for image in encoded]
+    files = [io.BytesIO(base64.b64decode(image)) for image in encoded]
+    images = [np.array(read_picture(file, f"decode_images: encoded[{i}]")) for i, file in enumerate(files)]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
 
 

@@ -1,0 +1,142 @@
+"""Pictures: files of any depth read as 8-bit RGB, images as one grid, PNG."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import torch
+
+from fastvar.files import replacing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_PADDING = 2  # white pixels around each image of a grid
+_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+
+
+def read_picture(file: str | Path | BinaryIO, owner: str) -> Image:
+    """A picture as a PIL RGB image of 8 bits a channel, turned as its orientation tag says.
+
+    16 bits a channel (PNG, TIFF, PGM) are scaled to 8. Broken metadata of a good picture is passed over.
+
+    Args:
+        file: a path, or an open file.
+        owner: "class: argument", as it opens the message.
+
+    Raises:
+        ValueError: whatever else the file is: no picture, a damaged one, one too large (Pillow's MAX_IMAGE_PIXELS), or
+            one of floating-point or 32-bit numbers, as nothing says which of these is white. Names the file.
+    """
+    try:
+        try:
+            return _decoded(file)
+        except Exception:
+            bare = _without_metadata(file)
+            if bare is None:
+                raise
+            return _decoded(bare)
+    except Exception as error:  # what a damaged file makes of Pillow is anything
+        name = file if isinstance(file, str | Path) else "something else"
+        raise ValueError(f"{owner}: expected a readable image, got {name} ({error})") from error
+
+
+def _decoded(file: str | Path | BinaryIO) -> Image:
+    from PIL import ExifTags
+    from PIL import Image as pil
+
+    turn = pil.Transpose
+    turns = {
+        2: turn.FLIP_LEFT_RIGHT,
+        3: turn.ROTATE_180,
+        4: turn.FLIP_TOP_BOTTOM,
+        5: turn.TRANSPOSE,
+        6: turn.ROTATE_270,
+        7: turn.TRANSVERSE,
+        8: turn.ROTATE_90,
+    }
+    with pil.open(file) as opened:
+        opened.load()
+        try:  # not ImageOps.exif_transpose: that writes the other tags anew, and fails where these are broken
+            orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:
+            orientation = 1
+        image = _eight_bits(opened).convert("RGB")
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def _eight_bits(image: Image) -> Image:
+    """Scaled where Pillow has more than 8 bits a channel, which its own conversion would clip at 255."""
+    import numpy as np
+    from PIL import Image as pil
+
+    # Pillow reads 16 bits as "I;16", those of PGM (and, before version 11, of PNG) as 32-bit integers.
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
+    if image.mode in ("I", "F") and not sixteen:
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        raise ValueError(f"{kind} numbers, of which nothing says which is white; save it with 8 or 16 bits a channel")
+    if not sixteen:
+        return image
+    tags = getattr(image, "tag_v2", {})  # of TIFF: bits a sample, and whether 0 is white
+    white = 2 ** tags.get(258, (16,))[0] - 1
+    grey = np.asarray(image).astype(np.float32) / white
+    if tags.get(262) == 0:
+        grey = 1 - grey
+    return pil.fromarray((grey.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def _without_metadata(file: str | Path | BinaryIO) -> BinaryIO | None:
+    """A PNG's chunks that make up its pixels, and its orientation if that is whole; None for another format.
+
+    Pillow refuses a PNG for a wrong checksum or a large text in chunks that say nothing about pixels.
+    """
+    if isinstance(file, str | Path):
+        data = Path(file).read_bytes()
+    else:
+        file.seek(0)
+        data = file.read()
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return None
+    kept, start = [data[:8]], 8
+    while start + 12 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, start)
+        chunk = data[start : start + 12 + length]
+        whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if name in _PIXEL_CHUNKS or (name == b"eXIf" and whole):
+            kept.append(chunk)
+        start += 12 + length
+    return io.BytesIO(b"".join(kept))
+
+
+def image_grid(images: torch.Tensor, columns: int, *, zoom: int = 1) -> Image:
+    """Images (N, 3, H, W) in [0, 1] as one picture with `columns` a row, pixels repeated `zoom` times."""
+    from PIL import Image as pil
+
+    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    pixels = pixels.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    count, height, width, _ = pixels.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    size = (_PADDING + columns * (width + _PADDING), _PADDING + rows * (height + _PADDING))
+    grid = pil.new("RGB", size, "white")
+    for i, image in enumerate(pixels.numpy()):
+        place = (_PADDING + i % columns * (width + _PADDING), _PADDING + i // columns * (height + _PADDING))
+        grid.paste(pil.fromarray(image), place)
+    return grid
+
+
+def png(image: Image) -> bytes:
+    """A PIL image as the content of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def save_picture(image: Image, path: Path) -> None:
+    """Write a PNG; an interrupted write leaves no broken file behind."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(png(image))

@@ -1,0 +1,86 @@
+"""`fastvar info PATH`: what a file or a folder is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden.golden import load_case
+from PIL import Image
+
+from fastvar.cli.describe import describe
+from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+
+GRIDS = ((1, 1), (2, 3))
+
+
+def said(path: Path) -> str:
+    return "\n".join(describe(path))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """What training leaves, without the training."""
+    shape = {"vocab_size": 16, "code_channels": 8}
+    vq = VQTokenizer(VQTokenizerConfig(GRIDS, channels=8, channel_multipliers=(1, 2), norm_groups=4, **shape))
+    names = ("cat", "dog")
+    var = VAR(VARConfig(GRIDS, depth=1, embed_dim=8, num_heads=2, num_classes=2, class_names=names, **shape), vq)
+    var.save_pretrained(tmp_path / "run/model")
+    (tmp_path / "run/settings.json").write_text(json.dumps({"train": {}}))
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 10, "loss": 2.5}\n{"step": 20, "loss": 1.25}\n')
+    (tmp_path / "run/checkpoints/step-00000020").mkdir(parents=True)
+    return tmp_path / "run"
+
+
+def test_models_and_runs(run: Path) -> None:
+    model = said(run / "model")
+    for part in (
+        "model: a VAR, grids 1,2x3, 16 codes of 8 channels",
+        "depth 1, width 8, 2 heads",
+        "2 classes: cat, dog",
+    ):
+        assert part in model
+    count = sum(p.numel() for p in VAR.from_pretrained(run / "model").parameters())
+    assert f"tokenizer: {run}/model/tokenizer" in model and f"{count:,} parameters in float32" in model
+    assert said(run / "model/config.json") == model
+    assert "a VQTokenizer" in said(run / "model/tokenizer") and "4 x 6 pixels" in said(run / "model/tokenizer")
+    whole = said(run)
+    for part in ("the folder of a run (training)", "step 20, loss 1.25", "checkpoints: 20", model):
+        assert part in whole
+    assert "goes on from it" in said(run / "checkpoints/step-00000020")
+    assert "2 lines of metrics" in said(run / "metrics.jsonl")
+    (run / "model/model.safetensors").unlink()
+    assert "no weights: model.safetensors is missing" in said(run)
+    (run / "model/config.json").unlink()
+    assert "no model yet: the same command goes on with the run" in said(run)
+
+
+def test_files(run: Path) -> None:
+    case = load_case("var_tiny")
+    torch.save({"trainer": {"var_wo_ddp": case.transformer, "vae_local": case.tokenizer}}, run / "both.pth")
+    both = said(run / "both.pth")
+    assert "a public VAR transformer, for fastvar.models.load_var under var_wo_ddp" in both
+    assert "a public VAR tokenizer, for fastvar.models.load_var under vae_local" in both
+    torch.save({"module.a": torch.zeros(3, 4)}, run / "some.pt")
+    assert said(run / "some.pt").endswith("a state dict; 12 parameters in float32")
+    torch.save([1], run / "none.pt")
+    assert said(run / "none.pt").endswith("no tensors")
+    assert said(run / "model/model.safetensors").endswith("parameters in float32")
+    assert said(run / "settings.json").endswith("JSON with train")
+    Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(run / "a.png")
+    assert said(run / "a.png").endswith("a picture of 4 x 5 pixels")
+    (run / "prompts.txt").write_text("a\nb\n")
+    assert said(run / "prompts.txt").endswith("a text of 2 lines")
+    for name in ("b", "a"):
+        (run / "photos" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(run / "photos" / name / "1.png")
+    assert said(run / "photos").endswith("a data set of 2 images: a, b")
+    (run / "empty").mkdir()
+    assert "a folder without a model, a run or a data set" in said(run / "empty")
+    (run / "binary").write_bytes(b"\xff\xfe\x00")
+    for path in (run / "binary", run / "nowhere"):
+        with pytest.raises((ValueError, FileNotFoundError), match=f"info: path: expected .*{path.name}"):
+            said(path)
