@@ -104,7 +104,17 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         (["rl", "--model", "x", "--output", "file"], "output: expected a folder, got the file file"),
         (["ablate", "--config", "x", "--output", "file"], "output: expected a folder, got the file file"),
         (["demo", "--output", "file"], "output: expected a folder, got the file file"),
-        (["train", *DATA, "--output", "x", "--tokenizer", "y", "--device", "cuda:99"], "device: expected one of cpu"),
+        *(
+            ([*command, "--device", "cuda:99"], "device: expected one of cpu")
+            for command in (
+                ["train-tokenizer", *DATA, "--output", "x"],
+                ["train", *DATA, "--output", "x", "--tokenizer", "y"],
+                ["rl", "--model", "x", "--output", "x"],
+                ["demo", "--output", "x"],
+                ["evaluate", "--model", "x"],
+                ["choose-middle", "--model", "x"],
+            )
+        ),
         (["info", "nowhere"], "info: path: expected a file or a folder, got nowhere, which is none"),
         (["sample", "--model", "nowhere", "--labels", "1"], "model: expected a folder with config.json, got nowhere"),
         (["train-tokenizer", *DATA, "--output", "x", "--grids", "4,2"], "expected sides that never shrink"),
@@ -385,3 +395,6 @@ def test_starting_from_a_model_of_other_classes(tmp_path: Path, capsys: pytest.C
         else:
             run(*run_it)
             assert VAR.from_pretrained(tmp_path / "run/model").config.class_names == (names or ("b", "c", "d"))
+    with pytest.raises(SystemExit):
+        run("sample", "--model", tmp_path / "start", "--labels", 1)
+    assert "model: expected a VAR that was saved with its tokenizer, got" in capsys.readouterr().err

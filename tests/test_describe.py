@@ -68,7 +68,10 @@ def test_files(run: Path) -> None:
     assert said(run / "some.pt").endswith("a state dict; 12 parameters in float32")
     torch.save([1], run / "none.pt")
     assert said(run / "none.pt").endswith("no tensors")
-    assert said(run / "model/model.safetensors").endswith("parameters in float32")
+    weights = said(run / "model/model.safetensors")
+    assert weights.endswith("parameters in float32")
+    (run / "renamed.pth").write_bytes((run / "model/model.safetensors").read_bytes())
+    assert said(run / "renamed.pth").split(": ", 1)[1] == weights.split(": ", 1)[1]
     assert said(run / "settings.json").endswith("JSON with train")
     Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(run / "a.png")
     assert said(run / "a.png").endswith("a picture of 4 x 5 pixels")

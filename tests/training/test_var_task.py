@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
-from fastvar.training import TrainConfig, TrainResult, VARTask, train
+from fastvar.training import TokenDataset, TrainConfig, TrainResult, VARTask, train
 from fastvar.training.settings import check_same_settings
 
 GRIDS = ((1, 1), (2, 2), (3, 3))
@@ -38,6 +38,12 @@ class Classes:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"image": torch.zeros(3, 6, 6), "label": torch.tensor(index)}
+
 
 def test_the_model_of_a_result_has_its_type() -> None:
     hints = get_type_hints(train, localns={"Image": object})
@@ -51,6 +57,9 @@ def test_other_classes_are_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="VARTask: model: expected 4 classes, as the data has, got 3"):
         train(task, Classes(["a", "b", "c", "d"]), TrainConfig(steps=1), tmp_path)
     task.check_data(Classes(["a", "b", "c"]))
+    cached = TokenDataset(Classes(["a", "b", "c", "d"]), var.tokenizer)
+    with pytest.raises(ValueError, match="expected 4 classes, as the data has, got 3"):
+        task.check_data(cached)
     var.config = replace(var.config, class_names=("a", "c", "b"))
     task.check_data(Classes(["a", "c", "b"]))
     with pytest.raises(ValueError, match=r"VARTask: model: .* in their order, got 'c' where the data has 'b'; ImageF"):
