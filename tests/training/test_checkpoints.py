@@ -182,13 +182,13 @@ def fit_manifest(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "average.safetensors", "optimizer.safetensors", "state.json"])
 def test_planted_code_does_not_run(name: str, output: Path, tmp_path: Path) -> None:
     folder = checkpoint_folder(output, 3)
-    (folder / name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    (folder / name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran"), protocol=2))
     for extra in (
         "custom_checkpoint_0.pkl",
         "pytorch_model.bin",
         "random_states_0.pkl",
     ):  # where accelerate has pickles
-        (folder / extra).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+        (folder / extra).write_bytes(pickle.dumps(Bomb(tmp_path / "ran"), protocol=2))
     fit_manifest(folder)
     run = Run(output)
     with pytest.raises(ValueError, match="step-00000003"):
@@ -225,7 +225,7 @@ def test_former_checkpoints(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(straight.state(), resumed.state(), strict=True))
     for name in ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "random_states_0.pkl"):
         content = (folder / name).read_bytes()
-        for planted in (pickle.dumps(Bomb(tmp_path / "ran")), content[:-50]):
+        for planted in (pickle.dumps(Bomb(tmp_path / "ran"), protocol=2), content[:-50]):
             (folder / name).write_bytes(planted)
             with pytest.raises(ValueError, match=rf"{name}: damaged, or holds more than tensors and numbers"):
                 resumed.checkpoints.load(4)
