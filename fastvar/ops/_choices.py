@@ -48,8 +48,6 @@ class Choice(NamedTuple):
         prefix: whether there is a shared prefix; None for either.
         ragged: whether the prefixes have lengths of their own; None for either.
         gradient: whether a gradient is wanted; None for either.
-        deterministic: whether the gradient has the same bits in every run. One that has not is not taken under
-            `torch.use_deterministic_algorithms(True)`.
     """
 
     backend: str
@@ -61,7 +59,6 @@ class Choice(NamedTuple):
     prefix: bool | None = None
     ragged: bool | None = None
     gradient: bool | None = None
-    deterministic: bool = True
 
     def fits(self, family: str, call: Call) -> bool:
         """Whether the row is for a call on a GPU of this family."""
@@ -75,26 +72,12 @@ class Choice(NamedTuple):
             and self.prefix in (None, call.prefix)
             and self.ragged in (None, call.ragged)
             and self.gradient in (None, call.gradient)
-            and (self.deterministic or not call.gradient or not torch.are_deterministic_algorithms_enabled())
         )
 
 
 HOPPER = ("sm90",)
 CHOICES: dict[str, tuple[Choice, ...]] = {
-    "block_causal_attention": (
-        # Wide heads and long rows: cuDNN, which SDPA calls there, comes to 64 % of the matmul rate in training.
-        Choice(
-            "sdpa",
-            families=HOPPER,
-            dtypes=HALF,
-            width=(97, ANY),
-            length=(4096, ANY),
-            ragged=False,
-            gradient=True,
-            deterministic=False,
-        ),
-        Choice("triton"),
-    ),
+    "block_causal_attention": (Choice("triton"),),
     "cached_attention": (Choice("triton"),),
     "qk_norm_rope": (Choice("triton"),),
     "qk_norm_rope_into_cache": (Choice("triton"),),

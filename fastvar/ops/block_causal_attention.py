@@ -107,8 +107,8 @@ def block_causal_attention(
         backend: see `fastvar.support()`. "sdpa" (PyTorch's fused kernels), "flash_attn" (flash-attn) and "xformers" go
             a scale at a time, flash-attn-4, which "flash_attn" takes on Hopper and Blackwell, in one call. They read
             a prefix once a group and merge; prefixes of several lengths are beyond flash-attn and xFormers. "flex" is
-            PyTorch's FlexAttention, compiled once a shape; it copies the prefix for every sample. Gradients by "sdpa"
-            are the same from run to run on a GPU only under `torch.use_deterministic_algorithms(True)`.
+            PyTorch's FlexAttention, compiled once a shape; it copies the prefix for every sample. "sdpa" has no
+            gradients on a GPU.
 
     Returns:
         (B, L, H, D) in q's dtype, contiguous. Softmax statistics in float32.

@@ -3,14 +3,12 @@
 On GPUs PyTorch says which of its kernels suits a shape (cuDNN's on Hopper and Blackwell, FlashAttention 2's, or the
 memory-efficient one) and its users' `sdpa_kernel` is obeyed. The kernels are called by their operators, since
 `scaled_dot_product_attention` itself neither gives the log-sum-exp nor takes the one of more keys for the gradient.
+Gradients are for CPUs alone.
 """
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
-import torch.nn.functional as F
 from fastvar.kernels.block_causal_attention.by_scale import ByScale, Seen
 from torch.nn.attention import SDPBackend
 
@@ -50,31 +48,16 @@ class _ScaledDotProducts:
         scale: float,
         seen: Seen,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # Dense: rows out of a longer result made cuDNN's gradients wrong on an H200.
-        grad, q, k, v, out = (t.transpose(1, 2) for t in (grad.contiguous(), q, k, v, out.contiguous()))
+        if q.device.type != "cpu":
+            raise NotImplementedError(
+                "block_causal_attention: backend='sdpa': no gradients on a GPU: those of PyTorch's operators, given a "
+                "merged result, were wrong on an H200; backend='triton' has them"
+            )
+        grad, q, k, v, out = (t.transpose(1, 2) for t in (grad, q, k, v, out))
         mask = _mask(seen, q, k) if isinstance(seen, torch.Tensor) else None
-        kernel, rows, columns = _kernel(q, k, v, mask, scale), q.shape[2], k.shape[2]
-        if kernel == "cpu":
-            found = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
-            )
-        elif kernel == "cudnn":
-            lse = lse.view(lse.shape + (1,) * (_cudnn_lse_rank(q.device) - 3))
-            seed = torch.empty(2, dtype=torch.int64, device=q.device)  # of the dropout that there is none of
-            found = _ATEN._scaled_dot_product_cudnn_attention_backward(
-                grad, q, k, v, out, lse, seed[0], seed[1], None, None, None, rows, columns, 0.0, False, scale=scale
-            )
-        elif kernel == "flash":
-            seed = torch.empty(2, dtype=torch.uint64, device=q.device)
-            found = _ATEN._scaled_dot_product_flash_attention_backward(
-                grad, q, k, v, out, lse, None, None, rows, columns, 0.0, False, seed, seed[0], scale=scale
-            )
-        else:
-            lse = F.pad(lse, (0, -rows % 32), value=torch.inf)  # as the forward pass pads it
-            seed = torch.empty(2, dtype=torch.int64, device=q.device)
-            found = _ATEN._scaled_dot_product_efficient_attention_backward(
-                grad, q, k, v, mask, out, lse, seed[0], seed[1], 0.0, [True, True, True, False], scale=scale
-            )[:3]
+        found = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
+        )
         dq, dk, dv = (t.transpose(1, 2) for t in found)
         return dq, dk, dv
 
@@ -106,13 +89,6 @@ def _mask(lengths: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tens
     hidden = columns >= lengths.clamp(min=1)[:, None]
     mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
     return mask[:, None, None, : k.shape[2]].expand(-1, q.shape[1], q.shape[2], -1)
-
-
-@cache
-def _cudnn_lse_rank(device: torch.device) -> int:
-    """cuDNN's log-sum-exp is (B, H, n, 1) or (B, H, n), as the version of PyTorch has it, and goes back as it came."""
-    probe = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
-    return _ATEN._scaled_dot_product_cudnn_attention(probe, probe, probe, None, True)[1].ndim
 
 
 _IMPLEMENTATION = ByScale(_ScaledDotProducts())
