@@ -3,8 +3,9 @@
 The rows of an operator are tried in order: the first one that is for a call and whose implementation can run is taken,
 and the reference where there is none.
 
-A row names the families of GPUs on which recorded rows (benchmarks/data/suites.jsonl) show that the implementation is
-right and faster than what would run otherwise. Elsewhere the choice is a prediction, and `explain` says so.
+A row names the families of GPUs on which recorded rows (benchmarks/data/suites.jsonl, h200_kernels.jsonl) show that the
+implementation is right and faster than what would run otherwise. Elsewhere the choice is a prediction, and `explain` says
+so.
 """
 
 from __future__ import annotations
@@ -77,50 +78,35 @@ class Choice(NamedTuple):
 
 HOPPER = ("sm90",)
 CHOICES: dict[str, tuple[Choice, ...]] = {
-    "block_causal_attention": (Choice("triton"),),
+    "block_causal_attention": (Choice("triton", HOPPER),),
     "cached_attention": (Choice("triton"),),
-    "qk_norm_rope": (Choice("triton"),),
+    "qk_norm_rope": (Choice("triton", HOPPER),),
     "qk_norm_rope_into_cache": (Choice("triton"),),
-    "adaptive_layer_norm": (Choice("triton"),),
-    "gated_residual": (Choice("triton"),),
+    "adaptive_layer_norm": (Choice("triton", HOPPER),),
+    "gated_residual": (Choice("triton", HOPPER),),
     "gated_residual_norm": (Choice("triton"),),
     "group_norm_silu": (Choice("triton"),),
-    "residual_quantize": (Choice("cuda"), Choice("triton")),
+    "residual_quantize": (Choice("cuda", HOPPER), Choice("triton")),
     "accumulate_scale": (Choice("cuda"), Choice("triton")),
     "bitwise_residual_quantize": (Choice("cuda", HOPPER),),
     "accumulate_bits": (Choice("cuda"),),
-    "sample_tokens": (Choice("triton"),),
+    "sample_tokens": (Choice("triton", HOPPER),),
     "sample_bits": (Choice("triton"),),
     "token_log_probs": (Choice("triton"),),
     "cross_entropy": (Choice("triton"),),
-    "policy_loss": (Choice("triton"),),
+    "policy_loss": (Choice("triton", HOPPER),),
     "propagate_mask": (Choice("triton"), Choice("cuda")),
 }
 
 
-# On which GPUs an implementation has been seen to agree with the reference on a CPU, for the support matrix.
-_H200, _EARLIER = "H200", "H200 (before its last change)"
+# On which GPUs an implementation has been seen to agree with the reference, for the support matrix.
+_H200 = "H200"
 RAN: dict[tuple[str, str], str] = {
-    **{
-        (op, "triton"): _EARLIER
-        for op in (
-            *("adaptive_layer_norm", "block_causal_attention", "cached_attention", "gated_residual", "policy_loss"),
-            *("propagate_mask", "qk_norm_rope", "qk_norm_rope_into_cache", "residual_quantize", "sample_bits"),
-            *("sample_tokens", "token_log_probs"),
-        )
-    },
-    **{(op, "cuda"): _EARLIER for op in ("residual_quantize", "accumulate_scale")},
-    **{(op, "cuda"): _H200 for op in ("bitwise_residual_quantize", "accumulate_bits", "propagate_mask")},
-    ("block_causal_attention", "flex"): _EARLIER,
-    **{
-        (op, "reference"): _H200
-        for op in (
-            *("accumulate_bits", "accumulate_scale", "adaptive_layer_norm", "bitwise_residual_quantize"),
-            *("block_causal_attention", "cached_attention", "gated_residual", "propagate_mask", "qk_norm_rope"),
-            *("qk_norm_rope_into_cache", "residual_quantize"),
-        )
-    },
-    **{(op, "reference"): _EARLIER for op in ("sample_bits", "sample_tokens", "token_log_probs")},
+    **{(op, choice.backend): _H200 for op, choices in CHOICES.items() for choice in choices},
+    **{(op, "reference"): _H200 for op in CHOICES},
+    ("residual_quantize", "cuda"): "H200 (before its last change)",
+    ("block_causal_attention", "sdpa"): "H200 (results, no gradients)",
+    ("block_causal_attention", "flex"): _H200,
 }
 
 

@@ -40,7 +40,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvar.schedule import ScaleSchedule
 
-PROGRAMS = 192  # that a prefix alone should have: of 192, 384, 768 and 1536 the fastest on an H200
+PROGRAMS = (
+    384  # that a prefix alone should have: on an H200 192 were a little faster for four prefixes, for one too few
+)
 SHORTEST = 8  # tiles of rows that a part has at least
 PARTS_BYTES = 256 << 20  # that the parts' sums may take; prefixes are taken in turn where more would be needed
 CACHED = 16 << 20  # bytes of keys and values that neighbouring programs read

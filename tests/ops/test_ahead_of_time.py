@@ -161,7 +161,7 @@ def test_launches_of_many_images() -> None:
 
 @pytest.mark.parametrize(
     ("count", "tokens", "head_dim", "least", "launched"),
-    [(1, 680, 64, 768, 2), (64, 680, 64, 768, 22), (2, 10521, 128, 4000, 1), (1, 77, 64, 300, 2)],
+    [(1, 680, 64, 384, 2), (64, 680, 64, 384, 12), (2, 10521, 128, 4000, 1), (1, 77, 64, 300, 2)],
 )
 def test_parts_fill_a_gpu_and_take_bounded_memory(
     count: int, tokens: int, head_dim: int, least: int, launched: int

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,6 +197,15 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
             train(tokenizer_task(), scenes(), options(), tmp_path)
 
 
+@pytest.fixture
+def _sigint_is_not_ignored() -> Iterator[None]:
+    """As it is where tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_sigint_is_not_ignored")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_interrupt_finishes_the_step_and_saves(name: str, tmp_path: Path) -> None:
     """And what goes on from there is what would have been."""
