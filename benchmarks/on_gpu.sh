@@ -17,7 +17,7 @@
 # missing is taken from benchmarks/wheels/, upstream's code from benchmarks/checkouts/VAR and Infinity. Where there is no
 # nvcc, the libraries that `fastvar build` made elsewhere have to lie in fastvar/. Every result is written as it comes,
 # into the folder OUT (outputs/on_gpu by default), so that a run that is cut off loses nothing, and each part is a process
-# of its own. --dry does the same on a CPU, at tiny sizes. In a copy without .git set FASTVAR_COMMIT to the commit.
+# of its own. --dry does the same on a CPU, at tiny sizes. In a copy of the tree set FASTVAR_COMMIT to its commit.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

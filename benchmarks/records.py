@@ -63,15 +63,20 @@ def driver() -> str | None:
 
 @lru_cache
 def commit(repository: Path) -> str | None:
-    """The commit that is checked out. None outside a git checkout, but for this project's copy without one, which the
-    environment variable FASTVAR_COMMIT may name."""
+    """The commit that is checked out; None outside a git checkout. For a copy of this project the environment variable
+    FASTVAR_COMMIT names it."""
+    if repository == ROOT and os.environ.get("FASTVAR_COMMIT"):
+        return os.environ["FASTVAR_COMMIT"]
     if _git(repository, "rev-parse", "--show-toplevel") != str(repository.resolve()):
-        return os.environ.get("FASTVAR_COMMIT") if repository == ROOT else None
+        return None
     return _git(repository, "rev-parse", "HEAD")
 
 
 def dirty(repository: Path) -> bool | None:
-    """Whether a checkout has changes or files that are not in its commit; None outside a git checkout."""
+    """Whether a checkout has changes or files that are not in its commit; None outside a git checkout, and for a copy
+    whose commit FASTVAR_COMMIT names."""
+    if repository == ROOT and os.environ.get("FASTVAR_COMMIT"):
+        return None
     # benchmarks/data is left out: the results themselves do not change what is measured
     status = _git(repository, "status", "--porcelain", "--", ".", ":(exclude)benchmarks/data")
     return None if status is None else bool(status)

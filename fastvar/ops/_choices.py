@@ -4,8 +4,8 @@ The rows of an operator are tried in order: the first one that is for a call and
 and the reference where there is none.
 
 A row names the families of GPUs on which recorded rows (benchmarks/data/suites.jsonl, h200_kernels.jsonl) show that the
-implementation is right and faster than what would run otherwise. Elsewhere the choice is a prediction, and `explain` says
-so.
+implementation is right and faster than what would run otherwise. Elsewhere the choice is a prediction, and `explain`
+says so.
 """
 
 from __future__ import annotations
