@@ -12,12 +12,12 @@ def fitted(config_class: type, name: str, value: Any) -> Any:
     """A value for a dataclass's field: lists become tuples, 2.0 becomes 2 for a whole number.
 
     Raises:
-        ValueError: another type than the field's; a number that is not finite.
+        ValueError: another type than the field's.
     """
     hint = _hints(config_class)[name]
     try:
         return _fitted(hint, value)
-    except TypeError:
+    except (TypeError, OverflowError):
         expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint
         raise ValueError(f"{name}: expected {expected}, got {value!r}") from None
 
@@ -30,9 +30,9 @@ def _hints(config_class: type) -> dict[str, Any]:
 def _fitted(hint: Any, value: Any) -> Any:
     origin, inner = get_origin(hint), get_args(hint)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int and number and math.isfinite(value) and value == int(value):
+    if hint is int and number and (isinstance(value, int) or (math.isfinite(value) and value == int(value))):
         return int(value)
-    if hint is float and number and math.isfinite(value):
+    if hint is float and number:
         return float(value)
     if hint in (bool, str) and isinstance(value, hint):
         return value

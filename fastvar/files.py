@@ -21,13 +21,22 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: it could not be written, as on a full disk; names the path, the reason and the free space.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary, former = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "old"))
     _remove(temporary)
+    if former.exists() and not path.exists():  # a program was ended between two renames
+        os.replace(former, path)
+    _remove(former)
     try:
         yield temporary
-        if temporary.is_dir():
-            _remove(path)  # a folder cannot be renamed over another one
-        os.replace(temporary, path)
+        if temporary.is_dir() and path.is_dir():  # a folder cannot be renamed over another one
+            os.replace(path, former)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            if former.exists():
+                os.replace(former, path)
+            raise
+        _remove(former)
     except BaseException as error:
         free = shutil.disk_usage(path.parent).free  # before what was written is removed
         _remove(temporary)

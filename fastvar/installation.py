@@ -17,7 +17,7 @@ def install_command(extra: str) -> str:
     except (metadata.PackageNotFoundError, ValueError):
         origin = {}
     folder = Path(__file__).resolve().parent.parent
-    return command_from(extra, folder if (folder / "pyproject.toml").is_file() else None, origin)
+    return command_from(extra, folder if (folder / "csrc").is_dir() else None, origin)
 
 
 def command_from(extra: str, checkout: Path | None, origin: dict[str, Any]) -> str:

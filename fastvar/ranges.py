@@ -41,14 +41,14 @@ class Range:
         """What a number should have been; None where it is in the range. NaN is in none."""
         low = value > self.low if self.above else value >= self.low
         high = value < self.high if self.below else value <= self.high
-        finite = self.infinite or self.high < LARGEST or -LARGEST <= value <= LARGEST
+        finite = self.infinite or -LARGEST <= value <= LARGEST
         if low and high and finite:
             return None
         return str(self) if finite or value != value else f"{self} and finite"
 
     def __str__(self) -> str:
         if self.low == -math.inf:
-            return "a number"
+            return "a number" if self.high == math.inf else f"{'below' if self.below else 'at most'} {_text(self.high)}"
         low = f"{'above' if self.above else 'at least'} {_text(self.low)}"
         if self.high == math.inf:
             return low

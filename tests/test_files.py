@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,25 @@ def test_after_an_error_all_is_as_before(tmp_path: Path) -> None:
         (temporary / "part").write_text("new")
         raise OSError("disk full")
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even a program that is ended between two renames loses it."""
+    folder, rename = tmp_path / "model", os.replace
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+
+    def fails(source: Path, target: Path) -> None:
+        if source.name == ".model.tmp":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="could not be written"), replacing(folder) as temporary:
+        temporary.mkdir()
+    monkeypatch.undo()
+    assert (folder / "weights").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["model"]
+    folder.rename(tmp_path / ".model.old")
+    with pytest.raises(KeyError), replacing(folder):
+        raise KeyError
+    assert (folder / "weights").read_text() == "old"

@@ -15,6 +15,7 @@ from fastvar.cli.models import Sample, Train, TrainTokenizer
 from fastvar.cli.reinforcement import RL, ChooseMiddle, Evaluate
 from fastvar.cli.tune import Tune
 from fastvar.demo import DemoConfig
+from fastvar.fields import fitted
 from fastvar.models import VARConfig, VQTokenizerConfig
 from fastvar.ranges import LARGEST, OneOf, Range, check_fields, check_value, declarations
 from fastvar.rl import LossOptions, RLConfig, RolloutOptions
@@ -140,6 +141,10 @@ def test_infinity_where_it_means_something() -> None:
     ).check()
     RLConfig(eta=1e39).check()
     assert LARGEST < 1e39
+    assert fitted(RLConfig, "eta", math.inf) == math.inf  # as TOML has it
+    with pytest.raises(ValueError, match="eta: expected float"):
+        fitted(RLConfig, "eta", 10**400)
+    assert Range(high=5).problem(-math.inf) == "at most 5 and finite"
 
 
 def test_a_config_without_declarations_of_its_own_checks_what_is_in_it() -> None:

@@ -41,14 +41,20 @@ def normalised(
 
 
 def _is_unhooked(module: nn.Module) -> bool:
-    """Whether nobody listens to a module's calls, so that another method may be called in its place."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return not (hooks or _module._global_forward_hooks or _module._global_forward_pre_hooks)
+    """Whether nobody listens to a module's calls or has put something in their place, so that another method may be
+    called instead."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    of_all = (
+        *(_module._global_forward_hooks, _module._global_forward_pre_hooks),
+        *(_module._global_backward_hooks, _module._global_backward_pre_hooks),
+    )
+    return not (any(own) or any(of_all) or "forward" in vars(module) or module._compiled_call_impl is not None)
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:
     """Whether a convolution may be computed from its weights: nobody has put hooks or other padding on it."""
-    return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and _is_unhooked(conv)
+    usual = conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1)
+    return type(conv) is nn.Conv2d and usual and _is_unhooked(conv)
 
 
 def _on_gpu(x: torch.Tensor) -> bool:
@@ -99,8 +105,10 @@ class _Stage(nn.Module):
 
 
 def _through(stage: nn.Module, x: torch.Tensor, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A stage's result; one with hooks, or somebody's own, is called with the sum."""
-    if isinstance(stage, _Stage) and _is_unhooked(stage):
+    """A stage's result; one with hooks, or somebody's own, is called with the sum, and all are where gradients are
+    wanted, as nothing is carried there."""
+    may = not torch.is_grad_enabled() and _is_unhooked(stage)
+    if may and isinstance(stage, _Stage) and type(stage).forward is _Stage.forward:
         return stage.carry(x, shift)
     return stage(_shifted(x, shift)), None
 
@@ -159,7 +167,8 @@ class _Resample(_Stage):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2 if down else 1, padding=0 if down else 1)
 
     def carry(self, x: torch.Tensor, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if _may_carry(self.conv, x):
+        even = not self.down or (x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0)
+        if even and _may_carry(self.conv, x):
             return (self._halved(x, shift), None) if self.down else _convolved(self.conv, _doubled(x, shift))
         x = _shifted(x, shift)
         x = F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0, mode="nearest")

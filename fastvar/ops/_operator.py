@@ -100,7 +100,8 @@ class Operator:
 
     def backward(self, *args: Any) -> list[torch.Tensor]:
         """The backward op's arguments and results."""
-        return (self._run_backward if self._unseen(args[1:]) else self.backward_op)(*args)
+        plain = all(grad is None or type(grad) in PLAIN for grad in args[0])
+        return (self._run_backward if plain and self._unseen(args[1:]) else self.backward_op)(*args)
 
     def _unseen(self, args: Sequence[Any]) -> bool:
         """Whether nobody wants to see the op: no compiler, exporter, mode, transform, profiler or tensor subclass."""
@@ -236,6 +237,7 @@ def _nobody_looks() -> bool:
     """Whether there is no mode, transform, trace or profiler that an op would be seen by."""
     return not (
         torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd.profiler._is_profiler_enabled

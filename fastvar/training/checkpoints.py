@@ -85,7 +85,8 @@ class Checkpoints:
         self.accelerator, self.output, self.optimizer = accelerator, output, optimizer.optimizer
         self.model = accelerator.unwrap_model(model)
         self.average, self.keep, self.progress = average, keep, progress
-        self._wait, self._saved = 60 * minutes, time.monotonic()
+        self._least = self._wait = 60 * minutes
+        self._saved = time.monotonic()
 
     def newest(self) -> int | None:
         """The step of the newest whole checkpoint, or None where there is no checkpoint at all. One that does not fit
@@ -117,7 +118,9 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Forget an old run, so that its checkpoints are not mixed with those of a new one."""
-        shutil.rmtree(self.output / "checkpoints", ignore_errors=True)
+        for pattern in ("step-*", ".step-*"):
+            for folder in (self.output / "checkpoints").glob(pattern):
+                shutil.rmtree(folder)
 
     def due(self) -> bool:
         """Whether it is time for a checkpoint besides those of certain steps."""
@@ -164,7 +167,7 @@ class Checkpoints:
         accelerator.wait_for_everyone()
         self._saved = time.monotonic()
         # Where writing takes long, it must not take more than a twentieth of the time.
-        self._wait = max(self._wait, 20 * (self._saved - start)) if self._wait else 0.0
+        self._wait = max(self._least, 20 * (self._saved - start)) if self._least else 0.0
         return folder
 
     def load(self, step: int) -> None:
@@ -222,6 +225,8 @@ def what_is_wrong(folder: Path) -> str | None:
                 return f"{folder}: {name} has {size} bytes, expected {expected['bytes']}"
             if measured(folder / name) != expected:
                 return f"{folder}: {name} is damaged: its checksum is not that of the manifest"
+    except OSError as error:
+        return f"{folder}: cannot be read: {error}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{folder}: {MANIFEST} is damaged"
     missing = {_WEIGHTS, _AVERAGE, _MOMENTS, _STATE} - set(files)

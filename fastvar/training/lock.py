@@ -13,6 +13,7 @@ from pathlib import Path
 from fastvar.training.log import say
 
 LOCK = ".lock"
+_held: set[Path] = set()  # by this process, for which the system's lock is no obstacle
 
 
 @contextmanager
@@ -30,6 +31,9 @@ def locked(output: Path, *, active: bool = True) -> Iterator[None]:
         yield
         return
     output.mkdir(parents=True, exist_ok=True)
+    place = output.resolve()
+    if place in _held:  # before the file is opened: closing it again would let go of the lock
+        raise ValueError(f"train: output: {output} is in use by another run of this process; choose another folder")
     with (output / LOCK).open("a+") as file:
         try:
             # Of the process, not of the open file: workers that are forked later do not hold it too.
@@ -45,7 +49,9 @@ def locked(output: Path, *, active: bool = True) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
         file.flush()
+        _held.add(place)
         try:
             yield
         finally:
+            _held.discard(place)
             file.truncate(0)

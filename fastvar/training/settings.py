@@ -17,13 +17,19 @@ class OtherSettingsError(ValueError):
 
 def check_same_settings(path: Path, settings: dict[str, Any], *, free: Sequence[str] = ()) -> None:
     """Raise an OtherSettingsError that names what differs from the settings that a run's folder was begun with; `free`
-    are names that may."""
+    are names that may. What did not exist when it was begun may describe the data, or be nothing."""
     before = read_json_object(path, "train: output") if path.is_file() else {}
     different = []
     for part, now in settings.items():
         old = before.get(part, {} if isinstance(now, dict) else None)
         if isinstance(now, dict) and isinstance(old, dict):
-            names = [name for name in {**old, **now} if name not in free and old.get(name) != now.get(name)]
+            names = [
+                name
+                for name in {**old, **now}
+                if name not in free
+                and old.get(name) != now.get(name)
+                and (name in old or (part != "data" and now[name] not in ([], {}, "")))
+            ]
             different += [f"{part}.{name} was {old.get(name)}, is {now.get(name)}" for name in names]
         elif old != now:
             different.append(f"{part} was {old}, is {now}")

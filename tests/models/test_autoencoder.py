@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from waits import GPU
 
 from fastvar.models import VQTokenizer, VQTokenizerConfig, autoencoder
+from fastvar.models.autoencoder import Encoder, ResidualBlock
 
 SHAPE: dict[str, Any] = {"channel_multipliers": (1, 2, 2), "blocks_per_level": 2}
 Both = tuple[torch.Tensor, torch.Tensor]
@@ -125,3 +126,34 @@ def test_operators_on_a_gpu() -> None:
     assert decode["add"] == 11 + 4 + 2 + 1, found  # the same of upsamplings
     assert not encode["of few channels"] and not decode["of few channels"], found
     assert not {"constant_pad_nd", "upsample_nearest2d", "add_", "fill_"} & (set(encode) | set(decode)), found
+
+
+def test_backward_hooks_and_other_forwards_are_called(as_on_gpu: Callable[[], None]) -> None:
+    as_on_gpu()
+    tokenizer = tiny_tokenizer(((3, 3),), **SHAPE)
+    blocks = [module for module in tokenizer.modules() if isinstance(module, ResidualBlock)]
+    called: list[str] = []
+    handles = [block.register_full_backward_hook(lambda *_: called.append("backward")) for block in blocks]
+    features = torch.randn(1, CHANNELS, 3, 3, requires_grad=True)
+    tokenizer.decode_features(features).sum().backward()
+    decoder = sum(isinstance(module, ResidualBlock) for module in tokenizer.decoder.modules())
+    assert called == ["backward"] * decoder
+    for handle in handles:
+        handle.remove()
+    forward = blocks[-1].forward
+    blocks[-1].forward = lambda x: called.append("forward") or forward(x)  # type: ignore[func-returns-value,method-assign]
+    with torch.no_grad():
+        tokenizer.decode_features(features)
+    assert called[decoder:] == ["forward"]
+
+
+@torch.no_grad()
+def test_odd_sizes(as_on_gpu: Callable[[], None]) -> None:
+    encoder = Encoder(8, (1, 2), 4, norm_groups=4).double()
+    for size in ((5, 5), (6, 7), (6, 8)):
+        x = torch.randn(2, 3, *size, dtype=torch.float64)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(autoencoder, "_on_gpu", lambda x: False)
+            expected = encoder(x)
+        as_on_gpu()
+        torch.testing.assert_close(encoder(x), expected, rtol=1e-9, atol=1e-9)

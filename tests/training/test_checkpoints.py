@@ -289,3 +289,23 @@ def test_free_space_is_said(output: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 3 << 20))
     with files_of_at_most(100), pytest.raises(OSError, match=r"\(3 MiB were free\)"):
         Run(output).checkpoints.save(9)
+
+
+def test_clearing_leaves_what_is_others(output: Path) -> None:
+    (output / "checkpoints" / "sd.safetensors").write_text("mine")
+    (output / "checkpoints" / ".step-00000009.tmp").mkdir()
+    Run(output).checkpoints.clear()
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["sd.safetensors"]
+
+
+def test_an_unreadable_one_is_named(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastvar.training import checkpoints
+
+    def fails(path: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoints, "measured", fails)
+    with pytest.raises(
+        ValueError, match=r"no checkpoint that is whole: .*step-00000003: cannot be read: "
+    ):
+        Run(output).checkpoints.newest()

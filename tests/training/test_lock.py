@@ -65,3 +65,21 @@ def test_without_locks_in_the_file_system(
     with locked(tmp_path):
         pass
     assert "cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+def test_a_second_run_of_the_same_process_is_refused(tmp_path: Path) -> None:
+    """And does not let go of the first one's lock, as closing the file would."""
+    with locked(tmp_path):
+        with pytest.raises(ValueError, match="in use by another run of this process"), locked(tmp_path):
+            pass
+        child = os.fork()
+        if not child:
+            with (tmp_path / ".lock").open("a+") as file:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    os._exit(0)
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+    with locked(tmp_path):
+        pass
