@@ -118,7 +118,9 @@ def draw(
         raise ValueError("draw: labels: expected at least one, got none")
     labels = var.indices(labels)  # all of them, before the first is drawn
     images = []
-    for start in tqdm(range(0, len(labels), options.batch_size), desc=title, leave=False, dynamic_ncols=True):
+    for start in tqdm(
+        range(0, len(labels), options.batch_size), desc=title, leave=False, disable=None, dynamic_ncols=True
+    ):
         rows = slice(start, start + options.batch_size)
         out = var.generate(
             labels[rows],
