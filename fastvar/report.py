@@ -21,7 +21,8 @@ table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .8r
 th { border-bottom: 2px solid #888; } td { border-bottom: 1px solid #ddd; }
 img { max-width: 100%; image-rendering: pixelated; border: 1px solid #ddd; } img.plot { image-rendering: auto; }
 .gallery { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0; } .group { display: flex; gap: .1rem; }
-.gallery figure { margin: 0; width: min-content; text-align: center; } .gallery img { max-width: none; border: 0; }
+.gallery figure { margin: 0; width: min-content; min-width: 4.6rem; text-align: center; }
+.gallery img { max-width: none; border: 0; }
 .gallery figcaption { font-size: .75rem; line-height: 1.2; } .wrong { color: #b00020; font-weight: bold; }
 pre { background: #f3f3f3; padding: .6rem .8rem; overflow-x: auto; }
 figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; } code { background: #f3f3f3; padding: 0 .2rem; }
