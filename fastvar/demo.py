@@ -24,6 +24,7 @@ from fastvar.evaluation import (
 from fastvar.files import write_json
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.pictures import image_grid
+from fastvar.provenance import provenance
 from fastvar.ranges import Count, CountOrNone, OneOf, Range, Seed, check_fields
 from fastvar.rl import Evaluation, LossOptions, Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, evaluate_policy
 from fastvar.rl.rewards import OCRReward, RewardSum
@@ -173,6 +174,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
 def _run(config: DemoConfig) -> dict[str, Any]:
     output = config.output
+    made = provenance()  # now, as the checkout may be another one at the end
     stages, seconds = Stages(config), dict[str, float]()
     size = tuple(4 * side for side in ScaleSchedule.parse(config.grids).finest)
     data: dict[str, Any] = {"size": size, "digits": DIGITS, "seed": config.seed, "reference_place": "scene"}
@@ -233,6 +235,7 @@ def _run(config: DemoConfig) -> dict[str, Any]:
             "tokenizer": sum(p.numel() for p in tokenizer.parameters()),
             "var": sum(p.numel() for p in var.parameters()),
         },
+        "provenance": made,
     }
     if learned:
         results["rl"] = learned.summary()

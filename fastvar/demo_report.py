@@ -6,7 +6,6 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from fastvar.pictures import image_grid
-from fastvar.provenance import provenance
 from fastvar.report import Report, curves, points
 from fastvar.training.log import read_metrics
 
@@ -87,7 +86,7 @@ def write_report(
     _training(report, config, results)
     _next(report, config)
     report.heading("How this was made")
-    report.table(["", ""], list(provenance().items()))
+    report.table(["", ""], list(results["provenance"].items()))
     report.write(config.output / "report.html")
 
 
@@ -210,6 +209,7 @@ def _next(report: Report, config: DemoConfig) -> None:
         models["rl"] = "the VAR after rewards"
     report.heading("The models, and what to run next")
     report.table(["model", "folder"], [[title, config.output / name / "model"] for name, title in models.items()])
+    report.text("Folders are as seen from where the demo was started.")
 
     def path(name: str) -> str:
         return shlex.quote(str(config.output / name))

@@ -51,12 +51,13 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert page.index("before and after") < page.index("What the reader makes")
     for name, figure in headline(results):
         assert f"<td>{name}</td><td>{figure}</td>" in page
-    for text in ("Read exactly:", "NED:", "<td>hardware</td>", "<td>command</td>", "<td>date</td>"):
+    for text in ("Read exactly:", "NED:", *(f"<td>{name}</td>" for name in results["provenance"])):
         assert text in page
     assert not re.search(r'(src|href)="(?!data:)', page), "the report must open offline"
     assert json.loads((config.output / "results.json").read_text())["scores"] == json.loads(
         json.dumps(results["scores"])
     )
+    assert {"command", "date", "hardware", "versions"} <= set(results["provenance"])
     assert {"tokenizer", "var", "var-subject", "rl", "evaluation"} <= set(results["seconds"])
     before = {
         name: (config.output / name / "metrics.jsonl").read_text() for name in ("tokenizer", "var", "var-subject")
