@@ -16,6 +16,7 @@ export GOMP_SPINCOUNT ?= 2000
 .PHONY: demo test lint wheel clean
 
 $(VENV)/installed: pyproject.toml setup.py
+	@echo "Installing about 6 GB into $(VENV); pip says nothing for some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --editable '.[test,dev]'
 	touch $@

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import torch
 
 from fastvar.data import HandwritingScenes, Reader
+from fastvar.demo_report import write_report
 from fastvar.evaluation import (
-    MatchScore,
     ReadingScore,
     SamplingOptions,
     draw,
@@ -24,8 +24,8 @@ from fastvar.evaluation import (
 from fastvar.files import write_json
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.pictures import image_grid
+from fastvar.provenance import provenance
 from fastvar.ranges import Count, CountOrNone, OneOf, Range, Seed, check_fields
-from fastvar.report import Report, curves, points
 from fastvar.rl import Evaluation, LossOptions, Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, evaluate_policy
 from fastvar.rl.rewards import OCRReward, RewardSum
 from fastvar.schedule import ScaleSchedule
@@ -78,6 +78,49 @@ DIGITS = 2
 CANDIDATES = 8
 
 
+class Stages:
+    """Says which stage begins and how long all that are left take: as in a recorded run with the defaults on two cores
+    (last row of benchmarks/data/demo.jsonl in round numbers), at the pace of those that are done."""
+
+    def __init__(self, config: DemoConfig) -> None:
+        default = DemoConfig()
+
+        def share(name: str) -> float:
+            return getattr(config, name) / getattr(default, name)
+
+        stages = {
+            "reader": ("fitting the reader of digits", 3.0),
+            "tokenizer": (f"training the tokenizer, {config.tokenizer_steps} steps", 85 * share("tokenizer_steps")),
+            "tokens": (f"encoding {config.scenes} scenes", 10 * share("scenes")),
+            "var": (f"training the VAR, {config.var_steps} steps", 223 * share("var_steps")),
+            "var-subject": (
+                f"training it with a reference subject, {config.subject_steps} steps",
+                80 * share("subject_steps"),
+            ),
+            "rl": (f"learning from rewards, {config.rl_iterations} rollouts", 102 * share("rl_iterations")),
+            "evaluation": ("drawing and reading samples, and the report", 10 * share("samples")),
+        }
+        if not config.rl_iterations:
+            del stages["rl"]
+        self._titles = {name: title for name, (title, _) in stages.items()}
+        self._expected = {name: seconds for name, (_, seconds) in stages.items()}
+
+    def begin(self, name: str, seconds: dict[str, float]) -> None:
+        """Say that a stage begins; `seconds` holds those of the stages before it."""
+        trusted = 10.0  # so that the first stage, a short one, does not set the pace of all others
+        pace = (trusted + sum(seconds.values())) / (trusted + sum(self._expected[done] for done in seconds))
+        left = pace * sum(expected for stage, expected in self._expected.items() if stage not in seconds)
+        number = list(self._titles).index(name) + 1
+        say(f"stage {number} of {len(self._titles)}: {self._titles[name]}; {_about(left)} left of all stages")
+
+
+def _about(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return "less than a minute"
+    return f"about {minutes} minute{'s' if minutes > 1 else ''}"
+
+
 def tokenizer_config(config: DemoConfig) -> VQTokenizerConfig:
     """A small tokenizer that halves the resolution twice."""
     return VQTokenizerConfig(
@@ -112,6 +155,8 @@ def var_config(config: DemoConfig) -> VARConfig:
 def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Train, sample, read, and write `report.html`, `results.json` and the checkpoints below `config.output`.
 
+    Says on standard error which stage begins and how long all that are left take.
+
     Interrupted and called again with the same settings, training goes on where it stopped. What a folder has of other
     settings is made anew.
 
@@ -129,42 +174,52 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
 def _run(config: DemoConfig) -> dict[str, Any]:
     output = config.output
-    seconds: dict[str, float] = {}
+    made = provenance()  # now, as the checkout may be another one at the end
+    stages, seconds = Stages(config), dict[str, float]()
     size = tuple(4 * side for side in ScaleSchedule.parse(config.grids).finest)
     data: dict[str, Any] = {"size": size, "digits": DIGITS, "seed": config.seed, "reference_place": "scene"}
     scenes = HandwritingScenes(length=config.scenes, split="train", **data)
     held_out = HandwritingScenes(length=config.samples, split="test", **data)
+    stages.begin("reader", seconds)
     start = time.perf_counter()
     reader = Reader(cache=output / "reader.safetensors")
     seconds["reader"] = time.perf_counter() - start
 
+    stages.begin("tokenizer", seconds)
     tokenizer = _train_tokenizer(config, scenes, held_out).model
     seconds["tokenizer"] = _training_seconds(output / "tokenizer")
+    stages.begin("tokens", seconds)
     start = time.perf_counter()
     tokens = TokenDataset(scenes, tokenizer, reference=True)
     seconds["tokens"] = time.perf_counter() - start
+    stages.begin("var", seconds)
     var = _train_var(config, VAR(var_config(config), tokenizer), tokens, held_out, "var").model
     seconds["var"] = _training_seconds(output / "var")
+    stages.begin("var-subject", seconds)
     with_subject = var.add_subject("block_causal")
     subject_var = _train_var(config, with_subject, tokens, held_out, "var-subject").model
     seconds["var-subject"] = _training_seconds(output / "var-subject")
+    policy = None
+    if config.rl_iterations:
+        stages.begin("rl", seconds)
+        policy = _train_policy(config, var, reader)
+        seconds["rl"] = _training_seconds(output / "rl")
 
-    learned = _train_policy(config, var, reader) if config.rl_iterations else None
-    if learned:
-        seconds["rl"] = learned.seconds
-
+    stages.begin("evaluation", seconds)
     start = time.perf_counter()
     shown = held_out.batch(list(range(len(held_out))))
-    texts = every_number(DIGITS, config.samples)
-    unguided = SamplingOptions(guidance=0.0, top_p=1.0, seed=config.sampling.seed)
+    drawn = Drawn.by(var, reader, config.samples)
+    learned = Learned(drawn, Drawn.by(policy, reader, config.samples), config.rl_iterations) if policy else None
     scores = {
         "test scenes": score_reading(shown["image"] * 0.5 + 0.5, shown["text"], reader),
         "their reconstructions": score_reading(
             tokenizer.decode(tokenizer.encode(shown["image"])) * 0.5 + 0.5, shown["text"], reader
         ),
-        "samples, no guidance": evaluate_texts(var, texts, unguided, reader),
-        "samples, guided": evaluate_texts(var, texts, config.sampling, reader),
+        "samples, guided": evaluate_texts(var, every_number(DIGITS, config.samples), config.sampling, reader),
+        "samples, no guidance": drawn.read,
     }
+    if learned:
+        scores["samples, no guidance, after rewards"] = learned.after.read
     scores["samples with a subject"], match = evaluate_subject(
         subject_var, held_out, config.sampling, reader, candidates=CANDIDATES
     )
@@ -180,16 +235,12 @@ def _run(config: DemoConfig) -> dict[str, Any]:
             "tokenizer": sum(p.numel() for p in tokenizer.parameters()),
             "var": sum(p.numel() for p in var.parameters()),
         },
+        "provenance": made,
     }
     if learned:
-        scores |= {"samples before rewards": learned.before.read, "samples after rewards": learned.after.read}
-        results["scores"] |= {name: score.summary() for name, score in scores.items()}
         results["rl"] = learned.summary()
     write_json(output / "results.json", results)
-    report = _report(config, scores, match, shown, tokenizer, results)
-    if learned:
-        _report_policy(report, learned, output)
-    report.write(output / "report.html")
+    write_report(config, scores, learned, shown, results)
     return results
 
 
@@ -257,14 +308,14 @@ def _going_on(run: Callable[..., _T], *arguments: Any) -> _T:
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class Drawn:
     """What a policy draws with fixed seeds, four images of each of 100 numbers, without guidance."""
 
     evaluation: Evaluation
     read: ReadingScore
 
     @classmethod
-    def by(cls, var: VAR, reader: Reader, samples: int) -> _Drawn:
+    def by(cls, var: VAR, reader: Reader, samples: int) -> Drawn:
         prompts = Prompts(every_number(DIGITS, 100))
         reward = RewardSum({"ocr": OCRReward(reader)})
         found = evaluate_policy(var, reward, prompts, samples=samples, options=RolloutOptions())
@@ -272,10 +323,11 @@ class _Drawn:
 
 
 @dataclass(frozen=True)
-class _Learned:
-    before: _Drawn
-    after: _Drawn
-    seconds: float
+class Learned:
+    """The same model drawn before and after so many rollouts of learning from rewards."""
+
+    before: Drawn
+    after: Drawn
     iterations: int
 
     def summary(self) -> dict[str, Any]:
@@ -312,136 +364,16 @@ def rl_config(config: DemoConfig) -> RLConfig:
     )
 
 
-def _train_policy(config: DemoConfig, var: VAR, reader: Reader) -> _Learned:
-    settings, folder = rl_config(config), config.output / "rl"
+def _train_policy(config: DemoConfig, var: VAR, reader: Reader) -> VAR:
     reward = RewardSum({"ocr": OCRReward(reader)})
-    before = _Drawn.by(var, reader, config.samples)
 
     def learn(settings: RLConfig, folder: Path) -> VAR:
         policy = var.clone().requires_grad_(True)
         return VMRGRPOTrainer(policy, reward, every_number(DIGITS, 100), settings, folder).train()
 
-    policy = _going_on(learn, settings, folder)
-    return _Learned(before, _Drawn.by(policy, reader, config.samples), _training_seconds(folder), config.rl_iterations)
-
-
-def _report_policy(report: Report, learned: _Learned, output: Path) -> None:
-    before, after = learned.before, learned.after
-    report.heading("Learning from rewards")
-    report.text(
-        f"VMR-GRPO with the OCR reward, {learned.iterations} rollouts of 64 images: the VAR without a subject, sampled "
-        "without guidance, learns to write what the reader can read. Seeds of the evaluation are not those of training."
-    )
-    report.table(
-        ["", "read exactly (95 % interval)", "NED", "OCR reward", "diversity"],
-        [
-            [
-                name,
-                _percent(drawn.read.accuracy, drawn.read.accuracy_interval),
-                f"{drawn.read.similarity:.3f}",
-                f"{drawn.evaluation.metrics['ocr']:.3f}",
-                f"{drawn.evaluation.metrics['diversity']:.3f}",
-            ]
-            for name, drawn in (("before", before), ("after", after))
-        ],
-    )
-    report.text(
-        "Diversity: root mean square difference of the pixels of two images of the same number. "
-        f"{100 * learned.summary()['diversity_kept']:.0f} % of it is kept."
-    )
-    report.picture(
-        _pairs(before.evaluation.images[:64:2], after.evaluation.images[:64:2]),
-        "The same seeds before (left) and after (right), of " + ", ".join(before.evaluation.prompts.texts[:64:2]),
-    )
-    lines = read_metrics(output / "rl" / "metrics.jsonl")
-    report.picture(
-        points(
-            {
-                "rollouts": [(line["step"], line["reward/ocr"]) for line in lines if "reward/ocr" in line],
-                "evaluation": [(line["step"], line["evaluation/ocr"]) for line in lines if "evaluation/ocr" in line],
-            },
-            xlabel="rollout",
-            ylabel="OCR reward",
-        ),
-        "OCR reward; from -0.6 (nothing right) to 2",
-        plot=True,
-    )
+    return _going_on(learn, rl_config(config), config.output / "rl")
 
 
 def _pairs(left: torch.Tensor, right: torch.Tensor) -> Image:
     """Two sets of images side by side, four pairs a row."""
     return image_grid(torch.stack([left, right], 1).flatten(0, 1), 8, zoom=2)
-
-
-def _percent(value: float, interval: tuple[float, float]) -> str:
-    return f"{100 * value:.1f} % ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
-
-
-def _report(
-    config: DemoConfig,
-    scores: dict[str, ReadingScore],
-    match: MatchScore,
-    shown: dict[str, Any],
-    tokenizer: VQTokenizer,
-    results: dict[str, Any],
-) -> Report:
-    report = Report("fastvar demo: visual autoregressive models on real handwriting")
-    report.text(
-        "A VQ tokenizer and a VAR were trained from scratch on scenes composed of scanned digits. Told a number, the "
-        "model writes it; given a reference image of a digit, it writes with that digit's shape and ink."
-    )
-    report.heading("What a reader makes of the images")
-    report.table(
-        ["images", "read exactly (95 % interval)", "NED"],
-        [[name, _percent(s.accuracy, s.accuracy_interval), f"{s.similarity:.3f}"] for name, s in scores.items()],
-    )
-    report.text(
-        f"Chance is {100 * results['chance_word_accuracy']:.0f} %. Guided samples: guidance "
-        f"{config.sampling.guidance:g}, top-p {config.sampling.top_p:g}. {config.samples} images each."
-    )
-    guided = scores["samples, guided"]
-    report.picture(image_grid(guided.images[:64], 8, zoom=2), "Guided samples of " + ", ".join(guided.texts[:64]))
-
-    report.heading("Following a reference subject")
-    report.table(
-        ["nearest of 8 references by", "rate (95 % interval)", "chance"],
-        [
-            [name, _percent(match.rates[name], interval), f"{100 * match.rates['chance']:.1f} %"]
-            for name, interval in match.intervals.items()
-        ],
-    )
-    report.text(
-        "A reference shows one digit of a scene alone on another paper, with the place, size, slant and pen it has "
-        "in the scene. Its scan is one that training has not seen; the other references show other scans of the same "
-        "digit in other inks, placed, sized and written alike."
-    )
-    subject = scores["samples with a subject"]
-    report.picture(
-        _pairs(shown["reference"][:32] * 0.5 + 0.5, subject.images[:32]),
-        "Left the reference, right a sample drawn with it, of " + ", ".join(subject.texts[:32]),
-    )
-
-    report.heading("The tokenizer")
-    originals = shown["image"][:16] * 0.5 + 0.5
-    report.picture(
-        _pairs(originals, scores["their reconstructions"].images[:16]), "Left a test scene, right its reconstruction"
-    )
-    report.heading("Training")
-    runs = {name: read_metrics(config.output / name / "metrics.jsonl") for name in ("tokenizer", "var", "var-subject")}
-    report.picture(
-        curves({"tokenizer": runs["tokenizer"]}, "reconstruction", ylabel="reconstruction loss"),
-        "Tokenizer: reconstruction loss",
-        plot=True,
-    )
-    report.picture(
-        curves({n: runs[n] for n in ("var", "var-subject")}, "loss", ylabel="nats per token"),
-        "VAR: negative log-likelihood of a token; the second run starts from the first one's weights",
-        plot=True,
-    )
-    report.heading("Seconds")
-    report.table(["part", "seconds"], [[name, f"{seconds:.0f}"] for name, seconds in results["seconds"].items()])
-    report.text(
-        f"{results['seconds_in_all']:.0f} seconds in all on {results['threads']} threads; tokenizer "
-        f"{results['parameters']['tokenizer']:,} parameters, VAR {results['parameters']['var']:,}."
-    )
-    return report

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from fastvar.bars import progress_bar
 from fastvar.data import (
     HandwritingScenes,
     Reader,
@@ -118,7 +118,7 @@ def draw(
         raise ValueError("draw: labels: expected at least one, got none")
     labels = var.indices(labels)  # all of them, before the first is drawn
     images = []
-    for start in tqdm(range(0, len(labels), options.batch_size), desc=title, leave=False, dynamic_ncols=True):
+    for start in progress_bar(range(0, len(labels), options.batch_size), desc=title, leave=False):
         rows = slice(start, start + options.batch_size)
         out = var.generate(
             labels[rows],

@@ -20,8 +20,14 @@ h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .8rem; text-align: left; }
 th { border-bottom: 2px solid #888; } td { border-bottom: 1px solid #ddd; }
 img { max-width: 100%; image-rendering: pixelated; border: 1px solid #ddd; } img.plot { image-rendering: auto; }
+.gallery { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0; } .group { display: flex; gap: .1rem; }
+.gallery figure { margin: 0; width: min-content; min-width: 4.6rem; text-align: center; }
+.gallery img { max-width: none; border: 0; }
+.gallery figcaption { font-size: .75rem; line-height: 1.2; } .wrong { color: #b00020; font-weight: bold; }
+pre { background: #f3f3f3; padding: .6rem .8rem; overflow-x: auto; }
 figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; } code { background: #f3f3f3; padding: 0 .2rem; }
 """
+_WRONG = ' class="wrong"'
 
 
 class Report:
@@ -48,13 +54,30 @@ class Report:
 
     def picture(self, image: Image, caption: str, *, plot: bool = False) -> None:
         """Add a PIL image; pixels stay sharp unless it is a plot."""
-        data = base64.b64encode(png(image)).decode()
-        kind = ' class="plot"' if plot else ""
-        alt = html.escape(caption, quote=True)
         self._parts.append(
-            f'<figure><img{kind} alt="{alt}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            f"<figure>{_inline(image, caption, plot=plot)}<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
+
+    def gallery(self, groups: Sequence[Sequence[tuple[Image, str, bool]]]) -> None:
+        """Add groups of small pictures, those of a group side by side.
+
+        Args:
+            groups: of (PIL image, label, whether the label tells of a mistake and is to be red).
+        """
+        self._parts.append('<div class="gallery">')
+        for group in groups:
+            cells = (
+                f"<figure>{_inline(image, label)}<figcaption{_WRONG if wrong else ''}>{html.escape(label)}</figcaption>"
+                "</figure>"
+                for image, label, wrong in group
+            )
+            self._parts.append(f'<div class="group">{"".join(cells)}</div>')
+        self._parts.append("</div>")
+
+    def commands(self, lines: Sequence[str]) -> None:
+        """Add commands to copy, one a line."""
+        text = "\n".join(lines)
+        self._parts.append(f"<pre>{html.escape(text)}</pre>")
 
     def write(self, path: Path) -> None:
         """Write the page; an interrupted write leaves the former one whole."""
@@ -63,6 +86,12 @@ class Report:
             f"<style>{_STYLE}</style></head><body>{''.join(self._parts)}</body></html>"
         )
         write_text(path, page)
+
+
+def _inline(image: Image, alt: str, *, plot: bool = False) -> str:
+    data = base64.b64encode(png(image)).decode()
+    kind = ' class="plot"' if plot else ""
+    return f'<img{kind} alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
 
 
 def curves(runs: dict[str, list[dict[str, float]]], metric: str, *, ylabel: str) -> Image:

@@ -64,7 +64,7 @@ class Info:
 
 def demo_command() -> Any:
     from fastvar.demo import DemoConfig, run_demo
-    from fastvar.files import json_text
+    from fastvar.demo_report import headline
 
     @dataclass(frozen=True)
     class Demo(DemoConfig):
@@ -77,7 +77,8 @@ def demo_command() -> Any:
             output_folder("output", self.output)
             train_on(self.device)
             results = run_demo(self)
-            say(json_text(results, indent=2))
+            for name, figure in headline(results):
+                say(f"{name}: {figure}")
             say(f"report: {self.output / 'report.html'}")
 
     return Demo

@@ -15,12 +15,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fastvar.bars import progress_bar
 from fastvar.files import json_text, write_text
 
 
 class RunLog:
-    """Writes metrics of the main process to `metrics.jsonl` and TensorBoard and shows them on a progress bar; also to
-    Weights & Biases, if it is installed and the environment variable WANDB_PROJECT names a project.
+    """Writes metrics of the main process to `metrics.jsonl` and TensorBoard and shows them on a progress bar, on a
+    terminal or in a notebook; also to Weights & Biases, if it is installed and the environment variable WANDB_PROJECT
+    names a project.
 
     A metric that is not finite is null in the file. Each line also has the run's seconds so far. On resuming, lines of
     steps after `first_step` are dropped, as they will be written again, and the seconds go on from the last line that
@@ -48,7 +50,7 @@ class RunLog:
         self.active, self.shown = active, shown
         self._board: Any = None
         self._wandb: Any = None
-        self._bar = tqdm(total=last_step, initial=first_step, desc=title, disable=not active, dynamic_ncols=True)
+        self._bar = progress_bar(total=last_step, initial=first_step, desc=title, active=active)
         if not active:
             return
         kept = [line for line in read_metrics(self.path) if line["step"] <= first_step]

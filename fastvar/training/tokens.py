@@ -7,8 +7,8 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from tqdm import tqdm
 
+from fastvar.bars import progress_bar
 from fastvar.models import VQTokenizer
 from fastvar.training.batches import seeded
 
@@ -39,7 +39,7 @@ class TokenDataset:
         wanted = ("label", "text")
         columns: dict[str, list[Any]] = {}
         # one pass in order; the last batch may be short
-        for start in tqdm(range(0, len(dataset), batch_size), desc="tokens", dynamic_ncols=True):
+        for start in progress_bar(range(0, len(dataset), batch_size), desc="tokens"):
             indices = list(range(start, min(start + batch_size, len(dataset))))
             batch = _batch(dataset, indices, seed)
             row = {name: batch[name] for name in wanted if name in batch}
