@@ -120,6 +120,13 @@ def test_guidance(kind: str | None) -> None:
     assert not torch.equal(out.tokens, conditional.argmax(-1))
 
 
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}], ids=str)
+def test_options_that_leave_the_likeliest(options: dict[str, Any]) -> None:
+    var = tiny_var()
+    tokens = var.generate(LABELS, seed=3, decode=False, **options).tokens
+    assert torch.equal(tokens, var(LABELS, var.tokenizer.teacher_forcing(tokens)).argmax(-1))
+
+
 def test_options_are_in_the_signature() -> None:
     own, other = (inspect.signature(function).parameters for function in (VAR.generate, generate))
     assert list(own) == list(other) and {"guidance", "top_p", "graphs"} <= set(own)
