@@ -83,7 +83,7 @@ def main(words: list[str]) -> int:
         broken = whole.result()
     for test in broken:  # it says nothing of a fault
         print(f"{test} fails without a fault")
-    print(f"{len(chosen)} faults, {bad} of them not seen")
+    print(f"{len(chosen)} faults, {bad} of them not seen or not planted")
     return int(bool(bad or broken))
 
 
@@ -340,6 +340,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     "fastvar/rl/rewards/ocr.py": [
         ("min((confidence for other", "max((confidence for other", "rl/test_rewards.py::test_ocr_by_hand"),
         ("int(-(-bottom // 1))", "int(bottom)", "rl/test_rewards.py::test_ocr_with_any_reader"),
+        ("int(-(-right // 1))", "int(right)", "rl/test_rewards.py::test_ocr_with_any_reader"),
         ("(complete + similar) / len(goal)", "(complete + similar)", "rl/test_rewards.py::test_ocr_by_hand"),
     ],
     "fastvar/rl/rewards/preprocessing.py": [

@@ -45,7 +45,7 @@ def test_ocr_needs_words() -> None:
 
 def test_ocr_with_any_reader() -> None:
     def reader(images: torch.Tensor) -> Sequence[Reading]:
-        box = torch.tensor([[2.2, 3.0, 5.5, 7.0]])
+        box = torch.tensor([[2.2, 3.7, 5.5, 6.2]])
         read = Reading("1", box, torch.ones(1), 1.0)
         return [read, Reading("", torch.zeros(0, 4), torch.zeros(0), 0.0)]
 
