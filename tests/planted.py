@@ -1,9 +1,9 @@
 """Faults that tests must see: each is planted alone into a copy of the checkout, and the tests beside it must fail.
 
 `python tests/planted.py` takes a quarter of an hour on two cores that are shared; `python tests/planted.py rollout.py`
-plants only those with this word in their path or old text. Exits 1 if a fault survives. A line that can be wrong unseen is one that nothing holds: a new setting that
-has to reach some place far away gets an entry here. Run by hand and nightly; that the entries fit the code is part of
-the tests (`test_planted.py`).
+plants only those with this word in their path or old text. Exits 1 if a fault survives. A line that can be wrong unseen
+is one that nothing holds: a new setting that has to reach some place far away gets an entry here. Run by hand and
+nightly; that the entries fit the code is part of the tests (`test_planted.py`).
 """
 
 from __future__ import annotations
