@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastvar.data import Reading, mean_interval, normalised_edit_distance, wilson_interval, word_accuracy
-from fastvar.data.metrics import edit_distance, edit_similarity
+from fastvar.data.metrics import diversity, edit_distance, edit_similarity
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,11 @@ def test_mean_interval():
     assert mean_interval([1, 2, 3, 4]) == pytest.approx((2.5 - half, 2.5 + half))
     with pytest.raises(ValueError, match="mean_interval: values: expected at least 2, got 1"):
         mean_interval([1.0])
+
+
+def test_diversity():
+    """The mean over the pairs of a group: of three images two are equal, and the third differs from them by one."""
+    images = torch.tensor([0.0, 0.0, 1.0, 0.5, 0.5, 0.5])[:, None, None, None].expand(6, 3, 2, 2)
+    assert diversity(images, 3) == pytest.approx([2 / 3, 0])
+    with pytest.raises(ValueError, match=r"diversity: images: expected groups of 4 \(at least 2\), got 6 images"):
+        diversity(images, 4)

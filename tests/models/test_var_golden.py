@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from golden.golden import GoldenCase, load_case
 
 from fastvar.models import VAR, VQTokenizer, load_var
+from fastvar.models.checkpoints import _public_transformer_name
 
 CASES = ("var_tiny", "var_tiny_shared_adaln")
 
@@ -137,3 +139,15 @@ def test_variants_of_public_files(case: GoldenCase, tmp_path: object) -> None:
         var.generate(case.tensors["label"], guidance=case.config["cfg"], top_k=1, decode=False).tokens,
         case.tensors["generated_tokens"],
     )
+
+
+def test_what_leaves_no_trace_in_the_weights(case: GoldenCase, models: tuple[VAR, VQTokenizer]) -> None:
+    """Heads without normalised queries and keys, by default of 64 channels; the tokenizer's distance and groups."""
+    var = VAR(replace(models[0].config, embed_dim=128, num_heads=4, qk_l2_norm=False))
+    state = {_public_transformer_name(name): tensor for name, tensor in var.state_dict().items()}
+    state["lvl_1L"] = torch.tensor(var.schedule.scale_of_token)[None]
+    assert load_var(state, case.tokenizer, num_heads=4)[0].config == var.config
+    found, tokenizer = load_var(state, case.tokenizer)
+    assert found.config.num_heads == 2 and not tokenizer.config.cosine and tokenizer.config.norm_groups == 32
+    _, tokenizer = load_var(state, case.tokenizer, znorm=True, norm_groups=8)
+    assert tokenizer.config.cosine and tokenizer.config.norm_groups == 8

@@ -120,6 +120,13 @@ def test_guidance(kind: str | None) -> None:
     assert not torch.equal(out.tokens, conditional.argmax(-1))
 
 
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}], ids=str)
+def test_options_that_leave_the_likeliest(options: dict[str, Any]) -> None:
+    var = tiny_var()
+    tokens = var.generate(LABELS, seed=3, decode=False, **options).tokens
+    assert torch.equal(tokens, var(LABELS, var.tokenizer.teacher_forcing(tokens)).argmax(-1))
+
+
 def test_options_are_in_the_signature() -> None:
     own, other = (inspect.signature(function).parameters for function in (VAR.generate, generate))
     assert list(own) == list(other) and {"guidance", "top_p", "graphs"} <= set(own)
@@ -221,7 +228,9 @@ def test_forks_share_the_trunk_and_leave_it_alone() -> None:
         assert trunk.k.shape[:2] == (8, 5)
         assert forked.cache.prefix[layer].k.data_ptr() == own.prefix[layer].k.data_ptr()
     assert state.cache.keys.shape[1:3] == (8, 5), "a trunk has no room for more"
-    first = var.generate(state=forked, **options)
+    first = var.generate(state=forked, **{**options, "decode": True})
+    assert torch.equal(first.tokens[:, :5], before[0].repeat_interleave(3, 0))
+    torch.testing.assert_close(first.images, var.tokenizer.decode(first.tokens).clamp(-1, 1) * 0.5 + 0.5)
     assert forked.cache.keys.shape[1:3] == (24, 9), "room for the last scale alone"
     assert forked.cache.nbytes == 2 * forked.cache.keys.numel() * 4
     after = (state.tokens, state.feature_map, state.cache.keys[:, :, : state.cached])

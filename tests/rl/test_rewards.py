@@ -14,6 +14,7 @@ from fastvar.data import HandwritingScenes, Reader
 from fastvar.data.reader import Reading
 from fastvar.rl.rewards import ColourReward, JPEGSizeReward, OCRReward, Reward, RewardSum, available, create, register
 from fastvar.rl.rewards.ocr import ocr_score
+from fastvar.rl.rewards.preprocessing import to_uint8
 
 IMAGES = torch.rand(3, 3, 24, 32, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["10", "20", "30"]
@@ -44,7 +45,7 @@ def test_ocr_needs_words() -> None:
 
 def test_ocr_with_any_reader() -> None:
     def reader(images: torch.Tensor) -> Sequence[Reading]:
-        box = torch.tensor([[2.2, 3.0, 5.5, 7.0]])
+        box = torch.tensor([[2.2, 3.7, 5.5, 6.2]])
         read = Reading("1", box, torch.ones(1), 1.0)
         return [read, Reading("", torch.zeros(0, 4), torch.zeros(0), 0.0)]
 
@@ -75,8 +76,14 @@ def test_jpeg_size() -> None:
     small = JPEGSizeReward()(torch.cat([flat, busy])).scores
     large = JPEGSizeReward(larger=True)(torch.cat([flat, busy])).scores
     assert small[0] > small[1] and torch.equal(large, -small) and 0.2 < large[0] < large[1] < 10
+    assert JPEGSizeReward(quality=10)(busy).scores > small[1]
     with pytest.raises(ValueError, match="quality: expected 1 to 95, got 0"):
         JPEGSizeReward(quality=0)
+
+
+def test_eight_bits_are_the_nearest() -> None:
+    values = torch.tensor([-1.0, 1.4 / 255, 1.6 / 255, 2.0]).view(1, 1, 1, 4).expand(1, 3, 1, 4)
+    assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 1, 2, 255]
 
 
 def redness(images: torch.Tensor, prompts: Sequence[str], references: torch.Tensor | None) -> torch.Tensor:
@@ -97,6 +104,16 @@ def test_weighted_sum_and_each_reward() -> None:
     masked = RewardSum({"red": redness, "prompt": prompt}, {"red": 0.0})(IMAGES, PROMPTS)
     assert masked.mask is not None and masked.mask.sum() == 3
     torch.testing.assert_close(masked.scores, each["prompt"])
+
+
+def test_masks_of_several_rewards_are_put_together() -> None:
+    def at(column: int) -> Any:
+        mask = torch.zeros(3, 24, 32, dtype=torch.bool)
+        mask[:, 0, column] = True
+        return lambda images, prompts, references: Reward(torch.ones(3), mask)
+
+    mask = RewardSum({"left": at(0), "right": at(9)})(IMAGES, PROMPTS).mask
+    assert mask is not None and mask[0].nonzero().tolist() == [[0, 0], [0, 9]]
 
 
 def test_standardised() -> None:

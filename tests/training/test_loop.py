@@ -343,6 +343,61 @@ def test_accumulation_gives_the_same_gradients(tmp_path: Path) -> None:
     parts = train(tokenizer_task(), scenes(), options(steps=2, accumulate=4), tmp_path / "parts")
     for key, value in whole.model.state_dict().items():
         torch.testing.assert_close(value, parts.model.state_dict()[key], rtol=1e-3, atol=1e-4)
+    for name in ("loss", "gradient_norm"):  # Adam would not see another scale
+        first, second = (read_metrics(run.output / "metrics.jsonl")[0][name] for run in (whole, parts))
+        assert second == pytest.approx(first, rel=1e-4)
+
+
+@pytest.mark.parametrize("clip_norm", [1e-3, 1e6])
+def test_what_the_optimizer_is_given(clip_norm: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipped gradients, and the settings of its groups in every step."""
+    given: list[tuple[float, list[tuple[Any, ...]]]] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW, *arguments: Any, **more: Any) -> Any:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        groups = [(group["weight_decay"], group["betas"], group["lr"]) for group in self.param_groups]
+        given.append((float(torch.nn.utils.get_total_norm(gradients)), groups))
+        return step(self, *arguments, **more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    config = options(steps=3, clip_norm=clip_norm, weight_decay=0.3, betas=(0.5, 0.6), learning_rate=0.01)
+    train(tokenizer_task(), scenes(), config, tmp_path)
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    assert len(given) == len(found) == 3
+    for number, ((norm, groups), line) in enumerate(zip(given, found, strict=True)):
+        rate = config.learning_rate_at(number)
+        assert norm == pytest.approx(min(line["gradient_norm"], clip_norm), rel=1e-3) and line["gradient_norm"] > 0.01
+        assert groups == [(0.3, (0.5, 0.6), rate), (0.0, (0.5, 0.6), rate)]
+        assert line["learning_rate"] == pytest.approx(rate)
+
+
+def test_seed_decides_the_order(tmp_path: Path) -> None:
+    """Nothing in this task is drawn at random but the batches."""
+    found = [
+        losses(train(tokenizer_task(), scenes(), options(steps=1, seed=s), tmp_path / str(s)).output) for s in (0, 1)
+    ]
+    assert found[0] != found[1]
+
+
+def test_bf16_computes_in_bf16(tmp_path: Path) -> None:
+    task = tokenizer_task()
+    seen, loss = [], task.loss
+
+    def watched(model: Any, batch: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return loss(model, batch)
+
+    task.loss = watched  # type: ignore[method-assign]
+    train(task, scenes(), options(steps=1, precision="bf16"), tmp_path / "bf16")
+    train(task, scenes(), options(steps=1), tmp_path / "float32")
+    assert seen == [True, False]
+
+
+def test_without_decay_the_average_is_the_model(tmp_path: Path) -> None:
+    task = tokenizer_task()
+    averaged = train(task, scenes(), options(steps=2, ema_decay=0.0), tmp_path).model
+    assert all(torch.equal(value, task.model.state_dict()[key]) for key, value in averaged.state_dict().items())
 
 
 def test_tokens_ahead_are_the_tokens_of_the_images(tmp_path: Path) -> None:
@@ -362,6 +417,9 @@ def test_average_is_apart_from_the_weights() -> None:
     assert all(torch.equal(v, before[k]) for k, v in ema.model.state_dict().items())
     ema.update(model)  # the first update has decay 0.1
     torch.testing.assert_close(ema.model.codebook, before["codebook"] + 0.9)
+    ema.decay = 0.15  # below the 2 / 11 of the second one
+    ema.update(model)
+    torch.testing.assert_close(ema.model.codebook, before["codebook"] + 1 - 0.1 * 0.15)
     with pytest.raises(ValueError, match="EMA: decay"):
         EMA(model, 1.0)
 

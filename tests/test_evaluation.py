@@ -1,0 +1,43 @@
+"""Evaluations draw as they were told and count as they say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models.tiny import some_subjects, tiny_var
+
+from fastvar.data import Reading
+from fastvar.evaluation import SamplingOptions, draw, every_number, score_reading
+
+OPTIONS = {"guidance": 1.5, "temperature": 0.7, "top_k": 6, "top_p": 0.8, "seed": 5}
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_drawing(batch_size: int) -> None:
+    """By all of the options, whatever the size of the batches, each row with its own subject."""
+    var, labels = tiny_var(subject="block_causal"), torch.tensor([0, 3, 2])
+    subject = some_subjects(var, 3)
+    options: dict[str, Any] = {"batch_size": batch_size, **OPTIONS}
+    expected = var.generate(labels, subject=subject, **OPTIONS).images
+    torch.testing.assert_close(draw(var, labels, SamplingOptions(**options), subject=subject), expected)
+
+
+def test_reading() -> None:
+    def reader(images: torch.Tensor) -> list[Reading]:
+        return [Reading(text, torch.zeros(0, 4), torch.zeros(0), 0.0) for text in ("12", "13", "", "12")]
+
+    found = score_reading(torch.zeros(4, 3, 2, 2), ["12", "12", "45", "12"], reader)  # type: ignore[arg-type]
+    assert found.accuracy == 0.5 and found.similarity == (1 + 0.5 + 0 + 1) / 4
+    assert found.accuracy_interval == pytest.approx((0.150039, 0.849961), abs=1e-6)
+    half = 1.959963984540054 * torch.tensor([1, 0.5, 0, 1]).std().item() / 2
+    assert found.similarity_interval == pytest.approx((0.625 - half, 0.625 + half))
+    summary = found.summary()
+    assert (summary["word_accuracy"], summary["ned"], summary["images"]) == (0.5, 0.625, 4)
+    assert summary["word_accuracy_95"] == found.accuracy_interval and summary["ned_95"] == found.similarity_interval
+
+
+def test_numbers_are_spread_over_all() -> None:
+    assert every_number(2, 4) == ["00", "25", "50", "75"]
+    assert every_number(1, 12) == [*map(str, range(10)), "0", "1"]
