@@ -305,7 +305,5 @@ def test_an_unreadable_one_is_named(output: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(checkpoints, "measured", fails)
-    with pytest.raises(
-        ValueError, match=r"no checkpoint that is whole: .*step-00000003: cannot be read: "
-    ):
+    with pytest.raises(ValueError, match=r"no checkpoint that is whole: .*step-00000003: cannot be read: "):
         Run(output).checkpoints.newest()
