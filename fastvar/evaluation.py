@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +102,21 @@ class MatchScore:
         return found
 
 
+def _check_room(var: VAR, rows: int, guided: bool) -> None:
+    """Raise a ValueError where the keys and values alone, which a batch keeps, are more than the memory there is."""
+    parameter, config = next(var.parameters()), var.config
+    row = 2 * config.depth * var.schedule.num_tokens * config.embed_dim * parameter.element_size() * (1 + guided)
+    if parameter.device.type == "cuda":
+        room = torch.cuda.mem_get_info(parameter.device)[0] + torch.cuda.memory_reserved(parameter.device)
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if rows * row > room:
+        raise ValueError(
+            f"draw: batch_size: expected at most {room // row}, whose keys and values fill {room / 2**30:.1f} GiB, "
+            f"got {rows}"
+        )
+
+
 def draw(
     var: VAR, labels: Any, options: SamplingOptions, *, subject: torch.Tensor | None = None, title: str = "sampling"
 ) -> torch.Tensor:
@@ -117,6 +133,7 @@ def draw(
     if not len(labels):
         raise ValueError("draw: labels: expected at least one, got none")
     labels = var.indices(labels)  # all of them, before the first is drawn
+    _check_room(var, min(len(labels), options.batch_size), options.guidance != 0)
     images = []
     for start in progress_bar(range(0, len(labels), options.batch_size), desc=title, leave=False):
         rows = slice(start, start + options.batch_size)

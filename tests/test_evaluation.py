@@ -24,6 +24,16 @@ def test_drawing(batch_size: int) -> None:
     torch.testing.assert_close(draw(var, labels, SamplingOptions(**options), subject=subject), expected)
 
 
+def test_a_batch_that_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is drawn."""
+    var, labels = tiny_var(), torch.zeros(9, dtype=torch.int64)
+    row = 2 * 2 * var.config.depth * var.schedule.num_tokens * var.config.embed_dim * 4
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": row, "SC_PHYS_PAGES": 4}[name])
+    monkeypatch.setattr(type(var), "generate", lambda *_, **__: pytest.fail("drawn"))
+    with pytest.raises(ValueError, match=r"^draw: batch_size: expected at most 4, .* got 8$"):
+        draw(var, labels, SamplingOptions(batch_size=8))
+
+
 def test_reading() -> None:
     def reader(images: torch.Tensor) -> list[Reading]:
         return [Reading(text, torch.zeros(0, 4), torch.zeros(0), 0.0) for text in ("12", "13", "", "12")]
