@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -115,7 +116,9 @@ def upstream_sampler(upstream: Any, device: torch.device, autocast: torch.dtype 
 def likeliest(var: VAR, labels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """The likeliest tokens under guidance, each after the given ones of the coarser scales, by teacher forcing."""
     inputs = var.tokenizer.teacher_forcing(tokens)
-    conditional, unconditional = var(labels, inputs), var(torch.full_like(labels, CLASSES), inputs)
+    conditional = var(labels, inputs)
+    with patch.object(var, "condition", lambda labels, *_: var.no_condition(len(labels))):
+        unconditional = var(labels, inputs)
     weights = torch.tensor(guidance_per_scale(GUIDANCE, len(var.schedule)), device=labels.device)
     weight = weights[var.scale_index][:, None]
     return ((1 + weight) * conditional - weight * unconditional).argmax(-1)
