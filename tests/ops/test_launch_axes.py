@@ -55,6 +55,8 @@ def test_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: masks.forward(mask, ScaleSchedule((1, 2)), "area", False),
     ]
     for call in calls:
-        for launch in launches_of(call):
+        launches = launches_of(call)
+        assert launches
+        for launch in launches:
             assert launch.grid[0] >= MANY // 64, launch.kernel
             assert all(size <= MOST for size in launch.grid[1:]), (launch.kernel, launch.grid)
