@@ -100,11 +100,12 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
 
 
 # On which GPUs an implementation has been seen to agree with the reference, for the support matrix.
-_H200 = "H200"
+_H200, _EARLIER = "H200", "H200 (before its last change)"
 RAN: dict[tuple[str, str], str] = {
     **{(op, choice.backend): _H200 for op, choices in CHOICES.items() for choice in choices},
-    **{(op, "reference"): _H200 for op in CHOICES},
-    ("residual_quantize", "cuda"): "H200 (before its last change)",
+    **{(op, "reference"): _H200 for op in CHOICES if op != "group_norm_silu"},  # off by rounding in a sample
+    ("group_norm_silu", "triton"): _EARLIER,
+    ("residual_quantize", "cuda"): _EARLIER,
     ("block_causal_attention", "sdpa"): "H200 (results, no gradients)",
     ("block_causal_attention", "flex"): _H200,
 }
