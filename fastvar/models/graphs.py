@@ -184,11 +184,11 @@ def _of_sampling(var: VAR) -> Survey | str:
 
 def looked_at(roots: Sequence[nn.Module], *, training: bool = False) -> Survey | str:
     """The survey of modules and all within them, or what stands in the way. It is made for each call: no attribute is
-    looked up but where it lies. For a training step there may be dropout, but no hooks on gradients; a VAR's tokenizer
-    is then looked at too."""
+    looked up but where it lies. A training step may have dropout, but not in what is recomputed, and no hooks on
+    gradients; a VAR's tokenizer is then looked at too."""
     weights: list[int] = []
     modes: list[Hashable] = []
-    modules = list(roots)
+    modules, recomputed, drops = list(roots), False, ""
     if training and (_module._global_backward_hooks or _module._global_backward_pre_hooks):
         return "no backward hooks, got global ones"
     while modules:
@@ -199,8 +199,11 @@ def looked_at(roots: Sequence[nn.Module], *, training: bool = False) -> Survey |
             return f"no backward hooks, got some on a {name}"
         if name == "DistributedDataParallel":
             return "one process, got a model wrapped for several (DDP)"
-        if not training and mode and (fields.get("p") or fields.get("drop_path")):
-            return f"no dropout, got some in a {name}: put the model in evaluation mode"
+        recomputed = recomputed or bool(fields.get("gradient_checkpointing"))
+        if mode and (fields.get("p") or fields.get("drop_path")):
+            drops = name
+        if drops and (recomputed or not training):
+            return f"no dropout, got some in a {drops}: put the model in evaluation mode"
         if fields["_forward_hooks"] or fields["_forward_pre_hooks"]:
             return f"no forward hooks, got some on a {name}"
         if fields.get("_compiled_call_impl") is not None or "_orig_mod" in fields["_modules"]:

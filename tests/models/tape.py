@@ -6,10 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastvar.models import graphs
+
+GROWN = 1000  # bytes that a capture takes
 _T = TypeVar("_T")
 
 
@@ -66,3 +70,17 @@ def recorded(run: Callable[[], _T]) -> tuple[_T, Tape]:
     torch.set_rng_state(random)
     tape.forget()
     return after, tape
+
+
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """Makes graphs on a CPU; the tapes recorded so far."""
+    found: list[Tape] = []
+
+    def capture(run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Any, Any, Any, int]:
+        after, tape = recorded(run)
+        found.append(tape)
+        return after, tape.replay, pool, GROWN
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "runs_on", lambda device: True)
+    return found

@@ -13,33 +13,24 @@ from typing import Any
 
 import pytest
 import torch
-from tape import Tape, recorded
+from tape import GROWN, Tape, recordings
 from test_var_sampling import LABELS, SETTINGS
 from tiny import some_subjects, tiny_var
 
 from benchmarks.memory import peak_memory
 from benchmarks.suites import generate as suite
 from fastvar.models import VAR, Generation, clear_graphs, graphs
-from fastvar.models.sampling import Beginning, Drawn, SamplingOptions, generate
+from fastvar.models.sampling import Beginning, SamplingOptions, generate
 from fastvar.rl.adapters import add_adapters, without_adapters
 
 without = partial(generate, graphs=False)
 OPTIONS = SamplingOptions((0.0, 0.0, 0.0), 1.0, 0, 1.0, False, 3, True, None)
-GROWN = 1000  # bytes that a capture takes
 
 
 @pytest.fixture(autouse=True)
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     """Graphs on a CPU; the tapes recorded so far."""
-    tapes: list[Tape] = []
-
-    def capture(run: Callable[[], Drawn], device: torch.device, pool: Any) -> tuple[Drawn, Any, Any, int]:
-        after, tape = recorded(run)
-        tapes.append(tape)
-        return after, tape.replay, pool, GROWN
-
-    monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(graphs, "runs_on", lambda device: True)
+    tapes = recordings(monkeypatch)
     monkeypatch.setattr(graphs, "room", lambda device: 10**6)
     monkeypatch.setattr(graphs, "total_memory", lambda device: 10**9)
     return tapes

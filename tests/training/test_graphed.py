@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from tape import Tape, recorded
+from tape import Tape, recordings
 from tiny import some_tokens, tiny_var
 
 from fastvar.models import VAR, graphs
@@ -27,16 +27,7 @@ Batches = Iterator[dict[str, torch.Tensor]]
 @pytest.fixture
 def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     """Graphs on a CPU; the tapes recorded so far."""
-    found: list[Tape] = []
-
-    def capture(run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Any, Any, Any, int]:
-        after, tape = recorded(run)
-        found.append(tape)
-        return after, tape.replay, pool, 0
-
-    monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(graphs, "runs_on", lambda device: True)
-    return found
+    return recordings(monkeypatch)
 
 
 def training_of(var: VAR) -> Callable[..., Tensors]:
@@ -61,7 +52,7 @@ def batches(var: VAR, count: int = 6, rows: int = 4) -> Batches:
 
 def trained(var: VAR, step: Callable[..., Tensors], bf16: bool) -> list[torch.Tensor]:
     """All losses, gradients and weights of steps of two micro-batches."""
-    optimizer = torch.optim.AdamW(var.parameters(), lr=1e-2)
+    optimizer = torch.optim.SGD(var.parameters(), lr=0.01)
     found: list[torch.Tensor] = []
     torch.manual_seed(7)
     for i, batch in enumerate(batches(var)):
@@ -78,6 +69,10 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor], **bound: float
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, **(bound or {"rtol": 0, "atol": 0}))
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith("GraphedStep")]
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -106,7 +101,7 @@ def both(case: dict[str, Any], device: str = "cpu") -> tuple[list[torch.Tensor],
 def test_as_without(tapes: list[Tape], case: str, caplog: pytest.LogCaptureFixture) -> None:
     found, expected, _ = both(CASES[case])
     same(found, expected)
-    assert len(tapes) == 1 and not caplog.records
+    assert len(tapes) == 1 and not said(caplog)
 
 
 def test_kinds(tapes: list[Tape]) -> None:
@@ -178,7 +173,7 @@ def test_weights_and_gradients_that_move(tapes: list[Tape], caplog: pytest.LogCa
         for each in (var, other):
             each.zero_grad(set_to_none=True)
         few(graphed.CAPTURES)
-    assert [r.getMessage() for r in caplog.records] == [f"GraphedStep: runs without CUDA graphs: {graphed.MOVED}"]
+    assert said(caplog) == [f"GraphedStep: runs without CUDA graphs: {graphed.MOVED}"]
 
 
 def hooked(var: VAR) -> None:
@@ -201,6 +196,11 @@ def compiled(var: VAR) -> None:
     var.blocks[0].compile(backend="eager")
 
 
+def recomputed_dropout(var: VAR) -> None:
+    var.train().gradient_checkpointing = True
+    var.blocks[1].drop_path = 0.1
+
+
 class DistributedDataParallel(nn.Module):
     """By name alone."""
 
@@ -217,6 +217,7 @@ def wrapped(var: VAR) -> None:
         (hooked_weight, "no hooks on gradients, got some on a weight of a Linear"),
         (hooked_after, "no hooks on gradients, got some on a weight of a Linear"),
         (compiled, "a model that is not compiled, got a compiled Block"),
+        (recomputed_dropout, "no dropout, got some in a Block: put the model in evaluation mode"),
         (wrapped, "one process, got a model wrapped for several (DDP)"),
     ],
 )
@@ -230,14 +231,14 @@ def test_what_cannot_be_captured(
     for batch in batches(var, 3):
         assert step(**batch)["loss"] == 1
     assert not tapes
-    assert [r.getMessage() for r in caplog.records] == [f"GraphedStep: runs without CUDA graphs: expected {why}"]
+    assert said(caplog) == [f"GraphedStep: runs without CUDA graphs: expected {why}"]
 
 
 def test_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
     found, expected, _ = both(CASES["plain"])
     same(found, expected)
     why = "expected a model on a GPU, got one on cpu"
-    assert [r.getMessage() for r in caplog.records] == [f"GraphedStep: runs without CUDA graphs: {why}"]
+    assert said(caplog) == [f"GraphedStep: runs without CUDA graphs: {why}"]
 
 
 def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -255,7 +256,7 @@ def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     same(found, expected)
     assert len(tried) == 1
     message = "GraphedStep: runs without CUDA graphs: a capture failed: RuntimeError: no room"
-    assert [r.getMessage() for r in caplog.records] == [message]
+    assert said(caplog) == [message]
 
 
 def test_a_call_that_fails(tapes: list[Tape]) -> None:
@@ -318,7 +319,7 @@ def test_reinforcement_learning(
 ) -> None:
     """Updates on-policy and after, of coarse and fine segments, in two micro-batches."""
     _, (metrics, weights) = learned(tmp_path / "with", adapters, update_graphs=True, **settings)
-    assert len(tapes) == 4 and not caplog.records
+    assert len(tapes) == 4 and not said(caplog)
     _, (expected, others) = learned(tmp_path / "without", adapters, **settings)
     assert metrics == expected
     same(weights, others)
@@ -346,7 +347,7 @@ def test_training(tapes: list[Tape], tmp_path: Path, precision: str, caplog: pyt
         return [p.detach() for p in var.parameters()]
 
     with_graphs = run(True)
-    assert len(tapes) == 1 and not [r for r in caplog.records if r.name == "fastvar"]
+    assert len(tapes) == 1 and not said(caplog)
     same(with_graphs, run(False))
     assert len(tapes) == 1
 
@@ -396,15 +397,14 @@ def test_as_without_on_a_gpu(captured: list[None], case: str, caplog: pytest.Log
     """Dropout draws the same numbers."""
     found, expected, step = both(CASES[case], "cuda")
     same(found, expected, **CLOSE)
-    assert len(captured) == len(step._graphs) == 1 and not caplog.records
+    assert len(captured) == len(step._graphs) == 1 and not said(caplog)
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_bf16_on_a_gpu(captured: list[None]) -> None:
-    """Losses and gradients of the first step; after it rounding has its own way."""
     found, expected, _ = both({**CASES["bf16"], "subject": "block_causal"}, "cuda")
-    same(found[:8], expected[:8], rtol=0.02, atol=0.02)
+    same(found, expected, rtol=0.05, atol=0.02)
     assert len(captured) == 1
 
 
@@ -435,7 +435,7 @@ def test_reinforcement_learning_on_a_gpu(
     """The learning rate is so small that the same images are drawn."""
     settings = {"loss": LossOptions(kl_weight=0.1), "gradient_checkpointing": checkpointing, "learning_rate": 1e-7}
     training, (metrics, weights) = learned(tmp_path / "with", adapters, update_graphs=True, **settings)
-    assert len(captured) == 4 and not caplog.records and training.policy.device.type == "cuda"
+    assert len(captured) == 4 and not said(caplog) and training.policy.device.type == "cuda"
     _, (expected, others) = learned(tmp_path / "without", adapters, **settings)
     for line, other in zip(metrics, expected, strict=True):
         assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
@@ -444,13 +444,21 @@ def test_reinforcement_learning_on_a_gpu(
 
 @pytest.mark.gpu
 @needs_gpu
-def test_what_cannot_be_captured_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
-    """Recomputed dropout asks for the state of random numbers; later graphs are none the worse for it."""
-    case = {"train": True, "drop_path": 0.4, "checkpointing": True}
-    found, expected, step = both(case, "cuda")
-    same(found, expected, **CLOSE)
+def test_a_capture_that_fails_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    """What waits for the GPU is run as it is; later graphs are none the worse for it."""
+    var = tiny_var().cuda()
+    other = var.clone()
+    run = training_of(var)
+
+    def waiting(**batch: torch.Tensor) -> Tensors:
+        found = run(**batch)
+        found["loss"].item()
+        return found
+
+    step = GraphedStep(waiting, var)
+    same(trained(var, step, False), trained(other, training_of(other), False), **CLOSE)
     assert not step._graphs
-    assert [r.getMessage().split(": ")[2] for r in caplog.records] == ["a capture failed"]
+    assert [message.split(": ")[2] for message in said(caplog)] == ["a capture failed"]
     found, expected, step = both(CASES["dropout"], "cuda")
     same(found, expected, **CLOSE)
     assert step._graphs
