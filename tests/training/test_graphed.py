@@ -20,6 +20,7 @@ from fastvar.models import VAR, graphs
 from fastvar.rl import LossOptions, Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, add_adapters
 from fastvar.training import TrainConfig, VARTask, graphed, train
 from fastvar.training.graphed import GraphedStep, Tensors, check_alone
+from fastvar.training.log import read_metrics
 
 Batches = Iterator[dict[str, torch.Tensor]]
 
@@ -338,17 +339,20 @@ class Numbers:
         return {"tokens": self.tokens[rows], "label": torch.tensor(rows) % 5, "name": [str(row) for row in rows]}
 
 
+def losses_and_weights(output: Path, **settings: Any) -> tuple[list[float], list[torch.Tensor]]:
+    """Of a training run with dropout in two micro-batches."""
+    var = tiny_var(drop_path=0.3)
+    train(VARTask(var), Numbers(var), TrainConfig(steps=4, batch_size=4, accumulate=2, log_every=1, **settings), output)
+    return [line["loss"] for line in read_metrics(output / "metrics.jsonl")], [p.detach() for p in var.parameters()]
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_training(tapes: list[Tape], tmp_path: Path, precision: str, caplog: pytest.LogCaptureFixture) -> None:
-    def run(with_graphs: bool) -> list[torch.Tensor]:
-        var = tiny_var(drop_path=0.3)
-        config = TrainConfig(steps=4, batch_size=4, accumulate=2, graphs=with_graphs, precision=precision, log_every=1)
-        train(VARTask(var), Numbers(var), config, tmp_path / str(with_graphs))
-        return [p.detach() for p in var.parameters()]
-
-    with_graphs = run(True)
+    losses, weights = losses_and_weights(tmp_path / "with", graphs=True, precision=precision)
     assert len(tapes) == 1 and not said(caplog)
-    same(with_graphs, run(False))
+    expected, others = losses_and_weights(tmp_path / "without", precision=precision)
+    assert losses == expected and len(losses) == 4
+    same(weights, others)
     assert len(tapes) == 1
 
 
@@ -439,6 +443,16 @@ def test_reinforcement_learning_on_a_gpu(
     _, (expected, others) = learned(tmp_path / "without", adapters, **settings)
     for line, other in zip(metrics, expected, strict=True):
         assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
+    same(weights, others, **CLOSE)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_training_on_a_gpu(captured: list[None], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    losses, weights = losses_and_weights(tmp_path / "with", graphs=True, learning_rate=1e-6)
+    assert len(captured) == 1 and not said(caplog) and weights[0].is_cuda
+    expected, others = losses_and_weights(tmp_path / "without", learning_rate=1e-6)
+    assert losses == pytest.approx(expected, rel=1e-4)
     same(weights, others, **CLOSE)
 
 
