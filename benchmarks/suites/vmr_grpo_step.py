@@ -270,10 +270,16 @@ def update_problem(job: Job, case: str) -> Problem:
         mask = job.mask(rollout)
     end = job.coarse if case == "coarse update" else job.var.schedule.num_tokens
     graphs = job.device.type == "cuda" and job.var.config.depth <= 16
+
+    def replayed() -> Gradients:
+        for _ in range(job.graphed.calls_before_a_replay()):
+            replayed()
+        return job.update(cheap, advantages, **saved, graphs=True)
+
     return _problem(
         lambda: job.update(cheap, advantages, **saved),
         lambda: job.update(dear, advantages, mask=mask),
-        (lambda: job.update(cheap, advantages, **saved, graphs=True)) if graphs else NO_GRAPHS,
+        replayed if graphs else NO_GRAPHS,
         reference=lambda: job.expected_gradients(rollout, advantages, end),
         check=gradient_error,
     )
