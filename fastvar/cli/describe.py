@@ -13,7 +13,7 @@ from fastvar.data.folder import EXTENSIONS, ImageFolder
 from fastvar.files import read_json_object, read_text
 from fastvar.models import VARConfig
 from fastvar.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, load_config, saved_class
-from fastvar.models.var import TOKENIZER_FOLDER
+from fastvar.models.with_tokenizer import TOKENIZER_FOLDER
 from fastvar.pictures import read_picture
 from fastvar.training.checkpoints import saved_steps
 from fastvar.training.log import read_metrics
