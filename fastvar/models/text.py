@@ -91,7 +91,9 @@ class Places(NamedTuple):
 
     def padded(self, packed: torch.Tensor) -> torch.Tensor:
         """(sum of lengths, ...) to (B, T, ...)."""
-        return packed.unflatten(0, (self.batch, -1)) if self.rows is None else packed[self.rows]
+        if self.rows is not None:
+            return packed[self.rows]
+        return packed.unflatten(0, (self.batch, len(packed) // max(self.batch, 1)))
 
 
 @lru_cache(256)
