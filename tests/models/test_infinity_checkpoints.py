@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tiny import SQUARES, some_texts, tiny_infinity
 from torch import nn
 
+from fastvar import models
 from fastvar.models import Infinity, load_infinity, public_state
 from fastvar.models.infinity_checkpoints import _NAMES, _in_chunks, _public_tokenizer_names
 from fastvar.models.public_state import public_name
@@ -179,6 +182,22 @@ def test_patches_are_read_off(states: tuple[State, State]) -> None:
     )
     with pytest.raises(ValueError, match=r"load_infinity: tokenizer: expected one of 16 channels, .*, got 8"):
         load_infinity(public_transformer(tiny_infinity(bits=16)), states[1], grids=SQUARES)
+
+
+def test_what_the_documentation_shows(
+    net: Infinity, states: tuple[State, State], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its code runs, here with small files of those names and an encoder that answers anything."""
+    page = (Path(__file__).parents[2] / "docs" / "infinity.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    torch.save(states[0], "infinity_2b_reg.pth")
+    torch.save({"vae": states[1]}, "infinity_vae_d32reg.pth")
+    monkeypatch.setattr(models, "T5TextEncoder", lambda *_, **__: lambda texts: some_texts((3,) * len(texts)))
+    scope: dict[str, Any] = {}
+    exec(compile(code, "docs/infinity.md", "exec"), scope)
+    assert scope["out"].tokens.shape == (1, 2521, 8)
+    assert scope["out"].images.shape == (1, 3, 64, 64) and Image.open("lighthouse.png").format == "PNG"
 
 
 def test_default_grids_and_text_encoder(states: tuple[State, State]) -> None:
