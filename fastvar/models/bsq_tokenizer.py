@@ -66,9 +66,14 @@ class BSQTokenizerConfig:
         """Channels of the feature map."""
         return self.bits // 4 if self.patchify else self.bits
 
-    def image_size(self, schedule: ScaleSchedule | None = None) -> tuple[int, int]:
-        """(H, W) in pixels of the images of a schedule, the config's own by default."""
-        height, width = (schedule or self.schedule).finest
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the images in pixels."""
+        return self.image_size_of(self.schedule)
+
+    def image_size_of(self, schedule: ScaleSchedule) -> tuple[int, int]:
+        """(H, W) in pixels of the images of another schedule."""
+        height, width = schedule.finest
         side = (2 if self.patchify else 1) * 2 ** (len(self.channel_multipliers) - 1)
         return height * side, width * side
 
@@ -101,7 +106,7 @@ class BSQTokenizer(PretrainedModel):
 
     def encode_features(self, images: torch.Tensor, *, schedule: ScaleSchedule | None = None) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] to continuous features (B, c, h, w), float32 at least."""
-        check_images("BSQTokenizer", images, self.config.image_size(schedule))
+        check_images("BSQTokenizer", images, self.config.image_size_of(schedule or self.schedule))
         features = self.encoder(images.to(self.encoder.conv_in.weight.dtype))
         return features.to(torch.promote_types(features.dtype, torch.float32)).contiguous()
 

@@ -114,6 +114,11 @@ def _kinds(base: type[PretrainedModel]) -> Iterator[type[PretrainedModel]]:
         yield from _kinds(kind)
 
 
+def with_article(name: str) -> str:
+    """A class with the article that goes with it: an Infinity, a VAR."""
+    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
+
+
 def _is_of(config: Path, config_class: type) -> bool:
     kind = saved_class(config)
     return kind is not None and kind.config_class is config_class
@@ -137,7 +142,10 @@ def load_config(config_class: type, path: Path) -> Any:
             inside = [other for other in sorted(path.parent.glob(f"*/{CONFIG_NAME}")) if _is_of(other, config_class)]
             hint = f", which has its own in {inside[0].parent}" if inside else ""
             wanted = config_class.__name__.removesuffix("Config")
-            raise ValueError(f"from_pretrained: expected a {wanted}, got a {kind.__name__} in {path.parent}{hint}")
+            raise ValueError(
+                f"from_pretrained: expected {with_article(wanted)}, got {with_article(kind.__name__)} in "
+                f"{path.parent}{hint}"
+            )
         raise ValueError(f"{config_class.__name__}: {path}: unknown fields {unknown}")
     try:
         return config_class(**{name: fitted(config_class, name, value) for name, value in values.items()})

@@ -30,7 +30,10 @@ def tokenizer(request: pytest.FixtureRequest) -> BSQTokenizer:
 
 def some_images(tokenizer: BSQTokenizer, count: int = 2, schedule: ScaleSchedule | None = None) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(count, 3, *tokenizer.config.image_size(schedule), generator=generator) * 2 - 1
+    return (
+        torch.rand(count, 3, *tokenizer.config.image_size_of(schedule or tokenizer.schedule), generator=generator) * 2
+        - 1
+    )
 
 
 def test_shapes(tokenizer: BSQTokenizer) -> None:

@@ -236,7 +236,7 @@ def test_saving(tmp_path: Path, dtype: torch.dtype) -> None:
     expected, got = (model.generate(some_texts(), seed=2) for model in (net, loaded))
     assert torch.equal(got.tokens, expected.tokens)
     torch.testing.assert_close(got.images, expected.images)
-    with pytest.raises(ValueError, match=f"from_pretrained: expected a VAR, got a Infinity in {tmp_path}"):
+    with pytest.raises(ValueError, match=f"from_pretrained: expected a VAR, got an Infinity in {tmp_path}"):
         VAR.from_pretrained(tmp_path)
 
 

@@ -45,7 +45,7 @@ def test_log_probs_are_those_of_training(net: Infinity, settings: str) -> None:
     out = net.generate(some_texts(), log_probs=True, seed=1, **options)
     length, bits = net.schedule.num_tokens, net.config.bits
     assert out.tokens.shape == (4, length, bits) and out.tokens.dtype == torch.bool
-    assert out.images.shape == (4, 3, *net.tokenizer.config.image_size()) and out.state is None
+    assert out.images.shape == (4, 3, *net.tokenizer.config.image_size) and out.state is None
     assert out.images.min() >= 0 and out.images.max() <= 1 and 0.2 < out.tokens.float().mean() < 0.8
     assert out.log_probs.shape == out.sampled_log_probs.shape == (4, length)
     expected = teacher_forced(net, some_texts(), out, options.get("temperature", 1.0))
