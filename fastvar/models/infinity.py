@@ -111,6 +111,9 @@ class Infinity(WithTokenizer[BSQTokenizer]):
         else:
             super().__setattr__(name, value)
 
+    def _shared(self) -> tuple[object, ...]:
+        return (*self._tokenizer, *self._text_encoder)
+
     def features(self, texts: Texts) -> TextFeatures:
         """Texts as features on the model's device and in its dtype.
 

@@ -79,7 +79,11 @@ class WithTokenizer(PretrainedModel, Generic[Tokenizer]):
 
     def clone(self) -> Self:
         """A copy with weights of its own, adapters included, and this one's tokenizer."""
-        return copy.deepcopy(self, {id(tokenizer): tokenizer for tokenizer in self._tokenizer})
+        return copy.deepcopy(self, {id(shared): shared for shared in self._shared()})
+
+    def _shared(self) -> tuple[object, ...]:
+        """What copies have in common."""
+        return self._tokenizer
 
     def _save_pretrained(self, save_directory: Path) -> None:
         if self._tokenizer:

@@ -244,8 +244,10 @@ def test_copies() -> None:
     net = tiny_infinity()
     copied = pickle.loads(pickle.dumps(net))
     assert torch.equal(copied.generate(some_texts()).tokens, net.generate(some_texts()).tokens)
+    net.text_encoder = encoder = torch.nn.Linear(2, 2)  # anything large
     clone = net.clone()
-    assert clone.tokenizer is net.tokenizer and clone.head.weight is not net.head.weight
+    assert clone.tokenizer is net.tokenizer and clone.text_encoder is encoder
+    assert clone.head.weight is not net.head.weight and torch.equal(clone.head.weight, net.head.weight)
 
 
 def test_fresh_weights_learn() -> None:

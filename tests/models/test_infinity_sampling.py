@@ -130,6 +130,15 @@ def test_a_sample_does_not_depend_on_its_batch(net: Infinity) -> None:
     assert not torch.equal(same[0], same[1])
 
 
+def test_every_scale_draws_numbers_of_its_own() -> None:
+    net = tiny_infinity(((1, 1), (1, 1), (1, 1)))
+    torch.nn.init.zeros_(net.head.weight)
+    torch.nn.init.zeros_(net.head.bias)
+    bits = net.generate(some_texts()).tokens
+    assert 0.3 < bits.float().mean() < 0.7
+    assert len(bits.flatten(0, 1).unique(dim=0)) == 12
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_stopping_and_going_on(net: Infinity, settings: str) -> None:
     options = {**SETTINGS[settings], "seed": 2, "log_probs": True}
