@@ -6,7 +6,8 @@ import pytest
 import torch
 from golden.golden import GoldenCase, load_case
 
-from fastvar.models import BSQTokenizer, Infinity, TextFeatures, load_infinity
+from fastvar.models import BSQTokenizer, BSQTokenizerConfig, Infinity, TextFeatures, load_infinity
+from fastvar.models.infinity_checkpoints import _public_tokenizer_names
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +83,46 @@ def test_greedy_generation_is_bit_exact(
     config = case.config
     out = net.generate(texts, guidance=config["cfg"], temperature=config["tau"], top_k=1, decode=False)
     assert torch.equal(out.tokens, case.tensors["generated_bits"].bool())
+
+
+@pytest.fixture(scope="module", params=["infinity_wide", "infinity_patches"])
+def other(request: pytest.FixtureRequest) -> GoldenCase:
+    """Rectangles, heads of 96 channels, tokens of 2 x 2 cells, texts of 1 to 40 tokens, guidance by scale."""
+    return load_case(request.param)
+
+
+@pytest.fixture(scope="module")
+def net(other: GoldenCase) -> Infinity:
+    """With a small tokenizer, of whose networks the case says nothing."""
+    config = other.config
+    shape = {"bits": config["code_dim"], "patchify": config["patchify"], "channels": 32, "channel_multipliers": (1, 2)}
+    bsq = BSQTokenizer(BSQTokenizerConfig(config["scale_schedule"], **shape, blocks_per_level=1))
+    names = _public_tokenizer_names(bsq)
+    state = {names[ours]: tensor for ours, tensor in bsq.state_dict().items()}
+    return load_infinity(other.transformer, state, grids=config["scale_schedule"])[0]
+
+
+@torch.no_grad()
+def test_other_shapes(other: GoldenCase, net: Infinity, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits and inputs of features, logits; the first at every 16th, the second at every seventh token."""
+    tensors, config = other.tensors, other.config
+    assert net.tokenizer.config.patchify == config["patchify"]
+    monkeypatch.setattr(net.tokenizer, "encode_features", lambda images, schedule: tensors["features"])
+    found = net.tokenizer.quantize(torch.empty(0))
+    assert torch.equal(found.bits, tensors["bits"].bool())
+    torch.testing.assert_close(found.teacher_forcing[:, ::16], tensors["next_scale_input_rows"], rtol=1e-5, atol=1e-5)
+    logits = net(TextFeatures(tensors["text"], config["text_lengths"]), found.teacher_forcing)
+    of_zero, of_one = tensors["logit_rows"].unflatten(2, (-1, 2)).unbind(3)
+    torch.testing.assert_close(logits[:, ::7], of_one - of_zero, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["logits", "hidden states"])
+def test_other_greedy_generations(other: GoldenCase, net: Infinity, where: str) -> None:
+    """Some scales without guidance."""
+    tensors, config = other.tensors, other.config
+    layer, name = (
+        (0, "generated_bits") if where == "logits" else (-config["cfg_insertion_layer"], "generated_bits_hidden")
+    )
+    texts = TextFeatures(tensors["text"], config["text_lengths"])
+    options = {"guidance": config["cfg"], "temperature": config["tau"], "top_k": 1, "decode": False}
+    assert torch.equal(net.generate(texts, guidance_layer=layer, **options).tokens, tensors[name].bool())
