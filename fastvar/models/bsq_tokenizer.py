@@ -137,6 +137,7 @@ class BSQTokenizer(PretrainedModel):
         Returns:
             bits (B, L, d) bool, feature_map (B, c, h, w), teacher_forcing (B, L - n_1, d).
         """
+        check_images("BSQTokenizer", images, self.config.image_size_of(schedule or self.schedule))
         with torch.autocast(images.device.type, enabled=False):
             features = self.encode_features(images, schedule=schedule)
             cells = self._cells(schedule)

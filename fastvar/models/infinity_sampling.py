@@ -148,6 +148,7 @@ def generate(
         state: continue this state instead of starting from texts; it is consumed (fork it to keep it). Guidance can
             only be kept if it was on before.
         log_probs: also return log-probabilities of the tokens drawn; with a state only if it has them for its tokens.
+            Where guidance mixes hidden states, the model's own distribution is that of the mixture.
         decode: whether to decode the feature map to images.
         decode_dtype: what to decode in, see `BSQTokenizer.decode_features`; by default bfloat16 if that is the dtype of
             the model's weights, else that of the tokenizer's.

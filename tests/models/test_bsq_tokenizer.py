@@ -130,6 +130,7 @@ def test_wrong_arguments() -> None:
     tokenizer = tiny_bits()
     for images, expected in [
         (torch.zeros(1, 3, 6, 8), r"expected \(B, 3, 6, 6\), got \(1, 3, 6, 8\)"),
+        ([1.0], r"expected floating-point numbers in \[-1, 1\], got list"),
         (torch.zeros(1, 3, 6, 6, dtype=torch.uint8), r"expected floating-point numbers in \[-1, 1\], got torch\.uint8"),
     ]:
         with pytest.raises(ValueError, match=f"BSQTokenizer: images: {expected}"):

@@ -108,7 +108,7 @@ def test_other_shapes(other: GoldenCase, net: Infinity, monkeypatch: pytest.Monk
     tensors, config = other.tensors, other.config
     assert net.tokenizer.config.patchify == config["patchify"]
     monkeypatch.setattr(net.tokenizer, "encode_features", lambda images, schedule: tensors["features"])
-    found = net.tokenizer.quantize(torch.empty(0))
+    found = net.tokenizer.quantize(torch.empty(2, 3, *net.tokenizer.config.image_size))
     assert torch.equal(found.bits, tensors["bits"].bool())
     torch.testing.assert_close(found.teacher_forcing[:, ::16], tensors["next_scale_input_rows"], rtol=1e-5, atol=1e-5)
     logits = net(TextFeatures(tensors["text"], config["text_lengths"]), found.teacher_forcing)
