@@ -7,7 +7,7 @@ import torch
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._extension import in_extension
-from fastvar.ops._operator import Operator
+from fastvar.ops._positional import PositionalOperator
 from fastvar.ops._triton import triton_implementation
 
 _KERNELS = "fastvar.kernels.adaptive_layer_norm"
@@ -26,14 +26,14 @@ def _like_x(x: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-_NORM = Operator(
+_NORM = PositionalOperator(
     "adaptive_layer_norm",
     "Tensor x, Tensor scale, Tensor shift, float eps",
     "Tensor",
     fake=_like_x,
     implementations=_implementations("adaptive_layer_norm"),
 )
-_GATE = Operator(
+_GATE = PositionalOperator(
     "gated_residual",
     "Tensor x, Tensor y, Tensor gate",
     "Tensor",
@@ -42,7 +42,7 @@ _GATE = Operator(
     function="gated_residual",
     passes=0,
 )
-_GATE_NORM = Operator(
+_GATE_NORM = PositionalOperator(
     "gated_residual_norm",
     "Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps",
     "(Tensor, Tensor)",

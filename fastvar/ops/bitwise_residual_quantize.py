@@ -11,7 +11,7 @@ import torch
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._extension import extension_implementation
-from fastvar.ops._operator import Operator
+from fastvar.ops._positional import PositionalOperator
 from fastvar.ops.residual_quantize import AccumulatedScale, check_features, check_scale, next_grid
 from fastvar.schedule import ScaleSchedule
 
@@ -74,7 +74,7 @@ def _fake_accumulate(
     return accumulated, feature_map.new_empty(batch, next_height * next_width, depth, dtype=compute)
 
 
-_QUANTIZE = Operator(
+_QUANTIZE = PositionalOperator(
     "bitwise_residual_quantize",
     "Tensor features, Tensor? flip_probability, int[] grids, str next_input, SymInt seed, SymInt first_image",
     "(Tensor, Tensor, Tensor)",
@@ -82,7 +82,7 @@ _QUANTIZE = Operator(
     implementations=_implementations("bitwise_residual_quantize"),
     differentiable=False,
 )
-_ACCUMULATE = Operator(
+_ACCUMULATE = PositionalOperator(
     "accumulate_bits",
     "Tensor feature_map, Tensor bits, SymInt height, SymInt width, SymInt next_height, SymInt next_width, "
     "str next_input",

@@ -8,7 +8,7 @@ import torch
 
 from fastvar.ops import _checks
 from fastvar.ops._one_pass import wanted, with_gradients
-from fastvar.ops._operator import Operator
+from fastvar.ops._positional import PositionalOperator
 from fastvar.ops.token_log_probs import checked, fake_gradients, implementations
 
 
@@ -40,7 +40,7 @@ def _fake(
     return (*results, *fake_gradients(hidden, weight, bias, needs))
 
 
-_CROSS_ENTROPY = Operator(
+_CROSS_ENTROPY = PositionalOperator(
     "cross_entropy",
     "Tensor hidden, Tensor? weight, Tensor? bias, Tensor tokens, Tensor? weights, float label_smoothing, bool[] needs",
     # the loss, losses, entropy; the loss's gradients of hidden, weight and bias, empty where not needed

@@ -6,7 +6,7 @@ import torch
 
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
-from fastvar.ops._operator import Operator
+from fastvar.ops._positional import PositionalOperator
 from fastvar.ops._triton import triton_implementation
 
 
@@ -14,7 +14,7 @@ def _like_x(x: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-_NORM = Operator(
+_NORM = PositionalOperator(
     "group_norm_silu",
     "Tensor x, Tensor weight, Tensor bias, Tensor? shift, int groups, float eps, bool silu",
     "Tensor",

@@ -8,7 +8,7 @@ import torch
 
 from fastvar.ops import _checks
 from fastvar.ops._one_pass import wanted, with_gradients
-from fastvar.ops._operator import Operator
+from fastvar.ops._positional import PositionalOperator
 from fastvar.ops.token_log_probs import Head, checked, checked_reference, fake_gradients, implementations
 from fastvar.ranges import Range
 from fastvar.schedule import ScaleSchedule
@@ -59,7 +59,7 @@ def _fake(
     return (*(hidden.new_empty(s, dtype=dtype) for s in shapes), *fake_gradients(hidden, weight, bias, needs))
 
 
-_LOSS = Operator(
+_LOSS = PositionalOperator(
     "policy_loss",
     "Tensor hidden, Tensor? weight, Tensor? bias, Tensor tokens, Tensor? reference_hidden, Tensor? reference_weight, "
     "Tensor? reference_bias, float temperature, bool[] needs, Tensor? old_log_probs, Tensor? reference_log_probs, "

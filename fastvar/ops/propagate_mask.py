@@ -9,7 +9,7 @@ import torch
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._extension import extension_implementation
-from fastvar.ops._operator import Operator
+from fastvar.ops._positional import PositionalOperator
 from fastvar.ops._triton import triton_implementation
 from fastvar.schedule import ScaleSchedule
 
@@ -19,7 +19,7 @@ def _fake(mask: torch.Tensor, grids: Sequence[int], footprint: str, soft: bool) 
     return mask.new_empty(mask.shape[0], num_tokens, dtype=torch.float32 if soft else torch.bool)
 
 
-_OPERATOR = Operator(
+_OPERATOR = PositionalOperator(
     "propagate_mask",
     "Tensor mask, int[] grids, str footprint, bool soft",
     "Tensor",

@@ -7,7 +7,7 @@ import torch
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._extension import in_extension
-from fastvar.ops._operator import Operator
+from fastvar.ops._positional import PositionalOperator
 from fastvar.ops._triton import triton_implementation
 from fastvar.schedule import Grid, ScaleSchedule
 
@@ -27,14 +27,14 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
-_OPERATOR = Operator(
+_OPERATOR = PositionalOperator(
     "qk_norm_rope",
     "Tensor q, Tensor k, Tensor? log_scale, Tensor? rope_cos, Tensor? rope_sin, float eps",
     "(Tensor, Tensor)",
     fake=lambda q, k, *_: (_dense(q), _dense(k)),
     implementations=_implementations(),
 )
-_INTO_CACHE = Operator(
+_INTO_CACHE = PositionalOperator(
     "qk_norm_rope_into_cache",
     "Tensor q, Tensor k, Tensor v, Tensor(a!) key_cache, Tensor(b!) value_cache, SymInt position, "
     "Tensor? log_scale, Tensor? rope_cos, Tensor? rope_sin, float eps",

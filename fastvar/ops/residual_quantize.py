@@ -10,7 +10,7 @@ import torch
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._extension import extension_implementation
-from fastvar.ops._operator import Operator
+from fastvar.ops._positional import PositionalOperator
 from fastvar.ops._triton import triton_implementation
 from fastvar.schedule import ScaleSchedule
 
@@ -140,7 +140,7 @@ def _fake_accumulate(
     return accumulated, feature_map.new_empty(batch, next_height * next_width, channels, dtype=compute)
 
 
-_QUANTIZE = Operator(
+_QUANTIZE = PositionalOperator(
     "residual_quantize",
     "Tensor features, Tensor codebook, Tensor? phi_weight, Tensor? phi_bias, float phi_ratio, int[] phi_index, "
     "int[] grids, bool znorm",
@@ -154,7 +154,7 @@ _QUANTIZE = Operator(
     ],
     differentiable=False,
 )
-_ACCUMULATE = Operator(
+_ACCUMULATE = PositionalOperator(
     "accumulate_scale",
     "Tensor feature_map, Tensor tokens, Tensor codebook, Tensor? phi_weight, Tensor? phi_bias, float phi_ratio, "
     "SymInt height, SymInt width, SymInt next_height, SymInt next_width",

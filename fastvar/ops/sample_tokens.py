@@ -9,7 +9,7 @@ import torch
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._extension import extension_implementation
-from fastvar.ops._operator import Operator
+from fastvar.ops._positional import PositionalOperator
 from fastvar.ops._triton import triton_implementation
 from fastvar.ranges import GUIDANCE, TEMPERATURE
 
@@ -50,7 +50,7 @@ def _fake_bits(logits: torch.Tensor, *rest: object) -> tuple[torch.Tensor, ...]:
     return logits.new_empty(logits.shape, dtype=torch.bool), *_fake_scores(logits, bool(rest[-1]))
 
 
-_TOKENS = Operator(
+_TOKENS = PositionalOperator(
     "sample_tokens",
     _ARGUMENTS,
     "(Tensor, Tensor, Tensor)",
@@ -61,7 +61,7 @@ _TOKENS = Operator(
     ],
     differentiable=False,
 )
-_BITS = Operator(
+_BITS = PositionalOperator(
     "sample_bits",
     _ARGUMENTS,
     "(Tensor, Tensor, Tensor)",

@@ -9,7 +9,7 @@ import torch
 
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
-from fastvar.ops._operator import Operator
+from fastvar.ops._positional import PositionalOperator
 from fastvar.ops._triton import triton_implementation
 from fastvar.ranges import TEMPERATURE
 
@@ -64,7 +64,7 @@ def implementations() -> list[Implementation]:
     ]
 
 
-_LOG_PROBS = Operator(
+_LOG_PROBS = PositionalOperator(
     "token_log_probs",
     "Tensor hidden, Tensor? weight, Tensor? bias, Tensor tokens, Tensor? reference_hidden, Tensor? reference_weight, "
     "Tensor? reference_bias, float temperature, bool mean",

@@ -9,7 +9,7 @@ Gradients are for CPUs alone.
 from __future__ import annotations
 
 import torch
-from fastvar.kernels.block_causal_attention.by_scale import ByScale, Seen
+from fastvar.kernels.block_causal_attention.by_scale import ByScale, Part
 from torch.nn.attention import SDPBackend
 
 _ATEN = torch.ops.aten
@@ -20,11 +20,9 @@ class _ScaledDotProducts:
     takes_lengths = True
     takes_scales = (0, 0)
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: Seen
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        mask = _mask(seen, q, k) if isinstance(seen, torch.Tensor) else None
+    def attend(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        (q, k, v), scale = (t.transpose(1, 2) for t in part.tensors), part.scale
+        mask = _mask(part.seen, q, k) if isinstance(part.seen, torch.Tensor) else None
         kernel = _kernel(q, k, v, mask, scale)
         if kernel == "cpu":
             out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
@@ -38,25 +36,17 @@ class _ScaledDotProducts:
         return out.transpose(1, 2), lse.reshape(q.shape[:3])
 
     def gradients(
-        self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-        seen: Seen,
+        self, part: Part, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if q.device.type != "cpu":
+        if part.q.device.type != "cpu":
             raise NotImplementedError(
                 "block_causal_attention: backend='sdpa': no gradients on a GPU: those of PyTorch's operators, given a "
                 "merged result, were wrong on an H200; backend='triton' has them"
             )
-        grad, q, k, v, out = (t.transpose(1, 2) for t in (grad, q, k, v, out))
-        mask = _mask(seen, q, k) if isinstance(seen, torch.Tensor) else None
+        grad, q, k, v, out = (t.transpose(1, 2) for t in (grad, *part.tensors, out))
+        mask = _mask(part.seen, q, k) if isinstance(part.seen, torch.Tensor) else None
         found = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
+            grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=part.scale
         )
         dq, dk, dv = (t.transpose(1, 2) for t in found)
         return dq, dk, dv
