@@ -71,10 +71,6 @@ def _there() -> str | None:
     return None
 
 
-def _itself(tensor: torch.Tensor) -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Implementation:
     """One way to run an operator.
@@ -90,8 +86,6 @@ class Implementation:
             such, an explicit call gets its error.
         verified: where it has been seen to run and agree with the reference, for the support matrix; GPUs are in
             `_choices.RAN`.
-        faster: called with the lead tensor, names a module that does the same in less time, or None if there is none
-            for that device and dtype.
     """
 
     backend: str
@@ -101,7 +95,6 @@ class Implementation:
     missing: Callable[[], str | None] = _there
     ragged: bool = True
     verified: tuple[str, ...] = ()
-    faster: Callable[[torch.Tensor], str | None] = _itself
 
     def why_not(self, tensor: torch.Tensor) -> str | None:
         """The reason why this implementation cannot run for that lead tensor, or None."""
@@ -132,8 +125,8 @@ _warned: set[tuple[str, str]] = set()
 _answers: dict[tuple[object, ...], str] = {}
 _MOST_ANSWERS = 4096
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # others may have shapes that are symbols
-# The module that holds an implementation's functions, by operator, backend, device and dtype.
-MODULES: dict[tuple[object, ...], ModuleType] = {}
+# The module that holds an implementation's functions, by operator and backend.
+MODULES: dict[tuple[str, str], ModuleType] = {}
 
 
 def resolve(op: str, backend: str, call: Call, *, log: bool = True) -> str:
@@ -265,9 +258,7 @@ def explain(
     for implementation in REGISTRY[op]:
         why_not = implementation.why_not(tensor)
         if implementation.backend == chosen:
-            module = implementation.faster(tensor)
-            how = "" if module is None else ", in C++"
-            reasons[chosen] = f"chosen{how}{_because(op, chosen, backend, call)}"
+            reasons[chosen] = f"chosen{_because(op, chosen, backend, call)}"
         elif why_not is not None:
             reasons[implementation.backend] = why_not
         elif implementation.backend in tried:

@@ -61,7 +61,6 @@ class Operator:
         self.function = function
         self._keeps_results = keeps_results
         self._passes = passes
-        self._ready: set[str] = set()  # backends that were seen to be able to run
         REGISTRY[name] = tuple(implementations)
         fields = [field.split("=")[0].split() for field in _split_arguments(arguments)]
         self._schedule_at = next((i for i, field in enumerate(fields) if field[-1] == "grids"), None)
@@ -125,17 +124,15 @@ class Operator:
         return any(args[i] is not None and args[i].requires_grad for i in self.tensors_at)
 
     def _implementation(self, backend: str, tensor: torch.Tensor) -> Any:
-        key = (self.name, backend, tensor.device, tensor.dtype)
+        key = (self.name, backend)
         if key in MODULES:
             return MODULES[key]
         for implementation in REGISTRY[self.name]:
             if implementation.backend == backend:
                 # An exported program, or a direct call of the op, has not been through `resolve`, which would have
                 # loaded the extension and said what stands in the way.
-                if backend not in self._ready:
-                    resolve(self.name, backend, Call(tensor))
-                    self._ready.add(backend)
-                MODULES[key] = importlib.import_module(implementation.faster(tensor) or implementation.module)
+                resolve(self.name, backend, Call(tensor))
+                MODULES[key] = importlib.import_module(implementation.module)
                 return MODULES[key]
         raise RuntimeError(f"{self.name}: backend={backend!r} does not exist for this operator")
 
