@@ -73,10 +73,6 @@ def _there() -> str | None:
     return None
 
 
-def _itself(tensor: torch.Tensor) -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Implementation:
     """One way to run an operator.
@@ -94,8 +90,6 @@ class Implementation:
         verified: where it has been seen to run and agree with the reference, for the support matrix; GPUs are in
             `_choices.RAN`.
         saves: places of the results that its backward pass gets, as `saved`.
-        faster: called with the lead tensor, names a module that does the same in less time, or None if there is none
-            for that device and dtype.
     """
 
     backend: str
@@ -106,7 +100,6 @@ class Implementation:
     ragged: bool = True
     verified: tuple[str, ...] = ()
     saves: tuple[int, ...] = ()
-    faster: Callable[[torch.Tensor], str | None] = _itself
 
     def why_not(self, tensor: torch.Tensor) -> str | None:
         """The reason why this implementation cannot run for that lead tensor, or None."""
@@ -168,7 +161,7 @@ def choose(op: str, backend: str, traits: Traits, gradient: bool) -> Chosen:
             _answers.clear()
         row = resolve(op, backend, traits._replace(gradient=gradient))
         where, _, name = row.module.partition(":")
-        module = importlib.import_module(row.faster(tensor) or where)
+        module = importlib.import_module(where)
         forward = getattr(module, name or "forward")
         backward = getattr(module, f"{name}_backward" if name else "backward", None)
         answer = _answers[key] = Chosen(row.backend, tensor.device, module, forward, backward, row.saves)
@@ -298,9 +291,7 @@ def explain(
     for implementation in REGISTRY[op]:
         why_not = implementation.why_not(tensor)
         if implementation.backend == chosen:
-            module = implementation.faster(tensor)
-            how = "" if module is None else ", in C++"
-            reasons[chosen] = f"chosen{how}{_because(op, chosen, backend, traits)}"
+            reasons[chosen] = f"chosen{_because(op, chosen, backend, traits)}"
         elif why_not is not None:
             reasons[implementation.backend] = why_not
         elif implementation.backend in tried:

@@ -6,20 +6,15 @@ import torch
 
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
-from fastvar.ops._extension import in_extension
 from fastvar.ops._positional import PositionalOperator
 from fastvar.ops._triton import triton_implementation
 
 _KERNELS = "fastvar.kernels.adaptive_layer_norm"
-
-
-def _implementations(of_extension: str) -> list[Implementation]:
-    faster = in_extension(f"{_KERNELS}.impl_cpp", op=of_extension)
-    return [
-        triton_implementation("adaptive_layer_norm"),
-        Implementation("cpu", f"{_KERNELS}.impl_cpu", devices=("cpu",), verified=("CPU",), faster=faster),
-        Implementation("reference", f"{_KERNELS}.reference", verified=("CPU",)),
-    ]
+_IMPLEMENTATIONS = [
+    triton_implementation("adaptive_layer_norm"),
+    Implementation("cpu", f"{_KERNELS}.impl_cpu", devices=("cpu",), verified=("CPU",)),
+    Implementation("reference", f"{_KERNELS}.reference", verified=("CPU",)),
+]
 
 
 def _like_x(x: torch.Tensor, *_: object) -> torch.Tensor:
@@ -31,14 +26,14 @@ _NORM = PositionalOperator(
     "Tensor x, Tensor scale, Tensor shift, float eps",
     "Tensor",
     fake=_like_x,
-    implementations=_implementations("adaptive_layer_norm"),
+    implementations=_IMPLEMENTATIONS,
 )
 _GATE = PositionalOperator(
     "gated_residual",
     "Tensor x, Tensor y, Tensor gate",
     "Tensor",
     fake=_like_x,
-    implementations=_implementations("gated_residual"),
+    implementations=_IMPLEMENTATIONS,
     function="gated_residual",
     passes=0,
 )
@@ -47,7 +42,7 @@ _GATE_NORM = PositionalOperator(
     "Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps",
     "(Tensor, Tensor)",
     fake=lambda x, *_: (_like_x(x), _like_x(x)),
-    implementations=_implementations("gated_residual"),  # one after the other there
+    implementations=_IMPLEMENTATIONS,
     function="gated_residual_norm",
     keeps_results=1,
 )

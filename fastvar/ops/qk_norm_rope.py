@@ -6,21 +6,16 @@ import torch
 
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
-from fastvar.ops._extension import in_extension
 from fastvar.ops._positional import PositionalOperator
 from fastvar.ops._triton import triton_implementation
 from fastvar.schedule import Grid, ScaleSchedule
 
 _KERNELS = "fastvar.kernels.qk_norm_rope"
-
-
-def _implementations() -> list[Implementation]:
-    faster = in_extension(f"{_KERNELS}.impl_cpp", op="qk_norm_rope")
-    return [
-        triton_implementation("qk_norm_rope"),
-        Implementation("cpu", f"{_KERNELS}.impl_cpu", devices=("cpu",), verified=("CPU",), faster=faster),
-        Implementation("reference", f"{_KERNELS}.reference", verified=("CPU",)),
-    ]
+_IMPLEMENTATIONS = [
+    triton_implementation("qk_norm_rope"),
+    Implementation("cpu", f"{_KERNELS}.impl_cpu", devices=("cpu",), verified=("CPU",)),
+    Implementation("reference", f"{_KERNELS}.reference", verified=("CPU",)),
+]
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
@@ -32,7 +27,7 @@ _OPERATOR = PositionalOperator(
     "Tensor q, Tensor k, Tensor? log_scale, Tensor? rope_cos, Tensor? rope_sin, float eps",
     "(Tensor, Tensor)",
     fake=lambda q, k, *_: (_dense(q), _dense(k)),
-    implementations=_implementations(),
+    implementations=_IMPLEMENTATIONS,
 )
 _INTO_CACHE = PositionalOperator(
     "qk_norm_rope_into_cache",
@@ -40,7 +35,7 @@ _INTO_CACHE = PositionalOperator(
     "Tensor? log_scale, Tensor? rope_cos, Tensor? rope_sin, float eps",
     "Tensor",
     fake=lambda q, *_: _dense(q),
-    implementations=_implementations(),
+    implementations=_IMPLEMENTATIONS,
     differentiable=False,
     function="into_cache",
 )

@@ -8,7 +8,6 @@ import torch
 
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
-from fastvar.ops._extension import extension_implementation
 from fastvar.ops._positional import PositionalOperator
 from fastvar.ops._triton import triton_implementation
 from fastvar.ranges import GUIDANCE, TEMPERATURE
@@ -68,7 +67,6 @@ _BITS = PositionalOperator(
     fake=_fake_bits,
     implementations=[
         triton_implementation("sample_tokens", largest=2**15),
-        extension_implementation("cpu", "fastvar.kernels.sample_tokens.impl_cpp", op="sample_bits", verified=("CPU",)),
         Implementation("reference", _MODULE, verified=("CPU",)),
     ],
     differentiable=False,

@@ -1,8 +1,8 @@
-"""Adaptive layer norm and gated residual for CPUs without the extension, and for float64: with PyTorch's fused kernels
-and gradients written out.
+"""Adaptive layer norm and gated residual for CPUs: PyTorch's fused kernels, and gradients written out.
 
 PyTorch's layer norm takes one weight and bias for all rows. With a sample's modulation in their place it does the whole
-sample in one pass, forward and backward; samples of few rows are done together.
+sample in one pass; small samples are done together. Sums over rows are not left to its backward pass: it adds them one
+after the other, in an order that depends on the threads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from fastvar.kernels.adaptive_layer_norm.reference import gated_residual as gated_residual
 
-FEW_ROWS = 32  # of a sample; below, a call for each sample costs more than it saves
+SMALL = 2**15  # elements of a sample; below, a call for each sample costs more than it saves
 
 
 def forward(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
@@ -21,7 +21,7 @@ def forward(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: floa
     batch, length, width = x.shape
     compute = torch.promote_types(x.dtype, torch.float32)
     gain, shift = scale.to(compute) + 1, shift.to(compute)
-    if length < FEW_ROWS:
+    if length * width < SMALL:
         normed = F.layer_norm(x.to(compute), (width,), eps=eps)
         return torch.addcmul(shift[:, None], normed, gain[:, None]).to(x.dtype)
     out = torch.empty(x.shape, dtype=x.dtype)
@@ -45,28 +45,22 @@ def backward(
     grad = grads[0]
     if grad is None:
         return [torch.zeros(t.shape, dtype=t.dtype) for t, need in zip((x, scale, shift), needs, strict=True) if need]
-    batch, length, width = x.shape
+    width = x.shape[-1:]
     compute = torch.promote_types(x.dtype, torch.float32)
-    gain = scale.to(compute) + 1
     wide, g = x.to(compute).contiguous(), grad.to(compute).contiguous()
-    dx = torch.empty(x.shape, dtype=compute)
-    dscale, dshift = (torch.empty(batch, width, dtype=compute) for _ in range(2))
-    if length < FEW_ROWS:
-        normed, mean, rstd = torch.native_layer_norm(wide, (width,), None, None, eps)
-        slope = g * gain[:, None]
-        dx = torch.ops.aten.native_layer_norm_backward(
-            slope, wide, (width,), mean, rstd, None, None, (True, False, False)
-        )[0]
-        dscale, dshift = (g * normed).sum(1), g.sum(1)
-    else:
-        for b in range(batch):
-            _, mean, rstd = torch.native_layer_norm(wide[b], (width,), None, None, eps)
-            torch.ops.aten.native_layer_norm_backward.out(
-                g[b], wide[b], (width,), mean, rstd, gain[b], gain[b], (True, True, True),
-                out0=dx[b], out1=dscale[b], out2=dshift[b],
-            )  # fmt: skip
-    found = (dx.to(x.dtype), dscale.to(scale.dtype), dshift.to(shift.dtype))
-    return [gradient for gradient, need in zip(found, needs, strict=True) if need]
+    normed, mean, rstd = torch.native_layer_norm(wide, width, None, None, eps)
+    found = []
+    if needs[0]:
+        slope = g * (scale.to(compute) + 1)[:, None]
+        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+            slope, wide, width, mean, rstd, None, None, (True, False, False)
+        )
+        found.append(dx.to(x.dtype))
+    if needs[1]:
+        found.append((g * normed).sum(1).to(scale.dtype))
+    if needs[2]:
+        found.append(g.sum(1).to(shift.dtype))
+    return found
 
 
 def gated_residual_backward(
@@ -82,11 +76,11 @@ def gated_residual_backward(
         return [torch.zeros(t.shape, dtype=t.dtype) for t, need in zip((y, gate), needs[1:], strict=True) if need]
     found = []
     compute = torch.promote_types(x.dtype, torch.float32)
-    g = grad.to(compute)
+    g = grad.to(compute).contiguous()
     if needs[1]:
-        found.append((g * gate.to(compute)[:, None]).to(y.dtype).contiguous())
+        found.append((g * gate.to(compute)[:, None]).to(y.dtype))
     if needs[2]:
-        found.append((g * y.to(compute)).sum(1).to(gate.dtype))
+        found.append((g * y.to(compute).contiguous()).sum(1).to(gate.dtype))
     return found
 
 

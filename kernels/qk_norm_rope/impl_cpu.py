@@ -1,5 +1,4 @@
-"""Normalisation, scale and rotation for CPUs without the extension, and for float64: rotations as products of complex
-numbers, gradients written out."""
+"""Normalisation, scale and rotation for CPUs: rotations as products of complex numbers, gradients written out."""
 
 from __future__ import annotations
 
@@ -81,9 +80,9 @@ def backward(
         length = wide.norm(dim=-1, keepdim=True)
         inverse = 1 / length.clamp(min=eps)
         along = (g * wide).sum(-1, keepdim=True) * inverse  # [B, L, H, 1]
-        if wants_scale:
+        if wants_scale:  # over so many rows that float32 shows
             assert gain is not None
-            dlog_scale = (along * gain).sum((0, 1, 3))
+            dlog_scale = (along * gain).sum((0, 1, 3), dtype=torch.float64)
         if need:
             factor = inverse if gain is None else inverse * gain
             # a row shorter than eps is divided by a constant
@@ -110,13 +109,16 @@ def _rotation(cos: torch.Tensor | None, sin: torch.Tensor | None, compute: torch
     """cos + i sin [L, 1, D/2]."""
     if cos is None or sin is None:
         return None
-    return torch.complex(cos.to(compute), sin.to(compute))[:, None]
+    return torch.complex(cos.to(compute).contiguous(), sin.to(compute).contiguous())[:, None]
 
 
 def _rotated(x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
     if rotation is None:
         return x
-    pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
+    x = x.contiguous()
+    if x.storage_offset() % 2:  # not where a complex number can begin
+        x = x.clone()
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2)
 
 
