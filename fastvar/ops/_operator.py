@@ -123,33 +123,40 @@ class Operator(Generic[C]):
     def _backward(
         self, values: Sequence[Any], saved: Sequence[torch.Tensor], grads: Grads, needs: Sequence[bool], chosen: Chosen
     ) -> list[torch.Tensor | None]:
-        if all(grad is None for grad in grads):
-            return [None] * len(needs)
-        with surroundings(f"{self.name} backward", chosen.device):
-            if chosen.backward is None:
-                return self._recomputed(values, grads, needs, chosen)
-            found = chosen.backward(self.record.restore(values), saved, grads, self._needs(*needs))
-        return [found[name] if need else None for name, need in zip(self._needs._fields, needs, strict=True)]
+        found: dict[str, torch.Tensor | None] = {}
+        if any(grad is not None for grad in grads):
+            with surroundings(f"{self.name} backward", chosen.device):
+                if chosen.backward is None:
+                    found = self._recomputed(values, grads, needs, chosen)
+                else:
+                    found = chosen.backward(self.record.restore(values), saved, grads, self._needs(*needs))
+        results: list[torch.Tensor | None] = []
+        for name, tensor, need in zip(self._needs._fields, self._tensors(values), needs, strict=True):
+            gradient = found.get(name) if need else None
+            if need and tensor is not None and gradient is None:
+                gradient = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            results.append(gradient)
+        return results
 
     def _recomputed(
         self, values: Sequence[Any], grads: Grads, needs: Sequence[bool], chosen: Chosen
-    ) -> list[torch.Tensor | None]:
+    ) -> dict[str, torch.Tensor | None]:
         values = list(values)
-        leaves: list[torch.Tensor] = []
+        leaves: dict[str, torch.Tensor] = {}
         with torch.enable_grad():
             for i, need in zip(self.record.tensors, needs, strict=True):
                 if values[i] is not None:
                     values[i] = values[i].detach().requires_grad_(need)
                 if need:
-                    leaves.append(values[i])
+                    leaves[self.record.names[i]] = values[i]
             results = chosen.forward(self.record.restore(values))
             results = (results,) if isinstance(results, torch.Tensor) else results
             pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad]
             if not pairs:
-                return [None] * len(needs)
+                return {}
             outputs, weights = zip(*pairs, strict=True)
-            found = iter(torch.autograd.grad(outputs, leaves, weights, allow_unused=True, materialize_grads=True))
-        return [next(found).contiguous() if need else None for need in needs]
+            found = torch.autograd.grad(outputs, list(leaves.values()), weights, allow_unused=True)
+        return {n: None if g is None else g.contiguous() for n, g in zip(leaves, found, strict=True)}
 
     def _run(self, *args: Any) -> Any:
         *values, backend = args
@@ -163,15 +170,12 @@ class Operator(Generic[C]):
         # Results of an op may be neither its arguments nor one tensor twice, which autograd itself does not mind.
         taken = {grad.data_ptr() for grad in grads if grad is not None}
         results = []
-        for i, gradient, need in zip(self.record.tensors, found, needs, strict=True):
-            if not need:
-                continue
-            if gradient is None:
-                gradient = torch.zeros(values[i].shape, dtype=values[i].dtype, device=values[i].device)
-            elif gradient.data_ptr() in taken:
-                gradient = gradient.clone(memory_format=torch.contiguous_format)
-            taken.add(gradient.data_ptr())
-            results.append(gradient)
+        for gradient in found:
+            if gradient is not None:
+                if gradient.data_ptr() in taken:
+                    gradient = gradient.clone(memory_format=torch.contiguous_format)
+                taken.add(gradient.data_ptr())
+                results.append(gradient)
         return results
 
     def _fake_backward(self, grads: Grads, *args: Any) -> list[torch.Tensor]:

@@ -84,7 +84,7 @@ def test_gradients(case: str, dtype: torch.dtype) -> None:
     exact = with_gradients(call, {name: t.double() for name, t in inputs.items()}, backend="reference", **rest)
     plain = with_gradients(call, inputs, backend="reference", **rest)
     for got, by_reference, expected in zip(
-        with_gradients(call, inputs, backend="cpu", **rest), plain, exact, strict=True
+        with_gradients(call, inputs, backend="torch", **rest), plain, exact, strict=True
     ):
         assert_as_accurate(got, by_reference, expected)
 
@@ -112,9 +112,9 @@ def test_layouts(case: str, dtype: torch.dtype) -> None:
         lambda grad: torch.cat([grad, grad], -1)[..., : grad.shape[-1]],
     ]
     first, *others = layouts(make(dtype))
-    expected = with_gradients(call, first, backend="cpu", **rest)
-    found = [with_gradients(call, inputs, backend="cpu", **rest) for inputs in others]
-    found += [with_gradients(call, first, relayout, backend="cpu", **rest) for relayout in relayouts]
+    expected = with_gradients(call, first, backend="torch", **rest)
+    found = [with_gradients(call, inputs, backend="torch", **rest) for inputs in others]
+    found += [with_gradients(call, first, relayout, backend="torch", **rest) for relayout in relayouts]
     tolerance = {} if call is qk_norm_rope else {"rtol": 0, "atol": 0}
     for each in found:
         for got, want in zip(each, expected, strict=True):
@@ -164,7 +164,7 @@ def test_threads_leave_the_bits(call: Call, inputs: Inputs, rest: dict[str, Any]
         found = []
         for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
-            found.append(with_gradients(call, inputs, backend="cpu", **rest))
+            found.append(with_gradients(call, inputs, backend="torch", **rest))
     finally:
         torch.set_num_threads(threads)
     for each in found[1:]:
@@ -195,9 +195,9 @@ def test_reads_no_uninitialised_memory(case: str, monkeypatch: pytest.MonkeyPatc
     call, make, rest = CASES[case]
 
     def run() -> list[torch.Tensor]:
-        found = with_gradients(call, make(torch.float32), backend="cpu", **rest)
+        found = with_gradients(call, make(torch.float32), backend="torch", **rest)
         inputs = {name: t.detach().requires_grad_() for name, t in make(torch.float32).items()}
-        results = call(**inputs, backend="cpu", **rest)
+        results = call(**inputs, backend="torch", **rest)
         last = results if isinstance(results, torch.Tensor) else results[1]
         gradients = torch.autograd.grad(last.sum(), list(inputs.values()), allow_unused=True)
         return found + [gradient for gradient in gradients if gradient is not None]
@@ -216,7 +216,7 @@ def test_reads_no_uninitialised_memory(case: str, monkeypatch: pytest.MonkeyPatc
 def test_empty(shape: tuple[int, int, int]) -> None:
     """No samples, tokens or channels: modulations get gradients of zero."""
     for call, inputs in ((adaptive_layer_norm, norm_inputs(*shape)), (gated_residual, gate_inputs(*shape))):
-        out, *gradients = with_gradients(call, inputs, backend="cpu")
+        out, *gradients = with_gradients(call, inputs, backend="torch")
         assert out.shape == shape
         assert [g.shape for g in gradients] == [t.shape for t in inputs.values()]
         assert not any(g.any() for g in gradients)
@@ -225,7 +225,7 @@ def test_empty(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
 def test_empty_heads(shape: tuple[int, int]) -> None:
     inputs = head_inputs(*shape, 3, 8)
-    q, k, *gradients = with_gradients(qk_norm_rope, inputs, backend="cpu", **turned(shape[1], 8))
+    q, k, *gradients = with_gradients(qk_norm_rope, inputs, backend="torch", **turned(shape[1], 8))
     assert q.shape == k.shape == (*shape, 3, 8)
     assert [g.shape for g in gradients] == [t.shape for t in inputs.values()]
     assert not any(g.any() for g in gradients)
@@ -235,7 +235,7 @@ def test_vectors_shorter_than_eps() -> None:
     """They are divided by a constant: a gradient has no part along them."""
     q, k = (t.contiguous() * 1e-3 for t in list(head_inputs(1, 2, 2, 16).values())[:2])
     inputs = {"q": q, "k": k, "log_scale": torch.zeros(2)}
-    _, _, dq, dk, dlog_scale = with_gradients(qk_norm_rope, inputs, eps=0.5, backend="cpu")
+    _, _, dq, dk, dlog_scale = with_gradients(qk_norm_rope, inputs, eps=0.5, backend="torch")
     grads = [noise(1, 2, 2, 16, dtype=torch.float64, seed=9 + i).float() for i in range(2)]
     torch.testing.assert_close(dq, grads[0] / 0.5)
     torch.testing.assert_close(dk, grads[1] / 0.5)
@@ -247,7 +247,7 @@ def test_modulations_in_float64(dtype: torch.dtype) -> None:
     """They, and a branch, are rounded to float32; their gradients come back in float64."""
     inputs = gate_inputs(2, 40, 12, torch.float64)
     inputs["x"] = inputs["x"].to(dtype)
-    out, dx, dy, dgate = with_gradients(gated_residual, inputs, backend="cpu")
+    out, dx, dy, dgate = with_gradients(gated_residual, inputs, backend="torch")
     assert (out.dtype, dx.dtype, dy.dtype, dgate.dtype) == (dtype, dtype, torch.float64, torch.float64)
     grad = noise(2, 40, 12, dtype=torch.float64, seed=9).to(dtype)
     assert torch.equal(dx, grad)
@@ -263,8 +263,8 @@ def test_caches_in_any_order(order: tuple[int, int, int, int], dtype: torch.dtyp
     places = [order.index(i) for i in range(4)]
     shape = (2, 9, 3, 16)
     caches = [torch.full([shape[i] for i in order], math.nan, dtype=dtype).permute(places) for _ in range(2)]
-    q = qk_norm_rope_into_cache(inputs["q"], inputs["k"], v, *caches, 3, log_scale=inputs["log_scale"], backend="cpu")
-    expected = qk_norm_rope(**inputs, backend="cpu")
+    q = qk_norm_rope_into_cache(inputs["q"], inputs["k"], v, *caches, 3, log_scale=inputs["log_scale"], backend="torch")
+    expected = qk_norm_rope(**inputs, backend="torch")
     assert torch.equal(q, expected[0])
     for cache, rows in zip(caches, (expected[1], v), strict=True):
         assert cache.shape == shape
@@ -307,7 +307,7 @@ def test_sums_over_many_rows(length: int) -> None:
         (qk_norm_rope, heads | {"log_scale": torch.tensor([1.0, 0.5])}),
     ):
         found = []
-        for dtype, backend in ((torch.float32, "cpu"), (torch.float32, "reference"), (torch.float64, "reference")):
+        for dtype, backend in ((torch.float32, "torch"), (torch.float32, "reference"), (torch.float64, "reference")):
             leaves = {name: t.to(dtype).requires_grad_() for name, t in inputs.items()}
             results = call(**leaves, backend=backend)
             results = [results] if isinstance(results, torch.Tensor) else results
@@ -321,9 +321,9 @@ def test_sums_over_many_rows(length: int) -> None:
 def test_tables_of_any_layout_and_dtype(dtype: torch.dtype) -> None:
     inputs, (cos, sin) = head_inputs(2, 5, 3, 16), turned(5, 16)["rope"]
     cos, sin = cos.to(dtype), sin.to(dtype)
-    expected = with_gradients(qk_norm_rope, inputs, backend="cpu", rope=(cos.float(), sin.float()))
+    expected = with_gradients(qk_norm_rope, inputs, backend="torch", rope=(cos.float(), sin.float()))
     for rope in ((cos, sin), (cos.mT.contiguous().mT, torch.stack([sin, sin], -1)[..., 0])):
-        found = with_gradients(qk_norm_rope, inputs, backend="cpu", rope=rope)
+        found = with_gradients(qk_norm_rope, inputs, backend="torch", rope=rope)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -331,21 +331,21 @@ def test_the_largest_scale() -> None:
     """Just above log 100, to which float32 rounds it, there is no gradient; just below there is."""
     above = torch.tensor(math.log(100))
     scales = torch.stack([above, torch.nextafter(above, torch.tensor(0.0))])
-    for backend in ("cpu", "reference"):
+    for backend in ("torch", "reference"):
         inputs = {"q": noise(1, 2, 2, 4), "k": noise(1, 2, 2, 4), "log_scale": scales}
         gradient = with_gradients(qk_norm_rope, inputs, backend=backend)[-1]
         assert gradient[0] == 0 and gradient[1] != 0, backend
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_the_op_of_the_gradients_gives_all_of_them(backend: str) -> None:
     """Autograd does not ask it for that of x, which is the incoming one."""
     inputs, grad = gate_inputs(2, 5, 4), noise(2, 5, 4, seed=3)
     op = torch.ops.fastvar.gated_residual_backward
-    found = op([grad], *inputs.values(), [True, True, True], backend)
+    found = op([grad], *inputs.values(), [], [True, True, True], backend)
     assert torch.equal(found[0], grad) and found[0].data_ptr() != grad.data_ptr()
     assert [t.shape for t in found[1:]] == [inputs["y"].shape, inputs["gate"].shape]
-    assert (op([None], *inputs.values(), [True, False, False], backend)[0] == 0).all()
+    assert (op([None], *inputs.values(), [], [True, False, False], backend)[0] == 0).all()
 
 
 def test_gradients_are_not_differentiated_again() -> None:
