@@ -151,15 +151,15 @@ _MOST_ANSWERS = 4096
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # others may have shapes that are symbols
 
 
-def choose(op: str, backend: str, traits: Traits, gradient: bool) -> Chosen:
-    """`resolve`, with the functions that it comes to: asked once for calls that are alike."""
-    tensor = traits.tensor
-    key = (op, backend, tensor.device, tensor.dtype, tensor.shape, traits.prefix, traits.ragged, gradient)
+def choose(op: str, backend: str, tensor: torch.Tensor, shared: tuple[bool, bool], gradient: bool) -> Chosen:
+    """What `resolve` answers for a lead tensor, whether rows share a prefix and whether that is ragged, and whether a
+    gradient is wanted, with its functions. Asked once for calls that are alike."""
+    key = (op, backend, tensor.device, tensor.dtype, tensor.shape, shared, gradient)
     answer = _answers.get(key)
     if answer is None:
         if len(_answers) >= _MOST_ANSWERS:
             _answers.clear()
-        row = resolve(op, backend, traits._replace(gradient=gradient))
+        row = resolve(op, backend, Traits(tensor, *shared, gradient))
         where, _, name = row.module.partition(":")
         module = importlib.import_module(where)
         forward = getattr(module, name or "forward")

@@ -15,7 +15,10 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import _C
+from torch.autograd import profiler
 
+from fastvar.kernels.common.recording import recording
 from fastvar.ops._choices import Traits
 from fastvar.ops._dispatch import PLAIN, REGISTRY, Chosen, Implementation, choose, resolve, saved_results
 from fastvar.ops._record import Record
@@ -33,8 +36,9 @@ class Operator(Generic[C]):
 
     Args:
         name: the public name; the op is `torch.ops.fastvar.<name>`.
-        call: the type of the record of a call's arguments, see `_record`. Its first value is the lead tensor. With a
-            property `traits` it says what else a choice may depend on.
+        call: the type of the record of a call's arguments, see `_record`. Its first value is the lead tensor. If it has
+            a property `shared`, that says whether rows share a prefix and whether this has lengths of its own, as a
+            choice may depend on both.
         results: how many tensors a call returns.
         fake: from a call to empty results of the right shape, dtype and contiguous layout.
         implementations: the preferred one first.
@@ -56,7 +60,7 @@ class Operator(Generic[C]):
         REGISTRY[name] = tuple(implementations)
         record = self.record
         self._needs: Any = namedtuple("needs", [record.names[i] for i in record.tensors])  # type: ignore[misc]
-        self._has_traits = hasattr(call, "traits")
+        self._has_shared = hasattr(call, "shared")
         returns = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
 
         def fake_forward(*values: Any) -> Any:
@@ -78,24 +82,26 @@ class Operator(Generic[C]):
 
     def __call__(self, call: C, backend: str = "auto") -> Any:
         """The results, by the implementation that is chosen for the call."""
-        return self.run(call, self.choose(call, backend))
+        return self.run(call, backend)[0]
 
-    def choose(self, call: C, backend: str) -> Chosen | str:
-        """The implementation for a call; where somebody wants to see the op, its backend's name."""
+    def run(self, call: C, backend: str) -> tuple[Any, Chosen | str]:
+        """The results and the implementation that gave them; where somebody wants to see the op, its backend's name."""
         values = self.record.values(call)
         tensors = self._tensors(values)
-        traits = call.traits if self._has_traits else Traits(values[0])  # type: ignore[attr-defined]
-        gradient = self._function is not None and _wants_gradient(tensors)
-        if _unseen(tensors):
-            return choose(self.name, backend, traits, gradient)
-        return resolve(self.name, backend, traits._replace(gradient=gradient)).backend
-
-    def run(self, call: C, chosen: Chosen | str) -> Any:
-        """The results, by what `choose` answered."""
-        values = self.record.values(call)
-        if self._function is not None and _wants_gradient(self._tensors(values)):
-            return self._function.apply(*values, chosen, None if isinstance(chosen, str) else call)
-        return self.op(*values, chosen) if isinstance(chosen, str) else self._forward(call, chosen)
+        tracked = False  # whether autograd would follow
+        if torch.is_grad_enabled():
+            for tensor in tensors:
+                if tensor is not None and tensor.requires_grad:
+                    tracked = True
+        gradient = tracked and self._function is not None
+        shared = call.shared if self._has_shared else (False, False)  # type: ignore[attr-defined]
+        if not _unseen(tensors):
+            name = resolve(self.name, backend, Traits(values[0], shared[0], shared[1], gradient)).backend
+            return self._function.apply(*values, name, None) if gradient else self.op(*values, name), name
+        chosen = choose(self.name, backend, values[0], shared, gradient)
+        if gradient:
+            return self._function.apply(*values, chosen, call), chosen
+        return self._forward(call, chosen, tracked), chosen
 
     def gradients(
         self, values: Sequence[Any], saved: Sequence[torch.Tensor], grads: Grads, needs: Sequence[bool], chosen: Any
@@ -112,8 +118,8 @@ class Operator(Generic[C]):
     def _tensors(self, values: Sequence[Any]) -> list[torch.Tensor | None]:
         return [values[i] for i in self.record.tensors]
 
-    def _forward(self, call: C, chosen: Chosen) -> Any:
-        with surroundings(self.name, chosen.device):
+    def _forward(self, call: C, chosen: Chosen, tracked: bool) -> Any:
+        with surroundings(self.name, chosen.device, tracked):
             results = chosen.forward(call)
         if self.record.written:  # autograd has to see it, however it was done
             values = self.record.values(call)
@@ -143,7 +149,7 @@ class Operator(Generic[C]):
     ) -> dict[str, torch.Tensor | None]:
         values = list(values)
         leaves: dict[str, torch.Tensor] = {}
-        with torch.enable_grad():
+        with recording():
             for i, need in zip(self.record.tensors, needs, strict=True):
                 if values[i] is not None:
                     values[i] = values[i].detach().requires_grad_(need)
@@ -161,11 +167,11 @@ class Operator(Generic[C]):
     def _run(self, *args: Any) -> Any:
         *values, backend = args
         call = self.record.restore(values)
-        return self._forward(call, choose(self.name, backend, Traits(values[0]), False))
+        return self._forward(call, choose(self.name, backend, values[0], (False, False), False), True)
 
     def _run_backward(self, grads: Grads, *args: Any) -> list[torch.Tensor]:
         *values, saved, needs, backend = args
-        chosen = choose(self.name, backend, Traits(values[0]), False)
+        chosen = choose(self.name, backend, values[0], (False, False), False)
         found = self._backward(values, saved, grads, needs, chosen)
         # Results of an op may be neither its arguments nor one tensor twice, which autograd itself does not mind.
         taken = {grad.data_ptr() for grad in grads if grad is not None}
@@ -186,42 +192,40 @@ class Operator(Generic[C]):
         return [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in wanted]
 
 
-def _wants_gradient(tensors: Sequence[torch.Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def _unseen(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether nobody wants to see the op: no compiler, exporter, mode, transform, profiler or tensor subclass."""
     if torch.compiler.is_compiling() or (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.profiler._is_profiler_enabled
+        _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or _C._functorch.peek_interpreter_stack() is not None
+        or _C._get_tracing_state() is not None
+        or profiler._is_profiler_enabled
     ):
         return False
-    return all(tensor is None or (type(tensor) in PLAIN and not tensor.is_meta) for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110  # a generator costs more
+        if tensor is not None and (type(tensor) not in PLAIN or tensor.is_meta):
+            return False
+    return True
 
 
-def surroundings(name: str, device: torch.device) -> AbstractContextManager[Any]:
+def surroundings(name: str, device: torch.device, tracked: bool = True) -> AbstractContextManager[Any]:
     """What an implementation runs in: a range in profiles; no autocast, as dtypes are the operator's own affair; no
-    gradient; the tensors' GPU. Only what changes something: entering all of them costs more than a small call."""
-    needed: list[AbstractContextManager[Any]] = []
-    if ENABLED:
-        needed.append(annotate(name))
-    if torch.is_autocast_enabled(device.type):
-        needed.append(torch.autocast(device.type, enabled=False))
-    if torch.is_grad_enabled():
-        needed.append(torch.no_grad())
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        needed.append(torch.cuda.device(device))  # kernels are launched on the current one
-    if not needed:
+    gradient, where one would be `tracked`; the tensors' GPU. Only what changes something: entering all of them costs
+    more than a small call."""
+    autocast = torch.is_autocast_enabled(device.type)
+    tracked = tracked and torch.is_grad_enabled()
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    if not (ENABLED or autocast or tracked or elsewhere):
         return _NOTHING
-    if len(needed) == 1:
-        return needed[0]
     stack = ExitStack()
-    for context in needed:
-        stack.enter_context(context)
+    if ENABLED:
+        stack.enter_context(annotate(name))
+    if autocast:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+    if tracked:
+        stack.enter_context(torch.no_grad())
+    if elsewhere:
+        stack.enter_context(torch.cuda.device(device))  # kernels are launched on the current one
     return stack
 
 
@@ -233,7 +237,7 @@ def _autograd_function(operator: Operator[Any]) -> Any:
         def forward(ctx: Any, *args: Any) -> Any:
             *values, chosen, call = args
             ctx.set_materialize_grads(False)
-            results = operator.op(*values, chosen) if call is None else operator._forward(call, chosen)
+            results = operator.op(*values, chosen) if call is None else operator._forward(call, chosen, False)
             kept = (results,) if isinstance(results, torch.Tensor) else results
             ctx.save_for_backward(
                 *[values[i] for i in tensors_at], *[kept[i] for i in saved_results(operator.name, chosen)]

@@ -159,10 +159,10 @@ def _check(op: str, x: torch.Tensor, y: torch.Tensor | None = None, **modulation
     _checks.shape(op, "x", x, "B", "L", "C")
     _checks.floating(op, "x", x)
     if y is not None:
-        _checks.shape(op, "y", y, *x.shape)
+        _checks.same_shape(op, "y", y, x.shape)
         _checks.floating(op, "y", y)
-        _checks.same_device(op, "x", x, y=y)
+    expected = (x.shape[0], x.shape[2])
     for name, modulation in modulations.items():
-        _checks.shape(op, name, modulation, x.shape[0], x.shape[2])
+        _checks.same_shape(op, name, modulation, expected)
         _checks.floating(op, name, modulation)
-    _checks.same_device(op, "x", x, **modulations)
+    _checks.same_device(op, "x", x, y=y, **modulations)

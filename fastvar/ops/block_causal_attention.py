@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
-from fastvar.ops._choices import Traits
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
 from fastvar.ops._packages import installed, package_implementation
@@ -54,8 +53,8 @@ class AttentionCall(NamedTuple):
     block_diagonal: bool
 
     @property
-    def traits(self) -> Traits:
-        return Traits(self.q, self.prefix is not None, self.prefix is not None and self.prefix.lengths is not None)
+    def shared(self) -> tuple[bool, bool]:
+        return self.prefix is not None, self.prefix is not None and self.prefix.lengths is not None
 
 
 def _fake(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
-from fastvar.ops._choices import Traits
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
 from fastvar.ops._triton import triton_implementation
@@ -30,8 +29,8 @@ class CachedAttentionCall(NamedTuple):
         return [part for part in (self.prefix, self.trunk, PrefixKV(self.k, self.v)) if part is not None]
 
     @property
-    def traits(self) -> Traits:
-        return Traits(self.q, self.prefix is not None, self.prefix is not None and self.prefix.lengths is not None)
+    def shared(self) -> tuple[bool, bool]:
+        return self.prefix is not None, self.prefix is not None and self.prefix.lengths is not None
 
 
 _OPERATOR = Operator(

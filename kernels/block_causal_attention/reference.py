@@ -17,7 +17,7 @@ def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     batch, length = call.q.shape[:2]
     seen = torch.zeros(length, length, dtype=torch.bool, device=q.device)
     for start, end in zip(call.schedule.starts, call.schedule.ends, strict=True):
-        seen[start:end, start if call.block_diagonal else 0 : end] = True
+        seen[start:end, start if call.block_diagonal else 0 : end].fill_(True)
     seen = seen.expand(batch, 1, -1, -1)
     if call.prefix is not None:
         rows, tokens = call.prefix.k.shape[:2]

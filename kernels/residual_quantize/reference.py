@@ -53,8 +53,8 @@ def _nearest(rows: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """The index of the codebook's row (V, C) with the smallest squared distance to each of the rows (N, C)."""
     norms = codebook.square().sum(1)  # [V]
     parts = rows.split(max(1, _DISTANCES // len(codebook)))
-    distances = (part.square().sum(1, keepdim=True) + norms - 2 * part @ codebook.T for part in parts)
-    return torch.cat([part.argmin(1) for part in distances])
+    lengths = ((part, part.square().sum(1, keepdim=True) + norms) for part in parts)
+    return torch.cat([torch.addmm(sums, part, codebook.T, alpha=-2).argmin(1) for part, sums in lengths])
 
 
 def _most_similar(rows: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,12 @@ import pytest
 
 @pytest.mark.parametrize(
     ("check", "backend"),
-    [(c, b) for c in edges.CHECKS for b in ("cpu", "reference") if b != "cpu" or c is not edges.certain_bits_are_drawn],
+    [
+        (c, b)
+        for c in edges.CHECKS
+        for b in ("torch", "reference")
+        if b != "torch" or c is not edges.certain_bits_are_drawn
+    ],
 )
 def test_edges(check: Callable[[str], None], backend: str) -> None:
     check(backend)
