@@ -22,9 +22,14 @@ ROWS = (16, 256)  # of a product: a multiple of the first, at most the second
 
 def score(scoring: Scoring) -> tuple[torch.Tensor, ...]:
     """See `TwoPasses`."""
+    head = scoring.head
+    _check_range(scoring.tokens, head.hidden.shape[-1] if head.weight is None else len(head.weight))
+    return _scored(scoring)
+
+
+def _scored(scoring: Scoring) -> tuple[torch.Tensor, ...]:
     logits, tokens = _logits(scoring.head, scoring.temperature), scoring.tokens
     others = None if scoring.reference is None else _logits(scoring.reference, scoring.temperature)
-    _check_range(tokens, logits.shape[-1])
     nothing = logits.new_empty(0)
     # Of sums over p log p the factor log p is a constant for the gradient: probabilities sum to 1, so it adds nothing.
     if tokens.ndim == 3:  # each bit is a vocabulary of two, of which the logits differ by z
@@ -64,7 +69,7 @@ def gradients(
     assert head is not None
     leaves = {n: t.detach().to(compute).requires_grad_() for n, t in head._asdict().items() if t is not None}
     with recording():
-        outputs = score(scoring._replace(head=head._replace(**leaves), reference=other, mean=True))[:4]
+        outputs = _scored(scoring._replace(head=head._replace(**leaves), reference=other, mean=True))[:4]
         pairs = [(r, g.to(compute)) for r, g in zip(outputs, given, strict=True) if g is not None]
         results, weights = zip(*pairs, strict=True)
         found = torch.autograd.grad(results, list(leaves.values()), weights)
