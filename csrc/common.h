@@ -1,8 +1,7 @@
 // What all sources share: marks for functions, threads, access to tensors of torch's stable ABI.
 //
 // Products and sums are rounded one by one (-ffp-contract=off, --fmad=false), so that a function gives the same bits on
-// every processor and in every clone. Where speed needs fused operations, ask for them: multiply_add in functions
-// marked FASTVAR_CONTRACT.
+// every processor and in every clone.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -29,19 +28,11 @@
 #define FASTVAR_CLONES
 #endif
 
-// A host function in which a * b + c may be one rounding, where the processor has that. The bits then depend on the
-// processor.
-#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
-#define FASTVAR_CONTRACT __attribute__((optimize("fp-contract=fast")))
-#else
-#define FASTVAR_CONTRACT
-#endif
-
 namespace fastvar {
 
 using torch::stable::Tensor;
 
-// a b + c: one rounding on a GPU and in functions marked FASTVAR_CONTRACT on processors that can, otherwise two.
+// a b + c: one rounding on a GPU, two on a CPU.
 FASTVAR_HOST_DEVICE inline float multiply_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);
@@ -67,8 +58,6 @@ template <typename T>
 T* output(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
-
-inline bool is_float(const Tensor& tensor) { return tensor.scalar_type() == torch::headeronly::ScalarType::Float; }
 
 inline bool is_bool(const Tensor& tensor) { return tensor.scalar_type() == torch::headeronly::ScalarType::Bool; }
 

@@ -7,12 +7,8 @@
 
 namespace fastvar {
 
-struct Words {
-  uint32_t word[4];
-};
-
-// 128 random bits. The key is the seed, the counter words are (counter low, counter high, stream low, stream high).
-FASTVAR_HOST_DEVICE inline Words philox(int64_t seed, int64_t stream, int64_t counter) {
+// The first 32 of 128 random bits. The key is the seed, the counter words are (counter low, counter high, stream low, stream high).
+FASTVAR_HOST_DEVICE inline uint32_t philox(int64_t seed, int64_t stream, int64_t counter) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
   uint32_t word0 = static_cast<uint32_t>(counter);
   uint32_t word1 = static_cast<uint32_t>(static_cast<uint64_t>(counter) >> 32);
@@ -34,12 +30,12 @@ FASTVAR_HOST_DEVICE inline Words philox(int64_t seed, int64_t stream, int64_t co
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  return {{word0, word1, word2, word3}};
+  return word0;
 }
 
 // A multiple of 2^-24 in [0, 1).
 FASTVAR_HOST_DEVICE inline float uniform(int64_t seed, int64_t stream, int64_t counter) {
-  return static_cast<float>(static_cast<int32_t>(philox(seed, stream, counter).word[0] >> 8)) * 0x1p-24f;
+  return static_cast<float>(static_cast<int32_t>(philox(seed, stream, counter) >> 8)) * 0x1p-24f;
 }
 
 }  // namespace fastvar

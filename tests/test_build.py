@@ -21,7 +21,6 @@ import torch
 from fastvar import build
 from fastvar.cli import main
 from fastvar.ops import _dispatch, _extension, explain, propagate_mask
-from fastvar.random import philox
 from fastvar.schedule import ScaleSchedule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +38,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     (folder / "fastvar").mkdir(parents=True)
     (folder / "csrc").mkdir()
     shutil.copy(ROOT / "fastvar/build.py", folder / "fastvar")
-    for name in ("common.h", "philox.h", "random.cpp"):
+    for name in ("common.h", "resample.h", "resample.cpp"):
         shutil.copy(ROOT / "csrc" / name, folder / "csrc")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     for name in ("CXX", "CUDA_HOME"):
@@ -71,7 +70,7 @@ def test_builds_and_keeps_objects(tree: ModuleType, steps: list[str]) -> None:
     assert tree.libraries("cpu") == [] and tree.record() == {}
     library = tree.build(["cpu"])["cpu"]
     assert library == tree.PACKAGE / "_cpu.abi3.so" and tree.libraries("cpu") == [library]
-    assert steps.count("cpu: compiling random.cpp") == 1
+    assert steps.count("cpu: compiling resample.cpp") == 1
     note = tree.record()["cpu"]
     assert note["state"] == "built" and torch.__version__ in note["reason"]
     assert tree.is_current(library, "cpu")
@@ -82,11 +81,11 @@ def test_builds_and_keeps_objects(tree: ModuleType, steps: list[str]) -> None:
     tree.build(["cpu"])  # again: nothing is compiled
     assert "cpu: linking" in steps and not [step for step in steps if "compiling" in step]
 
-    header = tree.source_folder() / "philox.h"  # included by the source
+    header = tree.source_folder() / "resample.h"  # included by the source
     header.write_text(header.read_text().replace("namespace fastvar {", "namespace fastvar {\n#error no such luck", 1))
     assert not tree.is_current(library, "cpu")
     before = library.read_bytes()
-    with pytest.raises(tree.BuildError, match=r"(?s)cpu: compiling random.cpp failed:.*no such luck"):
+    with pytest.raises(tree.BuildError, match=r"(?s)cpu: compiling resample.cpp failed:.*no such luck"):
         tree.build(["cpu"])
     assert library.read_bytes() == before and tree.record()["cpu"] == note
 
@@ -111,7 +110,7 @@ def test_installed_packages_build_into_the_cache(tree: ModuleType) -> None:
             tree.build(["cpu"])
         folder.chmod(0o700)
     assert tree.libraries("cpu") == [brought, library]
-    source = tree.source_folder() / "random.cpp"
+    source = tree.source_folder() / "resample.cpp"
     source.write_text(source.read_text() + "\n// changed\n")
     assert tree.libraries("cpu") == [brought]
 
@@ -272,7 +271,7 @@ def test_wheel_with_the_extension(tree: ModuleType, tmp_path: Path) -> None:
     assert note["cpu"]["state"] == "built" and note["cuda"]["reason"] == "FASTVAR_BUILD=cpu"
 
     # another one from the same tree, which keeps build/, without what the first one made
-    (tree.source_folder() / "random.cpp").write_text("#error no such luck\n")
+    (tree.source_folder() / "resample.cpp").write_text("#error no such luck\n")
     done = wheel(tree, tmp_path / "second", FASTVAR_BUILD="auto", CUDA_HOME="/nonsense")
     assert done.returncode == 0, done.stderr
     assert list((tree.PACKAGE.parent / "build").glob("lib*"))
@@ -334,18 +333,6 @@ def test_newer_shims_are_recognised(tmp_path: Path) -> None:
         (tmp_path / "torch/csrc" / header).parent.mkdir(parents=True)
         (tmp_path / "torch/csrc" / header).write_text(text.format(11, "old") + text.format(12, "new"))
     assert newer_shims(tmp_path) == {"torch_new"}
-
-
-@pytest.mark.skipif("cpu" not in POSSIBLE, reason="no C++ compiler")
-def test_philox_in_cpp_is_that_of_python() -> None:
-    assert _extension.missing("cpu") is None
-    generator = torch.Generator().manual_seed(0)
-    edges = torch.tensor([0, 1, -1, 2**32 - 1, 2**32, -(2**63), 2**63 - 1])
-    words = torch.randint(-(2**63), 2**63 - 1, (3, 300), generator=generator)
-    seed, stream, counter = torch.cat([torch.cartesian_prod(edges, edges, edges).T, words], 1).unbind()
-    out = torch.empty(4, len(seed), dtype=torch.int64)
-    torch.ops.fastvar_cpu.philox(seed.contiguous(), stream.contiguous(), counter.contiguous(), out)
-    assert torch.equal(out, torch.stack(philox(seed, stream, counter)))
 
 
 @pytest.fixture
@@ -430,12 +417,12 @@ def test_a_library_of_older_sources_is_an_obstacle(
     pretend: Callable[..., None], tree: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also one that has the ops that are asked for."""
-    assert _extension._lack("cpu", "philox") is None
+    assert _extension._lack("cpu", "propagate_mask") is None
     assert _extension._lack("cpu", "to_come") == "the cpu extension has no to_come (fastvar build --cpu)"
     library = build.libraries("cpu")[0]
     pretend(library)
     monkeypatch.setattr(build, "sources_digest", lambda target: "0123456789abcdef" * 2)
-    assert _extension._lack("cpu", "philox") == (
+    assert _extension._lack("cpu", "propagate_mask") == (
         f"{library} was built from other sources than these (fastvar build --cpu)"
     )
     assert not tree.is_current(library, "cpu")

@@ -38,6 +38,12 @@ def shape(op: str, argument: str, tensor: torch.Tensor, *expected: int | str | N
     fail(op, argument, f"shape ({names})", tuple(got))
 
 
+def same_shape(op: str, argument: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    """Check that a tensor has just this shape."""
+    if not isinstance(tensor, torch.Tensor) or tensor.shape != expected:
+        shape(op, argument, tensor, *expected)
+
+
 def same_dtype_and_device(op: str, reference: str, tensor: torch.Tensor, **others: torch.Tensor | None) -> None:
     """Check that the tensors named have the dtype and device of `tensor`, whose argument is called `reference`."""
     for name, other in others.items():

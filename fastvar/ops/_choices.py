@@ -20,7 +20,7 @@ ANY = 2**63 - 1
 HALF = (torch.float16, torch.bfloat16)
 
 
-class Call(NamedTuple):
+class Traits(NamedTuple):
     """What a choice may depend on.
 
     Attributes:
@@ -64,19 +64,19 @@ class Choice(NamedTuple):
     gradient: bool | None = None
     deterministic: bool = True
 
-    def fits(self, family: str, call: Call) -> bool:
+    def fits(self, family: str, traits: Traits) -> bool:
         """Whether the row is for a call on a GPU of this family."""
-        tensor = call.tensor
+        tensor = traits.tensor
         length = tensor.shape[1] if tensor.ndim > 2 else 0
         return (
             (not self.families or family in self.families)
             and (not self.dtypes or tensor.dtype in self.dtypes)
             and self.width[0] <= tensor.shape[-1] <= self.width[1]
             and self.length[0] <= length <= self.length[1]
-            and self.prefix in (None, call.prefix)
-            and self.ragged in (None, call.ragged)
-            and self.gradient in (None, call.gradient)
-            and (self.deterministic or not call.gradient or not torch.are_deterministic_algorithms_enabled())
+            and self.prefix in (None, traits.prefix)
+            and self.ragged in (None, traits.ragged)
+            and self.gradient in (None, traits.gradient)
+            and (self.deterministic or not traits.gradient or not torch.are_deterministic_algorithms_enabled())
         )
 
 

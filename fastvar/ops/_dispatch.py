@@ -1,25 +1,27 @@
 """Which implementation of an operator runs, why, and what else there is.
 
 An explicit backend runs or raises. Without one, what the environment variable FASTVAR_BACKEND prefers comes first, as
-far as it can run; then, on a GPU, what the table in `_choices` takes; then, on a CPU, the implementation for CPUs; the
-reference is the last resort.
+far as it can run; then, on a GPU, what the table in `_choices` takes, and on a CPU what is in C++; then what PyTorch
+does fast or in bounded memory; the reference is the last resort.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
-from fastvar.ops._choices import CHOICES, RAN, Call, generation
+from fastvar.ops._choices import CHOICES, RAN, Traits, generation
 
 logger = logging.getLogger("fastvar")
 
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "sdpa", "flex", "flash_attn", "xformers")
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton", "cuda", "sdpa", "flex", "flash_attn", "xformers")
 _EVERY = ""  # stands for all operators in a preference
 
 
@@ -71,17 +73,14 @@ def _there() -> str | None:
     return None
 
 
-def _itself(tensor: torch.Tensor) -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Implementation:
     """One way to run an operator.
 
     Attributes:
         backend: its name among BACKENDS.
-        module: the module that holds its functions, imported on first use.
+        module: the module that holds its functions `forward` and, unless the gradient is that of forward, `backward`;
+            with "module:name" they are called `name` and `name_backward`. Imported on first use.
         devices: device types it runs on; empty means any.
         obstacle: called with the lead tensor, says why it cannot run (with the remedy), or None if it can.
         missing: says what of it is not installed (with the remedy), or None. Unlike an obstacle this is somebody's
@@ -90,8 +89,7 @@ class Implementation:
             such, an explicit call gets its error.
         verified: where it has been seen to run and agree with the reference, for the support matrix; GPUs are in
             `_choices.RAN`.
-        faster: called with the lead tensor, names a module that does the same in less time, or None if there is none
-            for that device and dtype.
+        saves: places of the results that its backward pass gets, as `saved`.
     """
 
     backend: str
@@ -101,7 +99,7 @@ class Implementation:
     missing: Callable[[], str | None] = _there
     ragged: bool = True
     verified: tuple[str, ...] = ()
-    faster: Callable[[torch.Tensor], str | None] = _itself
+    saves: tuple[int, ...] = ()
 
     def why_not(self, tensor: torch.Tensor) -> str | None:
         """The reason why this implementation cannot run for that lead tensor, or None."""
@@ -125,20 +123,63 @@ class Explanation:
     __repr__ = __str__
 
 
+class Chosen(NamedTuple):
+    """The implementation that runs for calls like one that was looked at.
+
+    Attributes:
+        backend: its name.
+        device: that of the lead tensor.
+        module: that holds its functions.
+        forward, backward: these; backward is None where the gradient is that of forward.
+        saves: see `Implementation`.
+    """
+
+    backend: str
+    device: torch.device
+    module: ModuleType
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None
+    saves: tuple[int, ...]
+
+
 # Operators by public name, in order of registration: the implementations, the preferred one first.
 REGISTRY: dict[str, tuple[Implementation, ...]] = {}
 _warned: set[tuple[str, str]] = set()
-# What "auto" came to for a call like this one: an obstacle looks at device, dtype and shape alone.
-_answers: dict[tuple[object, ...], str] = {}
+# What calls came to: an obstacle looks at device, dtype and shape alone.
+_answers: dict[tuple[object, ...], Chosen] = {}
 _MOST_ANSWERS = 4096
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # others may have shapes that are symbols
-# The module that holds an implementation's functions, by operator, backend, device and dtype.
-MODULES: dict[tuple[object, ...], ModuleType] = {}
 
 
-def resolve(op: str, backend: str, call: Call, *, log: bool = True) -> str:
-    """The backend that runs operator `op` for a call, given what the caller asks for. That something which would be
-    taken cannot run is logged once.
+def choose(op: str, backend: str, tensor: torch.Tensor, shared: tuple[bool, bool], gradient: bool) -> Chosen:
+    """What `resolve` answers for a lead tensor, whether rows share a prefix and whether that is ragged, and whether a
+    gradient is wanted, with its functions. Asked once for calls that are alike."""
+    exact = torch.are_deterministic_algorithms_enabled()
+    key = (op, backend, tensor.device, tensor.dtype, tensor.shape, shared, gradient, exact)
+    answer = _answers.get(key)
+    if answer is None:
+        if len(_answers) >= _MOST_ANSWERS:
+            _answers.clear()
+        row = resolve(op, backend, Traits(tensor, *shared, gradient))
+        where, _, name = row.module.partition(":")
+        module = importlib.import_module(where)
+        forward = getattr(module, name or "forward")
+        backward = getattr(module, f"{name}_backward" if name else "backward", None)
+        answer = _answers[key] = Chosen(row.backend, tensor.device, module, forward, backward, row.saves)
+    return answer
+
+
+def saved_results(op: str, chosen: Chosen | str) -> tuple[int, ...]:
+    """The places of the results that the backward pass of an implementation gets."""
+    if not isinstance(chosen, str):
+        return chosen.saves
+    row = _find(op, chosen)
+    return () if row is None else row.saves
+
+
+def resolve(op: str, backend: str, traits: Traits, *, log: bool = True) -> Implementation:
+    """The implementation that runs operator `op` for a call, given what the caller asks for. That something which would
+    be taken cannot run is logged once.
 
     Raises:
         ValueError: unknown backend.
@@ -146,55 +187,40 @@ def resolve(op: str, backend: str, call: Call, *, log: bool = True) -> str:
     """
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend: expected one of {BACKENDS}, got {backend!r}")
-    tensor = call.tensor
     if backend != "auto":
         wanted = _find(op, backend)
         if wanted is None:
             there = ", ".join(_names(op))
             raise RuntimeError(f"{op}: backend={backend!r} does not exist for this operator; there is {there}")
-        obstacle = wanted.why_not(tensor)
+        obstacle = wanted.why_not(traits.tensor)
         if obstacle is not None:
             raise RuntimeError(f"{op}: backend={backend!r} cannot run: {obstacle}")
-        return backend
-    if not log or torch.compiler.is_compiling() or type(tensor) not in PLAIN:
-        return _auto(op, call, log)
-    exact = torch.are_deterministic_algorithms_enabled()
-    key = (op, tensor.device, tensor.dtype, tensor.shape, *call[1:], exact)
-    answer = _answers.get(key)
-    if answer is None:
-        if len(_answers) >= _MOST_ANSWERS:
-            _answers.clear()
-        answer = _answers[key] = _auto(op, call, log)
-    return answer
+        return wanted
+    for implementation in _in_order(op, traits):
+        obstacle = implementation.why_not(traits.tensor)
+        if obstacle is None:
+            return implementation
+        if log and not torch.compiler.is_compiling() and _is_downgrade(op, implementation, traits.tensor):
+            warn_once(op, implementation.backend, obstacle)
+    raise RuntimeError(f"{op}: no implementation can run; there is {', '.join(_names(op))}")
 
 
 def forget_answers() -> None:
     """After a change of what there is, such as a build."""
     _answers.clear()
-    MODULES.clear()
 
 
-def _auto(op: str, call: Call, log: bool) -> str:
-    for implementation in _in_order(op, call):
-        obstacle = implementation.why_not(call.tensor)
-        if obstacle is None:
-            return implementation.backend
-        if log and not torch.compiler.is_compiling() and _is_downgrade(op, implementation, call.tensor):
-            warn_once(op, implementation.backend, obstacle)
-    raise RuntimeError(f"{op}: no implementation can run; there is {', '.join(_names(op))}")
-
-
-def _in_order(op: str, call: Call) -> Iterator[Implementation]:
+def _in_order(op: str, traits: Traits) -> Iterator[Implementation]:
     """What "auto" tries."""
     backends = list(_preferred(op))
-    family = generation(call.tensor.device)
+    family = generation(traits.tensor.device)
     if family:
-        backends += [choice.backend for choice in CHOICES.get(op, ()) if choice.fits(family, call)]
-    elif call.tensor.device.type == "cpu":
+        backends += [choice.backend for choice in CHOICES.get(op, ()) if choice.fits(family, traits)]
+    elif traits.tensor.device.type == "cpu":
         backends.append("cpu")
-    for backend in (*backends, "reference"):
+    for backend in (*backends, "torch", "reference"):
         implementation = _find(op, backend)
-        if implementation is not None and (implementation.ragged or not call.ragged):
+        if implementation is not None and (implementation.ragged or not traits.ragged):
             yield implementation
 
 
@@ -256,19 +282,17 @@ def explain(
         raise ValueError(f"explain: op: expected one of {tuple(REGISTRY)}, got {op!r}")
     if gradient is None:
         gradient = tensor.requires_grad and torch.is_grad_enabled()
-    call = Call(tensor, prefix, ragged, gradient)
+    traits = Traits(tensor, prefix, ragged, gradient)
     try:
-        chosen = resolve(op, backend, call, log=False)
+        chosen = resolve(op, backend, traits, log=False).backend
     except RuntimeError as error:
         chosen = f"none: {error}"
-    tried = [each.backend for each in _in_order(op, call)]
+    tried = [each.backend for each in _in_order(op, traits)]
     reasons = {}
     for implementation in REGISTRY[op]:
         why_not = implementation.why_not(tensor)
         if implementation.backend == chosen:
-            module = implementation.faster(tensor)
-            how = "" if module is None else ", in C++"
-            reasons[chosen] = f"chosen{how}{_because(op, chosen, backend, call)}"
+            reasons[chosen] = f"chosen{_because(op, chosen, backend, traits)}"
         elif why_not is not None:
             reasons[implementation.backend] = why_not
         elif implementation.backend in tried:
@@ -278,16 +302,16 @@ def explain(
     return Explanation(op, chosen, reasons)
 
 
-def _because(op: str, chosen: str, backend: str, call: Call) -> str:
+def _because(op: str, chosen: str, backend: str, traits: Traits) -> str:
     """What speaks for a backend that was chosen, if it has to be said."""
     if backend != "auto":
         return ""
     if chosen in _preferred(op):
         return ": FASTVAR_BACKEND prefers it"
-    family = generation(call.tensor.device)
+    family = generation(traits.tensor.device)
     if not family or chosen == "reference":
         return ""
-    rows = (row for row in CHOICES[op] if row.backend == chosen and row.fits(family, call))
+    rows = (row for row in CHOICES[op] if row.backend == chosen and row.fits(family, traits))
     if family in next(rows).measured:
         return f": recorded runs on {family} show that it pays"
     return f": predicted to pay on {family}, not yet measured there as it is now"

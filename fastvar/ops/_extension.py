@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastvar.ops._dispatch import Implementation, forget_answers, warn_once
+from fastvar.ops._dispatch import Implementation, forget_answers
 
 _DEVICES = {"cpu": "cpu", "cuda": "cuda"}  # backend and target of the build: device type
 
@@ -115,25 +115,6 @@ def extension_implementation(
         missing=partial(missing, backend),
         verified=verified,
     )
-
-
-def in_extension(module: str, *, op: str) -> Callable[[torch.Tensor], str | None]:
-    """For `Implementation.faster` on CPUs: the module where the extension is there and has that op, for float32 and the
-    16-bit formats.
-
-    Without the extension the implementation does its work in another way and says nothing. A library that is there and
-    not taken is named once.
-    """
-
-    def faster(tensor: torch.Tensor) -> str | None:
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return None
-        lack = _lack("cpu", op)
-        if lack is not None and missing("cpu") is None and not torch.compiler.is_compiling():
-            warn_once(op, "cpu in C++", lack)
-        return module if lack is None else None
-
-    return faster
 
 
 def _obstacle(

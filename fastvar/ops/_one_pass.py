@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from fastvar.ops._dispatch import Chosen
 from fastvar.ops._operator import surroundings
 
 
-def wanted(*leaves: torch.Tensor | None) -> list[bool]:
+def wanted(leaves: Sequence[torch.Tensor | None]) -> tuple[bool, ...]:
     """Which of these tensors a loss computed now will be differentiated with respect to."""
-    return [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
+    return tuple([torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves])
 
 
 def with_gradients(
@@ -21,21 +21,22 @@ def with_gradients(
     leaves: Sequence[torch.Tensor | None],
     gradients: Sequence[torch.Tensor],
     needs: Sequence[bool],
-    backend: str,
+    chosen: Chosen | str,
 ) -> torch.Tensor:
     """The loss () as a function of the leaves, given its gradients with respect to those that need one; the others'
-    are not looked at. The backend is the one that made them."""
+    are not looked at. They were made by the `chosen` implementation: if it has a function `multiply(x, factor)`, that
+    multiplies them."""
     if not any(needs):
         return loss
     kept = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-    return _WithGradients.apply(backend, loss, *kept, *leaves)
+    return _WithGradients.apply(chosen, loss, *kept, *leaves)
 
 
 class _WithGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend: str, loss: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, chosen: Chosen | str, loss: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
         half = len(rest) // 2
-        ctx.backend = backend
+        ctx.multiply = None if isinstance(chosen, str) else getattr(chosen.module, "multiply", None)
         ctx.save_for_backward(*rest[:half])
         ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in rest[half:]]
         return loss.clone()
@@ -54,14 +55,10 @@ class _WithGradients(torch.autograd.Function):
                 continue
             if keep:
                 gradient = gradient * factor
-            elif ctx.backend == "triton":
+            elif ctx.multiply is not None:
                 with surroundings("gradient of a loss", gradient.device):
-                    _triton().multiply(gradient, factor)
+                    ctx.multiply(gradient, factor)
             else:
                 gradient.mul_(factor)
             found.append(gradient.to(dtype))
         return None, None, *[None] * len(found), *found
-
-
-def _triton() -> Any:
-    return importlib.import_module("fastvar.kernels.token_log_probs.impl_triton")

@@ -1,260 +1,248 @@
-"""One declaration per operator: schema, fake, autograd and the way to its implementations.
+"""One declaration per operator: the record of its arguments, a fake and its implementations.
 
 An `Operator` registers `fastvar::<name>` and, if it is differentiable, `fastvar::<name>_backward` with torch.library,
 and wraps both in one autograd.Function. Where nobody wants to see the op, in eager mode, the implementation is called
-directly: the way through torch.library costs more than a small kernel. Implementations are modules with a function
-`forward` and, if they have one of their own, `backward`; without it the gradient is that of `forward` recomputed under
-autograd. That is what references do: their gradient is right by construction.
+directly: the way through torch.library costs more than a small kernel. An implementation is a function `forward(call)`
+and, if it has one of its own, `backward(call, saved, grads, needs)`; without it the gradient is that of `forward`
+recomputed under autograd. That is what references do: their gradient is right by construction.
 """
 
 from __future__ import annotations
 
-import importlib
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch import _C
+from torch.autograd import profiler
 
-from fastvar.ops._choices import Call
-from fastvar.ops._dispatch import MODULES, PLAIN, REGISTRY, Implementation, resolve
+from fastvar.kernels.common.recording import recording
+from fastvar.ops._choices import Traits
+from fastvar.ops._dispatch import PLAIN, REGISTRY, Chosen, Implementation, choose, resolve, saved_results
+from fastvar.ops._record import Record
 from fastvar.profiling import ENABLED, annotate
-from fastvar.schedule import ScaleSchedule
+
+C = TypeVar("C")
+Grads = Sequence[torch.Tensor | None]
 
 _NOTHING = nullcontext()
 _LIBRARY = torch.library.Library("fastvar", "DEF")
 
 
-class Operator:
+class Operator(Generic[C]):
     """An operator of the library `fastvar`.
 
     Args:
         name: the public name; the op is `torch.ops.fastvar.<name>`.
-        arguments: the schema's arguments. An argument called `grids` (`int[]`, a flattened schedule) reaches the
-            implementation as a `ScaleSchedule`.
-        returns: the schema's results: "Tensor" or a tuple of them.
-        fake: from the same arguments to empty results of the right shape, dtype and contiguous layout.
+        call: the type of the record of a call's arguments, see `_record`. Its first value is the lead tensor. If it has
+            a property `shared`, that says whether rows share a prefix and whether this has lengths of its own, as a
+            choice may depend on both.
+        results: how many tensors a call returns.
+        fake: from a call to empty results of the right shape, dtype and contiguous layout.
         implementations: the preferred one first.
         differentiable: False for operators whose results carry no gradient.
-        function: the name of the implementations' forward function, where one module holds several operators.
-        keeps_results: how many of the results, from the first one on, the backward functions of the implementations
-            get too, as a list `results` before `needs`; None for all.
-        passes: for an operator with one result, the number among the tensor arguments of one whose gradient is the
-            incoming one: autograd hands it on, if contiguous without a copy, and no implementation is asked
-            for it.
     """
 
     def __init__(
         self,
         name: str,
-        arguments: str,
-        returns: str,
+        call: type[C],
+        results: int = 1,
         *,
-        fake: Callable[..., Any],
+        fake: Callable[[C], Any],
         implementations: Sequence[Implementation],
         differentiable: bool = True,
-        function: str = "forward",
-        keeps_results: int | None = 0,
-        passes: int | None = None,
     ) -> None:
         self.name = name
-        self.function = function
-        self._keeps_results = keeps_results
-        self._passes = passes
-        self._ready: set[str] = set()  # backends that were seen to be able to run
+        self.record = Record(call)
         REGISTRY[name] = tuple(implementations)
-        fields = [field.split("=")[0].split() for field in _split_arguments(arguments)]
-        self._schedule_at = next((i for i, field in enumerate(fields) if field[-1] == "grids"), None)
-        self.tensors_at = tuple(i for i, field in enumerate(fields) if field[0] in ("Tensor", "Tensor?"))
-        self._prefix_at = next((i for i, field in enumerate(fields) if field[-1] == "prefix_k"), None)
-        self._ragged_at = next((i for i, field in enumerate(fields) if field[-1] == "prefix_lengths"), None)
-        self._written_at = tuple(i for i, field in enumerate(fields) if "!" in field[0])
+        record = self.record
+        self._needs: Any = namedtuple("needs", [record.names[i] for i in record.tensors])  # type: ignore[misc]
+        self._has_shared = hasattr(call, "shared")
+        returns = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
 
-        _LIBRARY.define(f"{name}({arguments}, str backend) -> {returns}")
+        def fake_forward(*values: Any) -> Any:
+            return fake(record.restore(values[:-1]))
+
+        _LIBRARY.define(f"{name}({record.schema}, str backend) -> {returns}")
         _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastvar::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
+        torch.library.register_fake(f"fastvar::{name}", fake_forward, lib=_LIBRARY)
         self.op = getattr(torch.ops.fastvar, name).default
         self._function: Any = None
         if differentiable:
             backward = f"{name}_backward"
-            results = "" if keeps_results == 0 else "Tensor[] results, "
-            _LIBRARY.define(f"{backward}(Tensor?[] grads, {arguments}, {results}bool[] needs, str backend) -> Tensor[]")
+            arguments = f"Tensor?[] grads, {record.schema}, Tensor[] saved, bool[] needs, str backend"
+            _LIBRARY.define(f"{backward}({arguments}) -> Tensor[]")
             _LIBRARY.impl(backward, self._run_backward, "CompositeExplicitAutograd")
             torch.library.register_fake(f"fastvar::{backward}", self._fake_backward, lib=_LIBRARY)
             self.backward_op = getattr(torch.ops.fastvar, backward).default
-            self._function = _autograd_function(self, keeps_results, passes)
+            self._function = _autograd_function(self)
 
-    def __call__(self, backend: str, *args: Any) -> Any:
-        """Run the op: `args` are the schema's arguments, the first of them the lead tensor."""
-        return self.run(self.resolve(backend, *args), *args)
+    def __call__(self, call: C, backend: str = "auto") -> Any:
+        """The results, by the implementation that is chosen for the call."""
+        return self.run(call, backend)[0]
 
-    def run(self, chosen: str, *args: Any) -> Any:
-        """Run it by the backend that `resolve` answered."""
-        if self._wants_gradient(args):
-            return self._function.apply(*args, chosen)
-        return self.forward(*args, chosen)
+    def run(self, call: C, backend: str) -> tuple[Any, Chosen | str]:
+        """The results and the implementation that gave them; where somebody wants to see the op, its backend's name."""
+        values = self.record.values(call)
+        tensors = self._tensors(values)
+        tracked = False  # whether autograd would follow
+        if torch.is_grad_enabled():
+            for tensor in tensors:
+                if tensor is not None and tensor.requires_grad:
+                    tracked = True
+        gradient = tracked and self._function is not None
+        shared = call.shared if self._has_shared else (False, False)  # type: ignore[attr-defined]
+        if not _unseen(tensors):
+            name = resolve(self.name, backend, Traits(values[0], shared[0], shared[1], gradient)).backend
+            return self._function.apply(*values, name, None) if gradient else self.op(*values, name), name
+        chosen = choose(self.name, backend, values[0], shared, gradient)
+        if gradient:
+            return self._function.apply(*values, chosen, call), chosen
+        return self._forward(call, chosen, tracked), chosen
 
-    def forward(self, *args: Any) -> Any:
-        """The op without its gradient: the schema's arguments and the backend."""
-        return (self._run if self._unseen(args) else self.op)(*args)
+    def gradients(
+        self, values: Sequence[Any], saved: Sequence[torch.Tensor], grads: Grads, needs: Sequence[bool], chosen: Any
+    ) -> list[torch.Tensor | None]:
+        """Of each tensor of a call, as far as they are needed; values: those of its record."""
+        if not any(needs):
+            return [None] * len(needs)
+        if isinstance(chosen, Chosen) and _unseen((*self._tensors(values), *grads)):
+            return self._backward(values, saved, grads, needs, chosen)
+        backend = chosen if isinstance(chosen, str) else chosen.backend
+        found = iter(self.backward_op(list(grads), *values, list(saved), list(needs), backend))
+        return [next(found) if need else None for need in needs]
 
-    def backward(self, *args: Any) -> list[torch.Tensor]:
-        """The backward op's arguments and results."""
-        plain = all(grad is None or type(grad) in PLAIN for grad in args[0])
-        return (self._run_backward if plain and self._unseen(args[1:]) else self.backward_op)(*args)
+    def _tensors(self, values: Sequence[Any]) -> list[torch.Tensor | None]:
+        return [values[i] for i in self.record.tensors]
 
-    def _unseen(self, args: Sequence[Any]) -> bool:
-        """Whether nobody wants to see the op: no compiler, exporter, mode, transform, profiler or tensor subclass."""
-        if torch.compiler.is_compiling() or not _nobody_looks():
-            return False
-        for i in self.tensors_at:
-            tensor = args[i]
-            if tensor is not None and (type(tensor) not in PLAIN or tensor.is_meta):
-                return False
-        return True
-
-    def resolve(self, backend: str, *args: Any) -> str:
-        """The backend that runs for a call."""
-        prefix = self._prefix_at is not None and args[self._prefix_at] is not None
-        ragged = self._ragged_at is not None and args[self._ragged_at] is not None
-        return resolve(self.name, backend, Call(args[0], prefix, ragged, self._wants_gradient(args)))
-
-    def _wants_gradient(self, args: Sequence[Any]) -> bool:
-        if self._function is None or not torch.is_grad_enabled():
-            return False
-        return any(args[i] is not None and args[i].requires_grad for i in self.tensors_at)
-
-    def _implementation(self, backend: str, tensor: torch.Tensor) -> Any:
-        key = (self.name, backend, tensor.device, tensor.dtype)
-        if key in MODULES:
-            return MODULES[key]
-        for implementation in REGISTRY[self.name]:
-            if implementation.backend == backend:
-                # An exported program, or a direct call of the op, has not been through `resolve`, which would have
-                # loaded the extension and said what stands in the way.
-                if backend not in self._ready:
-                    resolve(self.name, backend, Call(tensor))
-                    self._ready.add(backend)
-                MODULES[key] = importlib.import_module(implementation.faster(tensor) or implementation.module)
-                return MODULES[key]
-        raise RuntimeError(f"{self.name}: backend={backend!r} does not exist for this operator")
-
-    def _with_schedule(self, args: Sequence[Any]) -> list[Any]:
-        args = list(args)
-        if self._schedule_at is not None:
-            args[self._schedule_at] = ScaleSchedule.from_flat(args[self._schedule_at])
-        return args
-
-    def _run(self, *args: Any) -> Any:
-        forward = getattr(self._implementation(args[-1], args[0]), self.function)
-        with surroundings(self.name, args[0].device):
-            results = forward(*self._with_schedule(args[:-1]))
-        if self._written_at:  # autograd has to see it, however it was done
-            torch.autograd.graph.increment_version([args[i] for i in self._written_at])
+    def _forward(self, call: C, chosen: Chosen, tracked: bool) -> Any:
+        with surroundings(self.name, chosen.device, tracked):
+            results = chosen.forward(call)
+        if self.record.written:  # autograd has to see it, however it was done
+            values = self.record.values(call)
+            torch.autograd.graph.increment_version([values[i] for i in self.record.written])
         return results
 
-    def _run_backward(self, grads: list[torch.Tensor | None], *rest: Any) -> list[torch.Tensor]:
-        *args, needs, backend = rest
-        if self._passes is not None and needs[self._passes]:  # a direct call, as autograd never asks
-            asked = [need and i != self._passes for i, need in enumerate(needs)]
-            found = self._run_backward(grads, *args, asked, backend)
-            like = args[self.tensors_at[self._passes]]
-            passed = torch.zeros_like(like) if grads[0] is None else grads[0]
-            # a copy: results of an op may not be its arguments
-            found.insert(sum(needs[: self._passes]), passed.clone(memory_format=torch.contiguous_format))
-            return found
-        module = self._implementation(backend, args[0])
-        results = [] if self._keeps_results == 0 else [args.pop()]
-        args = self._with_schedule(args)
-        own = getattr(module, "backward" if self.function == "forward" else f"{self.function}_backward", None)
-        with surroundings(f"{self.name} backward", args[0].device):
-            if own is not None:
-                return own(grads, *args, *results, needs)
-            return _recomputed_gradients(getattr(module, self.function), grads, args, self.tensors_at, needs)
+    def _backward(
+        self, values: Sequence[Any], saved: Sequence[torch.Tensor], grads: Grads, needs: Sequence[bool], chosen: Chosen
+    ) -> list[torch.Tensor | None]:
+        found: dict[str, torch.Tensor | None] = {}
+        if any(grad is not None for grad in grads):
+            with surroundings(f"{self.name} backward", chosen.device):
+                if chosen.backward is None:
+                    found = self._recomputed(values, grads, needs, chosen)
+                else:
+                    found = chosen.backward(self.record.restore(values), saved, grads, self._needs(*needs))
+        results: list[torch.Tensor | None] = []
+        for name, tensor, need in zip(self._needs._fields, self._tensors(values), needs, strict=True):
+            gradient = found.get(name) if need else None
+            if need and tensor is not None and gradient is None:
+                gradient = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            results.append(gradient)
+        return results
 
-    def _fake_backward(self, grads: list[torch.Tensor | None], *rest: Any) -> list[torch.Tensor]:
-        *args, needs, _ = rest
-        wanted = [args[i] for i, need in zip(self.tensors_at, needs, strict=True) if need]
+    def _recomputed(
+        self, values: Sequence[Any], grads: Grads, needs: Sequence[bool], chosen: Chosen
+    ) -> dict[str, torch.Tensor | None]:
+        values = list(values)
+        leaves: dict[str, torch.Tensor] = {}
+        with recording():
+            for i, need in zip(self.record.tensors, needs, strict=True):
+                if values[i] is not None:
+                    values[i] = values[i].detach().requires_grad_(need)
+                if need:
+                    leaves[self.record.names[i]] = values[i]
+            results = chosen.forward(self.record.restore(values))
+            results = (results,) if isinstance(results, torch.Tensor) else results
+            pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad]
+            if not pairs:
+                return {}
+            outputs, weights = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outputs, list(leaves.values()), weights, allow_unused=True)
+        return {n: None if g is None else g.contiguous() for n, g in zip(leaves, found, strict=True)}
+
+    def _run(self, *args: Any) -> Any:
+        *values, backend = args
+        call = self.record.restore(values)
+        return self._forward(call, choose(self.name, backend, values[0], (False, False), False), True)
+
+    def _run_backward(self, grads: Grads, *args: Any) -> list[torch.Tensor]:
+        *values, saved, needs, backend = args
+        chosen = choose(self.name, backend, values[0], (False, False), False)
+        found = self._backward(values, saved, grads, needs, chosen)
+        # Results of an op may be neither its arguments nor one tensor twice, which autograd itself does not mind.
+        taken = {grad.data_ptr() for grad in grads if grad is not None}
+        results = []
+        for gradient in found:
+            if gradient is not None:
+                if gradient.data_ptr() in taken:
+                    gradient = gradient.clone(memory_format=torch.contiguous_format)
+                taken.add(gradient.data_ptr())
+                results.append(gradient)
+        return results
+
+    def _fake_backward(self, grads: Grads, *args: Any) -> list[torch.Tensor]:
+        *values, _, needs, _ = args
+        wanted = [
+            tensor for tensor, need in zip(self._tensors(values), needs, strict=True) if need and tensor is not None
+        ]
         return [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in wanted]
 
 
-def _split_arguments(arguments: str) -> list[str]:
-    return [field.strip() for field in arguments.split(",")]
+def _unseen(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether nobody wants to see the op: no compiler, exporter, mode, transform, profiler or tensor subclass."""
+    if torch.compiler.is_compiling() or (
+        _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or _C._functorch.peek_interpreter_stack() is not None
+        or _C._get_tracing_state() is not None
+        or profiler._is_profiler_enabled
+    ):
+        return False
+    for tensor in tensors:  # noqa: SIM110  # a generator costs more
+        if tensor is not None and (type(tensor) not in PLAIN or tensor.is_meta):
+            return False
+    return True
 
 
-def surroundings(name: str, device: torch.device) -> AbstractContextManager[Any]:
+def surroundings(name: str, device: torch.device, tracked: bool = True) -> AbstractContextManager[Any]:
     """What an implementation runs in: a range in profiles; no autocast, as dtypes are the operator's own affair; no
-    gradient; the tensors' GPU. Only what changes something: entering all of them costs more than a small call."""
-    needed: list[AbstractContextManager[Any]] = []
-    if ENABLED:
-        needed.append(annotate(name))
-    if torch.is_autocast_enabled(device.type):
-        needed.append(torch.autocast(device.type, enabled=False))
-    if torch.is_grad_enabled():
-        needed.append(torch.no_grad())
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        needed.append(torch.cuda.device(device))  # kernels are launched on the current one
-    if not needed:
+    gradient, where one would be `tracked`; the tensors' GPU. Only what changes something: entering all of them costs
+    more than a small call."""
+    autocast = torch.is_autocast_enabled(device.type)
+    tracked = tracked and torch.is_grad_enabled()
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    if not (ENABLED or autocast or tracked or elsewhere):
         return _NOTHING
     stack = ExitStack()
-    for context in needed:
-        stack.enter_context(context)
+    if ENABLED:
+        stack.enter_context(annotate(name))
+    if autocast:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+    if tracked:
+        stack.enter_context(torch.no_grad())
+    if elsewhere:
+        stack.enter_context(torch.cuda.device(device))  # kernels are launched on the current one
     return stack
 
 
-def _recomputed_gradients(
-    forward: Callable[..., Any],
-    grads: Sequence[torch.Tensor | None],
-    args: list[Any],
-    tensors_at: Sequence[int],
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
-    leaves = []
-    with torch.enable_grad():
-        for i, need in zip(tensors_at, needs, strict=True):
-            if args[i] is not None:
-                args[i] = args[i].detach().requires_grad_(need)
-            if need:
-                leaves.append(args[i])
-        results = forward(*args)
-        results = (results,) if isinstance(results, torch.Tensor) else results
-        pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad]
-        if not pairs:
-            return [torch.zeros_like(leaf, memory_format=torch.contiguous_format) for leaf in leaves]
-        outputs, weights = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, leaves, weights, allow_unused=True, materialize_grads=True)
-    # clone: the gradients of a sum are one tensor, which may be the incoming one; results of an op may not alias
-    seen = {grad.data_ptr() for grad in grads if grad is not None}
-    gradients = []
-    for gradient in found:
-        gradient = gradient.contiguous()
-        gradients.append(gradient.clone() if gradient.data_ptr() in seen else gradient)
-        seen.add(gradient.data_ptr())
-    return gradients
-
-
-def _nobody_looks() -> bool:
-    """Whether there is no mode, transform, trace or profiler that an op would be seen by."""
-    return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.profiler._is_profiler_enabled
-    )
-
-
-def _autograd_function(operator: Operator, keeps_results: int | None, passes: int | None) -> Any:
-    tensors_at = operator.tensors_at
+def _autograd_function(operator: Operator[Any]) -> Any:
+    tensors_at = operator.record.tensors
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
+            *values, chosen, call = args
             ctx.set_materialize_grads(False)
-            ctx.rest = tuple(None if i in tensors_at else arg for i, arg in enumerate(args))
-            results = operator.forward(*args)
+            results = operator.op(*values, chosen) if call is None else operator._forward(call, chosen, False)
             kept = (results,) if isinstance(results, torch.Tensor) else results
-            ctx.save_for_backward(*[args[i] for i in tensors_at], *kept[:keeps_results])
+            ctx.save_for_backward(
+                *[values[i] for i in tensors_at], *[kept[i] for i in saved_results(operator.name, chosen)]
+            )
+            ctx.chosen, ctx.rest = chosen, tuple(None if i in tensors_at else v for i, v in enumerate(values))
             if not isinstance(results, torch.Tensor):
                 ctx.mark_non_differentiable(*[r for r in results if not r.is_floating_point()])
             return results
@@ -262,20 +250,14 @@ def _autograd_function(operator: Operator, keeps_results: int | None, passes: in
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
-            args = list(ctx.rest)
-            saved = ctx.saved_tensors
+            values, saved = list(ctx.rest), ctx.saved_tensors
             for i, tensor in zip(tensors_at, saved, strict=False):
-                args[i] = tensor
-            results = [] if keeps_results == 0 else [list(saved[len(tensors_at) :])]
+                values[i] = tensor
             needs = [ctx.needs_input_grad[i] for i in tensors_at]
-            result: list[Any] = [None] * len(args)
-            if passes is not None and needs[passes]:
-                result[tensors_at[passes]] = None if grads[0] is None else grads[0].contiguous()
-                needs[passes] = False
-            found = iter(operator.backward(list(grads), *args[:-1], *results, needs, args[-1]) if any(needs) else ())
-            for i, need in zip(tensors_at, needs, strict=True):
-                if need:
-                    result[i] = next(found)
+            found = operator.gradients(values, saved[len(tensors_at) :], grads, needs, ctx.chosen)
+            result: list[Any] = [None] * (len(values) + 2)
+            for i, gradient in zip(tensors_at, found, strict=True):
+                result[i] = gradient
             return tuple(result)
 
     Function.__name__ = Function.__qualname__ = operator.name

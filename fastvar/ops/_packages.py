@@ -11,26 +11,27 @@ from fastvar.ops._dispatch import Implementation
 
 def package_implementation(
     backend: str,
-    op: str,
     packages: tuple[str, ...],
     dtypes: tuple[torch.dtype, ...],
     *,
+    op: str,
     devices: tuple[str, ...] = ("cuda",),
     head_dims: int | None = None,
     ragged: bool = True,
     verified: tuple[str, ...] = (),
+    saves: tuple[int, ...] = (),
 ) -> Implementation:
     """The implementation `fastvar.kernels.<op>.impl_<backend>`, on explicit request; see `Implementation`.
 
     Args:
         backend: its name.
-        op: the operator.
         packages: those on the package index of which it needs one, none for a part of PyTorch.
         dtypes: what it takes on a GPU.
+        op: the operator.
         devices: see `Implementation`.
         head_dims: the largest head dimension that it takes on a GPU, all multiples of 8 up to it; None for any.
         ragged: see `Implementation`.
-        verified: see `Implementation`.
+        verified, saves: see `Implementation`.
     """
     # looked for once: dispatch must stay traceable
     there = not packages or any(installed(package) for package in packages)
@@ -51,9 +52,7 @@ def package_implementation(
         return None
 
     module = f"fastvar.kernels.{op}.impl_{backend}"
-    return Implementation(
-        backend, module, devices=devices, missing=missing, obstacle=obstacle, ragged=ragged, verified=verified
-    )
+    return Implementation(backend, module, devices, obstacle, missing, ragged, verified, saves)
 
 
 def installed(package: str) -> bool:

@@ -19,18 +19,20 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def triton_implementation(
     op: str,
     *,
-    verified: tuple[str, ...] = (),
+    function: str = "",
+    saves: tuple[int, ...] = (),
     dtypes: tuple[torch.dtype, ...] = _DTYPES,
     largest: int | None = None,
 ) -> Implementation:
     """The implementation `fastvar.kernels.<op>.impl_triton`; see `Implementation`. With TRITON_INTERPRET=1 it runs on a
-    CPU too, slowly. The lead tensor has one of `dtypes` and at most `largest` elements along its last dimension."""
+    CPU too, slowly. Its functions are called after `function`, if that is given. The lead tensor has one of `dtypes`
+    and at most `largest` elements along its last dimension."""
     return Implementation(
         "triton",
-        f"fastvar.kernels.{op}.impl_triton",
+        f"fastvar.kernels.{op}.impl_triton:{function}",
         devices=("cuda", "cpu") if _INTERPRETED else ("cuda",),
         obstacle=partial(_obstacle, dtypes, largest),
-        verified=verified,
+        saves=saves,
     )
 
 

@@ -2,54 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
-from fastvar.ops._extension import in_extension
-from fastvar.ops._operator import Operator
+from fastvar.ops._operator import Grads, Operator
 from fastvar.ops._triton import triton_implementation
 
-_KERNELS = "fastvar.kernels.adaptive_layer_norm"
+
+class NormCall(NamedTuple):
+    """A call of `adaptive_layer_norm`: x (B, L, C), scale and shift (B, C)."""
+
+    x: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    eps: float
 
 
-def _implementations(of_extension: str) -> list[Implementation]:
-    faster = in_extension(f"{_KERNELS}.impl_cpp", op=of_extension)
+class GateCall(NamedTuple):
+    """A call of `gated_residual`: x and y (B, L, C), gate (B, C)."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    gate: torch.Tensor
+
+
+class GateNormCall(NamedTuple):
+    """A call of `gated_residual_norm`: x and y (B, L, C), the modulations (B, C)."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    gate: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    eps: float
+
+
+class _Gate(Operator[GateCall]):
+    """The gradient of x is the incoming one, which autograd hands on without a copy."""
+
+    def gradients(
+        self, values: Sequence[Any], saved: Sequence[torch.Tensor], grads: Grads, needs: Sequence[bool], chosen: Any
+    ) -> list[torch.Tensor | None]:
+        found = super().gradients(values, saved, grads, [False, *needs[1:]], chosen)
+        if needs[0] and grads[0] is not None:
+            found[0] = grads[0].contiguous()
+        return found
+
+
+def _implementations(function: str, saves: tuple[int, ...] = ()) -> list[Implementation]:
+    folder = "fastvar.kernels.adaptive_layer_norm"
     return [
-        triton_implementation("adaptive_layer_norm"),
-        Implementation("cpu", f"{_KERNELS}.impl_cpu", devices=("cpu",), verified=("CPU",), faster=faster),
-        Implementation("reference", f"{_KERNELS}.reference", verified=("CPU",)),
+        triton_implementation("adaptive_layer_norm", function=function, saves=saves),
+        Implementation("torch", f"{folder}.impl_torch:{function}", devices=("cpu",), verified=("CPU",), saves=saves),
+        Implementation("reference", f"{folder}.reference:{function}", verified=("CPU",)),
     ]
 
 
-def _like_x(x: torch.Tensor, *_: object) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _like_x(call: NormCall | GateCall | GateNormCall) -> torch.Tensor:
+    return torch.empty(call.x.shape, dtype=call.x.dtype, device=call.x.device)
 
 
-_NORM = Operator(
-    "adaptive_layer_norm",
-    "Tensor x, Tensor scale, Tensor shift, float eps",
-    "Tensor",
-    fake=_like_x,
-    implementations=_implementations("adaptive_layer_norm"),
-)
-_GATE = Operator(
-    "gated_residual",
-    "Tensor x, Tensor y, Tensor gate",
-    "Tensor",
-    fake=_like_x,
-    implementations=_implementations("gated_residual"),
-    function="gated_residual",
-    passes=0,
-)
+_NORM = Operator("adaptive_layer_norm", NormCall, fake=_like_x, implementations=_implementations("norm"))
+_GATE = _Gate("gated_residual", GateCall, fake=_like_x, implementations=_implementations("gate"))
 _GATE_NORM = Operator(
     "gated_residual_norm",
-    "Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps",
-    "(Tensor, Tensor)",
-    fake=lambda x, *_: (_like_x(x), _like_x(x)),
-    implementations=_implementations("gated_residual"),  # one after the other there
-    function="gated_residual_norm",
-    keeps_results=1,
+    GateNormCall,
+    results=2,
+    fake=lambda call: (_like_x(call), _like_x(call)),
+    implementations=_implementations("gate_norm", saves=(0,)),
 )
 
 
@@ -75,7 +99,7 @@ def adaptive_layer_norm(
     Source: DiT (arXiv 2212.09748) as used by VAR (arXiv 2404.02905).
     """
     _check("adaptive_layer_norm", x, scale=scale, shift=shift)
-    return _NORM(backend, x, scale, shift, eps)
+    return _NORM(NormCall(x, scale, shift, eps), backend)
 
 
 def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -94,7 +118,7 @@ def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, *, back
         ValueError: shapes or devices that do not fit, a dtype that is not floating.
     """
     _check("gated_residual", x, y, gate=gate)
-    return _GATE(backend, x, y, gate)
+    return _GATE(GateCall(x, y, gate), backend)
 
 
 def gated_residual_norm(
@@ -127,7 +151,7 @@ def gated_residual_norm(
         ValueError: shapes or devices that do not fit, a dtype that is not floating.
     """
     _check("gated_residual_norm", x, y, gate=gate, scale=scale, shift=shift)
-    residual, normed = _GATE_NORM(backend, x, y, gate, scale, shift, eps)
+    residual, normed = _GATE_NORM(GateNormCall(x, y, gate, scale, shift, eps), backend)
     return residual, normed
 
 
@@ -135,10 +159,10 @@ def _check(op: str, x: torch.Tensor, y: torch.Tensor | None = None, **modulation
     _checks.shape(op, "x", x, "B", "L", "C")
     _checks.floating(op, "x", x)
     if y is not None:
-        _checks.shape(op, "y", y, *x.shape)
+        _checks.same_shape(op, "y", y, x.shape)
         _checks.floating(op, "y", y)
-        _checks.same_device(op, "x", x, y=y)
+    expected = (x.shape[0], x.shape[2])
     for name, modulation in modulations.items():
-        _checks.shape(op, name, modulation, x.shape[0], x.shape[2])
+        _checks.same_shape(op, name, modulation, expected)
         _checks.floating(op, name, modulation)
-    _checks.same_device(op, "x", x, **modulations)
+    _checks.same_device(op, "x", x, y=y, **modulations)

@@ -12,18 +12,16 @@ from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._extension import extension_implementation
 from fastvar.ops._operator import Operator
-from fastvar.ops.residual_quantize import AccumulatedScale, check_features, check_scale, next_grid
+from fastvar.ops.residual_quantize import AccumulatedScale, check_features, check_scale, fake_accumulated, next_grid
 from fastvar.schedule import ScaleSchedule
 
-_MODULE = "fastvar.kernels.residual_quantize.bitwise"
-_EXTENSION = "fastvar.kernels.residual_quantize.bitwise_extension"
 
-
-def _implementations(op: str) -> list[Implementation]:
+def _implementations(op: str, function: str = "") -> list[Implementation]:
+    folder = "fastvar.kernels.residual_quantize"
     return [
-        extension_implementation("cuda", _EXTENSION, op=op),
-        extension_implementation("cpu", _EXTENSION, op=op, verified=("CPU",)),
-        Implementation("reference", _MODULE, verified=("CPU",)),
+        extension_implementation("cuda", f"{folder}.bitwise_extension:{function}", op=op),
+        extension_implementation("cpu", f"{folder}.bitwise_extension:{function}", op=op, verified=("CPU",)),
+        Implementation("reference", f"{folder}.bitwise:{function}", verified=("CPU",)),
     ]
 
 
@@ -41,15 +39,32 @@ class QuantizedBits(NamedTuple):
     teacher_forcing: torch.Tensor
 
 
-def _fake_quantize(
-    features: torch.Tensor,
-    flip_probability: torch.Tensor | None,
-    grids: Sequence[int],
-    next_input: str,
-    seed: int,
-    first_image: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    schedule = ScaleSchedule.from_flat(grids)
+class BitwiseQuantizeCall(NamedTuple):
+    """A call of `bitwise_residual_quantize`: features (B, d, H, W), flip_probability (K,)."""
+
+    features: torch.Tensor
+    flip_probability: torch.Tensor | None
+    schedule: ScaleSchedule
+    next_input: str
+    seed: int
+    first_image: int
+
+
+class AccumulateBitsCall(NamedTuple):
+    """A call of `accumulate_bits`: feature_map (B, d, H, W), bits (B, n_k, d) of a grid. A next grid of 0 x 0 stands
+    for none."""
+
+    feature_map: torch.Tensor
+    bits: torch.Tensor
+    height: int
+    width: int
+    next_height: int
+    next_width: int
+    next_input: str
+
+
+def _fake_quantize(call: BitwiseQuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    features, schedule = call.features, call.schedule
     batch, depth = features.shape[:2]
     compute = torch.promote_types(features.dtype, torch.float32)
     return (
@@ -59,37 +74,20 @@ def _fake_quantize(
     )
 
 
-def _fake_accumulate(
-    feature_map: torch.Tensor,
-    bits: torch.Tensor,
-    height: int,
-    width: int,
-    next_height: int,
-    next_width: int,
-    next_input: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    compute = torch.promote_types(feature_map.dtype, torch.float32)
-    batch, depth = feature_map.shape[:2]
-    accumulated = feature_map.new_empty(feature_map.shape, dtype=compute)
-    return accumulated, feature_map.new_empty(batch, next_height * next_width, depth, dtype=compute)
-
-
 _QUANTIZE = Operator(
     "bitwise_residual_quantize",
-    "Tensor features, Tensor? flip_probability, int[] grids, str next_input, SymInt seed, SymInt first_image",
-    "(Tensor, Tensor, Tensor)",
+    BitwiseQuantizeCall,
+    results=3,
     fake=_fake_quantize,
     implementations=_implementations("bitwise_residual_quantize"),
     differentiable=False,
 )
 _ACCUMULATE = Operator(
     "accumulate_bits",
-    "Tensor feature_map, Tensor bits, SymInt height, SymInt width, SymInt next_height, SymInt next_width, "
-    "str next_input",
-    "(Tensor, Tensor)",
-    fake=_fake_accumulate,
-    implementations=_implementations("accumulate_bits"),
-    function="accumulate_bits",
+    AccumulateBitsCall,
+    results=2,
+    fake=fake_accumulated,
+    implementations=_implementations("accumulate_bits", "accumulate_bits"),
 )
 
 
@@ -149,9 +147,8 @@ def bitwise_residual_quantize(
         _checks.floating(op, "flip_probability", flip_probability)
         _checks.same_device(op, "features", features, flip_probability=flip_probability)
         flip_probability = flip_probability.detach()
-    return QuantizedBits(
-        *_QUANTIZE(backend, features.detach(), flip_probability, schedule.flat, next_input, seed, first_image)
-    )
+    call = BitwiseQuantizeCall(features.detach(), flip_probability, schedule, next_input, seed, first_image)
+    return QuantizedBits(*_QUANTIZE(call, backend))
 
 
 @cache  # nothing is ever dropped: a CUDA graph may read it
@@ -200,9 +197,8 @@ def accumulate_bits(
     if bits.dtype != torch.bool:
         _checks.fail(op, "bits", "bool", bits.dtype)
     _checks.same_device(op, "feature_map", feature_map, bits=bits)
-    accumulated, following = _ACCUMULATE(
-        backend, feature_map, bits, *schedule[scale], *next_grid(schedule, scale), next_input
-    )
+    call = AccumulateBitsCall(feature_map, bits, *schedule[scale], *next_grid(schedule, scale), next_input)
+    accumulated, following = _ACCUMULATE(call, backend)
     return AccumulatedScale(accumulated, following if scale + 1 < len(schedule) else None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,47 +41,49 @@ def check_shared(op: str, argument: str, shared: PrefixKV, q: torch.Tensor) -> N
         _checks.same_device(op, "q", q, **{f"{argument}.lengths": shared.lengths})
 
 
-def _fake(q: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, length, heads, _ = q.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    lse = (batch, heads, length) if rest[-1] else (0,)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(lse, dtype=dtype, device=q.device)
+class AttentionCall(NamedTuple):
+    """A call of `block_causal_attention`: q, k, v (B, L, H, D) and, of a prefix, keys and values (B/G, P, H, D)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    schedule: ScaleSchedule
+    prefix: PrefixKV | None
+    softmax_scale: float
+    block_diagonal: bool
+
+    @property
+    def shared(self) -> tuple[bool, bool]:
+        return self.prefix is not None, self.prefix is not None and self.prefix.lengths is not None
 
 
+def _fake(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    q = call.q
+    lse = torch.empty(
+        (q.shape[0], q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
+    )
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
+_NAME = "block_causal_attention"
 _HALF = (torch.float16, torch.bfloat16)
+_package = partial(package_implementation, op=_NAME, saves=(0, 1))
 _OPERATOR = Operator(
-    "block_causal_attention",
-    "Tensor q, Tensor k, Tensor v, int[] grids, Tensor? prefix_k, Tensor? prefix_v, Tensor? prefix_lengths, "
-    "float softmax_scale, bool block_diagonal, bool with_lse",
-    "(Tensor, Tensor)",
+    _NAME,
+    AttentionCall,
+    results=2,
     fake=_fake,
     implementations=[
-        triton_implementation("block_causal_attention"),
-        Implementation("cpu", "fastvar.kernels.block_causal_attention.impl_cpu", devices=("cpu",), verified=("CPU",)),
-        package_implementation(
-            "sdpa",
-            "block_causal_attention",
-            (),
-            (torch.float32, *_HALF),
-            devices=("cuda", "cpu"),
-            head_dims=256,
-            verified=("CPU",),
+        triton_implementation(_NAME, saves=(0, 1)),
+        Implementation(
+            "torch", f"fastvar.kernels.{_NAME}.impl_torch", devices=("cpu",), verified=("CPU",), saves=(0, 1)
         ),
-        package_implementation("flex", "block_causal_attention", (), (torch.float32, *_HALF)),
-        package_implementation(
-            "flash_attn",
-            "block_causal_attention",
-            ("flash-attn-4", "flash-attn"),
-            _HALF,
-            head_dims=256,
-            ragged=installed("flash-attn-4"),
-        ),
-        package_implementation(
-            "xformers", "block_causal_attention", ("xformers",), (torch.float32, *_HALF), ragged=False
-        ),
-        Implementation("reference", "fastvar.kernels.block_causal_attention.reference", verified=("CPU",)),
+        _package("sdpa", (), (torch.float32, *_HALF), devices=("cuda", "cpu"), head_dims=256, verified=("CPU",)),
+        package_implementation("flex", (), (torch.float32, *_HALF), op=_NAME),
+        _package("flash_attn", ("flash-attn-4", "flash-attn"), _HALF, head_dims=256, ragged=installed("flash-attn-4")),
+        _package("xformers", ("xformers",), (torch.float32, *_HALF), ragged=False),
+        Implementation("reference", f"fastvar.kernels.{_NAME}.reference", verified=("CPU",)),
     ],
-    keeps_results=None,
 )
 
 
@@ -120,7 +123,9 @@ def block_causal_attention(
 
     Source: VAR (arXiv 2404.02905); the subject prefix is DreamVAR's (arXiv 2601.22507).
     """
-    return _attend(q, k, v, schedule, prefix, softmax_scale, block_diagonal, backend, False)[0]
+    return block_causal_attention_with_lse(
+        q, k, v, schedule, prefix=prefix, softmax_scale=softmax_scale, block_diagonal=block_diagonal, backend=backend
+    )[0]
 
 
 def block_causal_attention_with_lse(
@@ -136,33 +141,14 @@ def block_causal_attention_with_lse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`block_causal_attention`, and the logarithm of each softmax's sum (B, H, L) in float32 (float64 for float64), by
     which attention to other keys can be merged with this one. Both carry gradients."""
-    return _attend(q, k, v, schedule, prefix, softmax_scale, block_diagonal, backend, True)
-
-
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    schedule: ScaleSchedule,
-    prefix: PrefixKV | None,
-    softmax_scale: float | None,
-    block_diagonal: bool,
-    backend: str,
-    with_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    op = "block_causal_attention"
-    _checks.schedule(op, schedule)
-    _checks.floating(op, "q", q)
-    _checks.shape(op, "q", q, "B", schedule.num_tokens, "H", "D")
-    _checks.shape(op, "k", k, *q.shape)
-    _checks.shape(op, "v", v, *q.shape)
-    _checks.same_dtype_and_device(op, "q", q, k=k, v=v)
+    _checks.schedule(_NAME, schedule)
+    _checks.floating(_NAME, "q", q)
+    _checks.shape(_NAME, "q", q, "B", schedule.num_tokens, "H", "D")
+    _checks.shape(_NAME, "k", k, *q.shape)
+    _checks.shape(_NAME, "v", v, *q.shape)
+    _checks.same_dtype_and_device(_NAME, "q", q, k=k, v=v)
     if prefix is not None:
-        check_shared(op, "prefix", prefix, q)
-    else:
-        prefix = PrefixKV(None, None)  # type: ignore[arg-type]
+        check_shared(_NAME, "prefix", prefix, q)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    arguments = (q, k, v, schedule.flat, *prefix, scale, block_diagonal)
-    chosen = _OPERATOR.resolve(backend, *arguments)
-    with_lse = with_lse or chosen not in ("reference", "flex")  # the other backward passes need it
-    return _OPERATOR.run(chosen, *arguments, with_lse)
+    out, lse = _OPERATOR(AttentionCall(q, k, v, schedule, prefix, scale, block_diagonal), backend)
+    return out, lse

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from fastvar.ops import _checks
@@ -11,19 +13,33 @@ from fastvar.ops._triton import triton_implementation
 from fastvar.ops.block_causal_attention import PrefixKV, check_shared
 
 
-def _fake(q: torch.Tensor, *_: object) -> torch.Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+class CachedAttentionCall(NamedTuple):
+    """A call of `cached_attention`: q (B, n, H, D), a row's own keys and values (B, S, H, D), and what rows share."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    prefix: PrefixKV | None
+    trunk: PrefixKV | None
+    softmax_scale: float
+
+    @property
+    def parts(self) -> list[PrefixKV]:
+        """All keys and values, (B / share, N, H, D) each, in their order."""
+        return [part for part in (self.prefix, self.trunk, PrefixKV(self.k, self.v)) if part is not None]
+
+    @property
+    def shared(self) -> tuple[bool, bool]:
+        return self.prefix is not None, self.prefix is not None and self.prefix.lengths is not None
 
 
 _OPERATOR = Operator(
     "cached_attention",
-    "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? prefix_lengths, "
-    "Tensor? trunk_k, Tensor? trunk_v, float softmax_scale",
-    "Tensor",
-    fake=_fake,
+    CachedAttentionCall,
+    fake=lambda call: torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device),
     implementations=[
         triton_implementation("cached_attention"),
-        Implementation("cpu", "fastvar.kernels.cached_attention.impl_cpu", devices=("cpu",), verified=("CPU",)),
+        Implementation("torch", "fastvar.kernels.cached_attention.impl_torch", devices=("cpu",), verified=("CPU",)),
         Implementation("reference", "fastvar.kernels.cached_attention.reference", verified=("CPU",)),
     ],
     differentiable=False,
@@ -66,13 +82,9 @@ def cached_attention(
     _checks.same_dtype_and_device(op, "q", q, k=k, v=v)
     if prefix is not None:
         check_shared(op, "prefix", prefix, q)
-    else:
-        prefix = PrefixKV(None, None)  # type: ignore[arg-type]
     if trunk is not None:
         check_shared(op, "trunk", trunk, q)
         if trunk.lengths is not None:
             _checks.fail(op, "trunk.lengths", "None", "a tensor")
-    else:
-        trunk = PrefixKV(None, None)  # type: ignore[arg-type]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return _OPERATOR(backend, q, k, v, *prefix, trunk.k, trunk.v, scale)
+    return _OPERATOR(CachedAttentionCall(q, k, v, prefix, trunk, scale), backend)

@@ -9,7 +9,7 @@ import torch
 from fastvar.ops import _checks
 from fastvar.ops._one_pass import wanted, with_gradients
 from fastvar.ops._operator import Operator
-from fastvar.ops.token_log_probs import checked, fake_gradients, implementations
+from fastvar.ops.token_log_probs import Head, checked, detached, fake_gradients, implementations
 
 
 class CrossEntropy(NamedTuple):
@@ -26,29 +26,31 @@ class CrossEntropy(NamedTuple):
     entropy: torch.Tensor
 
 
-def _fake(
-    hidden: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    tokens: torch.Tensor,
-    weights: torch.Tensor | None,
-    label_smoothing: float,
-    needs: list[bool],
-) -> tuple[torch.Tensor, ...]:
-    shape, dtype = tokens.shape[:2], torch.promote_types(hidden.dtype, torch.float32)
+class CrossEntropyCall(NamedTuple):
+    """A call of `cross_entropy`: tokens (B, L) or bits (B, L, d), weights (L,) or (B, L), and which gradients of the
+    head are wanted."""
+
+    head: Head
+    tokens: torch.Tensor
+    weights: torch.Tensor | None
+    label_smoothing: float
+    needs: tuple[bool, ...]
+
+
+def _fake(call: CrossEntropyCall) -> tuple[torch.Tensor, ...]:
+    hidden, shape = call.head.hidden, call.tokens.shape[:2]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
     results = (hidden.new_empty(each, dtype=dtype) for each in ((), shape, shape))
-    return (*results, *fake_gradients(hidden, weight, bias, needs))
+    return (*results, *fake_gradients(call.head, call.needs))
 
 
 _CROSS_ENTROPY = Operator(
     "cross_entropy",
-    "Tensor hidden, Tensor? weight, Tensor? bias, Tensor tokens, Tensor? weights, float label_smoothing, bool[] needs",
-    # the loss, losses, entropy; the loss's gradients of hidden, weight and bias, empty where not needed
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    CrossEntropyCall,
+    results=6,  # loss, losses, entropy; the loss's gradients of hidden, weight and bias, empty where not needed
     fake=_fake,
-    implementations=implementations(),
+    implementations=implementations("cross_entropy"),
     differentiable=False,  # see `with_gradients`
-    function="cross_entropy",
 )
 
 
@@ -86,15 +88,15 @@ def cross_entropy(
     op = "cross_entropy"
     if not 0 <= label_smoothing <= 1:
         _checks.fail(op, "label_smoothing", "a number from 0 to 1", label_smoothing)
-    hidden, weight, bias = checked(op, hidden, weight, bias, tokens)
+    head = checked(op, Head(hidden, weight, bias), tokens)
     if weights is not None:
         shape = hidden.shape[1:2] if weights.ndim == 1 else hidden.shape[:2]
         _checks.shape(op, "weights", weights, *shape)
         _checks.floating(op, "weights", weights)
         _checks.same_device(op, "hidden", hidden, weights=weights)
-    needs = wanted(hidden, weight, bias)
-    given = [None if t is None else t.detach() for t in (hidden, weight, bias, tokens, weights)]
-    backend = _CROSS_ENTROPY.resolve(backend, *given)
-    loss, losses, entropy, *gradients = _CROSS_ENTROPY(backend, *given, label_smoothing, needs)
-    loss = with_gradients(loss, (hidden, weight, bias), gradients, needs, backend)
+    needs = wanted(head)
+    weights = None if weights is None else weights.detach()
+    call = CrossEntropyCall(detached(head), tokens, weights, label_smoothing, needs)
+    (loss, losses, entropy, *gradients), chosen = _CROSS_ENTROPY.run(call, backend)
+    loss = with_gradients(loss, head, gradients, needs, chosen)
     return CrossEntropy(loss, losses, entropy)

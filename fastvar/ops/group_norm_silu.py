@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from fastvar.ops import _checks
@@ -10,15 +12,22 @@ from fastvar.ops._operator import Operator
 from fastvar.ops._triton import triton_implementation
 
 
-def _like_x(x: torch.Tensor, *_: object) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+class GroupNormCall(NamedTuple):
+    """A call of `group_norm_silu`: x (B, N, C), weight, bias and shift (C,)."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    shift: torch.Tensor | None
+    groups: int
+    eps: float
+    silu: bool
 
 
 _NORM = Operator(
     "group_norm_silu",
-    "Tensor x, Tensor weight, Tensor bias, Tensor? shift, int groups, float eps, bool silu",
-    "Tensor",
-    fake=_like_x,
+    GroupNormCall,
+    fake=lambda call: torch.empty(call.x.shape, dtype=call.x.dtype, device=call.x.device),
     implementations=[
         triton_implementation("group_norm_silu"),
         Implementation("reference", "fastvar.kernels.group_norm_silu.reference", verified=("CPU",)),
@@ -71,4 +80,4 @@ def group_norm_silu(
             _checks.shape(op, name, tensor, channels)
             _checks.floating(op, name, tensor)
     _checks.same_device(op, "x", x, weight=weight, bias=bias, shift=shift)
-    return _NORM(backend, x, weight, bias, shift, groups, eps, silu)
+    return _NORM(GroupNormCall(x, weight, bias, shift, groups, eps, silu), backend)

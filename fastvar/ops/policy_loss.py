@@ -9,7 +9,15 @@ import torch
 from fastvar.ops import _checks
 from fastvar.ops._one_pass import wanted, with_gradients
 from fastvar.ops._operator import Operator
-from fastvar.ops.token_log_probs import Head, checked, checked_reference, fake_gradients, implementations
+from fastvar.ops.token_log_probs import (
+    AnyHead,
+    Head,
+    checked,
+    checked_reference,
+    detached,
+    fake_gradients,
+    implementations,
+)
 from fastvar.ranges import Range
 from fastvar.schedule import ScaleSchedule
 from fastvar.statistics import centred
@@ -48,31 +56,53 @@ class PolicyLoss(NamedTuple):
     scale_ratio: torch.Tensor
 
 
-def _fake(
-    hidden: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, tokens: torch.Tensor, *rest: object
-) -> tuple[torch.Tensor, ...]:
-    needs, grids = rest[4], rest[10]
-    assert isinstance(needs, list | tuple) and isinstance(grids, list | tuple)
-    scales = (len(grids) // 2,)
-    shapes = (*[()] * 5, *[scales] * 3, tokens.shape[:2])
+class Objective(NamedTuple):
+    """What the loss makes of log-probabilities, entropies and the exact KL; see `policy_loss`."""
+
+    old_log_probs: torch.Tensor | None
+    reference_log_probs: torch.Tensor | None
+    advantages: torch.Tensor
+    token_mask: torch.Tensor | None
+    mask_totals: torch.Tensor | None
+    schedule: ScaleSchedule
+    first_scale: int
+    panw_alpha: float
+    panw_normalisation: str
+    clip_low: float
+    clip_high: float
+    ratio_level: str
+    kl_weight: float
+    kl_estimator: str
+    entropy_weight: float
+
+
+class PolicyLossCall(NamedTuple):
+    """A call of `policy_loss`: tokens (B, L) or bits (B, L, d), and which gradients of the head are wanted."""
+
+    head: Head
+    tokens: torch.Tensor
+    reference: Head | None
+    temperature: float
+    needs: tuple[bool, ...]
+    objective: Objective
+
+
+def _fake(call: PolicyLossCall) -> tuple[torch.Tensor, ...]:
+    hidden, scales = call.head.hidden, (len(call.objective.schedule),)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return (*(hidden.new_empty(s, dtype=dtype) for s in shapes), *fake_gradients(hidden, weight, bias, needs))
+    shapes = (*[()] * 5, *[scales] * 3, call.tokens.shape[:2])
+    return (*(hidden.new_empty(s, dtype=dtype) for s in shapes), *fake_gradients(call.head, call.needs))
 
 
 _LOSS = Operator(
     "policy_loss",
-    "Tensor hidden, Tensor? weight, Tensor? bias, Tensor tokens, Tensor? reference_hidden, Tensor? reference_weight, "
-    "Tensor? reference_bias, float temperature, bool[] needs, Tensor? old_log_probs, Tensor? reference_log_probs, "
-    "Tensor advantages, Tensor? token_mask, Tensor? mask_totals, int[] grids, int first_scale, float panw_alpha, "
-    "str panw_normalisation, float clip_low, float clip_high, str ratio_level, float kl_weight, str kl_estimator, "
-    "float entropy_weight",
+    PolicyLossCall,
     # the loss, seven measurements, log-probabilities; the loss's gradients of hidden, weight and bias, empty where not
     # needed
-    f"({', '.join(['Tensor'] * 12)})",
+    results=12,
     fake=_fake,
-    implementations=implementations(),
+    implementations=implementations("policy_loss"),
     differentiable=False,  # see `with_gradients`
-    function="policy_loss",
 )
 
 
@@ -135,7 +165,7 @@ def policy_loss(
     spread_floor: float = 1e-4,
     old_log_probs: torch.Tensor | None = None,
     reference_log_probs: torch.Tensor | None = None,
-    reference_head: Head | None = None,
+    reference_head: AnyHead | None = None,
     token_mask: torch.Tensor | None = None,
     mask_totals: torch.Tensor | None = None,
     first_scale: int = 0,
@@ -208,7 +238,6 @@ def policy_loss(
     op = "policy_loss"
     _checks.schedule(op, schedule)
     _checks.shape(op, "hidden", hidden, "B", schedule.num_tokens, "V" if weight is None else "E")
-    backend = _LOSS.resolve(backend, hidden)
     batch, length = hidden.shape[:2]
     _choice(op, "panw_normalisation", panw_normalisation, PANW_NORMALISATIONS)
     _choice(op, "ratio_level", ratio_level, RATIO_LEVELS)
@@ -255,30 +284,34 @@ def policy_loss(
         _checks.floating(op, "advantages", advantages)
         _on_device(op, "advantages", advantages, hidden)
 
-    hidden, weight, bias = checked(op, hidden, weight, bias, tokens, temperature)
-    other = checked_reference(op, hidden, weight, reference_head)
-    needs = wanted(hidden, weight, bias)
-    constants = (old_log_probs, reference_log_probs, advantages, token_mask, mask_totals)
-    loss, *measured, log_probs, of_hidden, of_weight, of_bias = _LOSS(
-        backend,
-        *(None if t is None else t.detach() for t in (hidden, weight, bias, tokens)),
-        *other,
-        temperature,
-        needs,
-        *(None if t is None else t.detach() for t in constants),
-        schedule.flat,
-        first_scale,
-        panw_alpha,
-        panw_normalisation,
-        clip_low,
-        clip_high,
-        ratio_level,
-        kl_weight,
-        kl_estimator,
-        entropy_weight,
+    head = checked(op, Head(hidden, weight, bias), tokens, temperature)
+    other = checked_reference(op, head, reference_head)
+    needs = wanted(head)
+    old_log_probs, reference_log_probs, advantages, token_mask, mask_totals = (
+        None if t is None else t.detach()
+        for t in (old_log_probs, reference_log_probs, advantages, token_mask, mask_totals)
     )
-    gradients = (of_hidden, of_weight, of_bias)
-    loss = with_gradients(loss, (hidden, weight, bias), gradients, needs, backend)
+    objective = Objective(
+        old_log_probs=old_log_probs,
+        reference_log_probs=reference_log_probs,
+        advantages=advantages,  # type: ignore[arg-type]  # they are given, or made of the rewards
+        token_mask=token_mask,
+        mask_totals=mask_totals,
+        schedule=schedule,
+        first_scale=first_scale,
+        panw_alpha=panw_alpha,
+        panw_normalisation=panw_normalisation,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        ratio_level=ratio_level,
+        kl_weight=kl_weight,
+        kl_estimator=kl_estimator,
+        entropy_weight=entropy_weight,
+    )
+    call = PolicyLossCall(detached(head), tokens, other, temperature, needs, objective)
+    results, chosen = _LOSS.run(call, backend)
+    loss, *measured, log_probs, of_hidden, of_weight, of_bias = results
+    loss = with_gradients(loss, head, (of_hidden, of_weight, of_bias), needs, chosen)
     kl, clip_fraction, entropy, *by_scale = measured
     return PolicyLoss(loss, kl, clip_fraction, entropy, log_probs, *by_scale)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -14,15 +15,23 @@ from fastvar.ops._triton import triton_implementation
 from fastvar.schedule import ScaleSchedule
 
 
-def _fake(mask: torch.Tensor, grids: Sequence[int], footprint: str, soft: bool) -> torch.Tensor:
-    num_tokens = ScaleSchedule.from_flat(grids).num_tokens
-    return mask.new_empty(mask.shape[0], num_tokens, dtype=torch.float32 if soft else torch.bool)
+class PropagateMaskCall(NamedTuple):
+    """A call of `propagate_mask`: mask (B, H, W)."""
+
+    mask: torch.Tensor
+    schedule: ScaleSchedule
+    footprint: str
+    soft: bool
+
+
+def _fake(call: PropagateMaskCall) -> torch.Tensor:
+    dtype = torch.float32 if call.soft else torch.bool
+    return call.mask.new_empty(call.mask.shape[0], call.schedule.num_tokens, dtype=dtype)
 
 
 _OPERATOR = Operator(
     "propagate_mask",
-    "Tensor mask, int[] grids, str footprint, bool soft",
-    "Tensor",
+    PropagateMaskCall,
     fake=_fake,
     implementations=[
         triton_implementation("propagate_mask", dtypes=(torch.float32, torch.float16, torch.bfloat16, torch.bool)),
@@ -79,7 +88,7 @@ def propagate_mask(
     _checks.finite(op, "mask", mask)
     if footprint not in ("area", "support"):
         _checks.fail(op, "footprint", "'area' or 'support'", repr(footprint))
-    return _OPERATOR(backend, mask.detach(), schedule.flat, footprint, soft)
+    return _OPERATOR(PropagateMaskCall(mask.detach(), schedule, footprint, soft), backend)
 
 
 def boxes_to_mask(

@@ -2,55 +2,83 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
-from fastvar.ops._extension import in_extension
 from fastvar.ops._operator import Operator
+from fastvar.ops._record import Written
 from fastvar.ops._triton import triton_implementation
 from fastvar.schedule import Grid, ScaleSchedule
 
-_KERNELS = "fastvar.kernels.qk_norm_rope"
+
+class Rope(NamedTuple):
+    """Tables (L, D/2) for the interleaved pairs (x_2i, x_2i+1)."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
 
 
-def _implementations() -> list[Implementation]:
-    faster = in_extension(f"{_KERNELS}.impl_cpp", op="qk_norm_rope")
+class QKNormRopeCall(NamedTuple):
+    """A call of `qk_norm_rope`: q and k (B, L, H, D), log_scale (H,)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    log_scale: torch.Tensor | None
+    rope: Rope | None
+    eps: float
+
+
+class IntoCacheCall(NamedTuple):
+    """A call of `qk_norm_rope_into_cache`: q, k and v (B, n, H, D), caches (B, capacity, H, D), log_scale (H,)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    key_cache: Written
+    value_cache: Written
+    position: int
+    log_scale: torch.Tensor | None
+    rope: Rope | None
+    eps: float
+
+
+def _implementations(function: str = "") -> list[Implementation]:
+    folder = "fastvar.kernels.qk_norm_rope"
     return [
-        triton_implementation("qk_norm_rope"),
-        Implementation("cpu", f"{_KERNELS}.impl_cpu", devices=("cpu",), verified=("CPU",), faster=faster),
-        Implementation("reference", f"{_KERNELS}.reference", verified=("CPU",)),
+        triton_implementation("qk_norm_rope", function=function),
+        Implementation("torch", f"{folder}.impl_torch:{function}", devices=("cpu",), verified=("CPU",)),
+        Implementation("reference", f"{folder}.reference:{function}", verified=("CPU",)),
     ]
 
 
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
+def _like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 _OPERATOR = Operator(
     "qk_norm_rope",
-    "Tensor q, Tensor k, Tensor? log_scale, Tensor? rope_cos, Tensor? rope_sin, float eps",
-    "(Tensor, Tensor)",
-    fake=lambda q, k, *_: (_dense(q), _dense(k)),
+    QKNormRopeCall,
+    results=2,
+    fake=lambda call: (_like(call.q), _like(call.k)),
     implementations=_implementations(),
 )
 _INTO_CACHE = Operator(
     "qk_norm_rope_into_cache",
-    "Tensor q, Tensor k, Tensor v, Tensor(a!) key_cache, Tensor(b!) value_cache, SymInt position, "
-    "Tensor? log_scale, Tensor? rope_cos, Tensor? rope_sin, float eps",
-    "Tensor",
-    fake=lambda q, *_: _dense(q),
-    implementations=_implementations(),
+    IntoCacheCall,
+    fake=lambda call: _like(call.q),
+    implementations=_implementations("into_cache"),
     differentiable=False,
-    function="into_cache",
 )
 
-Rope = tuple[torch.Tensor, torch.Tensor]
+Tables = Rope | tuple[torch.Tensor, torch.Tensor]
 
 
 def _check(
-    op: str, q: torch.Tensor, k: torch.Tensor, log_scale: torch.Tensor | None, rope: Rope | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    op: str, q: torch.Tensor, k: torch.Tensor, log_scale: torch.Tensor | None, rope: Tables | None
+) -> Rope | None:
     _checks.floating(op, "q", q)
     _checks.shape(op, "q", q, "B", "L", "H", "D")
     _checks.shape(op, "k", k, *q.shape)
@@ -60,14 +88,14 @@ def _check(
         _checks.floating(op, "log_scale", log_scale)
         _checks.same_device(op, "q", q, log_scale=log_scale)
     if rope is None:
-        return None, None
+        return None
     if q.shape[3] % 2:
         _checks.fail(op, "q", "an even head dimension for rotary positions", q.shape[3])
     for name, table in zip(("rope cos", "rope sin"), rope, strict=True):
         _checks.shape(op, name, table, q.shape[1], q.shape[3] // 2)
         _checks.floating(op, name, table)
         _checks.same_device(op, "q", q, **{name: table})
-    return rope[0].detach(), rope[1].detach()
+    return Rope(rope[0].detach(), rope[1].detach())
 
 
 def qk_norm_rope(
@@ -75,7 +103,7 @@ def qk_norm_rope(
     k: torch.Tensor,
     *,
     log_scale: torch.Tensor | None = None,
-    rope: Rope | None = None,
+    rope: Tables | None = None,
     eps: float = 1e-12,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,8 +127,9 @@ def qk_norm_rope(
 
     Source: VAR's and Infinity's cosine attention (arXiv 2404.02905, 2412.04431).
     """
-    cos, sin = _check("qk_norm_rope", q, k, log_scale, rope)
-    return _OPERATOR(backend, q, k, log_scale, cos, sin, eps)
+    tables = _check("qk_norm_rope", q, k, log_scale, rope)
+    q, k = _OPERATOR(QKNormRopeCall(q, k, log_scale, tables, eps), backend)
+    return q, k
 
 
 def qk_norm_rope_into_cache(
@@ -112,7 +141,7 @@ def qk_norm_rope_into_cache(
     position: int,
     *,
     log_scale: torch.Tensor | None = None,
-    rope: Rope | None = None,
+    rope: Tables | None = None,
     eps: float = 1e-12,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -132,7 +161,7 @@ def qk_norm_rope_into_cache(
             within themselves (as expanded ones do) or with q, k or v.
     """
     op = "qk_norm_rope_into_cache"
-    cos, sin = _check(op, q, k, log_scale, rope)
+    tables = _check(op, q, k, log_scale, rope)
     _checks.shape(op, "v", v, *q.shape)
     _checks.shape(op, "key_cache", key_cache, q.shape[0], "capacity", q.shape[2], q.shape[3])
     _checks.shape(op, "value_cache", value_cache, *key_cache.shape)
@@ -141,7 +170,7 @@ def qk_norm_rope_into_cache(
     _checks.writable(op, "value_cache", value_cache, q=q, k=k, v=v)
     if position < 0 or position + q.shape[1] > key_cache.shape[1]:
         _checks.fail(op, "position", f"0 to {key_cache.shape[1] - q.shape[1]}", position)
-    return _INTO_CACHE(backend, q, k, v, key_cache, value_cache, position, log_scale, cos, sin, eps)
+    return _INTO_CACHE(IntoCacheCall(q, k, v, key_cache, value_cache, position, log_scale, tables, eps), backend)
 
 
 def rope_tables(
@@ -185,4 +214,4 @@ def rope_tables(
         by_column = (column[:, None] * frequency)[None].expand(h, w, -1)
         angles.append(torch.cat([by_row, by_column], -1).reshape(h * w, -1))
     angle = torch.cat(angles)  # [L, D/2]
-    return angle.cos(), angle.sin()
+    return Rope(angle.cos(), angle.sin())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,13 +12,6 @@ from fastvar.ops._extension import extension_implementation
 from fastvar.ops._operator import Operator
 from fastvar.ops._triton import triton_implementation
 from fastvar.schedule import ScaleSchedule
-
-_MODULE = "fastvar.kernels.residual_quantize.reference"
-
-
-def _extension(backend: str, op: str) -> Implementation:
-    module = f"fastvar.kernels.residual_quantize.impl_{'cpp' if backend == 'cpu' else 'cuda'}"
-    return extension_implementation(backend, module, op=op, verified=("CPU",) if backend == "cpu" else ())
 
 
 class ResidualConv(NamedTuple):
@@ -36,6 +28,19 @@ class ResidualConv(NamedTuple):
     bias: torch.Tensor
     ratio: float
     index: tuple[int, ...]  # type: ignore[assignment]  # the field hides tuple.index
+
+    def of(self, scale: int) -> ScaleConv:
+        """The convolution of a scale."""
+        convolution = self.index[scale]
+        return ScaleConv(self.weight[convolution], self.bias[convolution], self.ratio)
+
+
+class ScaleConv(NamedTuple):
+    """The convolution phi of one scale: weight (C, C, 3, 3), bias (C,), see `ResidualConv`."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    ratio: float
 
 
 class QuantizedResidual(NamedTuple):
@@ -101,72 +106,75 @@ def residual_conv_index(num_scales: int, num_convs: int) -> tuple[int, ...]:
     return tuple(index)
 
 
-def _fake_quantize(
-    features: torch.Tensor,
-    codebook: torch.Tensor,
-    phi_weight: torch.Tensor | None,
-    phi_bias: torch.Tensor | None,
-    phi_ratio: float,
-    phi_index: Sequence[int],
-    grids: Sequence[int],
-    znorm: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    schedule = ScaleSchedule.from_flat(grids)
+class QuantizeCall(NamedTuple):
+    """A call of `residual_quantize`: features (B, C, H, W), codebook (V, C)."""
+
+    features: torch.Tensor
+    codebook: torch.Tensor
+    phi: ResidualConv | None
+    schedule: ScaleSchedule
+    znorm: bool
+
+
+class AccumulateCall(NamedTuple):
+    """A call of `accumulate_scale`: feature_map (B, C, H, W), tokens (B, n_k) of a grid, codebook (V, C). A next grid
+    of 0 x 0 stands for none."""
+
+    feature_map: torch.Tensor
+    tokens: torch.Tensor
+    codebook: torch.Tensor
+    phi: ScaleConv | None
+    height: int
+    width: int
+    next_height: int
+    next_width: int
+
+
+def _fake_quantize(call: QuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    features, schedule = call.features, call.schedule
     batch, channels = features.shape[:2]
     compute = torch.promote_types(features.dtype, torch.float32)
     return (
         features.new_empty(batch, schedule.num_tokens, dtype=torch.int64),
         features.new_empty(features.shape, dtype=compute),
         features.new_empty(batch, schedule.num_tokens - schedule.lengths[0], channels, dtype=compute),
-        features.new_empty(codebook.shape[0], dtype=torch.int64),
+        features.new_empty(call.codebook.shape[0], dtype=torch.int64),
     )
 
 
-def _fake_accumulate(
-    feature_map: torch.Tensor,
-    tokens: torch.Tensor,
-    codebook: torch.Tensor,
-    phi_weight: torch.Tensor | None,
-    phi_bias: torch.Tensor | None,
-    phi_ratio: float,
-    height: int,
-    width: int,
-    next_height: int,
-    next_width: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def fake_accumulated(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A feature map like the call's and the input of its next grid."""
+    feature_map = call.feature_map
     compute = torch.promote_types(feature_map.dtype, torch.float32)
     batch, channels = feature_map.shape[:2]
     accumulated = feature_map.new_empty(feature_map.shape, dtype=compute)
-    return accumulated, feature_map.new_empty(batch, next_height * next_width, channels, dtype=compute)
+    return accumulated, feature_map.new_empty(batch, call.next_height * call.next_width, channels, dtype=compute)
+
+
+def _implementations(op: str, function: str = "") -> list[Implementation]:
+    folder = "fastvar.kernels.residual_quantize"
+    return [
+        extension_implementation("cuda", f"{folder}.impl_cuda:{function}", op=op),
+        triton_implementation("residual_quantize", function=function),
+        extension_implementation("cpu", f"{folder}.impl_cpp:{function}", op=op, verified=("CPU",)),
+        Implementation("reference", f"{folder}.reference:{function}", verified=("CPU",)),
+    ]
 
 
 _QUANTIZE = Operator(
     "residual_quantize",
-    "Tensor features, Tensor codebook, Tensor? phi_weight, Tensor? phi_bias, float phi_ratio, int[] phi_index, "
-    "int[] grids, bool znorm",
-    "(Tensor, Tensor, Tensor, Tensor)",
+    QuantizeCall,
+    results=4,
     fake=_fake_quantize,
-    implementations=[
-        _extension("cuda", "residual_quantize"),
-        triton_implementation("residual_quantize"),
-        _extension("cpu", "residual_quantize"),
-        Implementation("reference", _MODULE, verified=("CPU",)),
-    ],
+    implementations=_implementations("residual_quantize"),
     differentiable=False,
 )
 _ACCUMULATE = Operator(
     "accumulate_scale",
-    "Tensor feature_map, Tensor tokens, Tensor codebook, Tensor? phi_weight, Tensor? phi_bias, float phi_ratio, "
-    "SymInt height, SymInt width, SymInt next_height, SymInt next_width",
-    "(Tensor, Tensor)",
-    fake=_fake_accumulate,
-    implementations=[
-        _extension("cuda", "accumulate_scale"),
-        triton_implementation("residual_quantize"),
-        _extension("cpu", "accumulate_scale"),
-        Implementation("reference", _MODULE, verified=("CPU",)),
-    ],
-    function="accumulate_scale",
+    AccumulateCall,
+    results=2,
+    fake=fake_accumulated,
+    implementations=_implementations("accumulate_scale", "accumulate_scale"),
 )
 
 
@@ -210,11 +218,11 @@ def residual_quantize(
     check_features(op, "features", features, schedule)
     _checks.finite(op, "features", features)
     _check_codebook(op, "features", features, codebook)
-    convs: tuple[torch.Tensor | None, torch.Tensor | None, float, tuple[int, ...]] = (None, None, 0.0, ())
     if phi is not None:
         _check_phi(op, "features", features, phi, len(schedule))
-        convs = (phi.weight.detach(), phi.bias.detach(), phi.ratio, tuple(phi.index))
-    return QuantizedResidual(*_QUANTIZE(backend, features.detach(), codebook.detach(), *convs, schedule.flat, znorm))
+        phi = ResidualConv(phi.weight.detach(), phi.bias.detach(), phi.ratio, tuple(phi.index))
+    call = QuantizeCall(features.detach(), codebook.detach(), phi, schedule, znorm)
+    return QuantizedResidual(*_QUANTIZE(call, backend))
 
 
 def accumulate_scale(
@@ -260,13 +268,12 @@ def accumulate_scale(
     _checks.same_device(op, "feature_map", feature_map, tokens=tokens)
     _check_codebook(op, "feature_map", feature_map, codebook)
     _checks.indices(op, "tokens", tokens, codebook.shape[0])
-    weight, bias, ratio = None, None, 0.0
+    convolution = None
     if phi is not None:
         _check_phi(op, "feature_map", feature_map, phi, len(schedule))
-        weight, bias, ratio = phi.weight[phi.index[scale]], phi.bias[phi.index[scale]], phi.ratio
-    accumulated, next_input = _ACCUMULATE(
-        backend, feature_map, tokens, codebook, weight, bias, ratio, *schedule[scale], *next_grid(schedule, scale)
-    )
+        convolution = phi.of(scale)
+    grids = (*schedule[scale], *next_grid(schedule, scale))
+    accumulated, next_input = _ACCUMULATE(AccumulateCall(feature_map, tokens, codebook, convolution, *grids), backend)
     return AccumulatedScale(accumulated, next_input if scale + 1 < len(schedule) else None)
 
 

@@ -8,16 +8,24 @@ import torch
 
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
-from fastvar.ops._extension import extension_implementation
 from fastvar.ops._operator import Operator
+from fastvar.ops._record import Scalar
 from fastvar.ops._triton import triton_implementation
 from fastvar.ranges import GUIDANCE, TEMPERATURE
 
-_MODULE = "fastvar.kernels.sample_tokens.reference"
-_ARGUMENTS = (
-    "Tensor logits, Tensor? unconditional, Tensor seeds, Scalar guidance, Scalar temperature, int top_k, float top_p, "
-    "SymInt position, bool log_probs"
-)
+
+class SampleCall(NamedTuple):
+    """A call of `sample_tokens` or `sample_bits`: logits and unconditional (B, n, V) or (B, n, d), seeds (B,)."""
+
+    logits: torch.Tensor
+    unconditional: torch.Tensor | None
+    seeds: torch.Tensor
+    guidance: Scalar
+    temperature: Scalar
+    top_k: int
+    top_p: float
+    position: int
+    log_probs: bool
 
 
 class SampledTokens(NamedTuple):
@@ -36,43 +44,35 @@ class SampledBits(NamedTuple):
     sampled_log_probs: torch.Tensor | None
 
 
-def _fake_scores(logits: torch.Tensor, log_probs: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = logits.shape[:2] if log_probs else (0,)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=dtype)
+def _fake(call: SampleCall, drawn: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    shape = call.logits.shape[:2] if call.log_probs else (0,)
+    dtype = torch.promote_types(call.logits.dtype, torch.float32)
+    return drawn, call.logits.new_empty(shape, dtype=dtype), call.logits.new_empty(shape, dtype=dtype)
 
 
-def _fake_tokens(logits: torch.Tensor, *rest: object) -> tuple[torch.Tensor, ...]:
-    return logits.new_empty(logits.shape[:2], dtype=torch.int64), *_fake_scores(logits, bool(rest[-1]))
-
-
-def _fake_bits(logits: torch.Tensor, *rest: object) -> tuple[torch.Tensor, ...]:
-    return logits.new_empty(logits.shape, dtype=torch.bool), *_fake_scores(logits, bool(rest[-1]))
-
-
+_KERNELS = "fastvar.kernels.sample_tokens"
 _TOKENS = Operator(
     "sample_tokens",
-    _ARGUMENTS,
-    "(Tensor, Tensor, Tensor)",
-    fake=_fake_tokens,
+    SampleCall,
+    results=3,
+    fake=lambda call: _fake(call, call.logits.new_empty(call.logits.shape[:2], dtype=torch.int64)),
     implementations=[
-        triton_implementation("sample_tokens", largest=2**15),  # a row of logits is held in registers
-        Implementation("reference", _MODULE, verified=("CPU",)),
+        triton_implementation("sample_tokens", function="tokens", largest=2**15),  # a row is held in registers
+        Implementation("torch", f"{_KERNELS}.impl_torch:tokens", devices=("cpu",), verified=("CPU",)),
+        Implementation("reference", f"{_KERNELS}.reference:tokens", verified=("CPU",)),
     ],
     differentiable=False,
 )
 _BITS = Operator(
     "sample_bits",
-    _ARGUMENTS,
-    "(Tensor, Tensor, Tensor)",
-    fake=_fake_bits,
+    SampleCall,
+    results=3,
+    fake=lambda call: _fake(call, call.logits.new_empty(call.logits.shape, dtype=torch.bool)),
     implementations=[
-        triton_implementation("sample_tokens", largest=2**15),
-        extension_implementation("cpu", "fastvar.kernels.sample_tokens.impl_cpp", op="sample_bits", verified=("CPU",)),
-        Implementation("reference", _MODULE, verified=("CPU",)),
+        triton_implementation("sample_tokens", function="bits", largest=2**15),
+        Implementation("reference", f"{_KERNELS}.reference:bits", verified=("CPU",)),
     ],
     differentiable=False,
-    function="bits",
 )
 
 
@@ -129,9 +129,8 @@ def sample_tokens(
     _check(op, "V", logits, unconditional, guidance, temperature, top_p, seeds, position)
     if top_k < 0:
         _checks.fail(op, "top_k", "at least 0 (0 keeps all)", top_k)
-    tokens, own, sampled = _TOKENS(
-        backend, logits, unconditional, seeds, guidance, temperature, top_k, top_p, position, log_probs
-    )
+    call = SampleCall(logits, unconditional, seeds, guidance, temperature, top_k, top_p, position, log_probs)
+    tokens, own, sampled = _TOKENS(call, backend)
     return SampledTokens(tokens, own if log_probs else None, sampled if log_probs else None)
 
 
@@ -179,9 +178,8 @@ def sample_bits(
     _check(op, "d", logits, unconditional, guidance, temperature, top_p, seeds, position)
     if top_k not in (0, 1, 2):
         _checks.fail(op, "top_k", "0, 1 or 2", top_k)
-    bits, own, sampled = _BITS(
-        backend, logits, unconditional, seeds, guidance, temperature, top_k, top_p, position, log_probs
-    )
+    call = SampleCall(logits, unconditional, seeds, guidance, temperature, top_k, top_p, position, log_probs)
+    bits, own, sampled = _BITS(call, backend)
     return SampledBits(bits, own if log_probs else None, sampled if log_probs else None)
 
 

@@ -13,7 +13,17 @@ from fastvar.ops._operator import Operator
 from fastvar.ops._triton import triton_implementation
 from fastvar.ranges import TEMPERATURE
 
-Head = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+class Head(NamedTuple):
+    """Hidden states (B, L, E), weight (V, E) and bias (V,); without a weight the logits themselves (B, L, V). Of d bits
+    V is d."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+AnyHead = Head | tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class TokenLogProbs(NamedTuple):
@@ -24,54 +34,49 @@ class TokenLogProbs(NamedTuple):
     kl: torch.Tensor | None = None
 
 
-def _fake(
-    hidden: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    tokens: torch.Tensor,
-    reference_hidden: torch.Tensor | None,
-    reference_weight: torch.Tensor | None,
-    reference_bias: torch.Tensor | None,
-    temperature: float,
-    mean: bool,
-) -> tuple[torch.Tensor, ...]:
+class LogProbsCall(NamedTuple):
+    """A call of `token_log_probs`: tokens (B, L), or bits (B, L, d)."""
+
+    head: Head
+    tokens: torch.Tensor
+    reference: Head | None
+    temperature: float
+
+
+def _fake(call: LogProbsCall) -> tuple[torch.Tensor, ...]:
+    hidden, shape = call.head.hidden, call.tokens.shape[:2]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    shape = tokens.shape[:2]
-    none = (0,)
-    sums = 0 if tokens.ndim == 3 else 2 if reference_hidden is None else 4
-    shapes = (shape, shape, none if reference_hidden is None else shape, shape if mean else none, (sums, *shape))
+    sums = 0 if call.tokens.ndim == 3 else 2 if call.reference is None else 4
+    shapes = (shape, shape, (0,) if call.reference is None else shape, (sums, *shape))
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-def fake_gradients(
-    hidden: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, needs: Sequence[bool]
-) -> list[torch.Tensor]:
+def fake_gradients(head: Head, needs: Sequence[bool]) -> list[torch.Tensor]:
     """What a loss's op makes of gradients of hidden, weight and bias; empty where not needed."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    dtypes = (wide if hidden.dtype == torch.float16 else hidden.dtype, wide, wide)
+    dtype, wide = head.hidden.dtype, torch.promote_types(head.hidden.dtype, torch.float32)
+    dtypes = (wide if dtype == torch.float16 else dtype, wide, wide)
     return [
-        hidden.new_empty(leaf.shape, dtype=dtype) if need and leaf is not None else hidden.new_empty(0, dtype=wide)
-        for leaf, dtype, need in zip((hidden, weight, bias), dtypes, needs, strict=True)
+        head.hidden.new_empty(leaf.shape if need and leaf is not None else 0, dtype=each if need else wide)
+        for leaf, each, need in zip(head, dtypes, needs, strict=True)
     ]
 
 
-def implementations() -> list[Implementation]:
-    """The modules that hold this operator and the losses made of it."""
+def implementations(function: str = "", saves: tuple[int, ...] = ()) -> list[Implementation]:
+    """Of this operator, or of a loss made of it."""
+    folder = "fastvar.kernels.token_log_probs"
     return [
-        triton_implementation("token_log_probs"),
-        Implementation("cpu", "fastvar.kernels.token_log_probs.impl_cpu", devices=("cpu",), verified=("CPU",)),
-        Implementation("reference", "fastvar.kernels.token_log_probs.reference", verified=("CPU",)),
+        triton_implementation("token_log_probs", function=function),
+        Implementation("torch", f"{folder}.impl_torch:{function}", verified=("CPU",), saves=saves),
+        Implementation("reference", f"{folder}.reference:{function}", verified=("CPU",)),
     ]
 
 
 _LOG_PROBS = Operator(
     "token_log_probs",
-    "Tensor hidden, Tensor? weight, Tensor? bias, Tensor tokens, Tensor? reference_hidden, Tensor? reference_weight, "
-    "Tensor? reference_bias, float temperature, bool mean",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",  # log_probs, entropy, kl, mean, sums for the backward pass
+    LogProbsCall,
+    results=4,  # log_probs, entropy, kl, sums for the backward pass
     fake=_fake,
-    implementations=implementations(),
-    keeps_results=None,
+    implementations=implementations(saves=(0, 1, 2, 3)),
 )
 
 
@@ -82,7 +87,7 @@ def token_log_probs(
     tokens: torch.Tensor,
     *,
     temperature: float = 1.0,
-    reference_head: Head | None = None,
+    reference_head: AnyHead | None = None,
     backend: str = "auto",
 ) -> TokenLogProbs:
     """Log-probability of each token and entropy of its distribution, softmax((hidden weight^T + bias) / temperature).
@@ -121,24 +126,18 @@ def token_log_probs(
             out of range (on other devices that would need a synchronisation, and the result is undefined).
     """
     op = "token_log_probs"
-    hidden, weight, bias = checked(op, hidden, weight, bias, tokens, temperature)
-    other = checked_reference(op, hidden, weight, reference_head)
-    found = _LOG_PROBS(backend, hidden, weight, bias, tokens, *other, temperature, False)
-    return TokenLogProbs(found[0], found[1], None if reference_head is None else found[2])
+    head = checked(op, Head(hidden, weight, bias), tokens, temperature)
+    other = checked_reference(op, head, reference_head)
+    found = _LOG_PROBS(LogProbsCall(head, tokens, other, temperature), backend)
+    return TokenLogProbs(found[0], found[1], None if other is None else found[2])
 
 
-def checked(
-    op: str,
-    hidden: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    tokens: torch.Tensor,
-    temperature: float = 1.0,
-) -> Head:
+def checked(op: str, head: Head, tokens: torch.Tensor, temperature: float = 1.0) -> Head:
     """The head, checked together with the tokens on behalf of the operator `op`, rounded as autocast asks for."""
-    _checks.shape(op, "hidden", hidden, "B", "L", "V" if weight is None else "E")
+    _checks.shape(op, "hidden", head.hidden, "B", "L", "V" if head.weight is None else "E")
     _checks.number(op, "temperature", temperature, TEMPERATURE)
-    hidden, weight, bias = _checked_head(op, "", hidden, weight, bias)
+    head = _checked_head(op, "", head)
+    hidden, weight = head.hidden, head.weight
     size = hidden.shape[2] if weight is None else weight.shape[0]
     if size == 0:
         name, tensor = ("hidden", hidden) if weight is None else ("weight", weight)
@@ -152,43 +151,41 @@ def checked(
         _checks.integer(op, "tokens", tokens)
     if tokens.device != hidden.device:
         _checks.fail(op, "tokens", f"a tensor on {hidden.device} as hidden", tokens.device)
-    return hidden, weight, bias
+    return head
 
 
-def checked_reference(
-    op: str, hidden: torch.Tensor, weight: torch.Tensor | None, head: Head | None
-) -> Head | tuple[None, None, None]:
+def checked_reference(op: str, head: Head, reference: AnyHead | None) -> Head | None:
     """The same for the head of a reference policy; of no gradient."""
-    if head is None:
-        return None, None, None
-    if len(head) != 3:
-        _checks.fail(op, "reference_head", "(hidden, weight, bias)", f"{len(head)} items")
-    if head[0] is None:
+    if reference is None:
+        return None
+    if len(reference) != 3:
+        _checks.fail(op, "reference_head", "(hidden, weight, bias)", f"{len(reference)} items")
+    if reference[0] is None:
         _checks.fail(op, "reference_head", "hidden states or logits first", None)
-    size = hidden.shape[2] if weight is None else weight.shape[0]
-    states = head[0].detach()
-    matrix, offset = (None if t is None else t.detach() for t in head[1:])
-    _checks.shape(op, "reference_head hidden", states, *hidden.shape[:2], size if matrix is None else "E")
-    other = _checked_head(op, "reference_head ", states, matrix, offset, size)
-    if (other[0].dtype == torch.float64) != (hidden.dtype == torch.float64):
-        _checks.fail(op, "reference_head hidden", f"a dtype that goes with {hidden.dtype}", other[0].dtype)
+    hidden = head.hidden
+    size = hidden.shape[2] if head.weight is None else head.weight.shape[0]
+    other = detached(Head(*reference))
+    _checks.shape(op, "reference_head hidden", other.hidden, *hidden.shape[:2], size if other.weight is None else "E")
+    other = _checked_head(op, "reference_head ", other, size)
+    if (other.hidden.dtype == torch.float64) != (hidden.dtype == torch.float64):
+        _checks.fail(op, "reference_head hidden", f"a dtype that goes with {hidden.dtype}", other.hidden.dtype)
     return other
 
 
-def _checked_head(
-    op: str,
-    prefix: str,
-    hidden: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    size: int | None = None,
-) -> Head:
+def detached(head: Head) -> Head:
+    """The same without its gradient."""
+    hidden, weight, bias = head
+    return Head(hidden.detach(), None if weight is None else weight.detach(), None if bias is None else bias.detach())
+
+
+def _checked_head(op: str, prefix: str, head: Head, size: int | None = None) -> Head:
     """The tensors of a head, checked and, under autocast, rounded to its dtype."""
+    hidden, weight, bias = head
     _checks.floating(op, f"{prefix}hidden", hidden)
     if weight is None:
         if bias is not None:
             _checks.fail(op, f"{prefix}bias", "None, as there is no weight", "a tensor")
-        return hidden, None, None
+        return head
     _checks.shape(op, f"{prefix}weight", weight, "V" if size is None else size, hidden.shape[2])
     if bias is not None:
         _checks.shape(op, f"{prefix}bias", bias, weight.shape[0])
@@ -202,4 +199,4 @@ def _checked_head(
     else:
         named = {f"{prefix}weight": weight, f"{prefix}bias": bias}
         _checks.same_dtype_and_device(op, f"{prefix}hidden", hidden, **named)
-    return hidden, weight, bias
+    return Head(hidden, weight, bias)

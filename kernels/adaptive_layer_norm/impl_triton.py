@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from fastvar.kernels.adaptive_layer_norm import tiles
 from fastvar.kernels.common.tiling import Table, card, cdiv, power_of_2
+
+if TYPE_CHECKING:
+    from fastvar.ops.adaptive_layer_norm import GateCall, GateNormCall, NormCall
 
 ADDED = 128  # channels of a program that adds parts up
 WIDEST = 8  # elements of a 16-bit type that a thread loads at once
@@ -190,18 +195,22 @@ def _add_parts(
         tl.store(third_ptr + place, total, seen & (line // images == 2))
 
 
-def forward(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
+Grads = Sequence[torch.Tensor | None]
+
+
+def norm(call: NormCall) -> torch.Tensor:
     """See the reference."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _normalise(x, x, scale, scale, shift, eps, out, out, gated=False)
+    out = torch.empty(call.x.shape, dtype=call.x.dtype, device=call.x.device)
+    _normalise(call, call.x, call.scale, out, out, gated=False)
     return out
 
 
-def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def gate(call: GateCall) -> torch.Tensor:
     """See the reference."""
+    x = call.x
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
-        given = _dense(x, y, gate)
+        given = _dense(x, call.y, call.gate)
         options, strides = _options(x, tiles.FORWARD), _strides(given)
         _gate_forward[_grid(x, options["ROWS"])](
             *given, out, *strides, x.shape[1], **options, ALIGNED=_aligned(strides)
@@ -209,121 +218,97 @@ def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torc
     return out
 
 
-def gated_residual_norm(
-    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gate_norm(call: GateNormCall) -> tuple[torch.Tensor, torch.Tensor]:
     """See the reference."""
-    stream, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    _normalise(x, y, gate, scale, shift, eps, stream, out, gated=True)
+    stream, out = (torch.empty(call.x.shape, dtype=call.x.dtype, device=call.x.device) for _ in range(2))
+    _normalise(call, call.y, call.gate, stream, out, gated=True)
     return stream, out
 
 
-def backward(
-    grads: Sequence[torch.Tensor | None],
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    eps: float,
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
+def norm_backward(
+    call: NormCall, saved: Sequence[torch.Tensor], grads: Grads, needs: Any
+) -> dict[str, torch.Tensor | None]:
     """Gradients of x, scale and shift, as far as they are needed."""
-    needs = [needs[0], False, False, *needs[1:]]
-    return _gradients(grads[0], None, x, x, scale, scale, shift, eps, needs)
+    needs = SimpleNamespace(x=needs.x, y=False, gate=False, scale=needs.scale, shift=needs.shift)
+    return _gradients(call, call.x, call.x, call.scale, grads[0], None, needs)
 
 
-def gated_residual_backward(
-    grads: Sequence[torch.Tensor | None],
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor,
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
-    """Gradients of y and gate, as far as they are needed."""
-    _, need_y, need_gate = needs
-    make = torch.zeros if grads[0] is None or not x.numel() else torch.empty
-    dy = make(y.shape if need_y else 0, dtype=y.dtype, device=y.device)
+def gate_backward(
+    call: GateCall | GateNormCall, saved: Sequence[torch.Tensor], grads: Grads, needs: Any
+) -> dict[str, torch.Tensor | None]:
+    """Gradients of x, y and gate, as far as they are needed."""
+    grad, x, y = grads[0], call.x, call.y
+    assert grad is not None
+    make = torch.empty if x.numel() else torch.zeros
+    dy = make(y.shape if needs.y else 0, dtype=y.dtype, device=y.device)
     options = _options(x, tiles.BACKWARD)
-    sums = make(_sums(x, options["PART"], int(need_gate)), dtype=torch.float32, device=x.device)
-    if grads[0] is not None and x.numel():
-        given = _dense(grads[0], y, gate)
+    sums = make(_sums(x, options["PART"], int(needs.gate)), dtype=torch.float32, device=x.device)
+    if x.numel():
+        given = _dense(grad, y, call.gate)
         strides = _strides(given)
         _gate_backward[_grid(x, options["PART"])](
             *given, dy, sums, *strides, x.shape[1], **options, ALIGNED=_aligned(strides),
-            DY=need_y, DGATE=need_gate,
+            DY=needs.y, DGATE=needs.gate,
         )  # fmt: skip
-    return [dy] * need_y + _totals(sums, [gate] * need_gate)
+    dgate = _totals(sums, [call.gate])[0] if needs.gate else None
+    return {"x": grad, "y": dy, "gate": dgate}
 
 
-def gated_residual_norm_backward(
-    grads: Sequence[torch.Tensor | None],
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    eps: float,
-    results: Sequence[torch.Tensor],
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
+def gate_norm_backward(
+    call: GateNormCall, saved: Sequence[torch.Tensor], grads: Grads, needs: Any
+) -> dict[str, torch.Tensor | None]:
     """Gradients of x, y, gate, scale and shift, as far as they are needed."""
-    if grads[1] is not None:
-        return _gradients(grads[1], grads[0], results[0], y, gate, scale, shift, eps, needs)
-    found = gated_residual_backward(grads[:1], x, y, gate, needs[:3])
-    if needs[0]:
-        dx = torch.zeros_like(x) if grads[0] is None else grads[0]
-        found.insert(0, dx.clone(memory_format=torch.contiguous_format))
-    rest = [scale] * needs[3] + [shift] * needs[4]
-    return found + [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in rest]
+    (stream,), (along, grad) = saved, grads
+    if grad is None:
+        return gate_backward(call, (), (along,), needs)
+    return _gradients(call, stream, call.y, call.gate, grad, along, needs)
 
 
 def _normalise(
-    x: torch.Tensor,
+    call: NormCall | GateNormCall,
     y: torch.Tensor,
     gate: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    eps: float,
     stream: torch.Tensor,
     out: torch.Tensor,
     gated: bool,
 ) -> None:
     if out.numel():
-        given = _dense(x, y, gate, scale, shift)
+        x = call.x
+        given = _dense(x, y, gate, call.scale, call.shift)
         options, strides = _options(x, tiles.FORWARD), _strides(given)
         _norm_forward[_grid(x, options["ROWS"])](
-            *given, stream, out, *strides, x.shape[1], eps, **options, ALIGNED=_aligned(strides), GATED=gated
+            *given, stream, out, *strides, x.shape[1], call.eps, **options, ALIGNED=_aligned(strides), GATED=gated
         )
 
 
 def _gradients(
-    grad: torch.Tensor | None,
-    stream: torch.Tensor | None,
+    call: NormCall | GateNormCall,
     x: torch.Tensor,
     y: torch.Tensor,
     gate: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    eps: float,
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
+    grad: torch.Tensor | None,
+    stream: torch.Tensor | None,
+    needs: Any,
+) -> dict[str, torch.Tensor | None]:
     """Those of x, y, gate, scale and shift, as far as they are needed. x is what was normalised; `stream` is the
     gradient that comes to it from elsewhere."""
-    modulation = needs[3] or needs[4]
-    make = torch.zeros if grad is None or not x.numel() else torch.empty
-    dx = make(x.shape if needs[0] else 0, dtype=x.dtype, device=x.device)
-    dy = make(y.shape if needs[1] else 0, dtype=y.dtype, device=y.device)
+    assert grad is not None
+    modulation = needs.scale or needs.shift
+    make = torch.empty if x.numel() else torch.zeros
+    dx = make(x.shape if needs.x else 0, dtype=x.dtype, device=x.device)
+    dy = make(y.shape if needs.y else 0, dtype=y.dtype, device=y.device)
     options = _options(x, tiles.BACKWARD)
-    sums = make(_sums(x, options["PART"], 2 * modulation + needs[2]), dtype=torch.float32, device=x.device)
-    if grad is not None and x.numel():
-        given = _dense(grad, x if stream is None else stream, x, y, gate, scale)
+    sums = make(_sums(x, options["PART"], 2 * modulation + needs.gate), dtype=torch.float32, device=x.device)
+    if x.numel():
+        given = _dense(grad, x if stream is None else stream, x, y, gate, call.scale)
         strides = _strides(given)
         _norm_backward[_grid(x, options["PART"])](
-            *given, dx, dy, sums, *strides, x.shape[1], eps, **options, ALIGNED=_aligned(strides),
-            DX=needs[0], DMODULATION=modulation, STREAM=stream is not None, DY=needs[1], DGATE=needs[2],
+            *given, dx, dy, sums, *strides, x.shape[1], call.eps, **options, ALIGNED=_aligned(strides),
+            DX=needs.x, DMODULATION=modulation, STREAM=stream is not None, DY=needs.y, DGATE=needs.gate,
         )  # fmt: skip
-    totals = _totals(sums, [gate] * needs[2] + [scale, shift] * modulation)
-    dscale, dshift = totals[-2:] if modulation else (dx, dx)
-    return [dx] * needs[0] + [dy] * needs[1] + totals[: needs[2]] + [dscale] * needs[3] + [dshift] * needs[4]
+    names = ["gate"] * needs.gate + ["scale", "shift"] * modulation
+    totals = _totals(sums, [gate] * needs.gate + [call.scale, call.shift] * modulation)
+    return {"x": dx, "y": dy, **dict(zip(names, totals, strict=True))}
 
 
 def _options(x: torch.Tensor, table: Table) -> dict[str, int]:

@@ -1,27 +1,32 @@
 """Adaptive layer norm and gated residual in plain PyTorch: the specification."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 
-
-def forward(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
-    """LayerNorm(x) (1 + scale) + shift; x (B, L, C), scale and shift (B, C)."""
-    compute = torch.promote_types(x.dtype, torch.float32)
-    normed = F.layer_norm(x.to(compute), x.shape[-1:], eps=eps)
-    out = torch.addcmul(shift.to(compute)[:, None], normed, scale.to(compute)[:, None] + 1)
-    return out.to(x.dtype)
+if TYPE_CHECKING:
+    from fastvar.ops.adaptive_layer_norm import GateCall, GateNormCall, NormCall
 
 
-def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """x + gate y; x and y (B, L, C), gate (B, C)."""
-    compute = torch.promote_types(x.dtype, torch.float32)
-    out = torch.addcmul(x.to(compute), y.to(compute), gate.to(compute)[:, None])
-    return out.to(x.dtype).contiguous()
+def norm(call: NormCall) -> torch.Tensor:
+    """LayerNorm(x) (1 + scale) + shift."""
+    compute = torch.promote_types(call.x.dtype, torch.float32)
+    normed = F.layer_norm(call.x.to(compute), call.x.shape[-1:], eps=call.eps)
+    out = normed * (1 + call.scale.to(compute)[:, None]) + call.shift.to(compute)[:, None]
+    return out.to(call.x.dtype).contiguous()
 
 
-def gated_residual_norm(
-    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gate(call: GateCall) -> torch.Tensor:
+    """x + gate y."""
+    compute = torch.promote_types(call.x.dtype, torch.float32)
+    out = call.x.to(compute) + call.gate.to(compute)[:, None] * call.y.to(compute)
+    return out.to(call.x.dtype).contiguous()
+
+
+def gate_norm(call: GateNormCall) -> tuple[torch.Tensor, torch.Tensor]:
     """The residual x + gate y in x's dtype, and its norm."""
-    stream = gated_residual(x, y, gate)
-    return stream, forward(stream, scale, shift, eps)
+    stream = gate(call)
+    return stream, norm(call._replace(x=stream))

@@ -9,11 +9,14 @@ a part depends on the other parts through these two alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
 from fastvar.schedule import ScaleSchedule
+
+if TYPE_CHECKING:
+    from fastvar.ops.block_causal_attention import AttentionCall
 
 
 class Scales(NamedTuple):
@@ -26,30 +29,34 @@ class Scales(NamedTuple):
 Seen = torch.Tensor | Scales | None
 
 
-class Package(Protocol):
+class Part(NamedTuple):
     """Attention of q (B, n, H, D) over keys and values (B, m, H, D): over all of them, with lengths (B,) over the first
-    of them, at least one, or as `Scales` has it. lse (B, H, n) in float32 (float64 for float64), contiguous."""
+    of them, at least one, or as `Scales` has it."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float
+    seen: Seen
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.q, self.k, self.v
+
+
+class Package(Protocol):
+    """Attention by a package. lse (B, H, n) is in float32 (float64 for float64), contiguous."""
 
     name: str
     takes_lengths: bool
     # the largest head dimensions for which it is called once for all scales, forward and for the gradient
     takes_scales: tuple[int, int]
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: Seen
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the result (B, n, H, D) and lse."""
 
     def gradients(
-        self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-        seen: Seen,
+        self, part: Part, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of q, k and v, in memory of their own. out and lse may be those of more keys than k."""
 
@@ -60,47 +67,36 @@ class ByScale:
     def __init__(self, package: Package) -> None:
         self.package = package
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        schedule: ScaleSchedule,
-        prefix_k: torch.Tensor | None,
-        prefix_v: torch.Tensor | None,
-        prefix_lengths: torch.Tensor | None,
-        softmax_scale: float,
-        block_diagonal: bool,
-        with_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See the reference; lse (B, H, L) is always there.
+    def forward(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the reference.
 
         Raises:
             ValueError: a prefix of several lengths that the package does not take.
         """
-        if prefix_lengths is not None and not self.package.takes_lengths:
+        prefix, scale = call.prefix, call.softmax_scale
+        lengths = None if prefix is None else prefix.lengths
+        if lengths is not None and not self.package.takes_lengths:
             raise ValueError(
                 f"block_causal_attention: prefix.lengths: expected none for backend={self.package.name!r}, got one"
             )
-        batch, length, heads, _ = q.shape
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = out.new_empty(batch, heads, length, dtype=torch.promote_types(q.dtype, torch.float32))
-        if not q.numel():
+        batch, length, heads, width = call.q.shape
+        out = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
+        lse = out.new_empty(batch, heads, length, dtype=torch.promote_types(call.q.dtype, torch.float32))
+        if not call.q.numel():
             return out, lse
-        q, k, v = _plain(q), _plain(k), _plain(v)
-        if prefix_k is not None and prefix_v is not None and prefix_k.shape[1]:
-            groups = prefix_k.shape[0]
+        q, k, v = _plain(call.q), _plain(call.k), _plain(call.v)
+        other = None
+        if prefix is not None and prefix.k.shape[1]:
+            groups = prefix.k.shape[0]
             other, other_lse = self.package.attend(
-                _packed(q, groups), _plain(prefix_k), _plain(prefix_v), softmax_scale, prefix_lengths
+                Part(_packed(q, groups), _plain(prefix.k), _plain(prefix.v), scale, lengths)
             )
             other, other_lse = other.reshape(q.shape), _unpacked(other_lse, batch)
-            if prefix_lengths is not None:
-                other_lse = other_lse.masked_fill(_empty(prefix_lengths, batch), -torch.inf)
-        else:
-            other = None
+            if lengths is not None:
+                other_lse = other_lse.masked_fill(_empty(lengths, batch), -torch.inf)
         # the largest first: while it runs, the host asks for the others
-        for rows, keys, seen in reversed(_parts(schedule, block_diagonal, q.shape[-1] <= self.package.takes_scales[0])):
-            part, part_lse = self.package.attend(q[:, rows], k[:, keys], v[:, keys], softmax_scale, seen)
+        for rows, keys, seen in reversed(_parts(call, width <= self.package.takes_scales[0])):
+            part, part_lse = self.package.attend(Part(q[:, rows], k[:, keys], v[:, keys], scale, seen))
             if other is None:
                 out[:, rows], lse[:, :, rows] = part, part_lse
                 continue
@@ -111,57 +107,48 @@ class ByScale:
         return out, lse
 
     def backward(
-        self,
-        grads: Sequence[torch.Tensor | None],
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        schedule: ScaleSchedule,
-        prefix_k: torch.Tensor | None,
-        prefix_v: torch.Tensor | None,
-        prefix_lengths: torch.Tensor | None,
-        softmax_scale: float,
-        block_diagonal: bool,
-        with_lse: bool,
-        results: Sequence[torch.Tensor],
-        needs: Sequence[bool],
-    ) -> list[torch.Tensor]:
-        """Gradients of q, k, v and of the prefix's keys and values, as far as they are needed."""
-        out, lse = results
-        grad, grad_lse = grads
-        given = (q, k, v, prefix_k, prefix_v)
-        wanted = [t for t, need in zip(given, needs, strict=False) if need and t is not None]
-        if not q.numel() or (grad is None and grad_lse is None):
-            return [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
-        batch = q.shape[0]
+        self, call: AttentionCall, saved: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None], needs: Any
+    ) -> dict[str, torch.Tensor]:
+        """Gradients of q, k, v and of the prefix's keys and values; saved: the results."""
+        (out, lse), (grad, grad_lse) = saved, grads
+        prefix, scale, batch = call.prefix, call.softmax_scale, call.q.shape[0]
+        given = {"q": call.q, "k": call.k, "v": call.v}
+        if prefix is not None:
+            given |= {"prefix_k": prefix.k, "prefix_v": prefix.v}
+        if not call.q.numel():
+            return {name: torch.zeros(t.shape, dtype=t.dtype, device=t.device) for name, t in given.items()}
+        q, k, v = _plain(call.q), _plain(call.k), _plain(call.v)
         g = torch.zeros_like(out) if grad is None else _plain(grad.to(q.dtype))
-        q, k, v = _plain(q), _plain(k), _plain(v)
         dq = prefix_dk = prefix_dv = None
-        if prefix_k is not None and prefix_v is not None:
-            prefix_dk, prefix_dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (prefix_k, prefix_v))
-            if prefix_k.shape[1]:
-                groups = prefix_k.shape[0]
+        if prefix is not None:
+            prefix_dk, prefix_dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (prefix.k, prefix.v))
+            if prefix.k.shape[1]:
+                groups = prefix.k.shape[0]
                 some_lse = lse
-                if prefix_lengths is not None:  # infinite: the keys of an empty prefix had no weight
-                    some_lse = lse.masked_fill(_empty(prefix_lengths, batch), torch.inf)
+                if prefix.lengths is not None:  # infinite: the keys of an empty prefix had no weight
+                    some_lse = lse.masked_fill(_empty(prefix.lengths, batch), torch.inf)
                 dq, prefix_dk, prefix_dv = self._gradients(
-                    _packed(g, groups), _packed(q, groups), _plain(prefix_k), _plain(prefix_v), _packed(out, groups),
+                    Part(_packed(q, groups), _plain(prefix.k), _plain(prefix.v), scale, prefix.lengths),
+                    _packed(g, groups),
+                    _packed(out, groups),
                     _packed(some_lse.transpose(1, 2), groups).transpose(1, 2).contiguous(),
                     None if grad_lse is None else _packed(grad_lse.transpose(1, 2), groups).transpose(1, 2),
-                    softmax_scale, prefix_lengths,
-                )  # fmt: skip
+                )
                 dq = dq.reshape(q.shape)
         add_q = dq is not None
         wide = torch.promote_types(q.dtype, torch.float32)  # what is added up is rounded once, at the end
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if dq is None else dq.to(wide).contiguous()
         dk = dv = None
         # the last scale comes first: it sees all keys, and the gradients of the others are added to its own
-        parts = _parts(schedule, block_diagonal, q.shape[-1] <= self.package.takes_scales[1])
+        parts = _parts(call, q.shape[-1] <= self.package.takes_scales[1])
         for rows, keys, seen in reversed(parts):
             part_q, part_k, part_v = self._gradients(
-                g[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, :, rows].contiguous(),
-                None if grad_lse is None else grad_lse[:, :, rows], softmax_scale, seen,
-            )  # fmt: skip
+                Part(q[:, rows], k[:, keys], v[:, keys], scale, seen),
+                g[:, rows],
+                out[:, rows],
+                lse[:, :, rows].contiguous(),
+                None if grad_lse is None else grad_lse[:, :, rows],
+            )
             if add_q:
                 dq[:, rows] += part_q
             else:
@@ -173,48 +160,40 @@ class ByScale:
                     del part_q, part_k, part_v
                     continue
                 dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-            if block_diagonal:
+            if call.block_diagonal:
                 dk[:, keys], dv[:, keys] = part_k, part_v
             else:
                 dk[:, keys] += part_k
                 dv[:, keys] += part_v
             del part_q, part_k, part_v  # before the next call, which has as much of its own
-        found = (dq, dk, dv, prefix_dk, prefix_dv)
-        return [t.to(q.dtype).contiguous() for t, need in zip(found, needs, strict=False) if need and t is not None]
+        found = zip(given, (dq, dk, dv, prefix_dk, prefix_dv), strict=False)
+        return {name: t.to(q.dtype).contiguous() for name, t in found if t is not None}
 
     def _gradients(
-        self,
-        g: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        slopes: torch.Tensor | None,
-        scale: float,
-        seen: Seen,
+        self, part: Part, g: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, slopes: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The package's, and what `slopes` (B, H, n), the gradient of the log-sum-exp, adds.
 
         Its gradient by the scores are the weights: q gets the weighted sum of keys, which is attention with the keys as
         values, and k the weighted sum of queries, which is the gradient of these values."""
-        dq, dk, dv = self.package.gradients(g, q, k, v, out, lse, scale, seen)
+        dq, dk, dv = self.package.gradients(part, g, out, lse)
         if slopes is not None:
-            steep = _per_row(slopes * scale)
-            mean, mean_lse = self.package.attend(q, k, k, scale, seen)
+            steep = _per_row(slopes * part.scale)
+            of_keys = part._replace(v=part.k)
+            mean, mean_lse = self.package.attend(of_keys)
             share = _per_row((mean_lse - lse).exp())  # of all keys that the row sees, those here
-            weighted = (q * steep).to(q.dtype)
+            weighted = (part.q * steep).to(part.q.dtype)
             dq = (dq + mean * (steep * share)).to(dq.dtype)
-            dk = dk + self.package.gradients(weighted, q, k, k, out, lse, scale, seen)[2]
+            dk = dk + self.package.gradients(of_keys, weighted, out, lse)[2]
         return dq, dk, dv
 
 
-def _parts(schedule: ScaleSchedule, block_diagonal: bool, at_once: bool) -> list[tuple[slice, slice, Scales | None]]:
+def _parts(call: AttentionCall, at_once: bool) -> list[tuple[slice, slice, Scales | None]]:
     """For each call its queries, the keys of the image that it is given, and what of these is seen."""
     if at_once:
-        return [(slice(None), slice(None), Scales(schedule, block_diagonal))]
-    ranges = zip(schedule.starts, schedule.ends, strict=True)
-    return [(slice(start, end), slice(start if block_diagonal else 0, end), None) for start, end in ranges]
+        return [(slice(None), slice(None), Scales(call.schedule, call.block_diagonal))]
+    ranges = zip(call.schedule.starts, call.schedule.ends, strict=True)
+    return [(slice(start, end), slice(start if call.block_diagonal else 0, end), None) for start, end in ranges]
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

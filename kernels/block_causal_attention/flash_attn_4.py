@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import cutlass
 import cutlass.cute as cute
 import torch
-from fastvar.kernels.block_causal_attention.by_scale import Scales, Seen
+from fastvar.kernels.block_causal_attention.by_scale import Part, Scales
 from flash_attn.cute import utils
 from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch, compute_dq_write_order
 from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
@@ -39,36 +39,28 @@ class FlashAttention4:
         # Tiles have other sizes beyond 128. On Hopper the gradient with a list of tiles is not deterministic.
         self.takes_scales = (128, 128 if major == 10 else 0)
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: Seen
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
         options: dict[str, Any] = {}
-        if isinstance(seen, Scales):
-            masks = _masks(seen, q.device)
+        if isinstance(part.seen, Scales):
+            masks = _masks(part.seen, part.q.device)
             options = {"mask_mod": visible, "aux_tensors": masks.bounds, "block_sparse_tensors": masks.forward}
-        elif seen is not None:
-            options = {"seqused_k": _used(seen, k)}
-        out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True, **options)
+        elif part.seen is not None:
+            options = {"seqused_k": _used(part.seen, part.k)}
+        out, lse, *_ = _flash_attn_fwd(*part.tensors, softmax_scale=part.scale, return_lse=True, **options)
         return out, lse
 
     def gradients(
-        self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-        seen: Seen,
+        self, part: Part, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         options: dict[str, Any] = {}
-        if isinstance(seen, Scales):
-            masks = _masks(seen, q.device)
+        if isinstance(part.seen, Scales):
+            masks = _masks(part.seen, part.q.device)
             options = {"mask_mod": visible, "aux_tensors": masks.bounds, "block_sparse_tensors": masks.backward}
-        elif seen is not None:
-            options = {"seqused_k": _used(seen, k)}
-        dq, dk, dv, *_ = _flash_attn_bwd(q, k, v, out, grad, lse, softmax_scale=scale, deterministic=True, **options)
+        elif part.seen is not None:
+            options = {"seqused_k": _used(part.seen, part.k)}
+        dq, dk, dv, *_ = _flash_attn_bwd(
+            *part.tensors, out, grad, lse, softmax_scale=part.scale, deterministic=True, **options
+        )
         return dq, dk, dv
 
 

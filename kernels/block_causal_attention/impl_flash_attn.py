@@ -5,20 +5,23 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fastvar.kernels.block_causal_attention.by_scale import ByScale
 
+if TYPE_CHECKING:
+    from fastvar.ops.block_causal_attention import AttentionCall
 
-def forward(q: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+
+def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ByScale`."""
-    return _implementation(q.device).forward(q, *args)
+    return _implementation(call.q.device).forward(call)
 
 
-def backward(grads: Any, q: torch.Tensor, *args: Any) -> list[torch.Tensor]:
+def backward(call: AttentionCall, *rest: Any) -> dict[str, torch.Tensor]:
     """See `ByScale`."""
-    return _implementation(q.device).backward(grads, q, *args)
+    return _implementation(call.q.device).backward(call, *rest)
 
 
 @cache

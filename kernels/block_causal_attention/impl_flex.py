@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch._dynamo
@@ -15,42 +15,35 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from fastvar.schedule import ScaleSchedule
 
+if TYPE_CHECKING:
+    from fastvar.ops.block_causal_attention import AttentionCall
+
 TILE = 128
 GRAPHS = 256  # that are kept compiled at most
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    schedule: ScaleSchedule,
-    prefix_k: torch.Tensor | None,
-    prefix_v: torch.Tensor | None,
-    prefix_lengths: torch.Tensor | None,
-    softmax_scale: float,
-    block_diagonal: bool,
-    with_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the reference; lse is the caller's or (0,)."""
-    nothing = torch.empty(0, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the reference."""
+    q, k, v, prefix = call.q, call.k, call.v, call.prefix
     if not q.numel():
-        return torch.empty_like(q), nothing.new_empty(q.shape[0], q.shape[2], q.shape[1]) if with_lse else nothing
-    prefix = 0 if prefix_k is None else prefix_k.shape[1]
-    k, v = with_prefix(prefix_k, k), with_prefix(prefix_v, v)
-    if prefix_lengths is None:
-        mask = block_mask(schedule, prefix, block_diagonal, q.device)
+        nothing = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
+        return torch.empty_like(q), nothing
+    tokens = 0
+    if prefix is not None:
+        tokens = prefix.k.shape[1]
+        k, v = with_prefix(prefix.k, k), with_prefix(prefix.v, v)
+    if prefix is None or prefix.lengths is None:
+        mask = block_mask(call.schedule, tokens, call.block_diagonal, q.device)
     else:
-        lengths = prefix_lengths.repeat_interleave(q.shape[0] // max(prefix_lengths.shape[0], 1))
-        mask = ragged_block_mask(schedule, prefix, block_diagonal, lengths)
-    found = _attend(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask, scale=softmax_scale, return_lse=with_lse)
-    out, lse = found if with_lse else (found, nothing)
+        lengths = prefix.lengths.repeat_interleave(q.shape[0] // max(prefix.lengths.shape[0], 1))
+        mask = ragged_block_mask(call.schedule, tokens, call.block_diagonal, lengths)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out, lse = _attend(q, k, v, block_mask=mask, scale=call.softmax_scale, return_lse=True)
     return out.transpose(1, 2).contiguous(), lse
 
 
-def with_prefix(shared: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor:
+def with_prefix(shared: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """(B, P + L, H, D) of a prefix (B/G, P, H, D), copied for the samples of its group, and own tokens (B, L, H, D)."""
-    if shared is None:
-        return own
     own = own.unflatten(0, (shared.shape[0], -1))  # [B/G, G, L, H, D]
     copies = shared[:, None].expand(-1, own.shape[1], -1, -1, -1)
     return torch.cat((copies, own), 2).flatten(0, 1)
@@ -125,7 +118,7 @@ def _block_mask(tiles: _Tiles, prefix: int, visible: Callable[..., torch.Tensor]
     )
 
 
-def _attend(*args: Any, **options: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def _attend(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     # Each schedule and prefix is a graph of its own, with and without gradients, and PyTorch would stop at eight.
     with torch._dynamo.config.patch(recompile_limit=GRAPHS):
         return _compiled()(*args, **options)

@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from fastvar.kernels.block_causal_attention.by_scale import ByScale, Seen
+from fastvar.kernels.block_causal_attention.by_scale import ByScale, Part
 from torch.nn.attention import SDPBackend
 
 _ATEN = torch.ops.aten
@@ -26,11 +26,9 @@ class _ScaledDotProducts:
     takes_lengths = True
     takes_scales = (0, 0)
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: Seen
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        mask = _mask(seen, q, k) if isinstance(seen, torch.Tensor) else None
+    def attend(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        (q, k, v), scale = (t.transpose(1, 2) for t in part.tensors), part.scale
+        mask = _mask(part.seen, q, k) if isinstance(part.seen, torch.Tensor) else None
         kernel = _kernel(q, k, v, mask, scale)
         if kernel == "cpu":
             out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
@@ -44,19 +42,11 @@ class _ScaledDotProducts:
         return out.transpose(1, 2), lse.reshape(q.shape[:3])
 
     def gradients(
-        self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-        seen: Seen,
+        self, part: Part, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # dense: see _NO_DROPOUT
-        grad, q, k, v, out = (t.transpose(1, 2) for t in (grad.contiguous(), q, k, v, out.contiguous()))
-        mask = _mask(seen, q, k) if isinstance(seen, torch.Tensor) else None
+        grad, q, k, v, out = (t.transpose(1, 2) for t in (grad.contiguous(), *part.tensors, out.contiguous()))
+        scale, mask = part.scale, _mask(part.seen, q, k) if isinstance(part.seen, torch.Tensor) else None
         kernel, rows, columns = _kernel(q, k, v, mask, scale), q.shape[2], k.shape[2]
         if kernel == "cpu":
             found = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(

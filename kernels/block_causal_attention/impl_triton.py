@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -39,6 +39,9 @@ from fastvar.kernels.common.tiling import Table, card, cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvar.schedule import ScaleSchedule
+
+if TYPE_CHECKING:
+    from fastvar.ops.block_causal_attention import AttentionCall
 
 PROGRAMS = (
     384  # that a prefix alone should have: on an H200 192 were a little faster for four prefixes, for one too few
@@ -331,113 +334,113 @@ def _add_parts(dk_parts_ptr, dv_parts_ptr, dk_ptr, dv_ptr, size, PARTS, BLOCK: t
     tl.store(dv_ptr + place, dv, inside)
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    schedule: ScaleSchedule,
-    prefix_k: torch.Tensor | None,
-    prefix_v: torch.Tensor | None,
-    prefix_lengths: torch.Tensor | None,
-    softmax_scale: float,
-    block_diagonal: bool,
-    with_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the reference; lse (B, H, L) is always there."""
-    batch, length, heads, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
+def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the reference."""
+    batch, length, heads, _ = call.q.shape
+    out = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
+    lse = torch.empty(batch, heads, length, dtype=torch.float32, device=call.q.device)
     if not out.numel():
         return out, lse
+    given = _Given(call)
+    q, k, v, pk, pv = given.tensors
+    softmax_scale = call.softmax_scale
     if softmax_scale < 0:  # the greatest score is the greatest product's
         q, softmax_scale = -q, -softmax_scale
-    q, k, v = rows_adjacent(q), rows_adjacent(k), rows_adjacent(v)
-    pk, pv, tokens, group = _prefix(q, prefix_k, prefix_v)
-    lengths = None if prefix_lengths is None else prefix_lengths.contiguous()
     size = _tile(FORWARD, q, k, v, pk, pv)
     keys = (k, v, pk, pv)
     tiles = [_descriptor(x, size["BLOCK_N"]) for x in keys] if size.pop("DESCRIPTORS") else [None] * 4
     if any(tiled is None and x is not None for tiled, x in zip(tiles, keys, strict=True)):
         tiles = [None] * 4
     _forward[(cdiv(length, size["BLOCK_M"]) * batch * heads,)](
-        q, k, v, pk, pv, *tiles, lengths, *_spans(schedule, q.device), out, lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(pk), *_strides(pv),
-        length, tokens, group, heads, _bundle(q), softmax_scale * LOG2_E.value, DIAGONAL=block_diagonal, **size,
+        q, *keys, *tiles, given.lengths, *given.spans, out, lse, *_strides(q, *keys),
+        length, given.tokens, given.group, heads, given.bundle, softmax_scale * LOG2_E.value,
+        DIAGONAL=call.block_diagonal, **size,
     )  # fmt: skip
     return out, lse
 
 
 def backward(
-    grads: Sequence[torch.Tensor | None],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    schedule: ScaleSchedule,
-    prefix_k: torch.Tensor | None,
-    prefix_v: torch.Tensor | None,
-    prefix_lengths: torch.Tensor | None,
-    softmax_scale: float,
-    block_diagonal: bool,
-    with_lse: bool,
-    results: Sequence[torch.Tensor],
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
-    """Gradients of q, k, v and of the prefix's keys and values, as far as they are needed; results: those of
-    `forward`."""
-    out, lse = results
-    grad, grad_lse = grads
-    batch, length, heads, _ = q.shape
-    own_needs, prefix_needs = needs[1] or needs[2], needs[3] or needs[4]
-    nothing = not out.numel() or (grad is None and grad_lse is None)
-    make = torch.zeros if nothing else torch.empty
-    made: list[torch.Tensor | None] = [
-        make(tensor.shape, dtype=tensor.dtype, device=tensor.device) if tensor is not None and wanted else None
-        for tensor, wanted in (
-            *((q, needs[0]), (k, own_needs), (v, own_needs)),
-            *((prefix_k, prefix_needs), (prefix_v, prefix_needs)),
-        )
-    ]
-    if not nothing:
-        dq, dk, dv, dpk, dpv = made
+    call: AttentionCall, saved: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None], needs: Any
+) -> dict[str, torch.Tensor | None]:
+    """Gradients of q, k, v and of the prefix's keys and values, as far as they are needed; saved: the results."""
+    (out, lse), (grad, grad_lse) = saved, grads
+    batch, length, heads, _ = call.q.shape
+    own, shared = needs.k or needs.v, needs.prefix_k or needs.prefix_v
+    make = torch.empty if out.numel() else torch.zeros
+
+    def room(tensor: torch.Tensor, wanted: bool) -> torch.Tensor | None:
+        return make(tensor.shape, dtype=tensor.dtype, device=tensor.device) if wanted else None
+
+    dq, dk, dv = room(call.q, needs.q), room(call.k, own), room(call.v, own)
+    dpk = dpv = None
+    if call.prefix is not None:
+        dpk, dpv = room(call.prefix.k, shared), room(call.prefix.v, shared)
+    if out.numel():
+        given = _Given(call)
+        q, k, v, pk, pv = given.tensors
         g = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if grad is None else rows_adjacent(grad.to(q.dtype))
-        q, k, v = rows_adjacent(q), rows_adjacent(k), rows_adjacent(v)
-        pk, pv, tokens, group = _prefix(q, prefix_k, prefix_v)
-        lengths = None if prefix_lengths is None else prefix_lengths.contiguous()
-        spans, factor, bundle = _spans(schedule, q.device), softmax_scale * LOG2_E.value, _bundle(q)
+        factor = call.softmax_scale * LOG2_E.value
         delta = torch.empty_like(lse)
-        size = _tile(BACKWARD_Q, q, k, v, pk, pv, g)
+        size = _tile(BACKWARD_Q, *given.tensors, g)
         _backward_q[(cdiv(length, size["BLOCK_M"]) * batch * heads,)](
-            q, k, v, pk, pv, lengths, *spans, out, g, lse, None if grad_lse is None else grad_lse.contiguous(),
-            delta, dq, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(pk), *_strides(pv), *g.stride()[:3],
-            length, tokens, group, heads, bundle, factor, softmax_scale, DIAGONAL=block_diagonal, **size,
+            q, k, v, pk, pv, given.lengths, *given.spans, out, g, lse,
+            None if grad_lse is None else grad_lse.contiguous(), delta, dq, *_strides(q, k, v, pk, pv, g),
+            length, given.tokens, given.group, heads, given.bundle, factor, call.softmax_scale,
+            DIAGONAL=call.block_diagonal, **size,
         )  # fmt: skip
         if dk is not None:
             size = _tile(BACKWARD_KV, q, k, v, g)
             _backward_kv[(cdiv(length, size["BLOCK_N"]) * batch * heads,)](
-                q, k, v, *spans, g, lse, delta, dk, dv, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                *g.stride()[:3], length, heads, bundle, factor, softmax_scale, DIAGONAL=block_diagonal, **size,
+                q, k, v, *given.spans, g, lse, delta, dk, dv, *_strides(q, k, v, g), length, heads, given.bundle,
+                factor, call.softmax_scale, DIAGONAL=call.block_diagonal, **size,
             )  # fmt: skip
         if dpk is not None and dpv is not None and pk is not None and pv is not None:
-            _prefix_gradients(q, pk, pv, lengths, g, lse, delta, dpk, dpv, softmax_scale)
-    return [tensor for tensor, need in zip(made, needs, strict=False) if need and tensor is not None]
+            _prefix_gradients(given, pk, pv, g, lse, delta, dpk, dpv)
+    return {"q": dq, "k": dk, "v": dv, "prefix_k": dpk, "prefix_v": dpv}
+
+
+class _Given:
+    """A call as the kernels take it.
+
+    Attributes:
+        tensors: q, k, v and the prefix's keys and values, None where there are no tokens; rows adjacent.
+        lengths: of the prefixes, or None.
+        tokens: of a prefix.
+        group: samples that share one.
+        spans: see `_spans`.
+        bundle: heads whose keys and values fit into a third of an H200's cache.
+        softmax_scale: that of the call.
+    """
+
+    def __init__(self, call: AttentionCall) -> None:
+        q, prefix = call.q, call.prefix
+        pk = pv = self.lengths = None
+        self.tokens, self.group = 0, 1
+        if prefix is not None:
+            self.lengths = None if prefix.lengths is None else prefix.lengths.contiguous()
+            if prefix.k.numel():
+                pk, pv = rows_adjacent(prefix.k), rows_adjacent(prefix.v)
+                self.tokens, self.group = prefix.k.shape[1], q.shape[0] // prefix.k.shape[0]
+        self.tensors = (rows_adjacent(q), rows_adjacent(call.k), rows_adjacent(call.v), pk, pv)
+        self.spans = _spans(call.schedule, q.device)
+        self.bundle = max(min(CACHED // (2 * q.shape[1] * q.shape[3] * q.element_size()), 32), 1)
+        self.softmax_scale = call.softmax_scale
 
 
 def _prefix_gradients(
-    q: torch.Tensor,
+    given: _Given,
     pk: torch.Tensor,
     pv: torch.Tensor,
-    lengths: torch.Tensor | None,
     g: torch.Tensor,
     lse: torch.Tensor,
     delta: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
-    softmax_scale: float,
 ) -> None:
     """Into dk and dv. How rows are divided depends on L, P, G, H and the tile alone, not on how many prefixes there
     are."""
+    q, lengths, group = given.tensors[0], given.lengths, given.group
     (count, tokens, heads, _), length = pk.shape, q.shape[1]
-    group = q.shape[0] // count
     size = _tile(BACKWARD_PREFIX, q, pk, pv, g)
     programs = cdiv(tokens, size["BLOCK_N"]) * heads
     longest = cdiv(length, size["BLOCK_M"]) * group // SHORTEST
@@ -451,8 +454,8 @@ def _prefix_gradients(
             dks, dvs = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in sums)
         _backward_prefix[(programs * parts * len(sums[0]),)](
             q[rows], pk[some], pv[some], None if lengths is None else lengths[some], g[rows], lse[rows], delta[rows],
-            dks, dvs, *q.stride()[:3], *pk.stride()[:3], *pv.stride()[:3], *g.stride()[:3],
-            len(sums[0]), length, tokens, group, heads, parts, softmax_scale * LOG2_E.value, softmax_scale, **size,
+            dks, dvs, *_strides(q, pk, pv, g), len(sums[0]), length, tokens, group, heads, parts,
+            given.softmax_scale * LOG2_E.value, given.softmax_scale, **size,
         )  # fmt: skip
         if parts > 1:
             numel = sums[0].numel()
@@ -466,11 +469,6 @@ def _tile(table: Table, q: torch.Tensor, *others: torch.Tensor | None) -> dict[s
     return {**constants(head_dim, q.dtype), **chosen, "ALIGNED": common_factor(q, *others)}
 
 
-def _bundle(q: torch.Tensor) -> int:
-    """Heads whose keys and values fit into a third of an H200's cache."""
-    return max(min(CACHED // (2 * q.shape[1] * q.shape[3] * q.element_size()), 32), 1)
-
-
 @cache  # nothing is ever dropped: a CUDA graph may read it
 def _spans(schedule: ScaleSchedule, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(L,) each: the first token of a token's scale and one past the last, made once for a schedule and a device."""
@@ -480,17 +478,9 @@ def _spans(schedule: ScaleSchedule, device: torch.device) -> tuple[torch.Tensor,
     return firsts, lasts
 
 
-def _prefix(
-    q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None, int, int]:
-    """Keys and values, how many tokens, how many samples share one; nothing where there are no tokens."""
-    if k is None or v is None or not k.numel():
-        return None, None, 0, 1
-    return rows_adjacent(k), rows_adjacent(v), k.shape[1], q.shape[0] // k.shape[0]
-
-
-def _strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if tensor is None else tensor.stride()[:3]
+def _strides(*tensors: torch.Tensor | None) -> list[int]:
+    """Of samples, rows and heads; zeros where there is no tensor."""
+    return [stride for t in tensors for stride in ((0, 0, 0) if t is None else t.stride()[:3])]
 
 
 def _descriptor(tensor: torch.Tensor | None, rows: int) -> TensorDescriptor | None:

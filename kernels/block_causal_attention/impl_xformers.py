@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from fastvar.kernels.block_causal_attention.by_scale import ByScale, Seen
+from fastvar.kernels.block_causal_attention.by_scale import ByScale, Part
 from xformers.ops.fmha import memory_efficient_attention_backward, memory_efficient_attention_forward_requires_grad
 
 
@@ -12,24 +12,14 @@ class _XFormers:
     takes_lengths = False
     takes_scales = (0, 0)
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: Seen
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = memory_efficient_attention_forward_requires_grad(q, k, v, scale=scale)
-        return out, lse[:, :, : q.shape[1]]  # some of its kernels pad it
+    def attend(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = memory_efficient_attention_forward_requires_grad(part.q, part.k, part.v, scale=part.scale)
+        return out, lse[:, :, : part.q.shape[1]]  # some of its kernels pad it
 
     def gradients(
-        self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-        seen: Seen,
+        self, part: Part, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dq, dk, dv = memory_efficient_attention_backward(grad, out, lse, q, k, v, scale=scale)
+        dq, dk, dv = memory_efficient_attention_backward(grad, out, lse, part.q, part.k, part.v, scale=part.scale)
         return dq, dk, dv
 
 

@@ -8,7 +8,7 @@ on the number of keys and of queries of one sample alone, hence no result depend
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -16,6 +16,9 @@ import triton.language as tl
 from fastvar.kernels.cached_attention.tiles import PART
 from fastvar.kernels.common.tiles import LOG2_E, attend, common_factor, constants, head, rows_adjacent
 from fastvar.kernels.common.tiling import card, cdiv, power_of_2
+
+if TYPE_CHECKING:
+    from fastvar.ops.cached_attention import CachedAttentionCall
 
 FEW = 64  # queries of a sample; from there on, tiles of queries alone keep a GPU busy
 SPLIT = 512  # keys of a program where queries are few
@@ -107,18 +110,9 @@ class _Part(NamedTuple):
         return cdiv(self.k.shape[1], self.split)
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    prefix_k: torch.Tensor | None,
-    prefix_v: torch.Tensor | None,
-    prefix_lengths: torch.Tensor | None,
-    trunk_k: torch.Tensor | None,
-    trunk_v: torch.Tensor | None,
-    softmax_scale: float,
-) -> torch.Tensor:
+def forward(call: CachedAttentionCall) -> torch.Tensor:
     """See the reference."""
+    q, softmax_scale = call.q, call.softmax_scale
     batch, n, heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not out.numel():
@@ -126,12 +120,15 @@ def forward(
     if softmax_scale < 0:  # the greatest score is the greatest product's
         q, softmax_scale = -q, -softmax_scale
     q = rows_adjacent(q)
-    lengths = None if prefix_lengths is None else prefix_lengths.contiguous()
-    given = ((prefix_k, prefix_v, lengths), (trunk_k, trunk_v, None), (k, v, None))
     parts = [
-        _Part(rows_adjacent(keys), rows_adjacent(values), lengths, SPLIT if n < FEW else keys.shape[1])
-        for keys, values, lengths in given
-        if keys is not None and values is not None and keys.shape[1]
+        _Part(
+            rows_adjacent(keys),
+            rows_adjacent(values),
+            None if lengths is None else lengths.contiguous(),
+            SPLIT if n < FEW else keys.shape[1],
+        )
+        for keys, values, lengths in call.parts
+        if keys.shape[1]
     ]
     if not parts:
         return out.zero_()

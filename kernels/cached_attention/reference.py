@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from fastvar.ops.cached_attention import CachedAttentionCall
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    prefix_k: torch.Tensor | None,
-    prefix_v: torch.Tensor | None,
-    prefix_lengths: torch.Tensor | None,
-    trunk_k: torch.Tensor | None,
-    trunk_v: torch.Tensor | None,
-    softmax_scale: float,
-) -> torch.Tensor:
-    """q (B, n, H, D), k and v (B, S, H, D); prefix (B/G, P, H, D), trunk (B/F, T, H, D). Returns (B, n, H, D)."""
-    batch = q.shape[0]
-    visible = None
-    keys, values = [k], [v]
-    if trunk_k is not None and trunk_v is not None:
-        keys.insert(0, _shared(trunk_k, batch))
-        values.insert(0, _shared(trunk_v, batch))
-    if prefix_k is not None and prefix_v is not None:
-        keys.insert(0, _shared(prefix_k, batch))
-        values.insert(0, _shared(prefix_v, batch))
-        if prefix_lengths is not None:
-            # [B, 1, 1, P + T + S]: the prefix up to its length, and everything after it
-            column = torch.arange(sum(part.shape[1] for part in keys), device=k.device)
-            lengths = _shared(prefix_lengths, batch)[:, None]
-            visible = ((column < lengths) | (column >= prefix_k.shape[1]))[:, None, None]
-    k = keys[0] if len(keys) == 1 else torch.cat(keys, 1)
-    v = values[0] if len(values) == 1 else torch.cat(values, 1)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible, scale=softmax_scale
-    )
-    return out.transpose(1, 2).contiguous()
-
-
-def _shared(tensor: torch.Tensor, batch: int) -> torch.Tensor:
-    return tensor.repeat_interleave(batch // max(tensor.shape[0], 1), 0)
+def forward(call: CachedAttentionCall) -> torch.Tensor:
+    """The result (B, n, H, D)."""
+    batch, compute = call.q.shape[0], torch.promote_types(call.q.dtype, torch.float32)
+    keys, values, seen = [], [], []
+    for k, v, lengths in call.parts:
+        times = batch // max(k.shape[0], 1)
+        keys.append(k.to(compute).repeat_interleave(times, 0))
+        values.append(v.to(compute).repeat_interleave(times, 0))
+        visible = torch.ones(batch, k.shape[1], dtype=torch.bool, device=k.device)
+        if lengths is not None:
+            visible = torch.arange(k.shape[1], device=k.device) < lengths.repeat_interleave(times)[:, None]
+        seen.append(visible)
+    scores = torch.einsum("bqhd,bkhd->bhqk", call.q.to(compute), torch.cat(keys, 1)) * call.softmax_scale
+    weights = scores.masked_fill(~torch.cat(seen, 1)[:, None, None], -torch.inf).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, torch.cat(values, 1)).to(call.q.dtype).contiguous()

@@ -9,13 +9,16 @@ anew and has the same three steps, with sums. All is added in a fixed order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from fastvar.kernels.common.tiling import card
 from fastvar.kernels.group_norm_silu.tiles import TILE
+
+if TYPE_CHECKING:
+    from fastvar.ops.group_norm_silu import GroupNormCall
 
 PARTS = 64  # the most parts of a sample's rows, for sums over them
 COLUMNS = 128  # the most channels that a program takes
@@ -229,71 +232,54 @@ def _backward(
     tl.store(dx_ptr + (b * N + row) * C + column, rstd * (weight * g - total - normed * along), seen)
 
 
-def forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-) -> torch.Tensor:
+def forward(call: GroupNormCall) -> torch.Tensor:
     """See the reference."""
+    x = call.x
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
-        launch = _Launch(x, groups)
-        statistics = launch.statistics(x, shift, eps)
+        launch = _Launch(x, call.groups)
+        statistics = launch.statistics(x, call.shift, call.eps)
         _forward[(launch.blocks * launch.tiles,)](
-            x, statistics, weight.contiguous(), bias.contiguous(), out, *x.stride(), x.shape[1], launch.tiles,
-            SILU=silu, **launch.tile,
+            x, statistics, call.weight.contiguous(), call.bias.contiguous(), out, *x.stride(), x.shape[1],
+            launch.tiles, SILU=call.silu, **launch.tile,
         )  # fmt: skip
     return out
 
 
 def backward(
-    grads: Sequence[torch.Tensor | None],
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
+    call: GroupNormCall, saved: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None], needs: Any
+) -> dict[str, torch.Tensor]:
     """Gradients of x, weight, bias and shift, as far as they are needed."""
-    g, (batch, length, channels) = grads[0], x.shape
-    if g is None or not x.numel():
-        tensors = (x, weight, bias, shift)
-        return [torch.zeros_like(t, memory_format=torch.contiguous_format)
-                for t, need in zip(tensors, needs, strict=True) if need and t is not None]  # fmt: skip
-    launch = _Launch(x, groups)
-    statistics = launch.statistics(x, shift, eps)
-    affine = (weight.contiguous(), bias.contiguous())
+    (g,), x, (batch, length, channels) = grads, call.x, call.x.shape
+    if not x.numel():
+        return {}
+    assert g is not None
+    launch = _Launch(x, call.groups)
+    statistics = launch.statistics(x, call.shift, call.eps)
+    affine = (call.weight.contiguous(), call.bias.contiguous())
     sums = launch.sums_of(x)
     _gradient_sums[(launch.blocks * launch.parts,)](
         g, x, statistics, *affine, sums, *g.stride(), *x.stride(), length, launch.size, launch.parts,
-        SILU=silu, **launch.tile,
+        SILU=call.silu, **launch.tile,
     )  # fmt: skip
     by_channel = torch.empty(batch, 3, channels, dtype=torch.float32, device=x.device)
     by_group = torch.empty(batch, 2, channels, dtype=torch.float32, device=x.device)
-    _gradient_statistics[(batch * groups,)](
+    _gradient_statistics[(batch * call.groups,)](
         sums, statistics, affine[0], by_channel, by_group, length, launch.parts, **launch.group
     )
-    dx = x.new_empty(0)
-    if needs[0]:
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    found = {}
+    if needs.x:
+        found["x"] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _backward[(launch.blocks * launch.tiles,)](
-            g, x, statistics, *affine, by_group, dx, *g.stride(), *x.stride(), length, launch.tiles,
-            SILU=silu, **launch.tile,
+            g, x, statistics, *affine, by_group, found["x"], *g.stride(), *x.stride(), length, launch.tiles,
+            SILU=call.silu, **launch.tile,
         )  # fmt: skip
-    found = [dx, dx, dx, dx]
-    if any(needs[1:]):
+    if needs.weight or needs.bias or needs.shift:
         dbias, dweight, dshift = by_channel.sum(0)
-        found[1:3] = dweight.to(weight.dtype), dbias.to(bias.dtype)
-        if shift is not None:
-            found[3] = dshift.to(shift.dtype)
-    return [gradient for gradient, need in zip(found, needs, strict=True) if need]
+        found |= {"weight": dweight.to(call.weight.dtype), "bias": dbias.to(call.bias.dtype)}
+        if call.shift is not None:
+            found["shift"] = dshift.to(call.shift.dtype)
+    return found
 
 
 class _Launch:

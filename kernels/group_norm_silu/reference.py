@@ -1,24 +1,23 @@
 """Group norm and SiLU over rows of channels in plain PyTorch: the specification."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 
+if TYPE_CHECKING:
+    from fastvar.ops.group_norm_silu import GroupNormCall
 
-def forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    shift: torch.Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-) -> torch.Tensor:
-    """SiLU(GroupNorm(x + shift)); x (B, N, C), weight, bias and shift (C,)."""
-    compute = torch.promote_types(x.dtype, torch.float32)
-    rows = x.to(compute)
-    if shift is not None:
-        rows = rows + shift.to(compute)
+
+def forward(call: GroupNormCall) -> torch.Tensor:
+    """SiLU(GroupNorm(x + shift))."""
+    compute = torch.promote_types(call.x.dtype, torch.float32)
+    rows = call.x.to(compute)
+    if call.shift is not None:
+        rows = rows + call.shift.to(compute)
     images = rows.mT[..., None]  # (B, C, N, 1) in channels-last, which PyTorch normalises as it lies
-    out = torch.group_norm(images, groups, weight.to(compute), bias.to(compute), eps)
-    out = F.silu(out) if silu else out
-    return out[..., 0].mT.to(x.dtype).contiguous()
+    out = torch.group_norm(images, call.groups, call.weight.to(compute), call.bias.to(compute), call.eps)
+    out = F.silu(out) if call.silu else out
+    return out[..., 0].mT.to(call.x.dtype).contiguous()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from fastvar.schedule import ScaleSchedule
+if TYPE_CHECKING:
+    from fastvar.ops.propagate_mask import PropagateMaskCall
 
 
-def forward(mask: torch.Tensor, schedule: ScaleSchedule, footprint: str, soft: bool) -> torch.Tensor:
+def forward(call: PropagateMaskCall) -> torch.Tensor:
     """See the reference. Sums are exact, or in float64 with `soft`. Up to 64 scales."""
+    mask, schedule = call.mask, call.schedule
     if mask.dtype not in (torch.bool, torch.float32):
         mask = mask.float()  # exact
-    out = mask.new_empty(mask.shape[0], schedule.num_tokens, dtype=torch.float32 if soft else torch.bool)
-    torch.ops.fastvar_cuda.propagate_mask.default(mask.contiguous(), schedule.flat, footprint == "support", out)
+    out = mask.new_empty(mask.shape[0], schedule.num_tokens, dtype=torch.float32 if call.soft else torch.bool)
+    torch.ops.fastvar_cuda.propagate_mask.default(mask.contiguous(), schedule.flat, call.footprint == "support", out)
     return out

@@ -7,6 +7,7 @@ that is made once for a schedule.
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -15,6 +16,9 @@ from fastvar.kernels.common.tiling import card, cdiv
 from fastvar.kernels.propagate_mask import tiles
 
 from fastvar.schedule import ScaleSchedule
+
+if TYPE_CHECKING:
+    from fastvar.ops.propagate_mask import PropagateMaskCall
 
 
 @triton.jit
@@ -57,16 +61,18 @@ def _propagate(
         tl.store(out_ptr + b * L + token, total > 0, valid)
 
 
-def forward(mask: torch.Tensor, schedule: ScaleSchedule, footprint: str, soft: bool) -> torch.Tensor:
+def forward(call: PropagateMaskCall) -> torch.Tensor:
     """See the reference."""
-    batch, length = mask.shape[0], schedule.num_tokens
-    out = torch.empty(batch, length, dtype=torch.float32 if soft else torch.bool, device=mask.device)
+    mask = call.mask
+    batch, length = mask.shape[0], call.schedule.num_tokens
+    out = torch.empty(batch, length, dtype=torch.float32 if call.soft else torch.bool, device=mask.device)
     if batch:
         values = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         tile = tiles.PROPAGATE.choose(card(mask.device))
         _propagate[(batch * cdiv(length, tile["TOKENS"]),)](
-            values, footprints(schedule, footprint, mask.device), out, *mask.stride(), length, **tile, SOFT=soft
-        )
+            values, footprints(call.schedule, call.footprint, mask.device), out, *mask.stride(), length, **tile,
+            SOFT=call.soft,
+        )  # fmt: skip
     return out
 
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from fastvar.schedule import ScaleSchedule
+if TYPE_CHECKING:
+    from fastvar.ops.propagate_mask import PropagateMaskCall
 
 
-def forward(mask: torch.Tensor, schedule: ScaleSchedule, footprint: str, soft: bool) -> torch.Tensor:
-    """(B, L) from a mask (B, H, W): bool, or with `soft` the mean over each token's footprint in float32."""
-    height, width = schedule.finest
-    values = (mask if soft else mask > 0).to(torch.float32)
+def forward(call: PropagateMaskCall) -> torch.Tensor:
+    """(B, L): whether a token's footprint has a cell of the mask, or with `soft` the mean over it in float32."""
+    height, width = call.schedule.finest
+    values = (call.mask if call.soft else call.mask > 0).to(torch.float32)
     scales = []
-    for h, w in schedule:
-        rows = _footprints(h, height, footprint, mask.device)  # [h, H]
-        columns = _footprints(w, width, footprint, mask.device)  # [w, W]
+    for h, w in call.schedule:
+        rows = _footprints(h, height, call.footprint, values.device)  # [h, H]
+        columns = _footprints(w, width, call.footprint, values.device)  # [w, W]
         total = rows @ values @ columns.T  # [B, h, w]
-        scales.append((total / (rows.sum(1)[:, None] * columns.sum(1))).flatten(1) if soft else total.flatten(1) > 0)
+        mean = total / (rows.sum(1)[:, None] * columns.sum(1))
+        scales.append((mean if call.soft else total > 0).flatten(1))
     return torch.cat(scales, 1)
 
 

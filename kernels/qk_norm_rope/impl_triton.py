@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from fastvar.kernels.common.tiling import Table, card, cdiv, power_of_2
 from fastvar.kernels.qk_norm_rope import tiles
+
+if TYPE_CHECKING:
+    from fastvar.ops.qk_norm_rope import IntoCacheCall, QKNormRopeCall
 
 MAX_LOG_SCALE = tl.constexpr(math.log(100.0))
 WIDEST = 8  # elements of a 16-bit type that a thread loads at once
@@ -149,71 +153,46 @@ def _backward(
         _store(dk_ptr, row * D, g, valid, D, BLOCK_D)
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    log_scale: torch.Tensor | None,
-    rope_cos: torch.Tensor | None,
-    rope_sin: torch.Tensor | None,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(call: QKNormRopeCall | IntoCacheCall) -> tuple[torch.Tensor, torch.Tensor]:
     """See the reference."""
-    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    return _launch(q, k, None, k_out, None, 0, log_scale, rope_cos, rope_sin, eps), k_out
+    k_out = torch.empty(call.k.shape, dtype=call.k.dtype, device=call.k.device)
+    return _launch(call, None, k_out, None, 0), k_out
 
 
-def into_cache(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    position: int,
-    log_scale: torch.Tensor | None,
-    rope_cos: torch.Tensor | None,
-    rope_sin: torch.Tensor | None,
-    eps: float,
-) -> torch.Tensor:
+def into_cache(call: IntoCacheCall) -> torch.Tensor:
     """See the reference."""
-    if key_cache.stride(-1) == value_cache.stride(-1) == 1:
-        return _launch(q, k, v, key_cache, value_cache, position, log_scale, rope_cos, rope_sin, eps)
-    q_out, k_out = forward(q, k, log_scale, rope_cos, rope_sin, eps)
-    key_cache.narrow(1, position, q.shape[1]).copy_(k_out)
-    value_cache.narrow(1, position, q.shape[1]).copy_(v)
-    return q_out
+    if call.key_cache.stride(-1) == call.value_cache.stride(-1) == 1:
+        return _launch(call, call.v, call.key_cache, call.value_cache, call.position)
+    q, k = forward(call)
+    call.key_cache.narrow(1, call.position, k.shape[1]).copy_(k)
+    call.value_cache.narrow(1, call.position, k.shape[1]).copy_(call.v)
+    return q
 
 
 def backward(
-    grads: Sequence[torch.Tensor | None],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    log_scale: torch.Tensor | None,
-    rope_cos: torch.Tensor | None,
-    rope_sin: torch.Tensor | None,
-    eps: float,
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
+    call: QKNormRopeCall, saved: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None], needs: Any
+) -> dict[str, torch.Tensor]:
     """Gradients of q, k and log_scale, as far as they are needed; the rotary tables have none."""
-    wanted = [needs[0] and grads[0] is not None, needs[1] and grads[1] is not None, needs[2] and grads[0] is not None]
+    q, k, (grad_q, grad_k) = call.q, call.k, grads
+    wanted = [needs.q and grad_q is not None, needs.k and grad_k is not None, needs.log_scale and grad_q is not None]
     shapes = [q.shape, k.shape, q.shape[:3]]
     dtypes = [q.dtype, k.dtype, torch.float32]
     dq, dk, dlog_scale = (
         (torch.empty if made else torch.zeros)(shape if need else 0, dtype=dtype, device=q.device)
-        for shape, dtype, need, made in zip(shapes, dtypes, needs[:3], wanted, strict=True)
+        for shape, dtype, need, made in zip(shapes, dtypes, (needs.q, needs.k, needs.log_scale), wanted, strict=True)
     )
     if q.numel() and any(wanted):
-        grad_q, grad_k, q, k = (None if t is None else _rows_adjacent(t) for t in (*grads, q, k))
-        constants, strides = options(q, tiles.BACKWARD), _strides(grad_q, grad_k, q, k)
-        _backward[_grid(q, constants["ROWS"])](
-            grad_q, grad_k, q, k, *_parameters(log_scale, rope_cos, rope_sin), dq, dk, dlog_scale,
-            *strides, q.shape[1], eps, **constants, ALIGNED=_aligned(strides),
-            NORM=log_scale is not None, ROPE=rope_cos is not None,
+        grad_q, grad_k, q, k = (None if t is None else _rows_adjacent(t) for t in (grad_q, grad_k, q, k))
+        constants, strides = options(call.q, tiles.BACKWARD), _strides(grad_q, grad_k, q, k)
+        _backward[_grid(call.q, constants["ROWS"])](
+            grad_q, grad_k, q, k, *_parameters(call), dq, dk, dlog_scale,
+            *strides, call.q.shape[1], call.eps, **constants, ALIGNED=_aligned(strides),
+            NORM=call.log_scale is not None, ROPE=call.rope is not None,
             DQ=wanted[0], DK=wanted[1], DLOG_SCALE=wanted[2],
         )  # fmt: skip
-    found = [dq] * needs[0] + [dk] * needs[1]
-    if needs[2]:
-        assert log_scale is not None
-        found.append(dlog_scale.sum((0, 1)).to(log_scale.dtype))
+    found = {"q": dq, "k": dk}
+    if call.log_scale is not None and needs.log_scale:
+        found["log_scale"] = dlog_scale.sum((0, 1)).to(call.log_scale.dtype)
     return found
 
 
@@ -224,25 +203,20 @@ def options(q: torch.Tensor, table: Table) -> dict[str, int]:
 
 
 def _launch(
-    q: torch.Tensor,
-    k: torch.Tensor,
+    call: QKNormRopeCall | IntoCacheCall,
     v: torch.Tensor | None,
     k_out: torch.Tensor,
     v_out: torch.Tensor | None,
     position: int,
-    log_scale: torch.Tensor | None,
-    rope_cos: torch.Tensor | None,
-    rope_sin: torch.Tensor | None,
-    eps: float,
 ) -> torch.Tensor:
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if q.numel():
-        q, k, v = _rows_adjacent(q), _rows_adjacent(k), None if v is None else _rows_adjacent(v)
+    q_out = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
+    if call.q.numel():
+        q, k, v = _rows_adjacent(call.q), _rows_adjacent(call.k), None if v is None else _rows_adjacent(v)
         constants, strides = options(q, tiles.FORWARD), _strides(q, k, v, k_out, v_out)
         _forward[_grid(q, constants["ROWS"])](
-            q, k, v, *_parameters(log_scale, rope_cos, rope_sin), q_out, k_out, v_out,
-            *strides, q.shape[1], position, eps, **constants, ALIGNED=_aligned(strides),
-            NORM=log_scale is not None, ROPE=rope_cos is not None, VALUES=v is not None,
+            q, k, v, *_parameters(call), q_out, k_out, v_out,
+            *strides, q.shape[1], position, call.eps, **constants, ALIGNED=_aligned(strides),
+            NORM=call.log_scale is not None, ROPE=call.rope is not None, VALUES=v is not None,
         )  # fmt: skip
     return q_out
 
@@ -256,9 +230,9 @@ def _rows_adjacent(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _parameters(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _parameters(call: QKNormRopeCall | IntoCacheCall) -> list[torch.Tensor | None]:
     """The scale and the rotary tables, contiguous."""
-    return tuple(None if t is None else t.contiguous() for t in tensors)
+    return [None if t is None else t.contiguous() for t in (call.log_scale, *(call.rope or (None, None)))]
 
 
 def _strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:

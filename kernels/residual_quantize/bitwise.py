@@ -3,58 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from fastvar.random import uniform
-from fastvar.schedule import ScaleSchedule
+
+if TYPE_CHECKING:
+    from fastvar.ops.bitwise_residual_quantize import AccumulateBitsCall, BitwiseQuantizeCall
 
 
-def forward(
-    features: torch.Tensor,
-    flip_probability: torch.Tensor | None,
-    schedule: ScaleSchedule,
-    next_input: str,
-    seed: int,
-    first_image: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Bits (B, L, d), feature map (B, d, H, W) and teacher-forcing inputs (B, L - n_1, d) of features (B, d, H, W)."""
-    features = features.to(torch.promote_types(features.dtype, torch.float32)).contiguous()
+def forward(call: BitwiseQuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Bits (B, L, d), feature map (B, d, H, W) and teacher-forcing inputs (B, L - n_1, d)."""
+    schedule = call.schedule
+    features = call.features.to(torch.promote_types(call.features.dtype, torch.float32)).contiguous()
     feature_map = torch.zeros_like(features)
-    bits, inputs = [], []
+    bits, inputs = [], [_to_rows(features[:, :, :0])]
     for k, grid in enumerate(schedule):
         rows = _to_rows(_resampled(features - feature_map, grid, "area"))  # [B, n_k, d]
         bits.append(rows > 0)
         sent = bits[k]
-        if flip_probability is not None:
-            sent = sent ^ (_noise(sent, schedule.starts[k], seed, first_image) < flip_probability[k])
+        if call.flip_probability is not None:
+            sent = sent ^ (_noise(sent, schedule.starts[k], call.seed, call.first_image) < call.flip_probability[k])
         feature_map = feature_map + _resampled(_codes(sent, grid, features.dtype), schedule.finest, "bilinear")
         if k + 1 < len(schedule):
-            inputs.append(_to_rows(_resampled(feature_map, schedule[k + 1], next_input)))
-    empty = features.new_zeros(features.shape[0], 0, features.shape[1])
-    return torch.cat(bits, 1), feature_map, torch.cat([empty, *inputs], 1)
+            inputs.append(_to_rows(_resampled(feature_map, schedule[k + 1], call.next_input)))
+    return torch.cat(bits, 1), feature_map, torch.cat(inputs, 1)
 
 
-def accumulate_bits(
-    feature_map: torch.Tensor,
-    bits: torch.Tensor,
-    height: int,
-    width: int,
-    next_height: int,
-    next_width: int,
-    next_input: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Feature map (B, d, H, W) with the bits (B, n_k, d) of a scale, and the next input (B, n_{k+1}, d).
-
-    A next grid of 0 x 0 stands for none: its input has no tokens.
-    """
-    compute = torch.promote_types(feature_map.dtype, torch.float32)
-    codes = _resampled(_codes(bits, (height, width), compute), feature_map.shape[-2:], "bilinear")
+def accumulate_bits(call: AccumulateBitsCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Feature map (B, d, H, W) with the bits (B, n_k, d) of a scale, and the next input (B, n_{k+1}, d)."""
+    feature_map, compute = call.feature_map, torch.promote_types(call.feature_map.dtype, torch.float32)
+    grid, following = (call.height, call.width), (call.next_height, call.next_width)
+    codes = _resampled(_codes(call.bits, grid, compute), feature_map.shape[-2:], "bilinear")
     accumulated = (feature_map.to(compute) + codes).contiguous()
-    if next_height * next_width == 0:
-        return accumulated, accumulated.new_zeros(accumulated.shape[0], 0, accumulated.shape[1])
-    return accumulated, _to_rows(_resampled(accumulated, (next_height, next_width), next_input))
+    last = not all(following)
+    return accumulated, _to_rows(accumulated[:, :, :0] if last else _resampled(accumulated, following, call.next_input))
 
 
 def _codes(bits: torch.Tensor, grid: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

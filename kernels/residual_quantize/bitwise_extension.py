@@ -4,86 +4,62 @@ csrc/accumulate_bits.*, which give the same bits on both."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from fastvar.schedule import ScaleSchedule
+if TYPE_CHECKING:
+    from fastvar.ops.bitwise_residual_quantize import AccumulateBitsCall, BitwiseQuantizeCall
 
 
-def forward(
-    features: torch.Tensor,
-    flip_probability: torch.Tensor | None,
-    schedule: ScaleSchedule,
-    next_input: str,
-    seed: int,
-    first_image: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward(call: BitwiseQuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See the reference. What is not a number gives a bit of 0; all sums are in float32."""
-    features = features.to(torch.float32).contiguous()
+    features, schedule, flips = call.features.to(torch.float32).contiguous(), call.schedule, call.flip_probability
     batch, depth = features.shape[:2]
-    if flip_probability is None:
-        flip_probability = features.new_empty(0)
+    flips = features.new_empty(0) if flips is None else flips.to(torch.float32).contiguous()
     bits = features.new_empty(batch, schedule.num_tokens, depth, dtype=torch.bool)
     feature_map = features.new_empty(features.shape)
     inputs = features.new_empty(batch, schedule.num_tokens - schedule.lengths[0], depth)
     _library(features).bitwise_residual_quantize.default(
-        features, flip_probability.to(torch.float32).contiguous(), schedule.flat, next_input == "area", seed,
-        first_image, bits, feature_map, inputs,
+        features, flips, schedule.flat, call.next_input == "area", call.seed, call.first_image,
+        bits, feature_map, inputs,
     )  # fmt: skip
     return bits, feature_map, inputs
 
 
-def accumulate_bits(
-    feature_map: torch.Tensor,
-    bits: torch.Tensor,
-    height: int,
-    width: int,
-    next_height: int,
-    next_width: int,
-    next_input: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def accumulate_bits(call: AccumulateBitsCall) -> tuple[torch.Tensor, torch.Tensor]:
     """See the reference."""
-    feature_map = feature_map.to(torch.float32).contiguous()
+    feature_map = call.feature_map.to(torch.float32).contiguous()
+    grids = (call.height, call.width, call.next_height, call.next_width)
     batch, depth = feature_map.shape[:2]
     accumulated = feature_map.new_empty(feature_map.shape)
-    following = feature_map.new_empty(batch, next_height * next_width, depth)
+    following = feature_map.new_empty(batch, call.next_height * call.next_width, depth)
     _library(feature_map).accumulate_bits.default(
-        feature_map, bits.contiguous(), height, width, next_height, next_width, next_input == "area", accumulated,
-        following,
-    )  # fmt: skip
+        feature_map, call.bits.contiguous(), *grids, call.next_input == "area", accumulated, following
+    )
     return accumulated, following
 
 
 def accumulate_bits_backward(
-    grads: Sequence[torch.Tensor | None],
-    feature_map: torch.Tensor,
-    bits: torch.Tensor,
-    height: int,
-    width: int,
-    next_height: int,
-    next_width: int,
-    next_input: str,
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
+    call: AccumulateBitsCall, saved: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None], needs: Any
+) -> dict[str, torch.Tensor]:
     """The gradient of the feature map, through products with the matrices of both axes: their sums have an order. They
     are in float64, as a setting of the process can turn products in float32 into ones of fewer digits (TF32)."""
-    if not needs[0]:
-        return []
     grad, following = grads
+    feature_map, next_grid = call.feature_map, (call.next_height, call.next_width)
     if grad is None:
         found = torch.zeros(feature_map.shape, dtype=torch.float32, device=feature_map.device)
-    else:  # a copy: results of an operator may not be its arguments
+    else:  # a copy, as it is added to
         found = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if following is not None and following.shape[1]:
-        image = following.to(torch.float64).mT.unflatten(2, (next_height, next_width))  # [B, d, h', w']
+        image = following.to(torch.float64).mT.unflatten(2, next_grid)  # [B, d, h', w']
         rows, columns = (
-            _axis(size, out, next_input, image)
-            for size, out in zip(feature_map.shape[-2:], (next_height, next_width), strict=True)
+            _axis(size, out, call.next_input, image)
+            for size, out in zip(feature_map.shape[-2:], next_grid, strict=True)
         )
         found += rows.T @ image @ columns
-    return [found.to(feature_map.dtype)]
+    return {"feature_map": found.to(feature_map.dtype)}
 
 
 def _axis(size: int, out: int, mode: str, like: torch.Tensor) -> torch.Tensor:

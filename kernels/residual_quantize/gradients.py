@@ -7,64 +7,55 @@ The convolutions are in float32, as forwards, and in a fixed order too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
+if TYPE_CHECKING:
+    from fastvar.ops.residual_quantize import AccumulateCall
+
 
 def accumulate_scale_backward(
-    grads: Sequence[torch.Tensor | None],
-    feature_map: torch.Tensor,
-    tokens: torch.Tensor,
-    codebook: torch.Tensor,
-    phi_weight: torch.Tensor | None,
-    phi_bias: torch.Tensor | None,
-    phi_ratio: float,
-    height: int,
-    width: int,
-    next_height: int,
-    next_width: int,
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
-    """Gradients of feature_map, codebook, phi_weight and phi_bias, as far as they are needed, in float32. A token that
+    call: AccumulateCall, saved: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None], needs: Any
+) -> dict[str, torch.Tensor]:
+    """Gradients of feature_map, codebook, phi.weight and phi.bias, as far as they are needed, in float32. A token that
     does not exist stands for the first or the last code, as forwards."""
-    tokens = tokens.clamp(0, len(codebook) - 1)
-    grad, following = grads
-    needs_map, _, needs_codes, needs_weight, needs_bias = needs
+    feature_map, codebook, phi, (grad, following) = call.feature_map, call.codebook, call.phi, grads
+    grid, next_grid = (call.height, call.width), (call.next_height, call.next_width)
+    tokens = call.tokens.clamp(0, len(codebook) - 1)
     size = feature_map.shape[-2:]
     if grad is None:
         total = torch.zeros(feature_map.shape, dtype=torch.float32, device=feature_map.device)
-    else:  # a copy: results of an operator may not be its arguments
+    else:  # a copy, as it is added to
         total = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if following is not None and following.shape[1]:
-        image = following.to(torch.float32).mT.unflatten(2, (next_height, next_width))  # [B, C, h', w']
-        total += _resampled(image, [m.T for m in _axes(size, (next_height, next_width), "area", total)])
-    weight, bias, incoming = None, None, total  # [B, C, H, W], of what is upsampled
-    upwards = _axes((height, width), size, "bicubic", total)
-    if phi_weight is not None and (needs_codes or needs_weight or needs_bias):
-        convolution = phi_weight.to(torch.float32)
+        image = following.to(torch.float32).mT.unflatten(2, next_grid)  # [B, C, h', w']
+        total += _resampled(image, [m.T for m in _axes(size, next_grid, "area", total)])
+    found, incoming = {"feature_map": total.to(feature_map.dtype)}, total  # [B, C, H, W], of what is upsampled
+    upwards = _axes(grid, size, "bicubic", total)
+    if phi is not None and (needs.codebook or needs.phi_weight or needs.phi_bias):
+        convolution = phi.weight.to(torch.float32)
         codes = total  # its values count for the gradient of the weight alone
-        if needs_weight:
-            gathered = F.embedding(tokens, codebook.to(torch.float32)).mT.unflatten(2, (height, width))
+        if needs.phi_weight:
+            gathered = F.embedding(tokens, codebook.to(torch.float32)).mT.unflatten(2, grid)
             codes = _resampled(gathered, upwards)
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             blurred, weight, bias = torch.ops.aten.convolution_backward(
-                total * phi_ratio, codes, convolution, [len(convolution)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
-                [needs_codes, needs_weight, needs_bias],
+                total * phi.ratio, codes, convolution, [len(convolution)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+                [needs.codebook, needs.phi_weight, needs.phi_bias],
             )  # fmt: skip
-        if needs_codes:
-            incoming = blurred.add_(total, alpha=1 - phi_ratio)
-    book = None
-    if needs_codes:
+        if needs.phi_weight:
+            found["phi_weight"] = weight.to(phi.weight.dtype).contiguous()
+        if needs.phi_bias:
+            found["phi_bias"] = bias.to(phi.bias.dtype).contiguous()
+        if needs.codebook:
+            incoming = blurred.add_(total, alpha=1 - phi.ratio)
+    if needs.codebook:
         rows = _resampled(incoming, [m.T for m in upwards]).flatten(2).mT  # [B, n, C]
         book = torch.ops.aten.embedding_dense_backward(rows.contiguous(), tokens, len(codebook), -1, False)
-    found = [
-        (needs_map, total, feature_map),
-        (needs_codes, book, codebook),
-        (needs_weight, weight, phi_weight),
-        (needs_bias, bias, phi_bias),
-    ]
-    return [g.to(t.dtype).contiguous() for need, g, t in found if need and g is not None and t is not None]
+        found["codebook"] = book.to(codebook.dtype).contiguous()
+    return found
 
 
 def _resampled(image: torch.Tensor, axes: Sequence[torch.Tensor]) -> torch.Tensor:

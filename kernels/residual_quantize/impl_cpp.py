@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastvar.schedule import ScaleSchedule
+if TYPE_CHECKING:
+    from fastvar.ops.residual_quantize import AccumulateCall, QuantizeCall, ResidualConv, ScaleConv
 
 # Search in bfloat16 first, where the processor multiplies them, and decide among the codes that this leaves in float32:
 # the tokens are the same. Floats of a vector, 0 for the widest there is.
@@ -14,86 +16,63 @@ SCREEN = True
 LANES = 0
 
 
-def forward(
-    features: torch.Tensor,
-    codebook: torch.Tensor,
-    phi_weight: torch.Tensor | None,
-    phi_bias: torch.Tensor | None,
-    phi_ratio: float,
-    phi_index: Sequence[int],
-    schedule: ScaleSchedule,
-    znorm: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward(call: QuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See the reference. A distance that is not a number is never the smallest; without any number the token is 0."""
+    features, schedule = call.features, call.schedule
     batch, channels = features.shape[:2]
-    length = schedule.num_tokens
-    tokens = torch.empty(batch, length, dtype=torch.int64)
-    feature_map = torch.empty(features.shape, dtype=torch.float32)
-    inputs = torch.empty(batch, length - schedule.lengths[0], channels, dtype=torch.float32)
-    usage = torch.zeros(len(codebook), dtype=torch.int64)
+    tokens = features.new_empty(batch, schedule.num_tokens, dtype=torch.int64)
+    feature_map = features.new_empty(features.shape, dtype=torch.float32)
+    inputs = features.new_empty(batch, schedule.num_tokens - schedule.lengths[0], channels, dtype=torch.float32)
+    usage = features.new_zeros(len(call.codebook), dtype=torch.int64)
     if not channels:
         usage[0] = tokens.numel()
         return tokens.zero_(), feature_map, inputs, usage
     torch.ops.fastvar_cpu.residual_quantize.default(
-        _float32(features), _float32(codebook), _float32(phi_weight), _float32(phi_bias), phi_ratio, phi_index,
-        schedule.flat, znorm, SCREEN, LANES, tokens, feature_map, inputs, usage,
+        _float32(features), _float32(call.codebook), *_phi(call.phi), () if call.phi is None else call.phi.index,
+        schedule.flat, call.znorm, SCREEN, LANES, tokens, feature_map, inputs, usage,
     )  # fmt: skip
     return tokens, feature_map, inputs, usage
 
 
-def accumulate_scale(
-    feature_map: torch.Tensor,
-    tokens: torch.Tensor,
-    codebook: torch.Tensor,
-    phi_weight: torch.Tensor | None,
-    phi_bias: torch.Tensor | None,
-    phi_ratio: float,
-    height: int,
-    width: int,
-    next_height: int,
-    next_width: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def accumulate_scale(call: AccumulateCall) -> tuple[torch.Tensor, torch.Tensor]:
     """See the reference."""
-    batch, channels = feature_map.shape[:2]
-    accumulated = torch.empty(feature_map.shape, dtype=torch.float32)
-    inputs = torch.empty(batch, next_height * next_width, channels, dtype=torch.float32)
+    feature_map, grids = call.feature_map, (call.height, call.width, call.next_height, call.next_width)
+    accumulated = feature_map.new_empty(feature_map.shape, dtype=torch.float32)
+    inputs = feature_map.new_empty(
+        len(feature_map), call.next_height * call.next_width, feature_map.shape[1], dtype=torch.float32
+    )
     if accumulated.numel():
         torch.ops.fastvar_cpu.accumulate_scale.default(
-            _float32(feature_map), tokens.to(torch.int64).contiguous(), _float32(codebook), _float32(phi_weight),
-            _float32(phi_bias), phi_ratio, height, width, next_height, next_width, LANES, accumulated, inputs,
+            _float32(feature_map), call.tokens.to(torch.int64).contiguous(), _float32(call.codebook),
+            *_phi(call.phi), *grids, LANES, accumulated, inputs,
         )  # fmt: skip
     return accumulated, inputs
 
 
 def accumulate_scale_backward(
-    grads: Sequence[torch.Tensor | None],
-    feature_map: torch.Tensor,
-    tokens: torch.Tensor,
-    codebook: torch.Tensor,
-    phi_weight: torch.Tensor | None,
-    phi_bias: torch.Tensor | None,
-    phi_ratio: float,
-    height: int,
-    width: int,
-    next_height: int,
-    next_width: int,
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
-    """Gradients of feature_map, codebook, phi_weight and phi_bias, as far as they are needed."""
-    leaves = (feature_map, None, codebook, phi_weight, phi_bias)
-    found = [
-        torch.empty(leaf.shape, dtype=torch.float32) if need and leaf is not None else None
-        for leaf, need in zip(leaves, needs, strict=True)
-    ]
-    if feature_map.numel():
-        grids = [height, width, next_height, next_width, *feature_map.shape[-2:]]
+    call: AccumulateCall, saved: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None], needs: Any
+) -> dict[str, torch.Tensor]:
+    """Gradients of feature_map, codebook, phi.weight and phi.bias, as far as they are needed."""
+    leaves = {"feature_map": call.feature_map, "codebook": call.codebook}
+    if call.phi is not None:
+        leaves |= {"phi_weight": call.phi.weight, "phi_bias": call.phi.bias}
+    made = {n: torch.empty(leaf.shape, dtype=torch.float32) for n, leaf in leaves.items() if getattr(needs, n)}
+    if call.feature_map.numel():
+        grids = [call.height, call.width, call.next_height, call.next_width, *call.feature_map.shape[-2:]]
         torch.ops.fastvar_cpu.accumulate_scale_backward.default(
-            _float32(grads[0]), _float32(grads[1]), tokens.to(torch.int64).contiguous(), _float32(codebook),
-            _float32(phi_weight), _float32(phi_bias), phi_ratio, grids, LANES, found[0], *found[2:],
+            _float32(grads[0]), _float32(grads[1]), call.tokens.to(torch.int64).contiguous(), _float32(call.codebook),
+            *_phi(call.phi), grids, LANES,
+            *(made.get(name) for name in ("feature_map", "codebook", "phi_weight", "phi_bias")),
         )  # fmt: skip
     else:
-        found = [None if g is None else g.zero_() for g in found]
-    return [g.to(leaf.dtype) for g, leaf in zip(found, leaves, strict=True) if g is not None and leaf is not None]
+        for gradient in made.values():
+            gradient.zero_()
+    return {name: gradient.to(leaves[name].dtype) for name, gradient in made.items()}
+
+
+def _phi(phi: ResidualConv | ScaleConv | None) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
+    """As the extension takes it: weight, bias and ratio."""
+    return (None, None, 0.0) if phi is None else (_float32(phi.weight), _float32(phi.bias), phi.ratio)
 
 
 def _float32(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -8,17 +8,18 @@ and a part of the codes, as there are few rows at coarse scales; the parts are m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from fastvar.kernels.common.tiling import card, cdiv, power_of_2
-from fastvar.kernels.residual_quantize import reference
 from fastvar.kernels.residual_quantize.gradients import accumulate_scale_backward
 from fastvar.kernels.residual_quantize.tiles import MEANS, SEARCH, UPSAMPLED
 
-from fastvar.schedule import ScaleSchedule
+if TYPE_CHECKING:
+    from fastvar.ops.residual_quantize import AccumulateCall, QuantizeCall, ScaleConv
 
 __all__ = ["accumulate_scale", "accumulate_scale_backward", "forward"]
 
@@ -121,59 +122,40 @@ def _upsample(
         tl.store(pointers, value, inside[:, None] & (channel[None, :] < C))
 
 
-def forward(
-    features: torch.Tensor,
-    codebook: torch.Tensor,
-    phi_weight: torch.Tensor | None,
-    phi_bias: torch.Tensor | None,
-    phi_ratio: float,
-    phi_index: Sequence[int],
-    schedule: ScaleSchedule,
-    znorm: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward(call: QuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See the reference. A distance that is not a number is never the smallest; without any number the token is 0."""
-    residual = features.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    codebook = codebook.to(torch.float32).contiguous()
-    directions = F.normalize(codebook, dim=1) if znorm else codebook
-    norms = torch.zeros_like(codebook[:, 0]) if znorm else codebook.square().sum(1)
+    residual = call.features.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    codebook = call.codebook.to(torch.float32).contiguous()
+    directions = F.normalize(codebook, dim=1) if call.znorm else codebook
+    norms = torch.zeros_like(codebook[:, 0]) if call.znorm else codebook.square().sum(1)
     feature_map = torch.zeros_like(residual)
     tokens, inputs = [], [residual.new_empty(residual.shape[0], 0, residual.shape[1])]
-    for k, grid in enumerate(schedule):
+    for k, grid in enumerate(call.schedule):
         if k:
             inputs.append(_means(feature_map, grid))
         rows = _means(residual, grid)  # [B, n_k, C]
-        tokens.append(_search(F.normalize(rows, dim=2) if znorm else rows, directions, norms))
-        weight, bias = None, None
-        if phi_weight is not None and phi_bias is not None:
-            weight, bias = phi_weight[phi_index[k]], phi_bias[phi_index[k]]
-        codes = _upsampled(tokens[k], codebook, grid, schedule.finest, weight, bias, phi_ratio)
+        tokens.append(_search(F.normalize(rows, dim=2) if call.znorm else rows, directions, norms))
+        phi = None if call.phi is None else call.phi.of(k)
+        codes = _upsampled(tokens[k], codebook, grid, call.schedule.finest, phi)
         feature_map += codes
         residual -= codes
     found = torch.cat(tokens, 1)
-    return found, feature_map, torch.cat(inputs, 1), reference._uses(found, len(codebook))
+    flat = found.flatten()
+    # unlike bincount this waits for nothing
+    usage = flat.new_zeros(len(codebook)).scatter_add_(0, flat, torch.ones_like(flat))
+    return found, feature_map, torch.cat(inputs, 1), usage
 
 
-def accumulate_scale(
-    feature_map: torch.Tensor,
-    tokens: torch.Tensor,
-    codebook: torch.Tensor,
-    phi_weight: torch.Tensor | None,
-    phi_bias: torch.Tensor | None,
-    phi_ratio: float,
-    height: int,
-    width: int,
-    next_height: int,
-    next_width: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def accumulate_scale(call: AccumulateCall) -> tuple[torch.Tensor, torch.Tensor]:
     """See the reference. A token that does not exist stands for the first or the last code: nothing waits for an error
     here."""
-    codes = codebook.to(torch.float32).contiguous()
-    tokens = tokens.to(torch.int64).contiguous()
-    added = _upsampled(tokens, codes, (height, width), feature_map.shape[-2:], phi_weight, phi_bias, phi_ratio)
+    feature_map, codes = call.feature_map, call.codebook.to(torch.float32).contiguous()
+    tokens = call.tokens.to(torch.int64).contiguous()
+    added = _upsampled(tokens, codes, (call.height, call.width), feature_map.shape[-2:], call.phi)
     accumulated = added.add_(feature_map)
-    if next_height * next_width == 0:
+    if call.next_height * call.next_width == 0:
         return accumulated, accumulated.new_empty(accumulated.shape[0], 0, accumulated.shape[1])
-    return accumulated, _means(accumulated, (next_height, next_width))
+    return accumulated, _means(accumulated, (call.next_height, call.next_width))
 
 
 def _means(image: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
@@ -190,13 +172,7 @@ def _means(image: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
 
 
 def _upsampled(
-    tokens: torch.Tensor,
-    codebook: torch.Tensor,
-    grid: Sequence[int],
-    size: Sequence[int],
-    phi_weight: torch.Tensor | None,
-    phi_bias: torch.Tensor | None,
-    phi_ratio: float,
+    tokens: torch.Tensor, codebook: torch.Tensor, grid: Sequence[int], size: Sequence[int], phi: ScaleConv | None
 ) -> torch.Tensor:
     """What the tokens (B, n) of a grid add to the feature map of `size`: phi(bicubic(codes)), (B, C, H, W)."""
     (batch, _), (vocabulary, channels), (height, width) = tokens.shape, codebook.shape, size
@@ -209,11 +185,11 @@ def _upsampled(
         tokens, codebook, codes, vocabulary, *grid, height, width, grid[0] / height, grid[1] / width, tiles,
         C=channels, CHANNELS=_power(channels), **tile,
     )  # fmt: skip
-    if phi_weight is None or phi_bias is None:
+    if phi is None:
         return codes
     # follows torch.backends.cudnn, as in the reference
-    blurred = F.conv2d(codes, phi_weight.to(torch.float32), phi_bias.to(torch.float32), padding=1)
-    return codes.mul_(1 - phi_ratio).add_(blurred, alpha=phi_ratio)
+    blurred = F.conv2d(codes, phi.weight.to(torch.float32), phi.bias.to(torch.float32), padding=1)
+    return codes.mul_(1 - phi.ratio).add_(blurred, alpha=phi.ratio)
 
 
 def _power(channels: int) -> int:

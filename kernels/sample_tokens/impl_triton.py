@@ -9,6 +9,7 @@ block sums are float32, across blocks float64.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -16,6 +17,9 @@ import triton.language as tl
 from fastvar.kernels.common.philox import uniform
 from fastvar.kernels.common.tiling import card
 from fastvar.kernels.sample_tokens import tiles
+
+if TYPE_CHECKING:
+    from fastvar.ops.sample_tokens import SampleCall
 
 STREAM = tl.constexpr(0)  # of the random numbers, that of the reference
 DEPTH = tl.constexpr(87.0)  # so far below the largest logit weights leave the range of normal numbers
@@ -223,77 +227,56 @@ def _bits(
         tl.store(sampled_ptr + row, sampled, valid)
 
 
-def forward(
-    logits: torch.Tensor,
-    unconditional: torch.Tensor | None,
-    seeds: torch.Tensor,
-    guidance: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    position: int,
-    log_probs: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def tokens(call: SampleCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See the reference."""
-    batch, count, size = logits.shape
-    tokens = torch.empty(batch, count, dtype=torch.int64, device=logits.device)
-    scores = _scores_like(logits, log_probs)
-    if tokens.numel():
+    batch, count, size = call.logits.shape
+    drawn = torch.empty(batch, count, dtype=torch.int64, device=call.logits.device)
+    own, sampled = _scores_like(call)
+    if drawn.numel():
         block = max(triton.next_power_of_2(size), 32)
-        tile = tiles.TOKENS.choose(card(logits.device), vocabulary=block)
+        tile = tiles.TOKENS.choose(card(call.logits.device), vocabulary=block)
         _tokens[(batch * count,)](
-            *_arguments(logits, unconditional, seeds, tokens, scores), count, position,
-            float(1 + guidance), float(guidance), float(temperature), top_k, 1 - top_p,
-            V=size, BLOCKS=max(block // tile["WIDTH"], 1), WIDTH=min(block, tile["WIDTH"]),
-            GUIDED=unconditional is not None and guidance != 0, TEMPERED=temperature != 1,
-            ONE=top_k == 1 or size == 1, FEW=1 < top_k < size, SHARE=0 < top_p < 1, LOG_PROBS=log_probs,
+            *_arguments(call, drawn, own, sampled), count, call.position, *_settings(call), call.top_k, 1 - call.top_p,
+            V=size, BLOCKS=max(block // tile["WIDTH"], 1), WIDTH=min(block, tile["WIDTH"]), **_flags(call),
+            ONE=call.top_k == 1 or size == 1, FEW=1 < call.top_k < size, SHARE=0 < call.top_p < 1,
             num_warps=tile["num_warps"], enable_fp_fusion=False,
         )  # fmt: skip
-    return tokens, *scores
+    return drawn, own, sampled
 
 
-def bits(
-    logits: torch.Tensor,
-    unconditional: torch.Tensor | None,
-    seeds: torch.Tensor,
-    guidance: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    position: int,
-    log_probs: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def bits(call: SampleCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See the reference."""
-    batch, count, size = logits.shape
-    drawn = torch.empty(batch, count, size, dtype=torch.bool, device=logits.device)
-    scores = _scores_like(logits, log_probs)
+    (batch, count, size), top_p = call.logits.shape, call.top_p
+    drawn = torch.empty(batch, count, size, dtype=torch.bool, device=call.logits.device)
+    own, sampled = _scores_like(call)
     if drawn.numel():
-        cutoff = 0.0 if top_k == 1 else math.log(top_p / (1 - top_p)) if 0 < top_p < 1 else math.inf
+        cutoff = 0.0 if call.top_k == 1 else math.log(top_p / (1 - top_p)) if 0 < top_p < 1 else math.inf
         width = triton.next_power_of_2(size)
-        tile = tiles.BITS.choose(card(logits.device))
+        tile = tiles.BITS.choose(card(call.logits.device))
         rows = max(1, tile["TILE"] // width)
         _bits[(triton.cdiv(batch * count, rows),)](
-            *_arguments(logits, unconditional, seeds, drawn, scores), batch * count, count, position,
-            float(1 + guidance), float(guidance), float(temperature), cutoff,
-            D=size, ROWS=rows, WIDTH=width, GUIDED=unconditional is not None and guidance != 0,
-            TEMPERED=temperature != 1, LOG_PROBS=log_probs, num_warps=tile["num_warps"], enable_fp_fusion=False,
+            *_arguments(call, drawn, own, sampled), batch * count, count, call.position, *_settings(call), cutoff,
+            D=size, ROWS=rows, WIDTH=width, **_flags(call), num_warps=tile["num_warps"], enable_fp_fusion=False,
         )  # fmt: skip
-    return drawn, *scores
+    return drawn, own, sampled
 
 
-def _scores_like(logits: torch.Tensor, log_probs: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = logits.shape[:2] if log_probs else (0,)
-    own, sampled = (torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(2))
-    return own, sampled
+def _scores_like(call: SampleCall) -> list[torch.Tensor]:
+    shape = call.logits.shape[:2] if call.log_probs else (0,)
+    return [torch.empty(shape, dtype=torch.float32, device=call.logits.device) for _ in range(2)]
 
 
-def _arguments(
-    logits: torch.Tensor,
-    unconditional: torch.Tensor | None,
-    seeds: torch.Tensor,
-    drawn: torch.Tensor,
-    scores: tuple[torch.Tensor, torch.Tensor],
-) -> tuple[object, ...]:
+def _arguments(call: SampleCall, *results: torch.Tensor) -> tuple[object, ...]:
     """The tensors of a launch and the inputs' strides."""
-    strides = (0, 0, 0) if unconditional is None else unconditional.stride()
-    return logits, unconditional, seeds, drawn, *scores, *logits.stride(), *strides, seeds.stride(0)
+    strides = (0, 0, 0) if call.unconditional is None else call.unconditional.stride()
+    given = (call.logits, call.unconditional, call.seeds)
+    return *given, *results, *call.logits.stride(), *strides, call.seeds.stride(0)
+
+
+def _settings(call: SampleCall) -> tuple[float, float, float]:
+    return float(1 + call.guidance), float(call.guidance), float(call.temperature)
+
+
+def _flags(call: SampleCall) -> dict[str, bool]:
+    guided = call.unconditional is not None and call.guidance != 0
+    return {"GUIDED": guided, "TEMPERED": call.temperature != 1, "LOG_PROBS": call.log_probs}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,14 @@ import triton
 import triton.language as tl
 from fastvar.kernels.common.tiling import card
 from fastvar.kernels.token_log_probs import losses
+from fastvar.kernels.token_log_probs.losses import Grads, Results, Scoring, TwoPasses, Wanted, three
 from fastvar.kernels.token_log_probs.policy_triton import Policy, estimate, surrogate
 from fastvar.kernels.token_log_probs.tiles import LOGITS
+
+if TYPE_CHECKING:
+    from fastvar.ops.cross_entropy import CrossEntropyCall
+    from fastvar.ops.policy_loss import Objective, PolicyLossCall
+    from fastvar.ops.token_log_probs import Head
 
 IMPOSSIBLE = tl.constexpr(-1e30)  # stands for minus infinity: 0 * log 0 is 0
 PRODUCT = 2**25  # logits of a product: 128 MiB
@@ -31,7 +37,6 @@ ROWS = (512, 3968)  # of a product; fewer would read the weight too often. A lau
 SLOPES = 2**26  # logits that slopes take the place of: 256 MiB
 SLOPE_ROWS = (1024, 3968)  # but not fewer rows and no more: the weight's gradient is added to once for so many
 SHARE = 8  # nor more than this part of all rows, in whole products: else a small batch has all its slopes in memory
-RATIO_LEVEL = -4  # its place in a policy's settings
 LARGEST = 2.0**8  # of scaled slopes, per nat: float16 has room for gaps of 255 nats above, for 2**-32 of it below
 
 
@@ -401,114 +406,71 @@ def multiply(x: torch.Tensor, factor: torch.Tensor) -> None:
         _multiply[(triton.cdiv(x.numel(), 4096),)](x, factor, x.numel(), BLOCK=4096, num_warps=8)
 
 
-def forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    tokens: torch.Tensor,
-    reference_hidden: torch.Tensor | None,
-    reference_weight: torch.Tensor | None,
-    reference_bias: torch.Tensor | None,
-    temperature: float,
-    mean: bool,
-) -> tuple[torch.Tensor, ...]:
-    """See the reference."""
-    results = _new_results(hidden, tokens, reference_hidden is not None, mean)
-    head = _Head(hidden, weight, bias)
-    other = None if reference_hidden is None else _Head(reference_hidden, reference_weight, reference_bias)
-    _Pass(head, other, tokens, temperature, results).run()
+def score(scoring: Scoring) -> tuple[torch.Tensor, ...]:
+    """See `losses.TwoPasses`."""
+    results = _room(scoring)
+    other = None if scoring.reference is None else _Head(scoring.reference)
+    _Pass(_Head(scoring.head), other, scoring.tokens, scoring.temperature, results).run()
     return results
 
 
-def backward(
-    grads: Sequence[torch.Tensor | None],
-    hidden: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    tokens: torch.Tensor,
-    reference_hidden: torch.Tensor | None,
-    reference_weight: torch.Tensor | None,
-    reference_bias: torch.Tensor | None,
-    temperature: float,
-    mean: bool,
-    results: Sequence[torch.Tensor],
-    needs: Sequence[bool],
-    unrounded: bool = False,
-) -> list[torch.Tensor]:
-    """Gradients of hidden, weight and bias, as far as they are needed; the logits of some rows are computed anew. Rows
-    whose incoming gradients are all 0 are left out. `unrounded` as in the reference."""
+def gradients(
+    scoring: Scoring, results: Results, grads: Grads, needs: Any, unrounded: bool = False
+) -> dict[str, torch.Tensor]:
+    """See `losses.TwoPasses`; the logits of some rows are computed anew."""
     given = [None if g is None or not g.numel() else g.flatten().float().contiguous() for g in grads[:4]]
-    head = _Head(hidden, weight, bias)
-    other = None if given[2] is None or reference_hidden is None else reference_hidden
-    reference = None if other is None else _Head(other, reference_weight, reference_bias)
-    gradients = _Gradients(head, needs, unrounded)
-    _Pass(head, reference, tokens, temperature, None, gradients).run(given)
-    return gradients.found()
+    head = _Head(scoring.head)
+    other = None if given[2] is None or scoring.reference is None else _Head(scoring.reference)
+    found = _Gradients(head, needs, unrounded)
+    _Pass(head, other, scoring.tokens, scoring.temperature, None, found).run(given)
+    return found.found()
 
 
-def policy_loss(
-    hidden: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    tokens: torch.Tensor,
-    reference_hidden: torch.Tensor | None,
-    reference_weight: torch.Tensor | None,
-    reference_bias: torch.Tensor | None,
-    temperature: float,
-    wanted: Sequence[bool],
-    *settings: Any,
-) -> tuple[torch.Tensor, ...]:
-    """See `losses.policy_loss`. The loss of a ratio of many tokens is not known before all their log-probabilities are,
+_FUNCTIONS = TwoPasses(score, gradients)
+forward, backward = _FUNCTIONS.forward, _FUNCTIONS.backward
+
+
+def policy_loss(call: PolicyLossCall) -> tuple[torch.Tensor, ...]:
+    """See `losses.TwoPasses`. The loss of a ratio of many tokens is not known before all their log-probabilities are,
     and the scale that float16 slopes need is not known before the slopes: both take a second pass over the logits."""
-    head = _Head(hidden, weight, bias)
-    if any(wanted) and (settings[RATIO_LEVEL] != "token" or head.slope_dtype == torch.float16):
+    head, tokens = _Head(call.head), call.tokens
+    if any(call.needs) and (call.objective.ratio_level != "token" or head.slope_dtype == torch.float16):
 
-        def terms(log_probs: torch.Tensor, entropy: torch.Tensor, kl: torch.Tensor | None, *_: Any) -> Any:
-            policy = Policy(tokens.shape[:2], hidden.device, *settings)
+        def terms(log_probs: torch.Tensor, entropy: torch.Tensor, kl: torch.Tensor | None, objective: Objective) -> Any:
+            policy = Policy(tokens.shape[:2], tokens.device, objective)
             slope = torch.empty_like(policy.share)
             return (*policy.measure(log_probs, entropy, kl, slope), slope, policy.share)
 
-        rest = (reference_hidden, reference_weight, reference_bias, temperature, wanted, *settings)
-        return losses.policy_loss(forward, backward, hidden, weight, bias, tokens, *rest, terms=terms)
-    results = _new_results(hidden, tokens, reference_hidden is not None, False)
-    reference = None if reference_hidden is None else _Head(reference_hidden, reference_weight, reference_bias)
-    gradients = _Gradients(head, wanted, True) if any(wanted) else None
-    logits = _Pass(head, reference, tokens, temperature, (*results[:4], None), gradients)
-    policy = Policy(tokens.shape[:2], hidden.device, *settings)
+        return _FUNCTIONS.policy_loss(call, terms)
+    results = _room(Scoring(call.head, tokens, call.reference))
+    reference = None if call.reference is None else _Head(call.reference)
+    gradients = _Gradients(head, Wanted(*call.needs), True) if any(call.needs) else None
+    logits = _Pass(head, reference, tokens, call.temperature, (*results[:4], None), gradients)
+    policy = Policy(tokens.shape[:2], tokens.device, call.objective)
     logits.run(policy=policy)
     measured = policy.measure(results[0], results[1], None if reference is None else results[2], None)
-    return (*measured, results[0], *_three(gradients, wanted, hidden))
+    found = three({} if gradients is None else gradients.found(), Wanted(*call.needs), results[0])
+    return (*measured, results[0], *found)
 
 
-def cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    tokens: torch.Tensor,
-    weights: torch.Tensor | None,
-    label_smoothing: float,
-    wanted: Sequence[bool],
-) -> tuple[torch.Tensor, ...]:
-    """See `losses.cross_entropy`."""
-    results = _new_results(hidden, tokens, False, label_smoothing > 0)
-    head, share = _Head(hidden, weight, bias), losses.shares(weights, results[0])
-    given = [None if g is None else g.flatten() for g in losses.of_scores(share, label_smoothing)]
-    gradients = _Gradients(head, wanted, True) if any(wanted) else None
-    _Pass(head, None, tokens, 1.0, (*results[:4], None), gradients).run(given)
-    return (*losses.smoothed(results, share, label_smoothing), *_three(gradients, wanted, hidden))
+def cross_entropy(call: CrossEntropyCall) -> tuple[torch.Tensor, ...]:
+    """See `losses.TwoPasses`."""
+    results = _room(Scoring(call.head, call.tokens, mean=call.label_smoothing > 0))
+    head, share = _Head(call.head), losses.shares(call.weights, results[0])
+    given = [None if g is None else g.flatten() for g in losses.of_scores(share, call.label_smoothing)]
+    gradients = _Gradients(head, Wanted(*call.needs), True) if any(call.needs) else None
+    _Pass(head, None, call.tokens, 1.0, (*results[:4], None), gradients).run(given)
+    found = three({} if gradients is None else gradients.found(), Wanted(*call.needs), results[0])
+    return (*losses.smoothed(results, share, call.label_smoothing), *found)
 
 
-def _new_results(hidden: torch.Tensor, tokens: torch.Tensor, kl: bool, mean: bool) -> tuple[torch.Tensor, ...]:
-    shape, none = tokens.shape[:2], (0,)
-    sums = 0 if tokens.ndim == 3 else 2 + 2 * kl
-    shapes = (shape, shape, shape if kl else none, shape if mean else none, (sums, *shape))
-    return tuple(torch.empty(each, dtype=torch.float32, device=hidden.device) for each in shapes)
-
-
-def _three(gradients: _Gradients | None, wanted: Sequence[bool], hidden: torch.Tensor) -> list[torch.Tensor]:
-    """Empty where not wanted."""
-    found = iter(() if gradients is None else gradients.found())
-    return [next(found) if each else hidden.new_empty(0, dtype=torch.float32) for each in wanted]
+def _room(scoring: Scoring) -> tuple[torch.Tensor, ...]:
+    """What `score` returns, yet to be filled."""
+    shape, none = scoring.tokens.shape[:2], (0,)
+    sums = 0 if scoring.tokens.ndim == 3 else 2 + 2 * (scoring.reference is not None)
+    kl = none if scoring.reference is None else shape
+    shapes = (shape, shape, kl, shape if scoring.mean else none, (sums, *shape))
+    return tuple(torch.empty(each, dtype=torch.float32, device=scoring.tokens.device) for each in shapes)
 
 
 class _Head:
@@ -519,7 +481,8 @@ class _Head:
         step: rows of a product; all there are where there is none.
     """
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+    def __init__(self, head: Head) -> None:
+        hidden, weight, bias = head
         self.shape, self.rows = hidden.shape, hidden.detach().flatten(0, 1)
         self.weight = None if weight is None else weight.detach().contiguous()
         self.bias = None if bias is None else bias.detach().contiguous()
@@ -577,13 +540,13 @@ class _Gradients:
         states: (step, STRIDE), to be filled with the hidden states; None where there is no weight that needs them.
     """
 
-    def __init__(self, head: _Head, needs: Sequence[bool], unrounded: bool) -> None:
-        self.head, self.unrounded = head, unrounded
-        self.needs = needs[0], needs[1] and head.weight is not None, needs[2] and head.bias is not None
+    def __init__(self, head: _Head, needs: Any, unrounded: bool) -> None:
+        self.head, self.unrounded, given = head, unrounded, head.weight is not None
+        self.needs = Wanted(needs.head_hidden, needs.head_weight and given, needs.head_bias and head.bias is not None)
         count, width = head.rows.shape
         like: dict[str, Any] = {"device": head.rows.device}
         self.of_hidden = None
-        if self.needs[0]:
+        if self.needs.head_hidden:
             dtype = losses.unrounded(head.rows.dtype) if unrounded else head.rows.dtype
             self.of_hidden = torch.empty(count, width, dtype=dtype, **like)
         self.step, self.width = count, width
@@ -593,11 +556,11 @@ class _Gradients:
             return
         step = min(max(SLOPES // head.size, SLOPE_ROWS[0]), SLOPE_ROWS[1], max(count // SHARE, 1))
         self.step = triton.cdiv(step, head.step) * head.step
-        self.stride = width + 8 if self.needs[2] else width  # keeps rows at multiples of 16 bytes
+        self.stride = width + 8 if self.needs.head_bias else width  # keeps rows at multiples of 16 bytes
         rows = min(count, self.step)
         held = head.hold(triton.cdiv(rows, head.step) * head.step)
         self.slopes = held.view(head.slope_dtype)[:rows, : head.size]
-        if self.needs[1] or self.needs[2]:
+        if self.needs.head_weight or self.needs.head_bias:
             self.states = torch.empty(rows, self.stride, dtype=head.slope_dtype, **like)
 
     def add(self, first: int, last: int, scale: torch.Tensor | None) -> None:
@@ -622,21 +585,21 @@ class _Gradients:
                 product.div_(scale)
             self.of_head = product if self.of_head is None else self.of_head.add_(product)
 
-    def found(self) -> list[torch.Tensor]:
+    def found(self) -> dict[str, torch.Tensor]:
         """The gradients that are needed."""
         if self.states is not None and self.of_head is None:  # no rows
             self.of_head = self.states.new_zeros(self.head.size, self.stride, dtype=torch.float32)
         self.slopes = self.states = None
         self.head.drop()
-        found = []
+        found = {}
         if self.of_hidden is not None:
-            found.append(self.of_hidden.view(self.head.shape))
+            found["head_hidden"] = self.of_hidden.view(self.head.shape)
         if self.of_head is not None and self.head.weight is not None:
             dtype = torch.float32 if self.unrounded else self.head.weight.dtype
-            if self.needs[1]:
-                found.append(self.of_head[:, : self.width].to(dtype).contiguous())
-            if self.needs[2]:
-                found.append(self.of_head[:, self.width].to(dtype, copy=True))
+            if self.needs.head_weight:
+                found["head_weight"] = self.of_head[:, : self.width].to(dtype).contiguous()
+            if self.needs.head_bias:
+                found["head_bias"] = self.of_head[:, self.width].to(dtype, copy=True)
         return found
 
 

@@ -7,6 +7,7 @@ formulas are those of policy.py.
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -14,6 +15,9 @@ import triton.language as tl
 from fastvar.kernels.token_log_probs.policy import factors
 
 from fastvar.schedule import ScaleSchedule
+
+if TYPE_CHECKING:
+    from fastvar.ops.policy_loss import Objective
 
 BLOCK = 512  # tokens at a time
 SAMPLES = 32  # at a time, where sums over the batch are added up
@@ -259,41 +263,28 @@ class Policy:
         self,
         shape: torch.Size,
         device: torch.device,
-        old_log_probs: torch.Tensor | None,
-        reference_log_probs: torch.Tensor | None,
-        advantages: torch.Tensor,
-        token_mask: torch.Tensor | None,
-        mask_totals: torch.Tensor | None,
-        grids: ScaleSchedule,
-        first_scale: int,
-        panw_alpha: float,
-        panw_normalisation: str,
-        clip_low: float,
-        clip_high: float,
-        ratio_level: str,
-        kl_weight: float,
-        kl_estimator: str,
-        entropy_weight: float,
+        objective: Objective,
     ) -> None:
         self.batch, self.length = shape
-        self.old, self.reference, self.mask, totals = (
-            None if t is None else t.contiguous() for t in (old_log_probs, reference_log_probs, token_mask, mask_totals)
-        )
-        self.advantages, self.first_scale = advantages.contiguous(), first_scale
-        self.low, self.high, self.level = 1.0 - clip_low, 1.0 + clip_high, ratio_level
-        self.kl_weight, self.estimator, self.entropy_weight = float(kl_weight), kl_estimator, float(entropy_weight)
+        tensors = (objective.old_log_probs, objective.reference_log_probs, objective.token_mask, objective.mask_totals)
+        self.old, self.reference, self.mask, totals = (None if t is None else t.contiguous() for t in tensors)
+        self.advantages, self.first_scale = objective.advantages.contiguous(), objective.first_scale
+        self.low, self.high = 1.0 - objective.clip_low, 1.0 + objective.clip_high
+        self.level, self.estimator = objective.ratio_level, objective.kl_estimator
+        self.kl_weight, self.entropy_weight = float(objective.kl_weight), float(objective.entropy_weight)
+        grids = objective.schedule
         self.scales, self.device, self.ends = len(grids), device, _ends(grids, device)
         self.constants = {"K": self.scales, "BLOCK_K": triton.next_power_of_2(self.scales)}
         self.share = self._empty(*shape)
         self._spans, self._weights = self._empty(self.batch, self.scales), self._empty(self.scales + 1)
         if self.batch:
             _mask_sums[self._grid](
-                self.mask, self.ends, self._spans, self.length, first_scale, K=self.scales, BLOCK=BLOCK
+                self.mask, self.ends, self._spans, self.length, self.first_scale, K=self.scales, BLOCK=BLOCK
             )
         _shares[(max(self.batch * self.scales, 1),)](
-            self.mask, self.ends, self._spans, totals, factors(grids, panw_alpha, torch.float32, device),
-            self._weights, self.share, self.batch, self.length, first_scale, BLOCK=BLOCK, SAMPLES=SAMPLES,
-            NORMALISATION=panw_normalisation, **self.constants,
+            self.mask, self.ends, self._spans, totals, factors(grids, objective.panw_alpha, torch.float32, device),
+            self._weights, self.share, self.batch, self.length, self.first_scale, BLOCK=BLOCK, SAMPLES=SAMPLES,
+            NORMALISATION=objective.panw_normalisation, **self.constants,
         )  # fmt: skip
 
     @property

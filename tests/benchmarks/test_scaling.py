@@ -65,7 +65,7 @@ DECODERS: dict[str, tuple[int, tuple[int, ...], int, bool, int]] = {
 @pytest.fixture(autouse=True)
 def _no_dense_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CPUs attention of few tokens computes all pairs, unlike on GPUs."""
-    monkeypatch.setattr("fastvar.kernels.block_causal_attention.impl_cpu.DENSE", 0)
+    monkeypatch.setattr("fastvar.kernels.block_causal_attention.impl_torch.DENSE", 0)
 
 
 def real(model: Architecture, device: str = "cpu", **options: Any) -> VAR:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from samples import SAMPLES
 from test_kernels import attend, attention, check, run
 
 from fastvar import ScaleSchedule, ops
-from fastvar.ops.block_causal_attention import PrefixKV
+from fastvar.ops.block_causal_attention import AttentionCall, PrefixKV
 
 NAMES = ("q", "k", "v", "prefix_k", "prefix_v")
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
@@ -213,12 +214,14 @@ def test_rows_far_apart(name: str, axis: int) -> None:
     """Beyond 2**31 elements, as of a sequence-first projection of a large model."""
     torch.manual_seed(0)
     near = dict(zip(("q", "k", "v"), torch.randn(3, 4, 4, 4, 16).half().unbind(), strict=True))
-    rest = (ScaleSchedule(((1, 1), (1, 3))), None, None, None, 0.3, False, True)
-    needs = [True, True, True, False, False]
+    needs = SimpleNamespace(q=True, k=True, v=True, prefix_k=False, prefix_v=False)
     results = []
     for each in (near, near | {name: spread(near[name], axis, 2**30)}):
-        found = impl_triton.forward(*each.values(), *rest)
-        made = impl_triton.backward((near["q"], None), *each.values(), *rest, found, needs)
+        call = AttentionCall(
+            **each, schedule=ScaleSchedule(((1, 1), (1, 3))), prefix=None, softmax_scale=0.3, block_diagonal=False
+        )
+        found = impl_triton.forward(call)
+        made = impl_triton.backward(call, found, (near["q"], None), needs)
         cached = ops.cached_attention(*each.values(), backend="triton")
-        results.append([*found, *made, cached])
+        results.append([*found, made["q"], made["k"], made["v"], cached])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

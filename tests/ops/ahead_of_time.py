@@ -50,6 +50,16 @@ class Compiled(NamedTuple):
     ttgir: str = ""
 
 
+class Needs:
+    """Which gradients a backward pass is asked for."""
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+
+    def __getattr__(self, name: str) -> bool:
+        return name in self._names
+
+
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Inside, kernels are not run but recorded."""

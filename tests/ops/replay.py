@@ -6,6 +6,7 @@ import torch
 from fastvar.kernels.residual_quantize import reference
 
 from fastvar.ops import ResidualConv
+from fastvar.ops.residual_quantize import AccumulateCall
 from fastvar.schedule import ScaleSchedule
 
 
@@ -27,12 +28,11 @@ def replayed(
             size = rows.square().sum(-1) + codebook.square().sum(-1).amax()
         excess.append(distances.gather(2, part[..., None])[..., 0] - distances.amin(2))
         rounding.append(size * torch.finfo(torch.float32).eps)
-        convs = (None, None, 0.0)
+        convolution = None
         if phi is not None:
-            convs = (phi.weight[phi.index[k]].double(), phi.bias[phi.index[k]].double(), phi.ratio)
+            convolution = phi._replace(weight=phi.weight.double(), bias=phi.bias.double()).of(k)
         following = schedule[k + 1] if k + 1 < len(schedule) else (0, 0)
-        feature_map, next_input = reference.accumulate_scale(
-            feature_map, part, codebook, *convs, *schedule[k], *following
-        )
+        call = AccumulateCall(feature_map, part, codebook, convolution, *schedule[k], *following)
+        feature_map, next_input = reference.accumulate_scale(call)
         inputs.append(next_input)
     return torch.cat(excess, 1), torch.cat(rounding, 1), feature_map, torch.cat(inputs, 1)

@@ -39,7 +39,6 @@ def test_definition(shape: tuple[int, int, int], eps: float) -> None:
     torch.testing.assert_close(gated_residual(x, y, scale), x + y * scale[:, None], rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("modulation", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -54,7 +53,6 @@ def test_accuracy(shape: tuple[int, int, int], dtype: torch.dtype, modulation: t
     assert_as_accurate(gated_residual(x, y, scale), (x + y * scale[:, None]).to(dtype), exact)
 
 
-@pytest.mark.usefixtures("on_cpu")
 def test_one_rounding_in_bfloat16() -> None:
     """Inside all is float32: the result is the float32 result, rounded once."""
     x, y, scale, shift = arguments(2, 5, 64, torch.bfloat16)
@@ -127,7 +125,6 @@ def in_one(
     return residual, adaptive_layer_norm(residual, scale, shift, **rest)
 
 
-@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("backend", ["auto", "reference"])

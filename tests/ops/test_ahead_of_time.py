@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from ahead_of_time import Launch, accesses, compile_for, launches_of
+from ahead_of_time import Launch, Needs, accesses, compile_for, launches_of
 from fastvar.kernels.adaptive_layer_norm import impl_triton as norms
 from fastvar.kernels.block_causal_attention import impl_triton as attention
 from fastvar.kernels.block_causal_attention.tiles import BACKWARD_KV, BACKWARD_PREFIX, BACKWARD_Q, FORWARD
@@ -21,13 +21,20 @@ from fastvar.kernels.common.tiling import Card, family_of
 from fastvar.kernels.qk_norm_rope import impl_triton as rotations
 
 from fastvar import ScaleSchedule
-from fastvar.ops import rope_tables
+from fastvar.ops import PrefixKV, rope_tables
+from fastvar.ops.adaptive_layer_norm import GateCall, GateNormCall, NormCall
+from fastvar.ops.block_causal_attention import AttentionCall
+from fastvar.ops.cached_attention import CachedAttentionCall
+from fastvar.ops.qk_norm_rope import IntoCacheCall, QKNormRopeCall
 
 SCHEDULE = ScaleSchedule.parse("var-256")
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may have
 MATRIX = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 # Bytes of a thread's registers that lie in memory instead, with triton 3.6 or 3.8.
 STACK = {80: 64, 89: 64, 90: 64, 100: 64, 120: 80}
+
+
+ATTENDED = Needs("q", "k", "v", "prefix_k", "prefix_v")
 
 
 @pytest.fixture(params=[80, 89, 90, 100, 120])
@@ -45,11 +52,12 @@ def attention_launches(
     """Forward and backward, over a prefix of some length, with gradients of everything."""
     q = torch.empty(2, schedule.num_tokens, 2, head_dim, dtype=dtype)
     prefix, lengths = torch.empty(1, 70, 2, head_dim, dtype=dtype), torch.tensor([50])
-    rest = (schedule, prefix, prefix, lengths, 0.1, options.get("block_diagonal", False), True)
+    shared = PrefixKV(prefix, prefix, lengths)
+    given = AttentionCall(q, q, q, schedule, shared, 0.1, options.get("block_diagonal", False))
 
     def call() -> None:
-        results = attention.forward(q, q, q, *rest)
-        attention.backward(results, q, q, q, *rest, results, [True] * 5)
+        results = attention.forward(given)
+        attention.backward(given, results, results, ATTENDED)
 
     return launches_of(call)
 
@@ -58,24 +66,28 @@ def cached_launches(head_dim: int, n: int, dtype: torch.dtype) -> list[Launch]:
     """One scale's queries to a ragged prefix, a trunk and own keys."""
     q, keys = torch.empty(4, n, 2, head_dim, dtype=dtype), torch.empty(4, 680, 2, head_dim, dtype=dtype)
     shared, lengths = keys[:2], torch.tensor([50, 600])
-    return launches_of(lambda: cached.forward(q, keys, keys, shared, shared, lengths, shared, shared, 0.1))
+    prefix, trunk = PrefixKV(shared, shared, lengths), PrefixKV(shared, shared)
+    return launches_of(lambda: cached.forward(CachedAttentionCall(q, keys, keys, prefix, trunk, 0.1)))
 
 
 def small_launches(dtype: torch.dtype, width: int, head_dim: int) -> Iterator[Launch]:
     x, modulation = torch.empty(2, SCHEDULE.num_tokens, width, dtype=dtype), torch.empty(2, width, dtype=dtype)
     q = torch.empty(2, SCHEDULE.num_tokens, 3, 4, head_dim, dtype=dtype)[:, :, 0]
-    cos, sin = rope_tables(SCHEDULE, head_dim)
     log_scale = torch.empty(4)
+    turned = QKNormRopeCall(q, q, log_scale, rope_tables(SCHEDULE, head_dim), 1e-12)
+    norm, gate = NormCall(x, modulation, modulation, 1e-6), GateCall(x, x, modulation)
+    both = GateNormCall(x, x, modulation, modulation, modulation, 1e-6)
+    needs = Needs("x", "y", "gate", "scale", "shift", "q", "k", "log_scale")
     calls: list[Callable[[], Any]] = [
-        lambda: norms.forward(x, modulation, modulation, 1e-6),
-        lambda: norms.backward([x], x, modulation, modulation, 1e-6, [True] * 3),
-        lambda: norms.gated_residual(x, x, modulation),
-        lambda: norms.gated_residual_backward([x], x, x, modulation, [False, True, True]),
-        lambda: norms.gated_residual_norm(x, x, modulation, modulation, modulation, 1e-6),
-        lambda: norms.gated_residual_norm_backward([x, x], x, x, *[modulation] * 3, 1e-6, [x, x], [True] * 5),
-        lambda: rotations.forward(q, q, log_scale, cos, sin, 1e-12),
-        lambda: rotations.into_cache(q, q, q, q, q, 0, log_scale, None, None, 1e-12),
-        lambda: rotations.backward([q, q], q, q, log_scale, cos, sin, 1e-12, [True] * 3),
+        lambda: norms.norm(norm),
+        lambda: norms.norm_backward(norm, (), [x], needs),
+        lambda: norms.gate(gate),
+        lambda: norms.gate_backward(gate, (), [x], needs),
+        lambda: norms.gate_norm(both),
+        lambda: norms.gate_norm_backward(both, [x], [x, x], needs),
+        lambda: rotations.forward(turned),
+        lambda: rotations.into_cache(IntoCacheCall(q, q, q, q, q, 0, log_scale, None, 1e-12)),
+        lambda: rotations.backward(turned, (), [q, q], needs),
     ]
     for call in calls:
         yield from launches_of(call)
@@ -146,13 +158,14 @@ def test_cached_attention(n: int, head_dim: int, capability: int) -> None:
 def test_launches_of_many_images() -> None:
     """Axes y and z hold 65,535 programs, so all lie along x: 4096 images of 16 heads, with a prefix each."""
     q, prefix = (torch.empty(4096, n, 16, 64, dtype=torch.float16, device="meta") for n in (5, 3))
-    rest = (ScaleSchedule((1, 2)), prefix, prefix, None, 1.0, False, True)
+    shared = PrefixKV(prefix, prefix)
+    given = AttentionCall(q, q, q, ScaleSchedule((1, 2)), shared, 1.0, False)
     results = torch.empty_like(q), torch.empty(4096, 16, 5, device="meta")
 
     def call() -> None:
-        attention.forward(q, q, q, *rest)
-        attention.backward((q, None), q, q, q, *rest, results, [True] * 5)
-        cached.forward(q, q, q, prefix, prefix, None, prefix, prefix, 1.0)
+        attention.forward(given)
+        attention.backward(given, results, (q, None), ATTENDED)
+        cached.forward(CachedAttentionCall(q, q, q, shared, shared, 1.0))
 
     launches = launches_of(call)
     assert {launch.kernel.__name__ for launch in launches} >= {"_forward", "_backward_prefix", "_part", "_merge"}
@@ -170,7 +183,8 @@ def test_parts_fill_a_gpu_and_take_bounded_memory(
     prefix = torch.empty(count, tokens, 16, head_dim, dtype=torch.bfloat16, device="meta")
     q = torch.empty(8 * count, max(tokens, 680), 16, head_dim, dtype=torch.bfloat16, device="meta")
     lse = torch.empty(8 * count, 16, q.shape[1], device="meta")
-    arguments = (q, prefix, prefix, None, q, lse, lse, prefix, prefix, 1.0)
+    given = attention._Given(AttentionCall(q, q, q, SCHEDULE, PrefixKV(prefix, prefix), 1.0, False))
+    arguments = (given, prefix, prefix, q, lse, lse, prefix, prefix)
     launches = launches_of(lambda: attention._prefix_gradients(*arguments))
     assert launches[0].grid[0] >= least and len(launches) == launched
     sums = launches[0].arguments[7]

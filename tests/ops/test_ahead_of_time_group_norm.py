@@ -7,8 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from ahead_of_time import Launch, accesses, compile_for, launches_of
+from ahead_of_time import Launch, Needs, accesses, compile_for, launches_of
 from fastvar.kernels.group_norm_silu import impl_triton
+
+from fastvar.ops.group_norm_silu import GroupNormCall
 
 BY_ROW = ("_moments", "_forward", "_gradient_sums", "_backward")  # these move memory; the others add up small sums
 
@@ -17,8 +19,9 @@ def launches(channels: int, dtype: torch.dtype) -> list[Launch]:
     x, weight = torch.empty(2, 4096, channels, dtype=dtype), torch.empty(channels)
 
     def call() -> None:
-        impl_triton.forward(x, weight, weight, weight, 32, 1e-6, True)
-        impl_triton.backward([x], x, weight, weight, None, 32, 1e-6, True, [True, True, True, False])
+        call = GroupNormCall(x, weight, weight, weight, 32, 1e-6, True)
+        impl_triton.forward(call)
+        impl_triton.backward(call._replace(shift=None), (), [x], Needs("x", "weight", "bias"))
 
     return launches_of(call)
 

@@ -13,8 +13,12 @@ pytest.importorskip("triton")
 from ahead_of_time import Compiled, Launch, compile_for, launches_of
 from fastvar.kernels.token_log_probs import impl_triton as scores
 from fastvar.kernels.token_log_probs import policy_triton as policy
+from fastvar.kernels.token_log_probs.losses import Scoring, Wanted
 
 from fastvar import ScaleSchedule
+from fastvar.ops.cross_entropy import CrossEntropyCall
+from fastvar.ops.policy_loss import Objective, PolicyLossCall
+from fastvar.ops.token_log_probs import Head
 
 SHARED = 99 * 1024  # bytes that a block may have on any card from compute capability 8.0 on
 # Bytes of a thread's registers that lie in memory instead: of rows of 16384 logits that hold the reference's as well,
@@ -42,26 +46,26 @@ def launches(
     hidden = torch.empty(*rows, size if logits else width, dtype=dtype)
     weight, bias = (torch.empty(*s, dtype=head or dtype) for s in ((size, width), (size,)))
     tokens = torch.empty(*rows, size, dtype=torch.bool) if bits else torch.zeros(rows, dtype=torch.int64)
-    own = (hidden, None, None) if logits else (hidden, weight, bias)
-    other = own if kl else (None, None, None)
-    needs = [t is not None for t in own]
+    own = Head(hidden) if logits else Head(hidden, weight, bias)
+    other = own if kl else None
+    needs = tuple([t is not None for t in own])
     values = torch.empty(rows)
     objective = ("token", 0.1, "exact", 0.1) if kl else ("token", 0.1, "k3", 0.0)
     reference = None if kl else values
-    settings = (values, reference, values[:, 0], None, None, schedule, 0, 0.6, "per_scale", 0.2, 0.2)
+    settings = Objective(
+        values, reference, values[:, 0], None, None, schedule, 0, 0.6, "per_scale", 0.2, 0.2, *objective
+    )
 
     def call() -> None:
         if way == "scores":
-            scores.forward(*own, tokens, *other, 1.0, False)
+            scores.score(Scoring(own, tokens, other))
         elif way == "given":
-            results = [values, values, values, values, values.expand(4, *rows)]
-            scores.backward(
-                [values, None, values if kl else None, None], *own, tokens, *other, 1.0, False, results, needs
-            )
+            grads = [values, None, values if kl else None, None]
+            scores.gradients(Scoring(own, tokens, other), (), grads, Wanted(*needs))
         elif way == "policy":
-            scores.policy_loss(*own, tokens, *other, 1.0, needs, *settings, *objective)
+            scores.policy_loss(PolicyLossCall(own, tokens, other, 1.0, needs, settings))
         else:
-            scores.cross_entropy(*own, tokens, None, 0.1, needs)
+            scores.cross_entropy(CrossEntropyCall(own, tokens, None, 0.1, needs))
 
     with pytest.MonkeyPatch.context() as patch:  # products take long
         patch.setattr(scores, "_wide_product", lambda a, b, out=None: torch.empty(len(a), b.shape[1]))
@@ -130,10 +134,11 @@ def test_other_kinds_of_logits(case: str) -> None:
 def test_policy(level: str, capability: int) -> None:
     schedule = ScaleSchedule.parse("var-256")
     values, gains = torch.empty(8, schedule.num_tokens), torch.empty(8)
-    settings = (values, values, gains, values, None, schedule, 1, 0.6, "per_scale", 0.2, 0.2, level, 0.1, "k3", 0.1)
+    rest = (schedule, 1, 0.6, "per_scale", 0.2, 0.2, level, 0.1, "k3", 0.1)
+    settings = Objective(values, values, gains, values, None, *rest)
 
     def call() -> None:
-        objective = policy.Policy(values.shape, values.device, *settings)
+        objective = policy.Policy(values.shape, values.device, settings)
         objective.measure(values, values, None, values)
 
     found = launches_of(call)

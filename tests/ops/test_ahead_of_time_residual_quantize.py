@@ -37,7 +37,7 @@ def test_resampling(channels: int, grid: tuple[int, int], capability: int) -> No
 
     def call() -> None:
         impl_triton._means(image, grid)
-        impl_triton._upsampled(tokens, codebook, grid, (16, 16), None, None, 0.0)
+        impl_triton._upsampled(tokens, codebook, grid, (16, 16), None)
 
     launches = launches_of(call)
     assert len(launches) == 2

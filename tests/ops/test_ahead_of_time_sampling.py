@@ -12,6 +12,8 @@ from fastvar.kernels.propagate_mask import impl_triton as masks
 from fastvar.kernels.sample_tokens import impl_triton as sampler
 
 from fastvar import ScaleSchedule
+from fastvar.ops.propagate_mask import PropagateMaskCall
+from fastvar.ops.sample_tokens import SampleCall
 
 SHARED = 4096  # bytes of a block: sums of warps, no logits
 SPILLED = 400  # bytes of a thread with the largest rows, with triton 3.6 or 3.8
@@ -20,7 +22,7 @@ SPILLED = 400  # bytes of a thread with the largest rows, with triton 3.6 or 3.8
 def sampling(dtype: torch.dtype, size: int, capability: int, *options: float) -> Compiled:
     """Options are guidance, temperature, top-k, top-p, position and log_probs."""
     logits = torch.empty(2, 3, size, dtype=dtype)
-    [launch] = launches_of(lambda: sampler.forward(logits, logits, torch.arange(2), *options))  # type: ignore[arg-type]
+    [launch] = launches_of(lambda: sampler.tokens(SampleCall(logits, logits, torch.arange(2), *options)))  # type: ignore[arg-type]
     return compile_for(launch, capability)
 
 
@@ -44,9 +46,11 @@ def test_guidance_is_rounded_as_on_a_cpu(dtype: torch.dtype) -> None:
 def test_bits_and_masks(capability: int) -> None:
     logits, mask = torch.empty(2, 40, 32), torch.empty(2, 16, 16)
     schedule = ScaleSchedule.parse("var-256")
-    launches = launches_of(lambda: sampler.bits(logits, logits, torch.arange(2), 3.0, 0.5, 2, 0.97, 5, True))
-    launches += launches_of(lambda: masks.forward(mask, schedule, "support", True))
-    launches += launches_of(lambda: masks.forward(mask > 0, schedule, "area", False))
+    launches = launches_of(
+        lambda: sampler.bits(SampleCall(logits, logits, torch.arange(2), 3.0, 0.5, 2, 0.97, 5, True))
+    )
+    launches += launches_of(lambda: masks.forward(PropagateMaskCall(mask, schedule, "support", True)))
+    launches += launches_of(lambda: masks.forward(PropagateMaskCall(mask > 0, schedule, "area", False)))
     assert len(launches) == 3
     for launch in launches:
         found = compile_for(launch, capability)

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bounds import assert_as_accurate
-from fastvar.kernels.block_causal_attention import impl_cpu
-from fastvar.kernels.cached_attention import impl_cpu as cached_impl_cpu
+from fastvar.kernels.block_causal_attention import impl_torch
+from fastvar.kernels.cached_attention import impl_torch as cached_impl_torch
 from samples import noise
 
 from fastvar.ops import PrefixKV, block_causal_attention, cached_attention
@@ -95,12 +95,12 @@ PREFIXES = {
 }
 
 
-@pytest.fixture(params=["reference", "cpu", "cpu, long"])
+@pytest.fixture(params=["reference", "torch", "torch, long"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """On CPUs short sequences and long ones go different ways."""
-    if request.param == "cpu, long":
-        monkeypatch.setattr(impl_cpu, "DENSE", 0)
-        monkeypatch.setattr(cached_impl_cpu, "FEW", 0)
+    if request.param == "torch, long":
+        monkeypatch.setattr(impl_torch, "DENSE", 0)
+        monkeypatch.setattr(cached_impl_torch, "FEW", 0)
     return str(request.param).split(",")[0]
 
 

@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from bounds import assert_as_accurate
 from fastvar.kernels.block_causal_attention import impl_sdpa
+from fastvar.kernels.block_causal_attention.by_scale import Part
 from samples import noise
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvar import ScaleSchedule
 from fastvar.ops import PrefixKV, block_causal_attention, block_causal_attention_with_lse
 from fastvar.ops._dispatch import REGISTRY, Implementation
+from fastvar.ops.block_causal_attention import AttentionCall
 
 FOLDER = "fastvar.kernels.block_causal_attention"
 LONG = ScaleSchedule((1, 5, 9, (10, 15)))  # 257 tokens, three tiles of rows
@@ -213,8 +215,9 @@ def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
         if backend == "flex":
             monkeypatch.setattr(module, "_attend", module.flex_attention)
     # behind the operator, on whatever device
-    others = [each for each in REGISTRY["block_causal_attention"] if each.backend != backend]
-    monkeypatch.setitem(REGISTRY, "block_causal_attention", (*others, Implementation(backend, name)))
+    rows = REGISTRY["block_causal_attention"]
+    here = (Implementation(each.backend, name, saves=each.saves) if each.backend == backend else each for each in rows)
+    monkeypatch.setitem(REGISTRY, "block_causal_attention", tuple(here))
     return module
 
 
@@ -333,9 +336,9 @@ def test_kernels_for_gpus_exist(kernel: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(impl_sdpa, "_kernel", lambda *args: kernel)
     q, k, v = torch.empty(3, 2, 40, 3, 64, dtype=torch.bfloat16, device="meta").transpose(-1, -2).mT
     package = impl_sdpa._ScaledDotProducts()
-    out, lse = package.attend(q, k, v, 0.1, None)
+    out, lse = package.attend(Part(q, k, v, 0.1, None))
     assert out.shape == q.shape and lse.shape == (2, 3, 40) and lse.dtype == torch.float32
-    assert [g.shape for g in package.gradients(out, q, k, v, out, lse, 0.1, None)] == [q.shape] * 3
+    assert [g.shape for g in package.gradients(Part(q, k, v, 0.1, None), out, out, lse)] == [q.shape] * 3
 
 
 def test_no_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,11 +388,10 @@ def test_flex_compiles_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     for size in range(1, 11):
         k, v = noise(2, 2, size, 2, 16)
         for lengths in ([0, size], [size, 1], [-1, size + 5]):  # the last ones are cut to the prefix
-            prefix = (k, v, torch.tensor(lengths))
-            arguments = (q, q, q, ScaleSchedule((1, 2)), *prefix, 0.3, False, False)
-            expected = import_module(f"{FOLDER}.reference").forward(*arguments)[0]
+            call = AttentionCall(q, q, q, ScaleSchedule((1, 2)), PrefixKV(k, v, torch.tensor(lengths)), 0.3, False)
+            expected = import_module(f"{FOLDER}.reference").forward(call)[0]
             with torch.no_grad():
-                torch.testing.assert_close(module.forward(*arguments)[0], expected, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(module.forward(call)[0], expected, rtol=1e-5, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 10
 
 

@@ -132,13 +132,13 @@ def residuals(
 def test_every_bit_is_the_sign_of_its_residual(schedule: ScaleSchedule, backend: str) -> None:
     """Up to roundings of the residual, in which hardly a bit lies; flips are the generator's, bit for bit."""
     probability = [0.1] * len(schedule)
-    for next_input in ("bilinear", "area"):
+    for next_input, seed, first in (("bilinear", -3, 7), ("area", 2**63 - 1, 2**32 - 1)):
         features = noise(2, 11, *schedule.finest).transpose(2, 3).contiguous().transpose(2, 3)  # columns lie adjacent
         got = bitwise_residual_quantize(
-            features, schedule, next_input=next_input, flip_probability=probability, seed=-3, first_image=7,
+            features, schedule, next_input=next_input, flip_probability=probability, seed=seed, first_image=first,
             backend=backend,
         )  # fmt: skip
-        sent = got.bits ^ flips(schedule, probability, -3, torch.arange(7, 9), 11)
+        sent = got.bits ^ flips(schedule, probability, seed, torch.arange(first, first + 2), 11)
         residual, feature_map, inputs = residuals(features.double(), sent, schedule, next_input)
         wrong = got.bits != (residual > 0)
         # of a mean of up to 4000 features of order 1, and a sum of as many codes as there are scales

@@ -220,7 +220,7 @@ def test_what_takes_no_lengths_is_passed_over(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(REGISTRY, "block_causal_attention", here)
     monkeypatch.setattr(_dispatch, "PREFERENCE", parse_preference("xformers"))
     told = [explain("block_causal_attention", q, prefix=True, ragged=ragged).backend for ragged in (False, True)]
-    assert told == ["xformers", "cpu"]
+    assert told == ["xformers", "torch"]
 
 
 def test_parse_preference() -> None:
@@ -254,7 +254,7 @@ def test_environment_variable(preference: str, expected: str) -> None:
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (run.returncode == 0) == (not expected) and expected in run.stderr, run.stderr
     if not expected:
-        assert run.stdout.strip() == ("reference" if "reference" in preference else "cpu")
+        assert run.stdout.strip() == ("reference" if "reference" in preference else "torch")
 
 
 HALF, FLOAT = torch.bfloat16, torch.float32

@@ -13,6 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvar import ScaleSchedule
+from fastvar.ops.cross_entropy import CrossEntropyCall
+from fastvar.ops.policy_loss import Objective, PolicyLossCall
+from fastvar.ops.token_log_probs import Head
 
 NAMES = ("token_log_probs", "cross_entropy", "policy_loss")
 CALLS = [(name, i) for name in NAMES for i, _ in enumerate(SAMPLES[name](torch.float32))]
@@ -98,12 +101,12 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def objective(level: str = "token", batch: int = 64, schedule: str = "var-256") -> tuple[int, tuple[Any, ...]]:
-    """Tokens of an image, and the settings of the loss after those of the head."""
+def objective(level: str = "token", batch: int = 64, schedule: str = "var-256") -> tuple[int, Objective]:
+    """Tokens of an image, and the settings of the loss."""
     grids = ScaleSchedule.parse(schedule)
     values, gains = (empty(*s, dtype=torch.float32) for s in ((batch, grids.num_tokens), (batch,)))
-    settings = (values, values, gains, values, None, grids, 0, 0.6, "per_segment", 0.2, 0.2, level, 0.1, "k3", 0.0)
-    return grids.num_tokens, settings
+    rest = (grids, 0, 0.6, "per_segment", 0.2, 0.2, level, 0.1, "k3", 0.0)
+    return grids.num_tokens, Objective(values, values, gains, values, None, *rest)
 
 
 # A third of what Liger-Kernel's loss on logits held on an H200, in MiB, in the same settings.
@@ -112,15 +115,15 @@ def test_memory_of_a_training_pass(size: int, width: int, most: float, scores: A
     length, settings = objective()
     hidden, weight, bias = empty(64, length, width), empty(size, width), empty(size)
     tokens = empty(64, length, dtype=torch.int64)
-    call = (hidden, weight, bias, tokens, None, None, None, 1.0)
-    scores.policy_loss(*call, [True] * 3, *settings)
+    call = PolicyLossCall(Head(hidden, weight, bias), tokens, None, 1.0, (True,) * 3, settings)
+    scores.policy_loss(call)
     with Held(hidden, weight, bias, tokens, *(t for t in settings if isinstance(t, torch.Tensor))) as held:
-        results = scores.policy_loss(*call, [True] * 3, *settings)
+        results = scores.policy_loss(call)
     print(f"{size}, {width}: {held.most / 2**20:.1f} MiB, kept {held.now / 2**20:.1f}")
     assert hidden.nbytes + 4 * weight.numel() < held.most <= most * 2**20
     del results
     with Held(hidden, weight, bias, tokens, *(t for t in settings if isinstance(t, torch.Tensor))) as held:
-        results = scores.policy_loss(*call, [False] * 3, *settings)
+        results = scores.policy_loss(call._replace(needs=(False,) * 3))
     assert held.most <= most * 2**20 / 2 and not any(t.numel() for t in results[-3:])
 
 
@@ -130,12 +133,13 @@ def test_triton_waits_for_nothing(scores: Any) -> None:
         for dtype in (torch.bfloat16, torch.float16):
             hidden, weight, bias = (empty(*s, dtype=dtype) for s in ((3, length, 16), (50, 16), (50,)))
             for tokens in (empty(3, length, dtype=torch.int64), empty(3, length, 50, dtype=torch.bool)):
-                other = (hidden, weight, bias)
+                head, needs = Head(hidden, weight, bias), (True,) * 3
+                call = PolicyLossCall(head, tokens, head, 1.0, needs, settings)
                 for _ in range(2):
-                    scores.policy_loss(*other, tokens, *other, 1.0, [True] * 3, *settings)
+                    scores.policy_loss(call)
                     with Waits(), Copies():
-                        scores.policy_loss(*other, tokens, *other, 1.0, [True] * 3, *settings)
-                        scores.cross_entropy(*other, tokens, settings[0], 0.1, [True] * 3)
+                        scores.policy_loss(call)
+                        scores.cross_entropy(CrossEntropyCall(head, tokens, settings.old_log_probs, 0.1, needs))
 
 
 def test_launches_have_one_axis(scores: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +150,7 @@ def test_launches_have_one_axis(scores: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(JITFunction, "run", lambda *_, grid, **__: grids.append(grid))
     _, settings = objective("sample", 65_536, "1,2")
     hidden, tokens = empty(65_536, 5, 7), empty(65_536, 5, dtype=torch.int64)
-    scores.policy_loss(hidden, None, None, tokens, None, None, None, 1.0, [True, False, False], *settings)
+    scores.policy_loss(PolicyLossCall(Head(hidden), tokens, None, 1.0, (True, False, False), settings))
     assert len(grids) > 5 and all(len(grid) == 1 for grid in grids)
 
 

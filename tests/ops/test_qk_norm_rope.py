@@ -58,7 +58,6 @@ def test_definition(norm: bool, turn: bool) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_accuracy(dtype: torch.dtype) -> None:
     q, k, _ = projections(dtype, dim=64)
@@ -87,7 +86,6 @@ def test_gradient_of_the_scale_is_cut_above_its_maximum() -> None:
     torch.testing.assert_close(log_scale.grad, expected * torch.tensor([1.0, 1.0, 0.0]).double())
 
 
-@pytest.mark.usefixtures("on_cpu")
 def test_zero_vectors() -> None:
     """They stay zero, and so are finite gradients and the other vectors."""
     q, k, _ = (x.clone() for x in projections(torch.float32))
@@ -137,7 +135,6 @@ def test_the_finest_grid_is_the_default() -> None:
         assert torch.equal(got, expected)
 
 
-@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("log_scale", [LOG_SCALE, None])
 def test_into_cache(log_scale: torch.Tensor | None) -> None:
     """The same queries; keys and values in their rows of a strided cache and nowhere else."""

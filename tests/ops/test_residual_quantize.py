@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from samples import noise
 from torch._dynamo.testing import CompileCounter
 
 from fastvar.ops import ResidualConv, accumulate_scale, residual_conv_index, residual_quantize
-from fastvar.ops.residual_quantize import _ACCUMULATE
+from fastvar.ops.residual_quantize import _ACCUMULATE, AccumulateCall, ScaleConv
 from fastvar.schedule import VAR_256, ScaleSchedule
 
 RECTANGLES = ScaleSchedule((1, (2, 3), (2, 5), (5, 7)))
@@ -262,14 +263,17 @@ def test_gradients_reach_the_convolution_that_was_used() -> None:
 def test_gradients_written_out(scale: int, with_phi: bool) -> None:
     """Those of implementations without a forward that can be differentiated, against autograd."""
     phi = make_phi(4, len(RECTANGLES))
-    convs = (phi.weight[0], phi.bias[0], 0.3) if with_phi else (None, None, 0.0)
+    convolution = ScaleConv(phi.weight[0], phi.bias[0], 0.3) if with_phi else None
     following = RECTANGLES[scale + 1] if scale < 3 else (0, 0)
     tokens = torch.arange(2 * RECTANGLES.lengths[scale]).view(2, -1) % 7
-    arguments = [noise(2, 4, 5, 7), tokens, noise(9, 4, seed=1), *convs, *RECTANGLES[scale], *following]
-    leaves = [t for t in arguments if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    for leaf in leaves:
+    grids = (*RECTANGLES[scale], *following)
+    call = AccumulateCall(noise(2, 4, 5, 7), tokens, noise(9, 4, seed=1), convolution, *grids)
+    leaves = {"feature_map": call.feature_map, "codebook": call.codebook}
+    if convolution is not None:
+        leaves |= {"phi_weight": convolution.weight, "phi_bias": convolution.bias}
+    for leaf in leaves.values():
         leaf.requires_grad_()
-    results = reference.accumulate_scale(*arguments)
+    results = reference.accumulate_scale(call)
     grads = [noise(*r.shape, seed=5) for r in results]
     for given in (grads, [grads[0], None], [None, grads[1]]):
         pairs = [(r, g) for r, g in zip(results, given, strict=True) if g is not None and r.requires_grad]
@@ -277,16 +281,16 @@ def test_gradients_written_out(scale: int, with_phi: bool) -> None:
             continue
         outputs, weights = zip(*pairs, strict=True)
         expected = torch.autograd.grad(
-            outputs, leaves, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+            outputs, list(leaves.values()), weights, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        needs = [True, False, True, with_phi, with_phi]
-        with torch.no_grad():
-            found = accumulate_scale_backward(given, *arguments, needs)
-        for got, exact in zip(found, expected, strict=True):
-            torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
-        for i in (0, 2, 3, 4):
-            alone = accumulate_scale_backward(given, *arguments, [i == j and needs[i] for j in range(5)])
-            assert len(alone) == needs[i]
+        nothing = dict.fromkeys(("feature_map", "codebook", "phi_weight", "phi_bias"), False)
+        for wanted in (leaves, *([name] for name in leaves)):
+            needs = SimpleNamespace(**nothing | dict.fromkeys(wanted, True))
+            with torch.no_grad():
+                found = accumulate_scale_backward(call, (), given, needs)
+            for name, exact in zip(leaves, expected, strict=True):
+                if name in wanted:
+                    torch.testing.assert_close(found[name], exact, rtol=1e-5, atol=1e-5)
 
 
 def test_the_op_compiles_once_for_all_grids() -> None:
@@ -297,7 +301,8 @@ def test_the_op_compiles_once_for_all_grids() -> None:
 
     @torch.compile(fullgraph=True, backend=counter)
     def step(tokens: torch.Tensor, h: int, w: int, next_h: int, next_w: int) -> Any:
-        return _ACCUMULATE("auto", feature_map, tokens, codebook, phi.weight[0], phi.bias[0], 0.5, h, w, next_h, next_w)
+        convolution = ScaleConv(phi.weight[0], phi.bias[0], 0.5)
+        return _ACCUMULATE(AccumulateCall(feature_map, tokens, codebook, convolution, h, w, next_h, next_w))
 
     for k in range(1, 9):
         step(torch.zeros(2, VAR_256.lengths[k], dtype=torch.int64), *VAR_256[k], *VAR_256[k + 1])

@@ -93,12 +93,12 @@ def test_is_the_inverse_of_the_cumulative_distribution() -> None:
 
 @pytest.mark.parametrize("draw", [0.0, 1 - 2.0**-24])
 def test_extreme_draws_stay_in_the_set(draw: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = importlib.import_module("fastvar.kernels.sample_tokens.reference")
 
     def constant(seed: torch.Tensor, stream: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
         return torch.full(torch.broadcast_shapes(seed.shape, counter.shape), draw)
 
-    monkeypatch.setattr(reference, "uniform", constant)
+    for name in ("reference", "impl_torch"):
+        monkeypatch.setattr(importlib.import_module(f"fastvar.kernels.sample_tokens.{name}"), "uniform", constant)
     logits = noise(4, 64, 1000) * 4
     for top_k, top_p in [(0, 1.0), (100, 1.0), (100, 0.9), (1, 1.0)]:
         result = sample_tokens(logits, top_k=top_k, top_p=top_p, seeds=torch.arange(4), log_probs=True)
@@ -163,11 +163,11 @@ def test_does_not_depend_on_the_batch(function: Any, size: int) -> None:
 
 
 def test_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = importlib.import_module("fastvar.kernels.sample_tokens.reference")
+    on_cpus = importlib.import_module("fastvar.kernels.sample_tokens.impl_torch")
     arguments = {"unconditional": noise(5, 7, 33, seed=1), "seeds": torch.arange(5), "top_k": 20, **FULL}
     whole = sample_tokens(noise(5, 7, 33), **arguments)
     for rows in (0, 1, 8):
-        monkeypatch.setattr(reference, "_CHUNK", 33 * rows)
+        monkeypatch.setattr(on_cpus, "_CHUNK", 33 * rows)
         parts = sample_tokens(noise(5, 7, 33), **arguments)
         assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 

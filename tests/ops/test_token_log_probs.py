@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fastvar.kernels.token_log_probs.losses import Scoring, Wanted
 from samples import noise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvar.ops import sample_bits, sample_tokens, token_log_probs
+from fastvar.ops.token_log_probs import Head
 
-BACKENDS = ["cpu", "reference"]
+BACKENDS = ["torch", "reference"]
 
 
 def naive(
@@ -51,7 +53,7 @@ def problem(
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU's tiles are 64 rows by 4 logits."""
-    module = importlib.import_module("fastvar.kernels.token_log_probs.impl_cpu")
+    module = importlib.import_module("fastvar.kernels.token_log_probs.impl_torch")
     monkeypatch.setattr(module, "COLUMNS", 4)
     monkeypatch.setattr(module, "TILE", 256)
 
@@ -138,21 +140,19 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("bits", [False, True])
-@pytest.mark.parametrize("name", ["impl_cpu", "reference"])
-def test_whole_logits_never_exist(name: str, bits: bool) -> None:
-    module = importlib.import_module(f"fastvar.kernels.token_log_probs.{name}")
+def test_whole_logits_never_exist(bits: bool) -> None:
+    module = importlib.import_module("fastvar.kernels.token_log_probs.impl_torch")
     batch, length, width, size = 16, 128, 8, 64 if bits else 4096
     hidden, weight, bias, tokens = problem(batch, length, width, size, torch.float32)
     if bits:
         hidden, tokens = hidden.bfloat16(), noise(batch, length, size) > 0
         weight, bias = weight.bfloat16(), bias.bfloat16()
-    arguments = (hidden, weight, bias, tokens, hidden, weight, bias, 1.0, True)
+    scoring = Scoring(Head(hidden, weight, bias), tokens, Head(hidden, weight, bias), mean=True)
     gradients = [torch.ones(batch, length)] * 4
     with LargestTensor() as largest:
-        results = module.forward(*arguments)
-        module.backward(gradients, *arguments, results, [True] * 3 + [False] * 4)
+        module.gradients(scoring, module.score(scoring), gradients, Wanted(True, True, True))
     inputs = max(hidden.numel(), weight.numel(), tokens.numel() if bits else 0)
-    assert largest.numel <= max(inputs, module.TILE if name == "impl_cpu" and not bits else 256 * size)
+    assert largest.numel <= max(inputs, module.BIT_ROWS * size if bits else module.TILE)
     assert bits or largest.numel < batch * length * size / 4
 
 
@@ -275,7 +275,7 @@ def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
 
 def test_weights_of_any_layout_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """And are contiguous before they are multiplied: products of slices take a thousand times as long."""
-    module = importlib.import_module("fastvar.kernels.token_log_probs.impl_cpu")
+    module = importlib.import_module("fastvar.kernels.token_log_probs.impl_torch")
     product, layouts = module._product, []
 
     def noted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,10 +13,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from ahead_of_time import Launch, accesses, compile_for, launches_of
+from ahead_of_time import Launch, Needs, accesses, compile_for, launches_of
 from fastvar.kernels.adaptive_layer_norm import impl_triton as norms
 from fastvar.kernels.qk_norm_rope import impl_triton as rotations
 from fastvar.kernels.sample_tokens import impl_triton as sampler
+
+from fastvar.ops.adaptive_layer_norm import GateCall, GateNormCall, NormCall
+from fastvar.ops.qk_norm_rope import IntoCacheCall, QKNormRopeCall, Rope
+from fastvar.ops.sample_tokens import SampleCall
 
 WIDE = 16
 
@@ -26,29 +30,31 @@ def heads(dtype: torch.dtype, head_dim: int, count: int = 2) -> list[torch.Tenso
     return list(torch.empty(2, 9, count, 6, head_dim, dtype=dtype, device="meta").unbind(2))
 
 
-def turned(head_dim: int) -> list[torch.Tensor]:
-    return [torch.empty(9, head_dim // 2, device="meta") for _ in range(2)]
+def turned(head_dim: int) -> Rope:
+    return Rope(*(torch.empty(9, head_dim // 2, device="meta") for _ in range(2)))
 
 
 def rotate(dtype: torch.dtype, head_dim: int, norm: bool = True, turn: bool = False) -> Launch:
     q, k = heads(dtype, head_dim)
-    scale, tables = torch.empty(6, device="meta") if norm else None, turned(head_dim) if turn else (None, None)
-    return one(lambda: rotations.forward(q, k, scale, *tables, 1e-12))
+    scale, tables = torch.empty(6, device="meta") if norm else None, turned(head_dim) if turn else None
+    return one(lambda: rotations.forward(QKNormRopeCall(q, k, scale, tables, 1e-12)))
 
 
 def rotate_into_cache(dtype: torch.dtype, head_dim: int, turn: bool = False) -> Launch:
     """A cache whose rows of a head lie together."""
     caches = torch.empty(2, 2, 6, 20, head_dim, dtype=dtype, device="meta").transpose(2, 3)
-    tables = turned(head_dim) if turn else (None, None)
+    tables = turned(head_dim) if turn else None
     scale = torch.empty(6, device="meta")
-    return one(lambda: rotations.into_cache(*heads(dtype, head_dim, 3), *caches, 3, scale, *tables, 1e-12))
+    call = IntoCacheCall(*heads(dtype, head_dim, 3), *caches, 3, scale, tables, 1e-12)
+    return one(lambda: rotations.into_cache(call))
 
 
 def rotate_back(dtype: torch.dtype, head_dim: int, turn: bool = False) -> Launch:
     q, k = heads(dtype, head_dim)
-    tables = turned(head_dim) if turn else (None, None)
+    tables = turned(head_dim) if turn else None
     scale, grads = torch.empty(6, device="meta"), heads(dtype, head_dim)
-    return one(lambda: rotations.backward(grads, q, k, scale, *tables, 1e-12, [True] * 3 + [False] * 2))
+    call = QKNormRopeCall(q, k, scale, tables, 1e-12)
+    return one(lambda: rotations.backward(call, (), grads, Needs("q", "k", "log_scale")))
 
 
 def rows(dtype: torch.dtype, width: int) -> torch.Tensor:
@@ -120,13 +126,14 @@ def test_rotated_heads(dtype: torch.dtype, head_dim: int) -> None:
 def test_rows_of_channels(dtype: torch.dtype, width: int, modulation: torch.dtype) -> None:
     """Modulations are loaded wide too."""
     x, (gate, scale, shift) = rows(dtype, width), modulations(modulation, width)
-    held(one(lambda: norms.forward(x, scale, shift, 1e-6)), 1, 1)
-    held(one(lambda: norms.gated_residual(x, x, gate)), 2, 1)
-    held(one(lambda: norms.gated_residual_norm(x, x, gate, scale, shift, 1e-6)), 2, 2)
-    held(one(lambda: norms.backward([x], x, scale, shift, 1e-6, [True] * 3)), 2, 1)
-    held(one(lambda: norms.gated_residual_backward([x], x, x, gate, [False, True, True])), 2, 1)
-    both = [x, x], x, x, gate, scale, shift, 1e-6, [x, x], [True] * 5
-    held(one(lambda: norms.gated_residual_norm_backward(*both)), 4, 2)
+    norm, gated = NormCall(x, scale, shift, 1e-6), GateCall(x, x, gate)
+    both, needs = GateNormCall(x, x, gate, scale, shift, 1e-6), Needs("x", "y", "gate", "scale", "shift")
+    held(one(lambda: norms.norm(norm)), 1, 1)
+    held(one(lambda: norms.gate(gated)), 2, 1)
+    held(one(lambda: norms.gate_norm(both)), 2, 2)
+    held(one(lambda: norms.norm_backward(norm, (), [x], needs)), 2, 1)
+    held(one(lambda: norms.gate_backward(gated, (), [x], needs)), 2, 1)
+    held(one(lambda: norms.gate_norm_backward(both, [x], [x, x], needs)), 4, 2)
 
 
 @pytest.mark.slow
@@ -138,7 +145,7 @@ def test_rows_of_logits(size: int, dtype: torch.dtype) -> None:
         torch.empty(2, 3, size, dtype=dtype, device="meta"),
         torch.empty(2, dtype=torch.int64, device="meta"),
     )
-    launch = one(lambda: sampler.forward(logits, logits, seeds, 1.5, 1.0, 900, 0.96, 0, True))
+    launch = one(lambda: sampler.tokens(SampleCall(logits, logits, seeds, 1.5, 1.0, 900, 0.96, 0, True)))
     found = accesses(compile_for(launch, 90).ptx)
     each = size * logits.element_size() // (WIDE * 32 * launch.named["num_warps"])
     assert found["ld", WIDE] >= 2 * each, found

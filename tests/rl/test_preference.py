@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from policies import policy, redness
 
-from fastvar.ops import _dispatch
-from fastvar.ops._operator import Operator
+from fastvar.ops import _dispatch, _operator
 from fastvar.rl import RLConfig, VMRGRPOTrainer
 from fastvar.rl.rewards import RewardSum
 
@@ -21,8 +19,8 @@ CONFIG = RLConfig(iterations=2, prompts=1, group_size=2, coarse_updates=1, save_
     ("preference", "expected"),
     [
         ("reference", {"*": "reference"}),
-        ("triton,cpu", {"*": "cpu"}),
-        ("cpu,policy_loss=reference", {"policy_loss": "reference", "*": "cpu"}),
+        ("triton,torch,reference", {"*": "torch"}),
+        ("torch,reference,policy_loss=reference", {"policy_loss": "reference", "*": "torch"}),
     ],
 )
 def test_the_trainer_obeys(
@@ -30,13 +28,14 @@ def test_the_trainer_obeys(
 ) -> None:
     monkeypatch.setattr(_dispatch, "PREFERENCE", _dispatch.parse_preference(preference))
     ran: dict[str, set[str]] = {}
-    find = Operator._implementation
+    choose = _operator.choose
 
-    def found(self: Operator, backend: str, tensor: torch.Tensor) -> Any:
-        ran.setdefault(self.name, set()).add(backend)
-        return find(self, backend, tensor)
+    def noted(op: str, *rest: Any) -> Any:
+        chosen = choose(op, *rest)
+        ran.setdefault(op, set()).add(chosen.backend)
+        return chosen
 
-    monkeypatch.setattr(Operator, "_implementation", found)
+    monkeypatch.setattr(_operator, "choose", noted)
     VMRGRPOTrainer(policy(), RewardSum({"it": redness}), ["0", "1"], CONFIG, tmp_path).train()
     assert {"block_causal_attention", "cached_attention", "sample_tokens", "policy_loss"} <= set(ran)
     for op, backends in ran.items():

@@ -1,4 +1,4 @@
-"""Attention of new queries to a cache for CPUs: PyTorch's flash attention to each of the three parts.
+"""Attention of new queries to a cache by PyTorch's flash attention for CPUs, to each of the three parts.
 
 Rows that share a part attend to it one after the other, so that nothing shared is copied and no row's result depends on
 how many there are; the parts are merged by log-sum-exp. Only of few keys a copy for every row costs less. In half
@@ -8,38 +8,23 @@ precision a part's result is rounded before it is merged: float32 copies of the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from fastvar.kernels.common.merging import merge
+
+if TYPE_CHECKING:
+    from fastvar.ops.block_causal_attention import PrefixKV
+    from fastvar.ops.cached_attention import CachedAttentionCall
 
 FEW = 256  # keys of a row that are copied rather than merged
 _ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-class _Part(NamedTuple):
-    """Keys and values (B / share, N, H, D), and how many of a row's are visible, or all."""
-
-    k: torch.Tensor
-    v: torch.Tensor
-    lengths: torch.Tensor | None
-
-
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    prefix_k: torch.Tensor | None,
-    prefix_v: torch.Tensor | None,
-    prefix_lengths: torch.Tensor | None,
-    trunk_k: torch.Tensor | None,
-    trunk_v: torch.Tensor | None,
-    softmax_scale: float,
-) -> torch.Tensor:
+def forward(call: CachedAttentionCall) -> torch.Tensor:
     """See the reference."""
-    given = ((prefix_k, prefix_v, prefix_lengths), (trunk_k, trunk_v, None), (k, v, None))
-    parts = [_Part(keys, values, n) for keys, values, n in given if keys is not None and values is not None]
-    parts = [part for part in parts if part.k.shape[1]]
+    q, softmax_scale = call.q, call.softmax_scale
+    parts = [part for part in call.parts if part.k.shape[1]]
     if not q.numel() or not parts:
         return torch.zeros(q.shape, dtype=q.dtype)
     if q.stride(-1) != 1:  # the kernel takes its result's layout from q's, and writes it as if that were so
@@ -65,7 +50,7 @@ def _attend(
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _copied(q: torch.Tensor, parts: list[_Part], scale: float) -> torch.Tensor:
+def _copied(q: torch.Tensor, parts: list[PrefixKV], scale: float) -> torch.Tensor:
     """By one call on a copy of all keys for each row."""
     batch, mask = q.shape[0], None
     k, v = (torch.cat([part[i].repeat_interleave(batch // len(part[i]), 0) for part in parts], 1) for i in range(2))
@@ -77,7 +62,7 @@ def _copied(q: torch.Tensor, parts: list[_Part], scale: float) -> torch.Tensor:
     return _attend(q, k, v, scale, mask)[0].contiguous()
 
 
-def _shares(part: _Part, batch: int) -> Iterator[tuple[slice, slice, int]]:
+def _shares(part: PrefixKV, batch: int) -> Iterator[tuple[slice, slice, int]]:
     """Rows of q, the rows of keys that they see, row for row, and how many keys."""
     groups = part.k.shape[0]
     times = batch // groups

@@ -1,4 +1,4 @@
-"""Block-causal attention for CPUs: PyTorch's flash attention in rectangles, with a backward pass of its own.
+"""Block-causal attention by PyTorch's flash attention for CPUs, in rectangles, with a backward pass of its own.
 
 The samples of a group attend to their shared prefix in one call, as the rows of one matrix, so that it is never copied;
 parts are merged by log-sum-exp. Grids of few tokens are one rectangle with a dense mask: there a call costs more than
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from fastvar.kernels.common.merging import merge
 
 from fastvar.schedule import ScaleSchedule
+
+if TYPE_CHECKING:
+    from fastvar.ops.block_causal_attention import AttentionCall
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -34,73 +37,53 @@ class _Part(NamedTuple):
         return all(index == _ALL for index in self.rows + self.keys)
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    schedule: ScaleSchedule,
-    prefix_k: torch.Tensor | None,
-    prefix_v: torch.Tensor | None,
-    prefix_lengths: torch.Tensor | None,
-    softmax_scale: float,
-    block_diagonal: bool,
-    with_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the reference; lse (B, H, L) is always there."""
+def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the reference."""
+    q, prefix = call.q, call.prefix
     batch, length, heads, _ = q.shape
     compute = torch.promote_types(q.dtype, torch.float32)
     if not q.numel():
         return torch.empty_like(q), torch.empty(batch, heads, length, dtype=compute)
-    queries, keys, values = (_heads_first(tensor, compute) for tensor in (q, k, v))
-    parts = _own_parts(schedule, block_diagonal, compute)
-    found = [tuple(t.transpose(1, 2) for t in _attend(queries, keys, values, part, softmax_scale)) for part in parts]
+    queries, keys, values = (_heads_first(tensor, compute) for tensor in (q, call.k, call.v))
+    parts = _own_parts(call.schedule, call.block_diagonal, compute)
+    found = [
+        tuple(t.transpose(1, 2) for t in _attend(queries, keys, values, part, call.softmax_scale)) for part in parts
+    ]
     out, lse = (t[0].contiguous() if len(t) == 1 else torch.cat(t, 1) for t in zip(*found, strict=True))
-    if prefix_k is not None and prefix_v is not None:
-        groups = prefix_k.shape[0]
+    if prefix is not None:
+        groups = prefix.k.shape[0]
         packed = _heads_first(_packed(q, groups), compute)
-        keys, values = _heads_first(prefix_k, compute), _heads_first(prefix_v, compute)
+        keys, values = _heads_first(prefix.k, compute), _heads_first(prefix.v, compute)
         packed_out, packed_lse = _packed(out, groups), _packed(lse, groups)  # views
-        for part in _prefix_parts(groups, prefix_k.shape[1], prefix_lengths):
-            other, sums = _attend(packed, keys, values, part, softmax_scale)
+        for part in _prefix_parts(groups, prefix.k.shape[1], prefix.lengths):
+            other, sums = _attend(packed, keys, values, part, call.softmax_scale)
             merge(packed_out[part.rows[0]], packed_lse[part.rows[0]], other.transpose(1, 2), sums.transpose(1, 2))
     return out.to(q.dtype), lse.transpose(1, 2).contiguous()
 
 
 def backward(
-    grads: Sequence[torch.Tensor | None],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    schedule: ScaleSchedule,
-    prefix_k: torch.Tensor | None,
-    prefix_v: torch.Tensor | None,
-    prefix_lengths: torch.Tensor | None,
-    softmax_scale: float,
-    block_diagonal: bool,
-    with_lse: bool,
-    results: Sequence[torch.Tensor],
-    needs: Sequence[bool],
-) -> list[torch.Tensor]:
-    """Gradients of q, k, v and of the prefix's keys and values, as far as they are needed."""
-    out, lse = results
-    grad, grad_lse = grads
-    given = (q, k, v, prefix_k, prefix_v)
-    if not out.numel() or (grad is None and grad_lse is None):
-        return [
-            torch.zeros(t.shape, dtype=t.dtype) for t, need in zip(given, needs, strict=False) if need and t is not None
-        ]
+    call: AttentionCall, saved: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None], needs: Any
+) -> dict[str, torch.Tensor]:
+    """Gradients of q, k, v and of the prefix's keys and values; saved: the results."""
+    (out, lse), (grad, grad_lse) = saved, grads
+    q, k, v, prefix = call.q, call.k, call.v, call.prefix
+    given = {"q": q, "k": k, "v": v}
+    if prefix is not None:
+        given |= {"prefix_k": prefix.k, "prefix_v": prefix.v}
+    if not out.numel():
+        return {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in given.items()}
     compute = lse.dtype
     g = torch.zeros(q.shape, dtype=compute) if grad is None else grad.to(compute).contiguous()
     slopes = None if grad_lse is None else grad_lse.transpose(1, 2)  # [B, L, H]
     streams = [g, q, out, lse.transpose(1, 2), slopes]
-    totals = _gradients(k, v, streams, _own_parts(schedule, block_diagonal, compute), softmax_scale)
-    if prefix_k is not None and prefix_v is not None:
-        groups = prefix_k.shape[0]
+    totals = _gradients(k, v, streams, _own_parts(call.schedule, call.block_diagonal, compute), call.softmax_scale)
+    if prefix is not None:
+        groups = prefix.k.shape[0]
         streams = [None if t is None else _packed(t, groups) for t in streams]
-        parts = _prefix_parts(groups, prefix_k.shape[1], prefix_lengths)
-        dq, *shared = _gradients(prefix_k, prefix_v, streams, parts, softmax_scale)
+        parts = _prefix_parts(groups, prefix.k.shape[1], prefix.lengths)
+        dq, *shared = _gradients(prefix.k, prefix.v, streams, parts, call.softmax_scale)
         totals = [totals[0] + dq.view(q.shape), *totals[1:], *shared]
-    return [total.to(t.dtype) for total, t, need in zip(totals, given, needs, strict=False) if need and t is not None]
+    return {name: total.to(t.dtype) for total, (name, t) in zip(totals, given.items(), strict=True)}
 
 
 def _gradients(

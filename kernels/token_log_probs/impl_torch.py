@@ -1,21 +1,24 @@
-"""Log-probability, entropy and KL of tokens for CPUs: tiles of logits that stay in the cache.
+"""Log-probability, entropy and KL of tokens in PyTorch: tiles of logits, which stay in a CPU's cache.
 
 A tile is some rows times some of the vocabulary. Forward, the softmax's sums go from tile to tile; backward, the
-gradient of a tile's logits follows from the sums of the forward pass and is used up at once. Bits have few logits and
-take the reference's formulas.
+gradient of a tile's logits follows from the sums of the forward pass and is used up at once. Bits have few logits: a
+tile is some rows with all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from fastvar.kernels.token_log_probs import losses, reference
-from fastvar.kernels.token_log_probs.reference import IMPOSSIBLE, check_range, chunks, live_rows, padded
+from fastvar.kernels.token_log_probs import losses
+from fastvar.kernels.token_log_probs.losses import Grads, Results, Scoring, TwoPasses
+
+if TYPE_CHECKING:
+    from fastvar.ops.token_log_probs import Head
 
 # Tiles of many rows read the weight, turn it round and add to its gradient less often. Larger tiles are little faster
 # and take more memory: from 1 MiB on malloc needs twice as much of it.
@@ -23,73 +26,56 @@ COLUMNS = 512  # of a tile, at most
 TILE = 3 * 2**16  # logits of a tile, 384 rows
 ROWS = 1024  # of a tile, at most
 PIECE = 3 * 2**16  # elements of the weight's gradient that a product gives at a time, or 128 rows
+BIT_ROWS = 256  # of a tile of bits
+STEP = 16  # tiles are padded to a multiple of rows: matrix products of very few may sum in another order
+IMPOSSIBLE = -1e30  # stands for minus infinity in sums: 0 * log 0 is 0. The token's own log-probability is infinite
 
 
-def forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    tokens: torch.Tensor,
-    reference_hidden: torch.Tensor | None,
-    reference_weight: torch.Tensor | None,
-    reference_bias: torch.Tensor | None,
-    temperature: float,
-    mean: bool,
-) -> tuple[torch.Tensor, ...]:
-    """See the reference."""
-    others = (reference_hidden, reference_weight, reference_bias)
-    if tokens.ndim == 3:
-        return reference.forward(hidden, weight, bias, tokens, *others, temperature, mean)
-    head = _Head(hidden, weight, bias, temperature)
-    other = None if reference_hidden is None else _Head(*others, temperature)  # type: ignore[arg-type]
-    check_range(tokens, head.size)
-    results = reference.new_results(hidden, tokens, other is not None, mean)
-    picked = tokens.flatten().long()
-    for rows in chunks(len(picked), _rows(head)):
-        reference.write(results, rows, _score(head, other, padded(picked[rows])[:, None], rows, mean))
+def score(scoring: Scoring) -> tuple[torch.Tensor, ...]:
+    """See `TwoPasses`."""
+    head = _Head(scoring.head, scoring.temperature)
+    other = None if scoring.reference is None else _Head(scoring.reference, scoring.temperature)
+    _check_range(scoring.tokens, head.size)
+    results, picked = _room(scoring), scoring.tokens.flatten(0, 1)
+    if scoring.tokens.ndim == 3:
+        for rows in _chunks(len(picked), BIT_ROWS):
+            others = None if other is None else other.whole(rows)[1]
+            _write(results, rows, _score_bits(head.whole(rows)[1], _padded(picked[rows]), others))
+        return results
+    for rows in _chunks(len(picked), _rows(head)):
+        _write(results, rows, _score_tokens(head, other, _padded(picked[rows].long())[:, None], rows, scoring.mean))
     return results
 
 
-def backward(
-    grads: Sequence[torch.Tensor | None],
-    hidden: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    tokens: torch.Tensor,
-    reference_hidden: torch.Tensor | None,
-    reference_weight: torch.Tensor | None,
-    reference_bias: torch.Tensor | None,
-    temperature: float,
-    mean: bool,
-    results: Sequence[torch.Tensor],
-    needs: Sequence[bool],
-    unrounded: bool = False,
-) -> list[torch.Tensor]:
-    """Gradients of hidden, weight and bias, as far as they are needed; the logits of each tile are computed anew. Rows
-    whose incoming gradients are all 0 are left out. `unrounded` as in the reference."""
-    others = (reference_hidden, reference_weight, reference_bias)
-    if tokens.ndim == 3:
-        return reference.backward(
-            grads, hidden, weight, bias, tokens, *others, temperature, mean, results, needs, unrounded
-        )
-    head = _Head(hidden, weight, bias, temperature)
+def gradients(
+    scoring: Scoring, results: Results, grads: Grads, needs: Any, unrounded: bool = False
+) -> dict[str, torch.Tensor]:
+    """See `TwoPasses`; the logits of each tile are computed anew."""
+    hidden, weight, bias = scoring.head
+    head = _Head(scoring.head, scoring.temperature)
     other = None
-    if reference_hidden is not None and grads[2] is not None:
-        other = _Head(reference_hidden, reference_weight, reference_bias, temperature)
-    picked = tokens.flatten().long()
-    of_hidden = None
-    if needs[0]:
-        dtype = losses.unrounded(hidden.dtype) if unrounded else hidden.dtype
-        of_hidden = torch.empty(head.rows.shape, dtype=dtype)
-    of_weight = torch.zeros(weight.shape, dtype=head.dtype) if needs[1] and weight is not None else None
-    of_bias = torch.zeros(head.size, dtype=head.dtype) if needs[2] and bias is not None else None
-    live = live_rows(grads, tokens)
-    for rows in chunks(len(picked), _rows(head)):
-        slopes = _Slopes(grads, head, other, padded(picked[rows])[:, None], results, rows, padded(live[rows]))
+    if scoring.reference is not None and grads[2] is not None:
+        other = _Head(scoring.reference, scoring.temperature)
+    picked, bits = scoring.tokens.flatten(0, 1), scoring.tokens.ndim == 3
+    of_hidden = of_weight = of_bias = None
+    if needs.head_hidden:
+        of_hidden = head.rows.new_empty(head.rows.shape, dtype=losses.unrounded(hidden.dtype) if unrounded else None)
+    if needs.head_weight and weight is not None:
+        of_weight = weight.new_zeros(weight.shape, dtype=head.dtype)
+    if needs.head_bias and bias is not None:
+        of_bias = bias.new_zeros(bias.shape, dtype=head.dtype)
+    live = _live_rows(grads, scoring.tokens)
+    for rows in _chunks(len(picked), BIT_ROWS if bits else _rows(head)):
+        alive, tokens = _padded(live[rows]), _padded(picked[rows])
+        slopes: _Slopes | _BitSlopes
+        if bits:
+            slopes = _BitSlopes(grads, head, other, tokens, rows, alive)
+        else:
+            slopes = _Slopes(grads, head, other, tokens.long()[:, None], results, rows, alive)
         states, count = slopes.states, rows.stop - rows.start
         turned = states.T.contiguous() if of_weight is not None else None  # once, not in every product
         own = None
-        for part in chunks(head.size, COLUMNS):
+        for part in _chunks(head.size, head.columns):
             slope = slopes.tile(part)  # [m, n]
             if of_hidden is not None and head.weight is None:
                 of_hidden[rows, part] = slope[:count]
@@ -97,46 +83,42 @@ def backward(
                 product = _product(slope, head.matrix(part).T)
                 own = product if own is None else own.add_(product)
             if of_weight is not None and turned is not None:
-                for piece in chunks(slope.shape[1], max(128, PIECE // max(1, states.shape[1]))):
+                for piece in _chunks(slope.shape[1], max(128, PIECE // max(1, states.shape[1]))):
                     of_weight[part][piece].add_(_product(slope[:, piece].T, turned))
             if of_bias is not None:
                 of_bias[part].add_(slope.sum(0))
         if of_hidden is not None and own is not None:
             of_hidden[rows] = own[:count]
-    found: list[torch.Tensor] = []
+    found: dict[str, torch.Tensor] = {}
     if of_hidden is not None:
-        found.append(of_hidden.view(hidden.shape))
+        found["head_hidden"] = of_hidden.view(hidden.shape)
     if of_weight is not None and weight is not None:
-        found.append(of_weight if unrounded else of_weight.to(weight.dtype))
+        found["head_weight"] = of_weight if unrounded else of_weight.to(weight.dtype)
     if of_bias is not None and bias is not None:
-        found.append(of_bias if unrounded else of_bias.to(bias.dtype))
+        found["head_bias"] = of_bias if unrounded else of_bias.to(bias.dtype)
     return found
 
 
-def policy_loss(*args: Any) -> tuple[torch.Tensor, ...]:
-    """See `losses.policy_loss`."""
-    return losses.policy_loss(forward, backward, *args)
-
-
-def cross_entropy(*args: Any) -> tuple[torch.Tensor, ...]:
-    """See `losses.cross_entropy`."""
-    return losses.cross_entropy(forward, backward, *args)
+_FUNCTIONS = TwoPasses(score, gradients)
+forward, backward = _FUNCTIONS.forward, _FUNCTIONS.backward
+policy_loss, cross_entropy = _FUNCTIONS.policy_loss, _FUNCTIONS.cross_entropy
 
 
 class _Head:
     """Tiles of logits."""
 
-    def __init__(
-        self, hidden: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, temperature: float
-    ) -> None:
+    def __init__(self, head: Head, temperature: float) -> None:
+        hidden, weight, bias = head
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.rows = hidden.flatten(0, 1)  # [M, E]
         self.weight, self.bias, self.temperature = weight, bias, temperature
         self.size = hidden.shape[-1] if weight is None else len(weight)
+        # a GPU takes whole rows, as a launch costs more than what a cache saves
+        self.columns = COLUMNS if hidden.device.type == "cpu" else max(self.size, 1)
 
     def states(self, rows: slice) -> torch.Tensor:
         """A chunk's rows (m, E), padded."""
-        return padded(self.rows[rows].to(self.dtype))
+        return _padded(self.rows[rows].to(self.dtype))
 
     def matrix(self, part: slice) -> torch.Tensor:
         """Rows of the weight (n, E)."""
@@ -151,6 +133,12 @@ class _Head:
             bias = None if self.bias is None else self.bias[part].to(self.dtype)
             logits = _product(states, self.matrix(part), bias)
         return logits if self.temperature == 1 else logits.div_(self.temperature)
+
+    def whole(self, rows: slice, live: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A chunk's rows, zeros where they are not live, and their logits."""
+        states = self.states(rows)
+        states = states if live is None else torch.where(live, states, 0)
+        return states, self.tile(states, slice(0, self.size))
 
     def finite_tile(self, states: torch.Tensor, part: slice) -> torch.Tensor:
         """The same with `IMPOSSIBLE` for minus infinity: 0 times its exponential is then 0."""
@@ -199,17 +187,17 @@ class _Softmax:
         return torch.where(self.peak > IMPOSSIBLE, self.total.log(), math.nan)
 
 
-def _score(
+def _score_tokens(
     head: _Head, other: _Head | None, tokens: torch.Tensor, rows: slice, mean: bool
 ) -> tuple[torch.Tensor | None, ...]:
-    """What `forward` returns of a chunk; its tokens (m, 1) are padded."""
+    """What `score` returns of a chunk; its tokens (m, 1) are padded."""
     states = head.states(rows)
     own, gap = states.new_zeros(len(states), 1), states.new_zeros(len(states), 1)
     softmax = _Softmax(states, mean)
     if other is not None:
         other_states = other.states(rows)
         other_softmax = _Softmax(other_states)
-    for part in chunks(head.size, COLUMNS):
+    for part in _chunks(head.size, head.columns):
         logits = head.finite_tile(states, part)
         place = tokens - part.start
         inside = (place >= 0) & (place < logits.shape[1])
@@ -252,19 +240,22 @@ class _Slopes:
 
     def __init__(
         self,
-        grads: Sequence[torch.Tensor | None],
+        grads: Grads,
         head: _Head,
         other: _Head | None,
         tokens: torch.Tensor,
-        results: Sequence[torch.Tensor],
+        results: Results,
         rows: slice,
         live: torch.Tensor,
     ) -> None:
         def column(values: torch.Tensor) -> torch.Tensor:
-            return padded(values.reshape(-1, 1)[rows].to(head.dtype))
+            return _padded(values.reshape(-1, 1)[rows].to(head.dtype))
 
         self.head, self.other, self.tokens = head, other, tokens
-        self.dead = None if live.all() else ~live
+        self.dead: torch.Tensor | None
+        self.dead = ~live
+        if live.device.type == "cpu" and live.all():  # elsewhere the question would wait for the device
+            self.dead = None
         self.states = head.states(rows) if self.dead is None else head.states(rows).masked_fill(self.dead, 0)
         self.other_states = None if other is None else other.states(rows)
         self.peak, log, *others = (column(sums) for sums in results[4])
@@ -313,15 +304,124 @@ class _Slopes:
         return slope if self.dead is None else slope.masked_fill_(self.dead, 0)
 
 
+class _BitSlopes:
+    """As `_Slopes`, of bits (m, d): a tile is the whole."""
+
+    def __init__(
+        self, grads: Grads, head: _Head, other: _Head | None, bits: torch.Tensor, rows: slice, live: torch.Tensor
+    ) -> None:
+        self.states, logits = head.whole(rows, live)
+        others = None if other is None else other.whole(rows, live)[1]
+        # under torch.compile results that nobody used, even empty ones, have gradients of zeros
+        given = [
+            None if g is None or not g.numel() else _padded(g.reshape(-1, 1)[rows].to(head.dtype)) for g in grads[:4]
+        ]
+        self.slope = _slopes_bits(logits, bits, others, given) / head.temperature
+
+    def tile(self, part: slice) -> torch.Tensor:
+        """Of some columns (m, n)."""
+        return self.slope[:, part]
+
+
+# Of bits: z the difference logit, s = sigmoid(z), y the difference logit of the reference. Not torch.sigmoid, whose
+# last digit depends on an element's place in the tensor. Infinite z make bits certain; here they are finite, so that 0
+# times them is 0, save that the log-probability of the other value is minus infinity.
+#   l: dl/dz = bit - s      H: dH/dz = -z s (1 - s)      KL: dKL/dz = (z - y) s (1 - s)      A: dA/dz = (1 - s - s) / 2
+
+
+def _finite(logits: torch.Tensor) -> torch.Tensor:
+    return logits.clamp(IMPOSSIBLE, -IMPOSSIBLE)
+
+
+def _score_bits(
+    logits: torch.Tensor, bits: torch.Tensor, others: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    sign = (bits != 0).to(logits.dtype) * 2 - 1
+    own = F.logsigmoid(sign * logits).sum(-1)
+    logits = _finite(logits)
+    one, zero = F.logsigmoid(logits), F.logsigmoid(-logits)
+    entropy, kl = -(one.exp() * one + zero.exp() * zero).sum(-1), None
+    if others is not None:
+        others = _finite(others)
+        gap = one.exp() * (one - F.logsigmoid(others)) + zero.exp() * (zero - F.logsigmoid(-others))
+        kl = gap.sum(-1)
+    return own, entropy, kl, (one + zero).sum(-1) / 2, None
+
+
+def _slopes_bits(
+    logits: torch.Tensor,
+    bits: torch.Tensor,
+    others: torch.Tensor | None,
+    grads: Grads,
+) -> torch.Tensor:
+    of_own, of_entropy, of_kl, of_mean = grads
+    logits = _finite(logits)
+    one, zero = 1 / (1 + (-logits).exp()), 1 / (1 + logits.exp())
+    slope = torch.zeros_like(logits) if of_own is None else of_own * torch.where(bits != 0, zero, -one)
+    if of_entropy is not None:
+        slope = slope - of_entropy * (logits * (one * zero))
+    if of_kl is not None and others is not None:
+        slope = slope + of_kl * ((logits - _finite(others)) * (one * zero))
+    if of_mean is not None:
+        slope = slope + of_mean * ((zero - one) / 2)
+    return slope
+
+
+def _room(scoring: Scoring) -> tuple[torch.Tensor, ...]:
+    """What `score` returns, yet to be filled."""
+    shape, reference, hidden = scoring.tokens.shape[:2], scoring.reference is not None, scoring.head.hidden
+    sums = 0 if scoring.tokens.ndim == 3 else 2 + 2 * reference
+    shapes = (shape, shape, shape if reference else (0,), shape if scoring.mean else (0,), (sums, *shape))
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return tuple(torch.empty(each, dtype=dtype, device=hidden.device) for each in shapes)
+
+
+def _write(results: Sequence[torch.Tensor], rows: slice, found: Sequence[torch.Tensor | None]) -> None:
+    """Put what was found for a padded chunk into its rows of the results."""
+    for result, values in zip(results, found, strict=True):
+        if values is not None and result.numel():
+            result.flatten(-2)[..., rows] = values[..., : rows.stop - rows.start]
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _padded(rows: torch.Tensor) -> torch.Tensor:
+    missing = -len(rows) % STEP
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+
+
+def _live_rows(grads: Sequence[torch.Tensor | None], tokens: torch.Tensor) -> torch.Tensor:
+    """(M, 1) rows that have an incoming gradient other than 0."""
+    live = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    for gradient in grads[:4]:
+        if gradient is not None and gradient.numel():
+            live |= gradient != 0
+    return live.view(-1, 1)
+
+
+def _check_range(tokens: torch.Tensor, size: int) -> None:
+    # On another device the check would wait for it; there a token out of range is the caller's to avoid.
+    if tokens.device.type != "cpu" or tokens.dtype == torch.bool or tokens.numel() == 0:
+        return
+    low, high = (int(value) for value in tokens.aminmax())
+    last = 1 if tokens.ndim == 3 else size - 1
+    if low < 0 or high > last:
+        raise ValueError(f"token_log_probs: tokens: expected values from 0 to {last}, got {low} to {high}")
+
+
 def _rows(head: _Head) -> int:
     """Of a tile; of the vocabulary alone, so that tiles begin at the same rows in any batch."""
-    return min(TILE // min(max(head.size, 1), COLUMNS) // 16 * 16, ROWS)
+    room = TILE if head.rows.device.type == "cpu" else 8 * TILE
+    return max(min(room // min(max(head.size, 1), head.columns) // 16 * 16, ROWS), 16)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x weight^T + bias. PyTorch itself asks MKL for float32 products, which on AMD processors takes twice as long.
     Neither lets a row's result depend on the other rows."""
-    if x.dtype == torch.float32 and torch.backends.mkldnn.enabled and _has_onednn():
+    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.enabled and _has_onednn():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
