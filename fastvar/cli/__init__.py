@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import signal
 import sys
+from typing import Any
 
 import tyro
 
 import fastvar
 import fastvar.threads  # before torch comes
 from fastvar.cli.build import Build
-from fastvar.cli.info import Info, demo_command
+from fastvar.cli.demo import Demo
+from fastvar.cli.info import Info
 from fastvar.cli.models import Sample, Train, TrainTokenizer
 from fastvar.cli.reinforcement import RL, Ablate, ChooseMiddle, Evaluate
 from fastvar.cli.tune import Tune
@@ -20,7 +22,7 @@ from fastvar.ranges import check_fields
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: a user's mistake ends in one line on standard error and exit status 2."""
-    commands = {
+    commands: dict[str, Any] = {
         "train-tokenizer": TrainTokenizer,
         "train": Train,
         "sample": Sample,
@@ -28,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
         "rl": RL,
         "choose-middle": ChooseMiddle,
         "ablate": Ablate,
-        "demo": demo_command(),
+        "demo": Demo,
         "info": Info,
         "build": Build,
         "tune": Tune,
