@@ -62,6 +62,11 @@ assert not torch.cuda.is_initialized()
     assert done.stdout == "" and done.stderr == ""
 
 
+def test_a_command_imports_only_its_own() -> None:
+    done = python("import sys; from fastvar.cli import main; main(['--version']); print('torch' in sys.modules)")
+    assert done.stdout.splitlines()[1:] == ["False"], done.stderr
+
+
 def test_submodules_are_reached_from_the_package() -> None:
     done = python("import fastvar; fastvar.models.VAR; fastvar.data.ImageFolder; fastvar.ops.sample_tokens")
     assert done.returncode == 0, done.stderr
