@@ -17,8 +17,8 @@ import tyro
 from torchvision.transforms.functional import gaussian_blur
 
 from benchmarks import records
-from fastvar.data import HandwritingScenes, Reader, match_reference
 from fastvar.evaluation import score_reading
+from fastvar.handwriting import HandwritingScenes, Reader, match_reference
 
 # name: settings of the scenes, and the blur's sigma in pixels
 KINDS: dict[str, tuple[dict[str, Any], float]] = {

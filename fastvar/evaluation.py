@@ -1,4 +1,4 @@
-"""How good samples of handwriting are: what a reader makes of them, and whether they follow their reference."""
+"""Samples of a model, and what a reader makes of them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,7 @@ from typing import Any
 import torch
 
 from fastvar.bars import progress_bar
-from fastvar.data import (
-    HandwritingScenes,
-    Reader,
-    match_reference,
-    mean_interval,
-    normalised_edit_distance,
-    wilson_interval,
-    word_accuracy,
-)
+from fastvar.data import Reader, mean_interval, normalised_edit_distance, wilson_interval, word_accuracy
 from fastvar.data.metrics import edit_similarity
 from fastvar.models import VAR
 from fastvar.ranges import Count, CountOrNone, Guidance, Seed, Share, Temperature, check_fields
@@ -78,28 +70,6 @@ class ReadingScore:
             "ned": self.similarity,
             "ned_95": self.similarity_interval,
         }
-
-
-@dataclass(frozen=True)
-class MatchScore:
-    """How often the nearest of N candidate references is the one that a sample was drawn with.
-
-    Attributes:
-        rates: by "shape", by "ink", "joint", and "chance" = 1 / N.
-        intervals: 95 % interval of each rate.
-        images: number of samples.
-    """
-
-    rates: dict[str, float]
-    intervals: dict[str, Interval]
-    images: int
-
-    def summary(self) -> dict[str, Any]:
-        """The figures, ready for JSON."""
-        found: dict[str, Any] = {"images": self.images, "chance": self.rates["chance"]}
-        for name, interval in self.intervals.items():
-            found[name], found[f"{name}_95"] = self.rates[name], interval
-        return found
 
 
 def _check_room(var: VAR, rows: int, guided: bool) -> None:
@@ -174,34 +144,3 @@ def evaluate_texts(
 ) -> ReadingScore:
     """Draw one sample per text and let the reader read it."""
     return score_reading(draw(var, list(texts), options, subject=subject, title="reading"), texts, reader)
-
-
-def evaluate_subject(
-    var: VAR, scenes: HandwritingScenes, options: SamplingOptions, reader: Reader, *, candidates: int = 8
-) -> tuple[ReadingScore, MatchScore]:
-    """Draw each scene's text with its reference as the subject; read it, and look for the reference among others.
-
-    Args:
-        var: a model with a subject prefix.
-        scenes: where texts and references come from; references that the model has not been trained on.
-        options: how to draw.
-        reader: reads the samples.
-        candidates: N, references of the same digit in other scans and inks, the true one among them.
-    """
-    rows = list(range(len(scenes)))
-    items = scenes.batch(rows)
-    tokens = var.tokenizer.encode(items["reference"].to(var.device))
-    read = evaluate_texts(var, items["text"], options, reader, subject=var.tokenizer.pyramid(tokens))
-    others = scenes.candidates(rows, candidates)
-    match = match_reference(read.images, others["images"] * 0.5 + 0.5, others["positions"])
-    rates = match.rates(others["answers"])
-    kinds = [name for name in rates if name != "chance"]
-    intervals = {name: wilson_interval(round(rates[name] * len(rows)), len(rows)) for name in kinds}
-    return read, MatchScore(rates, intervals, len(rows))
-
-
-def every_number(digits: int, count: int) -> list[str]:
-    """`count` numbers of so many digits, spread evenly over all of them: the texts of an evaluation."""
-    total = 10**digits
-    numbers = [i * total // count for i in range(count)] if count < total else [i % total for i in range(count)]
-    return [f"{number:0{digits}d}" for number in numbers]

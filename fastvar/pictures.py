@@ -1,4 +1,4 @@
-"""Pictures: files of any depth read as 8-bit RGB, images as one grid, PNG."""
+"""Pictures: files of any depth read as 8-bit RGB, tensors checked and made 8-bit, images as one grid, PNG."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
@@ -116,14 +116,13 @@ def image_grid(images: torch.Tensor, columns: int, *, zoom: int = 1) -> Image:
     """Images (N, 3, H, W) in [0, 1] as one picture with `columns` a row, pixels repeated `zoom` times."""
     from PIL import Image as pil
 
-    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    pixels = pixels.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    pixels = to_uint8(images).repeat(zoom, 1).repeat(zoom, 2)
     count, height, width, _ = pixels.shape
     columns = min(columns, count)
     rows = -(-count // columns)
     size = (_PADDING + columns * (width + _PADDING), _PADDING + rows * (height + _PADDING))
     grid = pil.new("RGB", size, "white")
-    for i, image in enumerate(pixels.numpy()):
+    for i, image in enumerate(pixels):
         place = (_PADDING + i % columns * (width + _PADDING), _PADDING + i // columns * (height + _PADDING))
         grid.paste(pil.fromarray(image), place)
     return grid
@@ -140,3 +139,27 @@ def save_picture(image: Image, path: Path) -> None:
     """Write a PNG; an interrupted write leaves no broken file behind."""
     with replacing(path) as temporary:
         temporary.write_bytes(png(image))
+
+
+def check_images(images: torch.Tensor, name: str, dimensions: int = 4) -> None:
+    """Raise ValueError unless `images` is a float tensor (..., 3, H, W) with values in [0, 1].
+
+    name: "function: argument", as it opens the message.
+    """
+    shape = "(B, 3, H, W)" if dimensions == 4 else "(B, N, 3, H, W)"
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        got = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ValueError(f"{name}: expected a float tensor, got {got}")
+    if images.dim() != dimensions or images.shape[-3] != 3 or images.shape[-1] < 1 or images.shape[-2] < 1:
+        raise ValueError(f"{name}: expected {shape}, got {tuple(images.shape)}")
+    if images.numel() and not bool(torch.isfinite(images).all()):
+        raise ValueError(f"{name}: expected finite values, got infinities or NaNs")
+    if images.numel() and (images.min() < -1e-2 or images.max() > 1 + 1e-2):
+        low, high = images.min().item(), images.max().item()
+        raise ValueError(f"{name}: expected values in [0, 1], got [{low:.3g}, {high:.3g}]")
+
+
+def to_uint8(images: torch.Tensor) -> Any:
+    """Images as a numpy array (B, H, W, 3) of 8 bits, rounded to nearest, for what wants files or arrays."""
+    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().numpy()

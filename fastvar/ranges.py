@@ -1,4 +1,4 @@
-"""What the numbers and choices of a config may be: declared once, beside the type of a field, and checked in one place.
+"""What the fields of a config may be: declared once, beside their types, checked and read from files in one place.
 
 @dataclass(frozen=True)
 class Config:
@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 LARGEST = 3.4028234663852886e38  # of float32, which devices compute in: beyond it is infinity
@@ -139,6 +140,42 @@ def _expected(value: Any, kind: type, allowed: Range | OneOf) -> str | None:
     if isinstance(allowed, Range) and not number:
         return f"{'an integer' if kind is int else 'a number'}, {allowed}"
     return allowed.problem(value)
+
+
+def fitted(config_class: type, name: str, value: Any) -> Any:
+    """A value of JSON or TOML for a dataclass's field: lists become tuples, 2.0 becomes 2 for a whole number.
+
+    Raises:
+        ValueError: another type than the field's.
+    """
+    kind, _ = declarations(config_class)[name]
+    try:
+        return _fitted(kind, value)
+    except (TypeError, OverflowError):
+        expected = kind.__name__ if isinstance(kind, type) and not get_args(kind) else kind
+        raise ValueError(f"{name}: expected {expected}, got {value!r}") from None
+
+
+def _fitted(kind: Any, value: Any) -> Any:
+    origin, inner = get_origin(kind), get_args(kind)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int and number and (isinstance(value, int) or (math.isfinite(value) and value == int(value))):
+        return int(value)
+    if kind is float and number:
+        return float(value)
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        if len(kinds) == len(value):
+            return tuple(_fitted(each_kind, each) for each_kind, each in zip(kinds, value, strict=True))
+    if origin is dict and isinstance(value, dict):
+        return {key: _fitted(inner[1], each) for key, each in value.items()}
+    if kind is Any:
+        return value
+    raise TypeError
 
 
 def _text(number: float) -> str:

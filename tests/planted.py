@@ -358,7 +358,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ("int(-(-right // 1))", "int(right)", "rl/test_rewards.py::test_ocr_with_any_reader"),
         ("(complete + similar) / len(goal)", "(complete + similar)", "rl/test_rewards.py::test_ocr_by_hand"),
     ],
-    "fastvar/rl/rewards/preprocessing.py": [
+    "fastvar/pictures.py": [
         (
             "* 255).round().to(torch.uint8)",
             "* 255).to(torch.uint8)",
@@ -631,8 +631,10 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ("top_p=options.top_p", "top_p=1.0", "test_evaluation.py::test_drawing"),
         ("seed=options.seed", "seed=0", "test_evaluation.py::test_drawing"),
         ("first_sample=start", "first_sample=0", "test_evaluation.py::test_drawing[2]"),
-        ("i * total // count", "i", "test_evaluation.py::test_numbers_are_spread_over_all"),
         ('"ned": self.similarity,', '"ned": self.accuracy,', "test_evaluation.py::test_reading"),
+    ],
+    "fastvar/handwriting/evaluation.py": [
+        ("i * total // count", "i", "handwriting/test_evaluation.py::test_numbers_are_spread_over_all"),
     ],
     "fastvar/report.py": [
         ("<p>{html.escape(text)}</p>", "<p>{text}</p>", "test_report.py::test_page"),

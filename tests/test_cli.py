@@ -15,14 +15,16 @@ import torch
 from PIL import Image
 
 import fastvar
+from fastvar.builtin import REWARDS
 from fastvar.cli import main
 from fastvar.cli.build import Build
-from fastvar.cli.common import DataOptions, chosen_device, train_on
+from fastvar.cli.common import chosen_device, train_on
 from fastvar.cli.info import Info
 from fastvar.cli.models import Sample, Train, TrainTokenizer
 from fastvar.cli.reinforcement import RL, Ablate, ChooseMiddle, Evaluate, RewardOptions
-from fastvar.demo import DemoConfig
+from fastvar.cli.sources import DataOptions, PromptOptions
 from fastvar.evaluation import SamplingOptions
+from fastvar.handwriting.demo import DemoConfig
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.ops.policy_loss import KL_ESTIMATORS, NORMALISATIONS, PANW_NORMALISATIONS, RATIO_LEVELS
 from fastvar.rl import LossOptions, RLConfig, RolloutOptions
@@ -56,9 +58,9 @@ def test_help_names_choices(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             run(command, "--help")
         shown[command] = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
-    for name, factory in _REGISTRY.items():
-        if factory.__module__.startswith("fastvar."):
-            assert re.search(rf"There are [^.]*\b{name}\b", shown["rl"]), name
+    own = [name for name, factory in _REGISTRY.items() if factory.__module__.startswith("fastvar.")]
+    for name in (*own, *REWARDS):
+        assert re.search(rf"There are [^.]*\b{name}\b", shown["rl"]), name
     for choices in (NORMALISATIONS, PANW_NORMALISATIONS, RATIO_LEVELS, KL_ESTIMATORS, TOLERANCES, ("own", "scene")):
         assert all(f'"{choice}"' in shown["rl"] for choice in choices)
     for choice in ("none", "block_causal", "bidirectional", "no", "bf16", "auto", "handwriting", "own", "scene"):
@@ -69,7 +71,7 @@ def test_help_names_choices(capsys: pytest.CaptureFixture[str]) -> None:
     "config",
     [
         *(TrainTokenizer, Train, Sample, Evaluate, Info, Build, DemoConfig, TrainConfig, SamplingOptions, DataOptions),
-        *(RL, ChooseMiddle, Ablate, RewardOptions, RLConfig, LossOptions, RolloutOptions),
+        *(RL, ChooseMiddle, Ablate, RewardOptions, PromptOptions, RLConfig, LossOptions, RolloutOptions),
     ],
 )
 def test_every_option_is_documented(config: type) -> None:

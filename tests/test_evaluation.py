@@ -9,7 +9,7 @@ import torch
 from models.tiny import some_subjects, tiny_var
 
 from fastvar.data import Reading
-from fastvar.evaluation import SamplingOptions, draw, every_number, score_reading
+from fastvar.evaluation import SamplingOptions, draw, score_reading
 
 OPTIONS = {"guidance": 1.5, "temperature": 0.7, "top_k": 6, "top_p": 0.8, "seed": 5}
 
@@ -46,8 +46,3 @@ def test_reading() -> None:
     summary = found.summary()
     assert (summary["word_accuracy"], summary["ned"], summary["images"]) == (0.5, 0.625, 4)
     assert summary["word_accuracy_95"] == found.accuracy_interval and summary["ned_95"] == found.similarity_interval
-
-
-def test_numbers_are_spread_over_all() -> None:
-    assert every_number(2, 4) == ["00", "25", "50", "75"]
-    assert every_number(1, 12) == [*map(str, range(10)), "0", "1"]

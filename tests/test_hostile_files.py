@@ -17,7 +17,8 @@ from PIL import Image
 from torch import nn
 
 from fastvar.cli.reinforcement import RewardOptions
-from fastvar.data import ImageFolder, Reader
+from fastvar.data import ImageFolder
+from fastvar.handwriting import Reader
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig, load_var
 from fastvar.rl.ablation import run_ablations
 from fastvar.rl.rewards.models import load_weights

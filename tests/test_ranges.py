@@ -14,10 +14,9 @@ import pytest
 from fastvar.cli.models import Sample, Train, TrainTokenizer
 from fastvar.cli.reinforcement import RL, ChooseMiddle, Evaluate
 from fastvar.cli.tune import Tune
-from fastvar.demo import DemoConfig
-from fastvar.fields import fitted
+from fastvar.handwriting.demo import DemoConfig
 from fastvar.models import VARConfig, VQTokenizerConfig
-from fastvar.ranges import LARGEST, OneOf, Range, check_fields, check_value, declarations
+from fastvar.ranges import LARGEST, OneOf, Range, check_fields, check_value, declarations, fitted
 from fastvar.rl import LossOptions, RLConfig, RolloutOptions
 from fastvar.training import TrainConfig
 

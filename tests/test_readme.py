@@ -16,7 +16,7 @@ from PIL import Image
 import fastvar
 from fastvar.cli import main
 from fastvar.cli.build import Build
-from fastvar.demo import DemoConfig, tokenizer_config, var_config
+from fastvar.handwriting.demo import DemoConfig, tokenizer_config, var_config
 from fastvar.models import VAR, VQTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,44 +4,44 @@ from __future__ import annotations
 
 import signal
 import sys
+from pkgutil import resolve_name
 
 import tyro
 
 import fastvar
 import fastvar.threads  # before torch comes
-from fastvar.cli.build import Build
-from fastvar.cli.info import Info, demo_command
-from fastvar.cli.models import Sample, Train, TrainTokenizer
-from fastvar.cli.reinforcement import RL, Ablate, ChooseMiddle, Evaluate
-from fastvar.cli.tune import Tune
 from fastvar.installation import install_command
 from fastvar.ranges import check_fields
+
+# By import path: only the command that is called is imported, and some of them need much.
+COMMANDS = {
+    "train-tokenizer": "fastvar.cli.models:TrainTokenizer",
+    "train": "fastvar.cli.models:Train",
+    "sample": "fastvar.cli.models:Sample",
+    "evaluate": "fastvar.cli.reinforcement:Evaluate",
+    "rl": "fastvar.cli.reinforcement:RL",
+    "choose-middle": "fastvar.cli.reinforcement:ChooseMiddle",
+    "ablate": "fastvar.cli.reinforcement:Ablate",
+    "demo": "fastvar.cli.demo:Demo",
+    "info": "fastvar.cli.info:Info",
+    "build": "fastvar.cli.build:Build",
+    "tune": "fastvar.cli.tune:Tune",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: a user's mistake ends in one line on standard error and exit status 2."""
-    commands = {
-        "train-tokenizer": TrainTokenizer,
-        "train": Train,
-        "sample": Sample,
-        "evaluate": Evaluate,
-        "rl": RL,
-        "choose-middle": ChooseMiddle,
-        "ablate": Ablate,
-        "demo": demo_command(),
-        "info": Info,
-        "build": Build,
-        "tune": Tune,
-    }
-    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+    given = sys.argv[1:] if arguments is None else arguments
+    if given == ["--version"]:
         print(f"fastvar {fastvar.__version__}")
         return
+    called = given[:1] if given[:1] and given[0] in COMMANDS else COMMANDS
     command = tyro.extras.subcommand_cli_from_dict(
-        commands,
+        {name: resolve_name(COMMANDS[name]) for name in called},
         prog="fastvar",
         description="Visual autoregressive models: train, sample, evaluate, learn from rewards. "
         "fastvar --version prints the version.",
-        args=arguments,
+        args=given,
     )
     try:
         check_fields(command)

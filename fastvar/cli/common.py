@@ -1,64 +1,21 @@
-"""What commands share: data sets, saved models, devices, checks of options."""
+"""What commands share: saved models, devices, checks of options."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import tyro
-
-from fastvar.ranges import Count, OneOf
 
 if TYPE_CHECKING:
     import torch
 
-    from fastvar.data import HandwritingScenes, ImageFolder
     from fastvar.models import VAR, VARConfig
     from fastvar.models.pretrained import PretrainedModel
 
 Model = TypeVar("Model", bound="PretrainedModel")
 Flat = tyro.conf.OmitArgPrefixes
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """What to train on."""
-
-    data: str
-    """"handwriting" (scenes of scanned digits, no download) or a folder of images, one subfolder per class."""
-    scenes: Count = 16000
-    """Handwriting: number of scenes."""
-    digits: Count = 2
-    """Handwriting: digits of each number."""
-    reference_place: Annotated[str, OneOf("own", "scene")] = "own"
-    """Handwriting: where a reference shows its digit, at a place of its "own" or as in the "scene", which is easier."""
-    flip: bool = True
-    """Folder: mirror images at random; switch it off for text."""
-
-    def load(
-        self, size: tuple[int, int], *, train: bool, seed: int, classes: Sequence[str] | None = None
-    ) -> HandwritingScenes | ImageFolder:
-        """The data set at an image size (height, width).
-
-        Args:
-            classes: of a folder, see `ImageFolder`.
-        """
-        from fastvar.data import HandwritingScenes, ImageFolder
-
-        if self.data == "handwriting":
-            split = "train" if train else "test"
-            return HandwritingScenes(
-                length=self.scenes,
-                size=size,
-                digits=self.digits,
-                split=split,
-                seed=seed,
-                reference_place=self.reference_place,
-            )
-        return ImageFolder(self.data, size=size, train=train, flip=self.flip, classes=classes)
 
 
 def load_model(folder: Path, *, device: str | None = None) -> VAR:

@@ -1,16 +1,12 @@
-"""Commands about the installation: what is there, and a demo of all of it."""
+"""The command about the installation: what is there."""
 
 from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
-
-from fastvar.cli.common import train_on
-from fastvar.cli.outputs import output_folder, say
 
 
 @dataclass(frozen=True)
@@ -60,28 +56,6 @@ class Info:
         for target in ("cpu", "cuda"):
             print(f"extension {target}: {_extension(target)}")
         print(fastvar.support())
-
-
-def demo_command() -> Any:
-    from fastvar.demo import DemoConfig, run_demo
-    from fastvar.demo_report import headline
-
-    @dataclass(frozen=True)
-    class Demo(DemoConfig):
-        """Train a tokenizer and a VAR on real handwriting, with and without a reference subject; write a report."""
-
-        device: str | None = None
-        """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPUs, if there are any."""
-
-        def run(self) -> None:
-            output_folder("output", self.output)
-            train_on(self.device)
-            results = run_demo(self)
-            for name, figure in headline(results):
-                say(f"{name}: {figure}")
-            say(f"report: {self.output / 'report.html'}")
-
-    return Demo
 
 
 def _extension(target: str) -> str:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastvar.cli.common import DataOptions, Flat, class_index, load_model, load_saved, train_on
+from fastvar.cli.common import Flat, class_index, load_model, load_saved, train_on
 from fastvar.cli.outputs import output_file, output_folder, say
+from fastvar.cli.sources import DataOptions, examples
 from fastvar.evaluation import SamplingOptions
 from fastvar.models.var_config import SUBJECTS
 from fastvar.ranges import Count, OneOf, Positive, Range, Share
@@ -93,7 +94,7 @@ class Train:
     heads: Count = 4
     """Attention heads."""
     subject: Annotated[str, OneOf(*SUBJECTS)] = "none"
-    """Prefix of a reference subject: "none", "block_causal" or "bidirectional". Handwriting only."""
+    """Prefix of a reference subject: "none", "block_causal" or "bidirectional". Only for data with references."""
     cache_tokens: bool = False
     """Encode the whole data set once, in memory, instead of every batch; images are then not augmented anew."""
     label_smoothing: Share = 0.0
@@ -114,15 +115,14 @@ class Train:
         train_on(self.device)
         tokenizer = load_saved("tokenizer", VQTokenizer, self.tokenizer)
         start = None if self.start is None else load_saved("start", VAR, self.start)
-        handwriting = self.data.data == "handwriting"
-        if start is not None and bool(start.config.text_length) != handwriting:
-            raise ValueError(
-                "train: start: expected a model with a text condition for handwriting, classes for a folder"
-            )
         classes = start.config.class_names if start is not None else ()
         size = tokenizer.config.image_size
         dataset: Any = self.data.load(size, train=True, seed=self.train.seed, classes=classes or None)
-        if start is not None and not handwriting and dataset.num_classes != start.config.num_classes:
+        text_length = getattr(dataset, "text_length", 0)
+        if start is not None and bool(start.config.text_length) != bool(text_length):
+            condition = "a text condition" if text_length else "classes"
+            raise ValueError(f"train: start: expected a model with {condition}, as {self.data.data} has")
+        if start is not None and not text_length and dataset.num_classes != start.config.num_classes:
             raise ValueError(
                 f"train: start: expected a model of {dataset.num_classes} classes, as {self.data.data} has, "
                 f"got {start.config.num_classes}"
@@ -131,7 +131,7 @@ class Train:
         if start is not None:
             model = start
             model.tokenizer = tokenizer
-            if not handwriting:
+            if not text_length:
                 model.config = replace(model.config, class_names=_class_names(dataset))
             if self.subject not in ("none", model.config.subject):
                 model = model.add_subject(self.subject)
@@ -144,15 +144,15 @@ class Train:
                     num_heads=self.heads,
                     vocab_size=tokenizer.config.vocab_size,
                     code_channels=tokenizer.config.code_channels,
-                    num_classes=0 if handwriting else dataset.num_classes,
-                    class_names=() if handwriting else _class_names(dataset),
-                    text_length=self.data.digits if handwriting else 0,
+                    num_classes=0 if text_length else dataset.num_classes,
+                    class_names=() if text_length else _class_names(dataset),
+                    text_length=text_length,
                     subject=self.subject,
                 ),
                 tokenizer,
             )
-        if model.config.subject != "none" and not handwriting:
-            raise ValueError('train: subject: expected "none" for a folder of images, which has no references')
+        if model.config.subject != "none" and "reference" not in dataset[0]:
+            raise ValueError(f'train: subject: expected "none", as {self.data.data} has no references')
         task = VARTask(
             model,
             self._picture,
@@ -165,16 +165,10 @@ class Train:
         say(f"var: {result.output / 'model'} ({result.steps_run} steps, {result.seconds:.0f} s)")
 
     def _picture(self, model: VAR) -> Any:
-        from fastvar.evaluation import draw, every_number
+        from fastvar.evaluation import draw
         from fastvar.pictures import image_grid
 
-        config = model.config
-        labels: Any = every_number(config.text_length, 32)
-        if not config.text_length:
-            import torch
-
-            labels = torch.arange(32) % config.num_classes
-        return image_grid(draw(model, labels, SamplingOptions()), 8)
+        return image_grid(draw(model, examples(model.config, 32), SamplingOptions()), 8)
 
 
 def _class_names(folder: ImageFolder) -> tuple[str, ...]:

@@ -8,22 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastvar.cli.common import Flat, class_index, load_model, train_on
+from fastvar.cli.common import Flat, load_model, train_on
 from fastvar.cli.outputs import output_file, output_folder, say
+from fastvar.cli.sources import PromptOptions
 from fastvar.evaluation import SamplingOptions
-from fastvar.files import read_text
-from fastvar.ranges import Count, CountOrNone, OneOf, Range, check_fields
+from fastvar.ranges import Count, CountOrNone, Range, check_fields
 from fastvar.rl.config import RLConfig
 from fastvar.rl.rollout import RolloutOptions
 
 if TYPE_CHECKING:
-    from fastvar.models import VAR
-    from fastvar.rl import Prompts
     from fastvar.rl.rewards import RewardSum
 
 
 @dataclass(frozen=True)
-class RewardOptions:
+class RewardOptions(PromptOptions):
     """What images are scored by, and what they should show."""
 
     rewards: tuple[str, ...] = ("ocr",)
@@ -33,12 +31,6 @@ class RewardOptions:
     """Options of rewards as NAME.OPTION=VALUE, the value as JSON has it or plain text: "clip-t.pretrained=openai"."""
     standardise: bool = False
     """Subtract each reward's mean over the batch and divide by its standard deviation before weighing."""
-    prompt_file: Path | None = None
-    """A text file, a prompt on each line; for a model with a class condition CLASS TAB PROMPT, CLASS being a name or an
-    index. By default every number that a handwriting model can write, or texts and references of handwriting scenes for
-    one with a subject prefix."""
-    reference_place: Annotated[str, OneOf("own", "scene")] = "own"
-    """Where handwriting's references show their digit: at a place of its "own" or as in the "scene"; as in training."""
 
     def check(self) -> None:
         """Raise a ValueError that names a setting which makes no sense, without loading a reward."""
@@ -73,30 +65,6 @@ class RewardOptions:
                 raise ValueError(f"reward_options: expected NAME.OPTION=VALUE with NAME out of {weights}, got {item!r}")
             options[name][option] = _json_or_text(value)
         return weights, options
-
-    def load_prompts(self, var: VAR, *, count: int, train: bool) -> Prompts:
-        """What to draw with a model: the file's prompts, or those of handwriting (`count` scenes of a split)."""
-        import torch
-
-        from fastvar.rl import Prompts
-        from fastvar.rl.prompts import handwriting_prompts
-
-        config = var.config
-        if self.prompt_file is not None:
-            lines = [line for line in read_text(self.prompt_file, "prompt_file").splitlines() if line.strip()]
-            if config.text_length:
-                config.encode_text(lines)  # raises for a text that the model cannot write
-                return Prompts(lines)
-            columns = [line.partition("\t") for line in lines]
-            for line, (_, _, text) in zip(lines, columns, strict=True):
-                if not text:
-                    raise ValueError(f"prompt_file: expected lines CLASS TAB PROMPT, got {line!r}")
-            indices = [class_index("prompt_file: CLASS", name, config) for name, *_ in columns]
-            return Prompts([text for *_, text in columns], torch.tensor(indices))
-        if not config.text_length:
-            raise ValueError("prompt_file: expected a file, as the model has a class condition")
-        split = "train" if train else "test"
-        return handwriting_prompts(var, count, split=split, reference_place=self.reference_place)
 
 
 @dataclass(frozen=True)
@@ -186,8 +154,8 @@ class ChooseMiddle:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score samples of a model: rewards and diversity with 95 % intervals; for handwriting also word accuracy and NED,
-    and with a subject prefix how often a sample's digit matches its reference."""
+    """Score samples of a model: rewards and diversity with 95 % intervals. Without a file of prompts also word accuracy
+    and NED, and with a subject prefix how often a sample matches its reference."""
 
     model: Path
     """Folder of the model, or of the run that trained it."""
@@ -201,8 +169,6 @@ class Evaluate:
     options: Annotated[SamplingOptions, Flat] = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
-        from fastvar.data import HandwritingScenes, Reader
-        from fastvar.evaluation import evaluate_subject, evaluate_texts, every_number
         from fastvar.files import json_text, write_json
         from fastvar.rl import evaluate_policy
 
@@ -211,23 +177,7 @@ class Evaluate:
         var = load_model(self.model, device=self.device)
         reward = self.scoring.reward()
         prompts = self.scoring.load_prompts(var, count=self.samples, train=False)
-        figures: dict[str, Any] = {}
-        digits = var.config.text_length
-        if self.scoring.prompt_file is None and digits:
-            reader = Reader()
-            if var.config.subject == "none":
-                read = evaluate_texts(var, every_number(digits, self.samples), self.options, reader)
-            else:
-                scenes = HandwritingScenes(
-                    length=self.samples,
-                    size=var.tokenizer.config.image_size,
-                    digits=digits,
-                    split="test",
-                    reference_place=self.scoring.reference_place,
-                )
-                read, match = evaluate_subject(var, scenes, self.options, reader)
-                figures["subject_match"] = match.summary()
-            figures["reading"] = read.summary()
+        figures = self.scoring.figures(var, self.samples, self.options)
         scored = evaluate_policy(
             var,
             reward,

@@ -17,8 +17,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import nn
 
-from fastvar.fields import fitted
 from fastvar.files import read_json_object, replacing, write_json
+from fastvar.ranges import fitted
 from fastvar.weights import read_weights, without_wrappers
 
 CONFIG_NAME = "config.json"

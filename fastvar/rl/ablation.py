@@ -11,19 +11,20 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import fastvar
-from fastvar.fields import fitted
+from fastvar.builtin import PROMPTS
 from fastvar.files import json_text, read_text, write_text
 from fastvar.models import VAR
 from fastvar.pictures import save_picture
-from fastvar.ranges import Range, check_value
+from fastvar.ranges import Range, check_value, fitted
 from fastvar.rl.config import RLConfig
-from fastvar.rl.prompts import handwriting_prompts
+from fastvar.rl.prompts import PromptSource
 from fastvar.rl.rewards import RewardSum, check_options, create
 from fastvar.rl.trainer import VMRGRPOTrainer
 from fastvar.schedule import ScaleSchedule
@@ -40,13 +41,13 @@ class Ablation:
     """A table of runs.
 
     Attributes:
-        model: folder of the policy to start from, a handwriting model; relative to the TOML file unless absolute.
+        model: folder of the policy to start from; relative to the TOML file unless absolute.
         tokens: each run's budget: tokens that pass the network, those of a training pass counted three times.
         seeds: of the runs.
         base: settings of all variants, fields of `RLConfig`; nested ones as tables.
         rewards: by name, the weighted rewards that are summed: {registered name: {"weight": 1, options of it}}; one of
             weight 0 is measured only. "base" among them changes settings for this sum, "tokens" its runs' budget.
-        prompts: options of `handwriting_prompts`, `count` among them.
+        prompts: options of the source of prompts, `count` among them.
         variants: by name, what they change; "only" among it names the sums of rewards that a variant is run for.
     """
 
@@ -154,13 +155,14 @@ def affordable_iterations(config: RLConfig, schedule: ScaleSchedule, tokens: int
     return max(sum(1 for _ in itertools.takewhile(lambda total: total <= tokens, spent)), 1)
 
 
-def run_ablations(path: Path, output: Path, *, only: Sequence[str] = ()) -> str:
+def run_ablations(path: Path, output: Path, *, only: Sequence[str] = (), source: PromptSource | None = None) -> str:
     """Run what is missing and write `results.jsonl` (a line for each run), `table.md` and `plot.png` into `output`.
 
     Args:
         path: the TOML file.
         output: folder; runs that it has are not run again, an interrupted one goes on.
         only: names of rewards; all by default.
+        source: makes the prompts of training and of evaluations; `fastvar.builtin.PROMPTS` by default.
 
     Returns:
         the table as Markdown.
@@ -195,7 +197,8 @@ def run_ablations(path: Path, output: Path, *, only: Sequence[str] = ()) -> str:
                     "choose another folder"
                 )
             continue
-        rows.append(_run(table, reward, variant, seed, output / "runs" / f"{reward}-{variant}-{seed}"))
+        folder = output / "runs" / f"{reward}-{variant}-{seed}"
+        rows.append(_run(table, reward, variant, seed, folder, source or resolve_name(PROMPTS)))
         write_text(results, "".join(json_text(row) + "\n" for row in rows))
     text = markdown(rows)
     write_text(output / "table.md", text)
@@ -203,7 +206,7 @@ def run_ablations(path: Path, output: Path, *, only: Sequence[str] = ()) -> str:
     return text
 
 
-def _run(table: Ablation, reward: str, variant: str, seed: int, output: Path) -> dict[str, Any]:
+def _run(table: Ablation, reward: str, variant: str, seed: int, output: Path, source: PromptSource) -> dict[str, Any]:
     var = VAR.from_pretrained(table.model)
     config = table.settings(reward, variant, seed)
     iterations = affordable_iterations(config, var.schedule, table.budget(reward))
@@ -211,8 +214,8 @@ def _run(table: Ablation, reward: str, variant: str, seed: int, output: Path) ->
     config = replace(config, iterations=iterations, evaluate_every=iterations, save_every=often, keep=1)
     weights, terms = table.terms(reward)
     rewards = RewardSum({name: create(name, **options) for name, options in terms.items()}, weights)
-    prompts = handwriting_prompts(var, split="train", **table.prompts)
-    held_out = handwriting_prompts(var, split="test", **table.prompts)
+    prompts = source(var, split="train", **table.prompts)
+    held_out = source(var, split="test", **table.prompts)
     start = time.perf_counter()
     VMRGRPOTrainer(var, rewards, prompts, config, output, evaluation=held_out).train()
     lines = read_metrics(output / "metrics.jsonl")

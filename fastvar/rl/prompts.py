@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 from zlib import crc32
 
 import torch
 
-from fastvar.data import HandwritingScenes
-from fastvar.evaluation import every_number
 from fastvar.models.var import VAR, Labels
 from fastvar.rl.rows import taken
 
@@ -90,27 +89,11 @@ class Prompts:
         return self.take([i for i in range(len(self)) for _ in range(times)])
 
 
-def handwriting_prompts(var: VAR, count: int, *, split: str = "train", reference_place: str = "own") -> Prompts:
-    """Prompts for a model of handwriting: numbers spread evenly over all it can write, or, with a subject prefix, texts
-    and references of `HandwritingScenes`.
+class PromptSource(Protocol):
+    """A callable that makes prompts for a model; it may take more options by name."""
 
-    Args:
-        var: a model with a text condition.
-        count: the most prompts.
-        split, reference_place: of the scenes, see `HandwritingScenes`.
-
-    Raises:
-        ValueError: a model with a class condition.
-    """
-    digits = var.config.text_length
-    if not digits:
-        raise ValueError("handwriting_prompts: var: expected a model with a text condition")
-    if var.config.subject == "none":
-        return Prompts(every_number(digits, min(count, 10**digits)))
-    size = var.tokenizer.config.image_size
-    scenes = HandwritingScenes(length=count, size=size, digits=digits, split=split, reference_place=reference_place)
-    items = scenes.batch(list(range(count)))
-    return Prompts(items["text"], references=items["reference"] * 0.5 + 0.5)
+    def __call__(self, var: VAR, count: int, *, split: str) -> Prompts:
+        """At most `count` prompts of a split, "train" or "test"."""
 
 
 def subject_of(var: VAR, prompts: Prompts) -> torch.Tensor | None:

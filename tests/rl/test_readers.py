@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastvar.data import Reader
+from fastvar import handwriting
+from fastvar.builtin import READERS
 from fastvar.rl.rewards import EasyOCRReader, OCRReward, create
-from fastvar.rl.rewards.readers import READERS
 
 IMAGES = torch.zeros(3, 3, 20, 40)
 IMAGES[:, 0] = 1.0  # red
@@ -76,8 +77,11 @@ def test_reward() -> None:
 
 
 def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert READERS["handwriting"] is Reader
-    monkeypatch.setitem(READERS, "handwriting", lambda: list)  # the real one takes seconds
+    assert {name: resolve_name(path) for name, path in READERS.items()} == {
+        "easyocr": EasyOCRReader,
+        "handwriting": handwriting.Reader,
+    }
+    monkeypatch.setattr(handwriting, "Reader", lambda: list)  # the real one takes seconds
     assert OCRReward().reader(IMAGES[:0]) == []
     with pytest.raises(
         ValueError, match=r"OCRReward: reader: expected one of \('easyocr', 'handwriting'\), got 'eyes'"

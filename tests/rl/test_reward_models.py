@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fastvar.pictures import to_uint8
 from fastvar.rl.rewards import AestheticReward, CLIPTextReward, DINOReward, HPSv2Reward, available, create
 from fastvar.rl.rewards.aesthetic import AestheticHead
 from fastvar.rl.rewards.preprocessing import (
@@ -27,7 +28,6 @@ from fastvar.rl.rewards.preprocessing import (
     IMAGENET_STD,
     crop_square,
     pad_square,
-    to_uint8,
 )
 
 open_clip = pytest.importorskip("open_clip")

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastvar.data import HandwritingScenes
+from fastvar.handwriting import HandwritingScenes
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.training import TokenDataset, TokenizerTask, TrainConfig, VARTask, train
 from fastvar.training.checkpoints import Checkpoints, checkpoint_folder, load_moments, saved_steps

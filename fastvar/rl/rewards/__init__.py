@@ -12,7 +12,6 @@ from fastvar.rl.rewards.ocr import OCRReward
 from fastvar.rl.rewards.pixels import ColourReward, JPEGSizeReward
 from fastvar.rl.rewards.readers import EasyOCRReader
 from fastvar.rl.rewards.remote import RemoteReward, reward_server
-from fastvar.rl.rewards.subject import SubjectReward
 
 __all__ = [
     "AestheticReward",
@@ -28,7 +27,6 @@ __all__ = [
     "Reward",
     "RewardFunction",
     "RewardSum",
-    "SubjectReward",
     "available",
     "check_options",
     "create",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pkgutil import resolve_name
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from fastvar.builtin import REWARDS
 from fastvar.statistics import centred
 
 
@@ -52,7 +54,7 @@ def register(name: str) -> Callable[[Any], Any]:
     """Decorator: make a reward known under a name; what it decorates is called with the reward's options."""
 
     def keep(factory: Any) -> Any:
-        if name in _REGISTRY:
+        if name in available():
             raise ValueError(f"register: name: expected a new one, got {name!r}")
         _REGISTRY[name] = factory
         return factory
@@ -62,7 +64,7 @@ def register(name: str) -> Callable[[Any], Any]:
 
 def available() -> tuple[str, ...]:
     """The names that `create` knows."""
-    return tuple(sorted(_REGISTRY))
+    return tuple(sorted({*_REGISTRY, *REWARDS}))
 
 
 def create(name: str, **options: Any) -> RewardFunction:
@@ -72,17 +74,21 @@ def create(name: str, **options: Any) -> RewardFunction:
         ValueError: an unknown name, options that the reward does not have or lacks.
     """
     check_options(name, options)
-    return _REGISTRY[name](**options)
+    return _factory(name)(**options)
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Whether `create` knows a name and its options, without loading anything; errors as there."""
-    if name not in _REGISTRY:
+    if name not in available():
         raise ValueError(f"create: name: expected one of {available()}, got {name!r}")
     try:
-        inspect.signature(_REGISTRY[name]).bind(**options)
+        inspect.signature(_factory(name)).bind(**options)
     except TypeError as error:
         raise ValueError(f"create: options of {name!r}: {error}") from None
+
+
+def _factory(name: str) -> Callable[..., RewardFunction]:
+    return resolve_name(REWARDS[name]) if name in REWARDS else _REGISTRY[name]
 
 
 class RewardSum:

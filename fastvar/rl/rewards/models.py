@@ -10,8 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from fastvar.data.segmentation import check_images
 from fastvar.installation import install_command
+from fastvar.pictures import check_images
 from fastvar.rl.rewards.base import Reward
 from fastvar.weights import read_weights, reason, without_wrappers
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 
+from fastvar.builtin import DEFAULT_READER, READERS
+from fastvar.data import Reader
 from fastvar.data.metrics import edit_similarity
-from fastvar.data.reader import Reading
 from fastvar.rl.rewards.base import Reward, register
-from fastvar.rl.rewards.readers import READERS
 
 PENALTY = 0.6
-ReadImages = Callable[[torch.Tensor], Sequence[Reading]]
 
 
 def ocr_score(truth: Sequence[str], read: Sequence[tuple[str, float]]) -> float:
@@ -54,8 +54,8 @@ class OCRReward:
     """Reads images and compares with the prompt's words; the mask is the boxes of what was read.
 
     Args:
-        reader: from images (B, 3, H, W) in [0, 1] to a `Reading` each, or the name of one: "handwriting" (the one of
-            the handwriting scenes, the default) or "easyocr" (a package of its own, see `EasyOCRReader`).
+        reader: a `fastvar.data.Reader`, or the name of one in `fastvar.builtin.READERS`, such as "easyocr" (a package
+            of its own, see `EasyOCRReader`).
         options: for a reader by its name.
 
     Raises:
@@ -63,14 +63,13 @@ class OCRReward:
         ValueError: an unknown name, or options for a reader that is there already.
     """
 
-    def __init__(self, reader: ReadImages | str = "handwriting", **options: Any) -> None:
+    def __init__(self, reader: Reader | str = DEFAULT_READER, **options: Any) -> None:
         if isinstance(reader, str):
             if reader not in READERS:
                 raise ValueError(f"OCRReward: reader: expected one of {tuple(READERS)}, got {reader!r}")
-            reader = READERS[reader](**options)
         elif options:
             raise ValueError(f"OCRReward: options: expected none beside a reader, got {sorted(options)}")
-        self.reader = reader
+        self.reader: Reader = resolve_name(READERS[reader])(**options) if isinstance(reader, str) else reader
 
     def check_texts(self, texts: Sequence[str]) -> None:
         """Raise a ValueError for a text without a word."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fastvar.pictures import to_uint8
 from fastvar.rl.rewards.base import Reward, register
-from fastvar.rl.rewards.preprocessing import to_uint8
 
 
 @register("jpeg")

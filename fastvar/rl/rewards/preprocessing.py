@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastvar.rl.rewards.models import require
@@ -58,12 +57,6 @@ def pad_square(images: Tensor, size: int = 224, *, mean: Statistics = CLIP_MEAN,
     left, top = (size - width) // 2, (size - height) // 2
     images = functional.pad(images, [left, top, size - width - left, size - height - top], fill=[0.0])
     return functional.normalize(images, list(mean), list(std))
-
-
-def to_uint8(images: Tensor) -> Any:
-    """Images as a numpy array (B, H, W, 3) of 8 bits, rounded to nearest, for what wants files or arrays."""
-    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _functional() -> Any:

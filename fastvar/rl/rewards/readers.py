@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvar.data.reader import Reader, Reading
-from fastvar.data.segmentation import check_images
-from fastvar.rl.rewards.preprocessing import to_uint8
+from fastvar.data import Reading
+from fastvar.pictures import check_images, to_uint8
 
 
 class WordReading(Reading):
@@ -89,9 +88,3 @@ class EasyOCRReader:
             torch.tensor(confidences, dtype=torch.float32),
             min(confidences, default=0.0),
         )
-
-
-READERS: dict[str, Callable[..., Callable[[Tensor], Sequence[Reading]]]] = {
-    "easyocr": EasyOCRReader,
-    "handwriting": Reader,
-}

@@ -27,10 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvar.data.segmentation import check_images
-from fastvar.pictures import png, read_picture
+from fastvar.pictures import check_images, png, read_picture, to_uint8
 from fastvar.rl.rewards.base import Reward, RewardFunction, register
-from fastvar.rl.rewards.preprocessing import to_uint8
 
 _EXCERPT = 200  # characters of a failed answer that a message shows
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvar.data.characters import BORDER, SIDE, gradient_features
-from fastvar.data.segmentation import Pages, check_images, segment
+from fastvar.handwriting.characters import BORDER, SIDE, gradient_features
+from fastvar.handwriting.segmentation import Pages, segment
+from fastvar.pictures import check_images
 
 # Median distances of candidates that show another scan in another ink: they make shape and ink commensurable.
 SHAPE_SCALE = 0.40

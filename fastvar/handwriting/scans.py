@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvar.data.draws import hash_integers
+from fastvar.handwriting.draws import hash_integers
 from fastvar.installation import install_command
 
 CELLS = 8  # a scan is CELLS x CELLS

@@ -12,8 +12,8 @@ from fastvar.training.log import read_metrics
 if TYPE_CHECKING:
     import torch
 
-    from fastvar.demo import DemoConfig, Learned
     from fastvar.evaluation import Interval, ReadingScore
+    from fastvar.handwriting.demo import DemoConfig, Learned
 
 _SHOWN = 64  # images a gallery
 _READING = (

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fastvar.data import HandwritingScenes, match_reference, wilson_interval
-from fastvar.data.reader_training import degrade
+from fastvar.data import wilson_interval
+from fastvar.handwriting import HandwritingScenes, match_reference
+from fastvar.handwriting.reader import degrade
 
 
 @pytest.fixture(scope="module", params=["own", "scene"])

@@ -130,24 +130,6 @@ class Pages:
         return (np.stack(colours, axis=1) / np.maximum(total, 1e-9)[:, None]).astype(np.float32)
 
 
-def check_images(images: Tensor, name: str, dimensions: int = 4) -> None:
-    """Raise ValueError unless `images` is a float tensor (..., 3, H, W) with values in [0, 1].
-
-    name: "function: argument", as it opens the message.
-    """
-    shape = "(B, 3, H, W)" if dimensions == 4 else "(B, N, 3, H, W)"
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"{name}: expected a float tensor, got {got}")
-    if images.dim() != dimensions or images.shape[-3] != 3 or images.shape[-1] < 1 or images.shape[-2] < 1:
-        raise ValueError(f"{name}: expected {shape}, got {tuple(images.shape)}")
-    if images.numel() and not bool(torch.isfinite(images).all()):
-        raise ValueError(f"{name}: expected finite values, got infinities or NaNs")
-    if images.numel() and (images.min() < -1e-2 or images.max() > 1 + 1e-2):
-        low, high = images.min().item(), images.max().item()
-        raise ValueError(f"{name}: expected values in [0, 1], got [{low:.3g}, {high:.3g}]")
-
-
 def _otsu(distance: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Otsu's threshold, the distance of the two class means, and the separability in 0..1: each (B,).
 

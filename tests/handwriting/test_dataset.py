@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from fastvar.data import HandwritingScenes, scan_partition
-from fastvar.data.draws import uniforms
-from fastvar.data.rendering import BOX_LEVEL, LUMA, MIN_CONTRAST
-from fastvar.data.scans import SHARES, legible_scans, load_scans
+from fastvar.handwriting import HandwritingScenes, scan_partition
+from fastvar.handwriting.draws import uniforms
+from fastvar.handwriting.rendering import BOX_LEVEL, LUMA, MIN_CONTRAST
+from fastvar.handwriting.scans import SHARES, legible_scans, load_scans
 
 KNOWN_TEXTS = ["79", "99", "67", "35", "16", "19", "96", "11", "15", "22"]
 KNOWN_UNIFORM = 0.7082596418500955
@@ -96,13 +96,6 @@ def test_data_loader_workers_give_the_same_batches():
         equal(a, dataset.batch(range(start, start + 8)))
 
 
-def test_materialised_scenes_are_the_same():
-    dataset = scenes(length=70)
-    before = dataset.batch([3, 69, 12])
-    equal(dataset.materialise(chunk=32).batch([3, 69, 12]), before)
-    equal(dataset[69], {name: values[1] for name, values in before.items()})
-
-
 @pytest.mark.parametrize(("size", "digits"), [((32, 32), 2), ((32, 32), 3), ((20, 40), 2), (64, 3), (16, 1)])
 def test_boxes_are_tight_apart_and_inside(size, digits):
     dataset = scenes(size=size, digits=digits)
@@ -160,7 +153,7 @@ def test_reference_shows_the_same_ink_but_is_no_crop():
     assert positions.bincount(minlength=2).min() > 100
     papers = (batch["image"][:, :, 0, 0] - batch["reference"][:, :, 0, 0]).abs().amax(dim=1)
     assert papers.median() > 0.1
-    from fastvar.data.segmentation import segment
+    from fastvar.handwriting.segmentation import segment
 
     ours, theirs = (segment((batch[name] + 1) / 2) for name in ("image", "reference"))
     subject = np.searchsorted(ours.page, np.arange(300)) + positions.numpy()
@@ -178,7 +171,7 @@ def test_reference_at_the_scenes_place():
     assert not torch.equal(batch["reference"], drawn["reference"])
     papers = (batch["image"][:, :, 0, 0] - batch["reference"][:, :, 0, 0]).abs().amax(dim=1)
     assert papers.median() > 0.1
-    from fastvar.data.segmentation import segment
+    from fastvar.handwriting.segmentation import segment
 
     found = segment((batch["reference"] + 1) / 2)
     assert np.array_equal(found.page, np.arange(300))  # one digit each
@@ -187,7 +180,7 @@ def test_reference_at_the_scenes_place():
 
 
 def test_candidates_at_the_scenes_place_stay_inside():
-    from fastvar.data.segmentation import segment
+    from fastvar.handwriting.segmentation import segment
 
     dataset = scenes(split="test", length=100, size=(24, 32), reference_place="scene")
     everything = dataset.candidates(range(100), 8)
@@ -248,7 +241,7 @@ def test_indices_outside_are_errors():
 
 def test_import_is_light():
     program = (
-        "import sys, fastvar.data; "
+        "import sys, fastvar.data, fastvar.handwriting; "
         "print([name for name in ('sklearn', 'scipy', 'torchvision', 'PIL') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)

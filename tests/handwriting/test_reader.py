@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from fastvar.data import HandwritingScenes, Reader, word_accuracy
-from fastvar.data.characters import JUNK, NUM_FEATURES, CharacterClassifier, gradient_features
-from fastvar.data.reader_training import degrade, trained_characters
-from fastvar.data.segmentation import segment
+from fastvar.data import word_accuracy
+from fastvar.handwriting import HandwritingScenes, Reader
+from fastvar.handwriting.characters import JUNK, NUM_FEATURES, CharacterClassifier, gradient_features
+from fastvar.handwriting.reader import degrade, trained_characters
+from fastvar.handwriting.segmentation import segment
 
 
 @pytest.fixture(scope="module")

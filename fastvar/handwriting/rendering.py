@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvar.data.scans import CELLS, FIELD_SIDE, PADDING, SAMPLES_PER_CELL, scan_fields
+from fastvar.handwriting.scans import CELLS, FIELD_SIDE, PADDING, SAMPLES_PER_CELL, scan_fields
 
 Floats = NDArray[np.float64]
 

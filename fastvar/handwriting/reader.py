@@ -1,22 +1,81 @@
-"""What the reader learns from: scenes of its own scans, degraded as a tokenizer would, and things that are no digit."""
+"""A small optical character reader: images of handwriting in, words with boxes and confidences out.
+
+It learns from scenes of its own scans, degraded as a tokenizer would, and from things that are no digit.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, pad
 
-from fastvar.data.characters import BORDER, JUNK, SIDE, CharacterClassifier
-from fastvar.data.handwriting import HandwritingScenes
-from fastvar.data.segmentation import segment
+from fastvar.data import Reading
+from fastvar.handwriting.characters import BORDER, JUNK, SIDE, CharacterClassifier
+from fastvar.handwriting.dataset import HandwritingScenes
+from fastvar.handwriting.segmentation import segment
+from fastvar.pictures import check_images
 
+_CHUNK = 1024  # images a pass, so that memory stays bounded
 # (digits, scenes, degraded) of what is rendered for training, at 32 x 32.
 COURSES = ((2, 1000, False), (2, 1500, True), (3, 300, False), (3, 500, True), (1, 300, True))
 CENTRES = 1800
 JUNK_SHARE = 0.12  # of the digits' number
+
+
+class Reader:
+    """Reads numbers: ink apart from paper, components, a classifier for each (`segmentation`, `characters`).
+
+    The classifier is fitted at the first use in a process (a few seconds) to scans that no scene shows. A component
+    that looks like no digit is left out. A word's confidence is the least of its characters', times the share of the
+    image's ink that they make up. Deterministic; runs on the CPU.
+
+    Args:
+        cache: a safetensors file: loaded if it is there, else written after fitting.
+
+    Raises:
+        ValueError: the cache file holds something else.
+    """
+
+    def __init__(self, cache: str | Path | None = None) -> None:
+        if cache is not None and Path(cache).exists():
+            self._classifier = CharacterClassifier.load(cache)
+            return
+        self._classifier = trained_characters()
+        if cache is not None:
+            self._classifier.save(cache)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> list[Reading]:
+        """Read images (B, 3, H, W), floats in [0, 1] on any device. Odd content gives empty or unsure readings.
+
+        Raises ValueError for another shape, dtype or range, infinities or NaNs.
+        """
+        check_images(images, "Reader: images")
+        return [reading for chunk in images.split(_CHUNK) for reading in self._read(chunk)]
+
+    def _read(self, images: Tensor) -> list[Reading]:
+        pages = segment(images)
+        probabilities = self._classifier.probabilities(torch.from_numpy(pages.crops(SIDE, BORDER)))
+        confidences, digits = probabilities[:, :JUNK].max(dim=1)
+        legible = probabilities[:, JUNK] < 0.5
+        boxes = torch.from_numpy(pages.image_boxes())
+        areas = torch.from_numpy(pages.areas)
+        readings = []
+        for page in range(len(images)):
+            characters = torch.arange(len(digits))[pages.of_page(page)]
+            characters = characters[legible[characters]]
+            if not len(characters):
+                readings.append(Reading("", torch.zeros(0, 4), torch.zeros(0), 0.0))
+                continue
+            certain = confidences[characters]
+            read = areas[characters].sum().item() / int(pages.ink[page])
+            text = "".join(map(str, digits[characters].tolist()))
+            readings.append(Reading(text, boxes[characters], certain, certain.min().item() * read))
+        return readings
 
 
 def degrade(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastvar.data.rendering import Placement, most_digits
-from fastvar.data.scans import scans_by_class
-from fastvar.data.scene import Scenes, draw_scenes, render_candidates, render_references, render_scenes
+from fastvar.handwriting.rendering import Placement, most_digits
+from fastvar.handwriting.scans import scans_by_class
+from fastvar.handwriting.scene import Scenes, draw_scenes, render_candidates, render_references, render_scenes
 
 Item = dict[str, Any]
 Indices = Sequence[int] | Tensor | NDArray[np.int64]
@@ -27,7 +27,7 @@ class HandwritingScenes(Dataset[Item]):
     """Numbers of scanned digits on coloured paper. Real handwriting (UCI, with scikit-learn); no download.
 
     Item i depends on (seed, split, i, size, digits) alone: not on a global random state, a worker or the batch. The
-    digits of the two splits come from disjoint scans, and `fastvar.data.Reader` has seen neither's.
+    digits of the two splits come from disjoint scans, and `fastvar.handwriting.Reader` has seen neither's.
 
     Args:
         length: number of scenes.
@@ -82,12 +82,16 @@ class HandwritingScenes(Dataset[Item]):
         self.seed = seed
         self.reference_place = reference_place
         self._by_class = scans_by_class(split)
-        self._materialised: Item | None = None
 
     @property
     def num_classes(self) -> int:
         """10**D: one class for each number."""
         return int(10**self.digits)
+
+    @property
+    def text_length(self) -> int:
+        """D, the characters of an item's text: what a model that is trained on it has to write."""
+        return self.digits
 
     def __len__(self) -> int:
         return self.length
@@ -106,26 +110,22 @@ class HandwritingScenes(Dataset[Item]):
         Raises IndexError for an index outside [-length, length).
         """
         rows = self._rows(indices)
-        if self._materialised is None:
-            return self._render(rows)
-        chosen = torch.from_numpy(rows)
+        scenes = self._draw(rows)
+        images, boxes = render_scenes(scenes, self.size)
+        references = render_references(
+            scenes.subject_scans, scenes.hand, scenes.reference_draws, self.size, self._place(scenes)
+        )
+        powers = 10 ** np.arange(self.digits - 1, -1, -1, dtype=np.int64)
+        labels = (scenes.digits * powers).sum(axis=1)
         return {
-            name: [values[row] for row in rows] if isinstance(values, list) else values[chosen]
-            for name, values in self._materialised.items()
+            "image": torch.from_numpy(images),
+            "label": torch.from_numpy(labels),
+            "text": [f"{label:0{self.digits}d}" for label in labels],
+            "boxes": torch.from_numpy(boxes),
+            "reference": torch.from_numpy(references),
+            "reference_position": torch.from_numpy(scenes.position),
+            "scans": torch.from_numpy(scenes.scans),
         }
-
-    def materialise(self, chunk: int = 1024) -> HandwritingScenes:
-        """Render every scene now and keep it (24 KB a scene at 32 x 32); returns self."""
-        parts = [
-            self._render(np.arange(start, min(start + chunk, self.length))) for start in range(0, self.length, chunk)
-        ]
-        self._materialised = {
-            name: [text for part in parts for text in part[name]]
-            if name == "text"
-            else torch.cat([part[name] for part in parts])
-            for name in parts[0]
-        }
-        return self
 
     def candidates(self, indices: Indices, count: int) -> dict[str, Tensor]:
         """References to tell apart, for `match_reference`: each item's own, hidden among others of the same digit.
@@ -171,21 +171,3 @@ class HandwritingScenes(Dataset[Item]):
     def _place(self, scenes: Scenes) -> Placement | None:
         """Where the references show their digit; None draws a place for each."""
         return scenes.subject_place if self.reference_place == "scene" else None
-
-    def _render(self, rows: NDArray[np.int64]) -> Item:
-        scenes = self._draw(rows)
-        images, boxes = render_scenes(scenes, self.size)
-        references = render_references(
-            scenes.subject_scans, scenes.hand, scenes.reference_draws, self.size, self._place(scenes)
-        )
-        powers = 10 ** np.arange(self.digits - 1, -1, -1, dtype=np.int64)
-        labels = (scenes.digits * powers).sum(axis=1)
-        return {
-            "image": torch.from_numpy(images),
-            "label": torch.from_numpy(labels),
-            "text": [f"{label:0{self.digits}d}" for label in labels],
-            "boxes": torch.from_numpy(boxes),
-            "reference": torch.from_numpy(references),
-            "reference_position": torch.from_numpy(scenes.position),
-            "scans": torch.from_numpy(scenes.scans),
-        }

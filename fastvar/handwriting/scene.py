@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvar.data.draws import Draws
-from fastvar.data.rendering import (
+from fastvar.handwriting.draws import Draws
+from fastvar.handwriting.rendering import (
     Floats,
     Placement,
     compose,

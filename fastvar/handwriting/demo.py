@@ -10,18 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
 
-from fastvar.data import HandwritingScenes, Reader
-from fastvar.demo_report import write_report
-from fastvar.evaluation import (
-    ReadingScore,
-    SamplingOptions,
-    draw,
-    evaluate_subject,
-    evaluate_texts,
-    every_number,
-    score_reading,
-)
+from fastvar.evaluation import ReadingScore, SamplingOptions, draw, evaluate_texts, score_reading
 from fastvar.files import write_json
+from fastvar.handwriting.dataset import HandwritingScenes
+from fastvar.handwriting.evaluation import evaluate_subject, every_number
+from fastvar.handwriting.reader import Reader
+from fastvar.handwriting.report import write_report
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.pictures import image_grid
 from fastvar.provenance import provenance
@@ -226,7 +220,7 @@ def _run(config: DemoConfig) -> dict[str, Any]:
     seconds["evaluation"] = time.perf_counter() - start
     results: dict[str, Any] = {
         "scores": {name: score.summary() for name, score in scores.items()},
-        "subject_match": match.summary(),
+        "subject_match": match,
         "chance_word_accuracy": 10.0**-DIGITS,
         "seconds": seconds,
         "seconds_in_all": sum(seconds.values()),
@@ -248,6 +242,20 @@ def _training_seconds(folder: Path) -> float:
     return read_metrics(folder / "metrics.jsonl")[-1]["seconds"]
 
 
+def _train_config(config: DemoConfig, steps: int, **changes: Any) -> TrainConfig:
+    return TrainConfig(
+        steps=steps,
+        batch_size=32,
+        learning_rate=3e-3,
+        ema_decay=0.99,
+        precision=config.precision,
+        save_every=100,
+        picture_every=200,
+        seed=config.seed,
+        **changes,
+    )
+
+
 def _train_tokenizer(
     config: DemoConfig, scenes: HandwritingScenes, held_out: HandwritingScenes
 ) -> TrainResult[VQTokenizer]:
@@ -255,17 +263,7 @@ def _train_tokenizer(
     task = TokenizerTask(
         VQTokenizer(tokenizer_config(config)), held_out.batch(list(range(min(8, len(held_out)))))["image"]
     )
-    options = TrainConfig(
-        steps=config.tokenizer_steps,
-        batch_size=32,
-        learning_rate=3e-3,
-        weight_decay=0.0,
-        ema_decay=0.99,
-        precision=config.precision,
-        save_every=100,
-        picture_every=200,
-        seed=config.seed,
-    )
+    options = _train_config(config, config.tokenizer_steps, weight_decay=0.0)
     return _going_on(train, task, scenes, options, config.output / "tokenizer")
 
 
@@ -274,16 +272,7 @@ def _train_var(
 ) -> TrainResult[VAR]:
     torch.manual_seed(config.seed)
     with_subject = model.config.subject != "none"
-    options = TrainConfig(
-        steps=config.subject_steps if with_subject else config.var_steps,
-        batch_size=32,
-        learning_rate=3e-3,
-        ema_decay=0.99,
-        precision=config.precision,
-        save_every=100,
-        picture_every=200,
-        seed=config.seed,
-    )
+    options = _train_config(config, config.subject_steps if with_subject else config.var_steps)
     shown = held_out.batch(list(range(min(32, len(held_out)))))
 
     def picture(averaged: VAR) -> Image:

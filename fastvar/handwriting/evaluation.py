@@ -1,0 +1,113 @@
+"""What a model of handwriting is asked for and how it is judged: prompts, the reader's figures, references followed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastvar.data import wilson_interval
+from fastvar.evaluation import ReadingScore, SamplingOptions, evaluate_texts
+from fastvar.handwriting.dataset import HandwritingScenes
+from fastvar.handwriting.matching import match_reference, subject_distances
+from fastvar.handwriting.reader import Reader
+from fastvar.models import VAR
+from fastvar.rl import Prompts
+from fastvar.rl.rewards import Reward
+
+FARTHEST = 4.0  # distances from here on are as bad as no character at all
+
+
+def every_number(digits: int, count: int) -> list[str]:
+    """`count` numbers of so many digits, spread evenly over all of them."""
+    total = 10**digits
+    numbers = [i * total // count for i in range(count)] if count < total else [i % total for i in range(count)]
+    return [f"{number:0{digits}d}" for number in numbers]
+
+
+def scenes_for(var: VAR, count: int, *, split: str, reference_place: str) -> HandwritingScenes:
+    """Scenes of the size and the number of digits that a model draws."""
+    size, digits = var.tokenizer.config.image_size, var.config.text_length
+    return HandwritingScenes(length=count, size=size, digits=digits, split=split, reference_place=reference_place)
+
+
+def prompts(var: VAR, count: int, *, split: str = "train", reference_place: str = "own") -> Prompts:
+    """A source of prompts (`fastvar.rl.prompts.PromptSource`): numbers spread evenly over all that a model can write,
+    or, for one with a subject prefix, texts and references of `HandwritingScenes`.
+
+    Args:
+        var: a model with a text condition.
+        count: the most prompts.
+        split, reference_place: of the scenes, see `HandwritingScenes`.
+
+    Raises:
+        ValueError: a model with a class condition.
+    """
+    digits = var.config.text_length
+    if not digits:
+        raise ValueError("prompts: var: expected a model with a text condition")
+    if var.config.subject == "none":
+        return Prompts(every_number(digits, min(count, 10**digits)))
+    items = scenes_for(var, count, split=split, reference_place=reference_place).batch(range(count))
+    return Prompts(items["text"], references=items["reference"] * 0.5 + 0.5)
+
+
+class SubjectReward:
+    """How near the most similar character of an image is to its reference's, by shape and ink; the reward "subject".
+
+    Copying the reference whatever the prompt says scores best: weigh it against a reward for the text, and watch the
+    diversity. For photographs see "dino" and "clip-i".
+    """
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str], references: torch.Tensor | None = None) -> Reward:
+        """Score images (B, 3, H, W) in [0, 1] against references (B, 3, h, w): minus the distance, from -4 (or no
+        character) to 0; see `fastvar.handwriting.matching.subject_distances`.
+
+        Raises:
+            ValueError: no references.
+        """
+        if references is None:
+            raise ValueError("SubjectReward: references: expected (B, 3, H, W), got None")
+        distances = subject_distances(images.detach().float().cpu(), references.detach().float().cpu())
+        return Reward(-distances.clamp_max(FARTHEST))
+
+
+def evaluate_subject(
+    var: VAR, scenes: HandwritingScenes, options: SamplingOptions, reader: Reader, *, candidates: int = 8
+) -> tuple[ReadingScore, dict[str, Any]]:
+    """Draw each scene's text with its reference as the subject; read it, and look for the reference among others.
+
+    Args:
+        var: a model with a subject prefix.
+        scenes: where texts and references come from; references that the model has not been trained on.
+        options: how to draw.
+        reader: reads the samples.
+        candidates: N, references of the same digit in other scans and inks, the true one among them.
+
+    Returns:
+        what was read; and, ready for JSON, how often the nearest of the N is the one that a sample was drawn with, by
+        "shape", by "ink" and "joint", each with its 95 % interval under "shape_95" and so on, and "chance", 1 / N.
+    """
+    rows = list(range(len(scenes)))
+    items = scenes.batch(rows)
+    tokens = var.tokenizer.encode(items["reference"].to(var.device))
+    read = evaluate_texts(var, items["text"], options, reader, subject=var.tokenizer.pyramid(tokens))
+    others = scenes.candidates(rows, candidates)
+    match = match_reference(read.images, others["images"] * 0.5 + 0.5, others["positions"])
+    rates = match.rates(others["answers"])
+    found: dict[str, Any] = {"images": len(rows), "chance": rates.pop("chance")}
+    for name, rate in rates.items():
+        found |= {name: rate, f"{name}_95": wilson_interval(round(rate * len(rows)), len(rows))}
+    return read, found
+
+
+def figures(var: VAR, samples: int, options: SamplingOptions, *, reference_place: str = "own") -> dict[str, Any]:
+    """ "reading", and with a subject prefix "subject_match", of so many samples of a model with a text condition; ready
+    for JSON. Arguments as `HandwritingScenes` and `draw`."""
+    if var.config.subject == "none":
+        numbers = every_number(var.config.text_length, samples)
+        return {"reading": evaluate_texts(var, numbers, options, Reader()).summary()}
+    scenes = scenes_for(var, samples, split="test", reference_place=reference_place)
+    read, match = evaluate_subject(var, scenes, options, Reader())
+    return {"subject_match": match, "reading": read.summary()}
