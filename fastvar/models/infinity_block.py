@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import nn
@@ -40,14 +40,14 @@ _ROTATION_GRIDS = {
 }
 
 
-@lru_cache(64)
+@cache  # nothing is ever dropped: a CUDA graph may read it
 @torch.inference_mode(False)
 def rotations(schedule: ScaleSchedule, head_dim: int, device: torch.device) -> Rope:
     """The rotary tables of a schedule, cos and sin (L, head_dim / 2) float32; made once."""
     return rope_tables(schedule, head_dim, finest=rotation_grid(schedule), device=device)
 
 
-@lru_cache(64)
+@cache  # nothing is ever dropped: a CUDA graph may read it
 @torch.inference_mode(False)
 def scale_indices(schedule: ScaleSchedule, device: torch.device) -> torch.Tensor:
     """The scale of each token, (L,) int64; made once."""

@@ -117,10 +117,10 @@ class SamplingState:
 
 
 class Generation(NamedTuple):
-    """What `VAR.generate` answers.
+    """What `generate` of a VAR or an Infinity answers.
 
     Attributes:
-        tokens: (B, L') int64, L' the tokens of the scales sampled.
+        tokens: (B, L') int64, L' the tokens of the scales sampled; of an Infinity their bits (B, L', d) bool.
         images: (B, 3, H, W) in [0, 1], or None without decoding.
         log_probs: (B, L') float32 of the tokens under the model itself (at the temperature, but without guidance and
             truncation), or None.
