@@ -1,8 +1,8 @@
 """Which implementation of an operator runs, why, and what else there is.
 
 An explicit backend runs or raises. Without one, what the environment variable FASTVAR_BACKEND prefers comes first, as
-far as it can run; then, on a GPU, what the table in `_choices` takes, and on a CPU what is in C++; then what PyTorch does
-fast or in bounded memory; the reference is the last resort.
+far as it can run; then, on a GPU, what the table in `_choices` takes, and on a CPU what is in C++; then what PyTorch
+does fast or in bounded memory; the reference is the last resort.
 """
 
 from __future__ import annotations
