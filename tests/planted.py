@@ -135,7 +135,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_wiring.py::test_kl[k2]",
         ),
         (
-            "first_scale=rollout.first_scale",
+            "first_scale=first_scale",
             "first_scale=0",
             "rl/test_wiring.py::test_the_fine_segment_is_trained_alone",
         ),
@@ -158,13 +158,13 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_wiring.py::test_returns_and_advantages_of_the_settings",
         ),
         (
-            "                    temperature=config.rollout.temperature,\n",
-            "",
+            "config.rollout.temperature, self.reference",
+            "1.0, self.reference",
             "rl/test_wiring.py::test_temperature_of_the_trainer",
         ),
         (
-            "                    config.loss,\n",
-            "                    type(config.loss)(kl_weight=config.loss.kl_weight),\n",
+            "part_loss, config.loss,",
+            "part_loss, type(config.loss)(kl_weight=config.loss.kl_weight),",
             "rl/test_wiring.py::test_loss_of_the_trainer",
         ),
         (
@@ -180,8 +180,8 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_wiring.py::test_gradients_of_the_trainer_are_clipped",
         ),
         (
-            "old_log_probs=old_log_probs,",
-            "old_log_probs=None,",
+            "graded.totals, old_log_probs)",
+            "graded.totals, None)",
             "rl/test_trainer.py::test_several_updates_on_a_rollout",
         ),
         (
@@ -195,9 +195,24 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_wiring.py::test_rescoring[True]",
         ),
         (
-            "        self.optimizer.zero_grad(set_to_none=True)\n",
+            "        self.optimizer.zero_grad(set_to_none=not config.update_graphs)\n",
             "",
             "rl/test_wiring.py::test_gradients_of_one_update_do_not_reach_the_next",
+        ),
+        (
+            "set_to_none=not config.update_graphs",
+            "set_to_none=True",
+            "training/test_graphed.py::test_reinforcement_learning",
+        ),
+        (
+            "GraphedStep(self._part, self.model, *others) if config.update_graphs else self._part",
+            "self._part",
+            "training/test_graphed.py::test_reinforcement_learning",
+        ),
+        (
+            'check_alone("RLConfig: update_graphs", config.update_graphs, self.accelerator)',
+            "pass",
+            "training/test_graphed.py::test_several_processes_are_refused",
         ),
         ("            self.ema.update(self.policy)\n", "", "rl/test_wiring.py::test_optimizer_of_the_trainer"),
         (
@@ -391,6 +406,13 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "training/test_loop.py::test_accumulation_gives_the_same_gradients",
         ),
         ("        seed=config.seed,\n", "        seed=0,\n", "training/test_loop.py::test_seed_decides_the_order"),
+        ("    if not config.graphs:\n", "    if True:\n", "training/test_graphed.py::test_training"),
+        ("set_to_none=not config.graphs", "set_to_none=True", "training/test_graphed.py::test_training"),
+        (
+            'check_alone("TrainConfig: graphs", config.graphs, accelerator)',
+            "pass",
+            "training/test_graphed.py::test_several_processes_are_refused",
+        ),
         ('enabled=config.precision == "bf16"', "enabled=False", "training/test_loop.py::test_bf16_computes_in_bf16"),
         ("0.5 * (1 + math.cos(math.pi * progress))", "(1 - progress)", "training/test_loop.py::test_learning_rate"),
     ],

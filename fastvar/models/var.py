@@ -346,9 +346,17 @@ class VAR(PretrainedModel):
 
     # -- teacher forcing ---------------------------------------------------------------------------------------------
 
+    def _draws(self) -> bool:
+        """Whether a block draws random numbers."""
+        if not self.training:
+            return False
+        modules = (vars(module) for block in self.blocks for module in block.modules())
+        return any(fields.get("drop_path") or fields.get("p") for fields in modules)
+
     def _run(self, block: Callable[..., Any], *inputs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
+            # the state of random numbers is not there to be read while a graph is captured
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self._draws())
         return block(*inputs)
 
     def hidden(self, labels: Labels, inputs: torch.Tensor, *, subject: torch.Tensor | None = None) -> torch.Tensor:

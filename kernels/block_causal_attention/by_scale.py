@@ -98,7 +98,8 @@ class ByScale:
                 other_lse = other_lse.masked_fill(_empty(prefix_lengths, batch), -torch.inf)
         else:
             other = None
-        for rows, keys, seen in _parts(schedule, block_diagonal, q.shape[-1] <= self.package.takes_scales[0]):
+        # the largest first: while it runs, the host asks for the others
+        for rows, keys, seen in reversed(_parts(schedule, block_diagonal, q.shape[-1] <= self.package.takes_scales[0])):
             part, part_lse = self.package.attend(q[:, rows], k[:, keys], v[:, keys], softmax_scale, seen)
             if other is None:
                 out[:, rows], lse[:, :, rows] = part, part_lse

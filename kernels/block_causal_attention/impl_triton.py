@@ -17,7 +17,7 @@ All programs lie along one axis, as the others hold 65,535.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -471,7 +471,7 @@ def _bundle(q: torch.Tensor) -> int:
     return max(min(CACHED // (2 * q.shape[1] * q.shape[3] * q.element_size()), 32), 1)
 
 
-@lru_cache
+@cache  # nothing is ever dropped: a CUDA graph may read it
 def _spans(schedule: ScaleSchedule, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(L,) each: the first token of a token's scale and one past the last, made once for a schedule and a device."""
     pairs = zip(schedule.starts, schedule.ends, strict=True)
