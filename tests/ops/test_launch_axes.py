@@ -36,7 +36,7 @@ def test_many_tokens() -> None:
 def test_many_images() -> None:
     x, y = (empty(MANY, 4, 64, gradient=True) for _ in range(2))
     gates = [empty(MANY, 64, gradient=True) for _ in range(3)]
-    q, k, v = (empty(MANY, 2, 3, 64, gradient=True) for _ in range(3))
+    q, k = (empty(MANY, 2, 3, 64, gradient=True) for _ in range(2))
     log_scale = empty(3, dtype=torch.float32, gradient=True)
     heads = [empty(MANY, 2, 3, 64) for _ in range(5)]
     logits, mask = empty(MANY, 2, 50), empty(MANY, 2, 2, dtype=torch.float32)
