@@ -483,6 +483,80 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "models/test_var_golden.py::test_weights_of_a_wrapped_model",
         ),
     ],
+    "fastvar/models/bsq_tokenizer.py": [
+        (
+            "flip_probability=flip_probability,",
+            "flip_probability=None,",
+            "models/test_bsq_tokenizer.py::test_self_correction_flips_before_the_next_scale",
+        ),
+        (
+            "first_image=first_image,",
+            "first_image=0,",
+            "models/test_bsq_tokenizer.py::test_self_correction_flips_before_the_next_scale",
+        ),
+        ("(each - together)", "each", "models/test_bsq_tokenizer.py::test_losses_by_definition"),
+    ],
+    "fastvar/models/infinity.py": [
+        (
+            "< self.config.condition_dropout",
+            "< 0",
+            "models/test_infinity.py::test_texts_are_dropped_in_training",
+        ),
+        (
+            "[start : start + x.shape[1]])",
+            "[: x.shape[1]])",
+            "models/test_infinity_sampling.py::test_log_probs_are_those_of_training",
+        ),
+    ],
+    "fastvar/models/infinity_block.py": [
+        ("finest=rotation_grid(schedule)", "finest=None", "models/test_infinity_golden.py::test_logits"),
+        ("torch.stack([weight - 1,", "torch.stack([0 * weight,", "models/test_infinity_golden.py::test_logits"),
+    ],
+    "fastvar/models/infinity_checkpoints.py": [
+        (
+            "copy=shared",
+            "copy=False",
+            "models/test_infinity_checkpoints.py::test_training_leaves_the_given_tensors_alone",
+        ),
+    ],
+    "fastvar/models/infinity_sampling.py": [
+        (
+            "temperature=temperatures[k]",
+            "temperature=temperatures[0]",
+            "models/test_infinity_sampling.py::test_temperature_by_scale",
+        ),
+        (
+            "position=schedule.starts[k],",
+            "position=0,",
+            "models/test_infinity_sampling.py::test_every_scale_draws_numbers_of_its_own",
+        ),
+        (
+            "net.no_text(texts.lengths) if negative is None else net.features(negative)",
+            "net.no_text(texts.lengths)",
+            "models/test_infinity_sampling.py::test_guidance_on_logits",
+        ),
+        (
+            "first_sample, net.device",
+            "0, net.device",
+            "models/test_infinity_sampling.py::test_a_sample_does_not_depend_on_its_batch",
+        ),
+        (
+            "(state.guidance_layer if state.guided else 0)",
+            "(1 if state.guided and state.guidance_layer else 0)",
+            "models/test_infinity_sampling.py::test_guidance_on_hidden_states[2]",
+        ),
+    ],
+    "fastvar/models/t5.py": [
+        ("attention_mask=mask.to(device)", "attention_mask=None", "models/test_text.py::test_t5"),
+        (
+            "ids[: self.max_length - 1] + ids[-1:]",
+            "ids[: self.max_length]",
+            "models/test_text.py::test_long_texts_are_cut",
+        ),
+    ],
+    "fastvar/models/text.py": [
+        ("attn_mask=text.valid", "attn_mask=None", "models/test_text.py::test_attention_reads_each_text_alone"),
+    ],
     "fastvar/models/sampling.py": [
         (
             "(k / (num_scales - 1) if num_scales > 1 else 1.0)",

@@ -158,7 +158,8 @@ def resolve(op: str, backend: str, call: Call, *, log: bool = True) -> str:
         return backend
     if not log or torch.compiler.is_compiling() or type(tensor) not in PLAIN:
         return _auto(op, call, log)
-    key = (op, tensor.device, tensor.dtype, tensor.shape, *call[1:])
+    exact = torch.are_deterministic_algorithms_enabled()
+    key = (op, tensor.device, tensor.dtype, tensor.shape, *call[1:], exact)
     answer = _answers.get(key)
     if answer is None:
         if len(_answers) >= _MOST_ANSWERS:
