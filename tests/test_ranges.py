@@ -39,12 +39,12 @@ def items(kind: Any) -> tuple[Any, ...]:
     return tuple(item for item in get_args(kind) if item is not ...) if get_origin(kind) is tuple else (kind,)
 
 
-FIELDS = [
-    pytest.param(config, name, id=f"{config.__name__}.{name}")
-    for config in CONFIGS
-    for name, (kind, allowed) in declarations(config).items()
-    if allowed is not None or items(kind)[0] in (int, float)
-]
+def fields(config: type) -> Iterator[tuple[str, Any, Range | OneOf]]:
+    """Those that are numbers or have a declaration, which all numbers need."""
+    for name, (kind, allowed) in declarations(config).items():
+        if allowed is not None or items(kind)[0] in (int, float):
+            assert allowed is not None, f"{config.__name__}.{name} is a number without a declaration"
+            yield name, kind, allowed
 
 
 def made(config: type, **changes: Any) -> Any:
@@ -81,29 +81,24 @@ def forbidden(kind: Any, allowed: Range | OneOf) -> Iterator[Any]:
         yield from (math.inf, 1e39)
 
 
-@pytest.mark.parametrize(("config", "name"), FIELDS)
-def test_what_is_forbidden_is_refused_by_name(config: type, name: str) -> None:
-    kind, allowed = declarations(config)[name]
-    assert allowed is not None, "a number without a declaration"
-    for value in forbidden(items(kind)[0], allowed):
-        given = in_a_tuple(value, kind)
-        got = re.escape(repr(given))
-        with pytest.raises(ValueError, match=rf"^{config.__name__}: {name}: expected .*, got {got}$"):
-            check(made(config, **{name: given}))
-
-
-@pytest.mark.parametrize(("config", "name"), FIELDS)
-def test_the_ends_of_a_range_belong_to_it(config: type, name: str) -> None:
-    kind, allowed = declarations(config)[name]
-    if isinstance(allowed, Range):
-        ends = [end for end, out in ((allowed.low, allowed.above), (allowed.high, allowed.below)) if not out]
-        for value in (end for end in ends if allowed.infinite or math.isfinite(end)):
-            check_value("C", name, in_a_tuple(value, kind), kind, allowed)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
+def test_what_is_forbidden_is_refused_by_name(config: type) -> None:
+    for name, kind, allowed in fields(config):
+        for value in forbidden(items(kind)[0], allowed):
+            given = in_a_tuple(value, kind)
+            got = re.escape(repr(given))
+            with pytest.raises(ValueError, match=rf"^{config.__name__}: {name}: expected .*, got {got}$"):
+                check(made(config, **{name: given}))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
-def test_defaults_are_allowed(config: type) -> None:
+def test_defaults_and_the_ends_of_ranges_are_allowed(config: type) -> None:
     check(made(config))
+    for name, kind, allowed in fields(config):
+        if isinstance(allowed, Range):
+            ends = [end for end, out in ((allowed.low, allowed.above), (allowed.high, allowed.below)) if not out]
+            for value in (end for end in ends if allowed.infinite or math.isfinite(end)):
+                check_value("C", name, in_a_tuple(value, kind), kind, allowed)
 
 
 @pytest.mark.parametrize(

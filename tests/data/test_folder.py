@@ -51,15 +51,15 @@ def test_flat_folder_has_one_class(tmp_path):
     assert dataset[0]["image"].shape == (3, 8, 16)
 
 
-@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (5, 200), (200, 5), (7, 7), (18, 18)])
 @pytest.mark.parametrize("size", [(16, 16), (8, 24), (24, 8)])
 @pytest.mark.parametrize("train", [True, False])
-def test_every_shape_fills_the_size(shape, size, train):
-    image = Image.new("RGB", shape, (255, 128, 0))
-    out = image_transform(size, train=train)(image)
-    assert out.shape == (3, *size)
-    expected = torch.tensor([1.0, 2 * 128 / 255 - 1, -1.0])
-    assert torch.allclose(out, expected[:, None, None].expand_as(out), atol=1e-6)
+def test_every_shape_fills_the_size(size, train):
+    for shape in ((40, 30), (30, 40), (5, 200), (200, 5), (7, 7), (18, 18)):
+        image = Image.new("RGB", shape, (255, 128, 0))
+        out = image_transform(size, train=train)(image)
+        assert out.shape == (3, *size)
+        expected = torch.tensor([1.0, 2 * 128 / 255 - 1, -1.0])
+        assert torch.allclose(out, expected[:, None, None].expand_as(out), atol=1e-6)
 
 
 def test_evaluation_is_the_centre_of_the_resized_image():

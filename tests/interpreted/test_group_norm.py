@@ -17,15 +17,14 @@ def arguments(x: torch.Tensor) -> dict[str, torch.Tensor | int]:
     return {"x": x, "weight": weight, "bias": bias, "shift": shift, "groups": 2}
 
 
-@pytest.mark.parametrize("size", [30, 100, 3000])
-@pytest.mark.parametrize("row", [0, 1, 70, 1499])
+@pytest.mark.parametrize(("row", "size"), [(0, 30), (1, 3000), (70, 100), (1499, 3000)])
 def test_an_outlier(row: int, size: int) -> None:
     x = noise(1, 1500, 64)
     x[:, row] *= size
     check(group_norm_silu, arguments(x), NAMES)
 
 
-@pytest.mark.parametrize("length", [1, 33, 1500, 4097])
+@pytest.mark.parametrize("length", [1, 33, 4097])
 def test_large_means_and_parts_that_differ(length: int) -> None:
     x = noise(2, length, 12)
     check(group_norm_silu, arguments(x + 1000), NAMES)

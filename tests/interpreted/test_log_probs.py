@@ -50,9 +50,19 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("bits", [False, True])
-@pytest.mark.parametrize("reference", [False, True])
-@pytest.mark.parametrize(("rows", "size"), [(40, 150), (3, 128), (65, 20), (1, 1)])
+@pytest.mark.parametrize(
+    ("rows", "size", "reference", "bits"),
+    [
+        (20, 150, False, True),
+        (20, 150, True, False),
+        (3, 128, False, False),
+        (3, 128, True, True),
+        (35, 20, False, False),
+        (35, 20, True, True),
+        (1, 1, False, True),
+        (1, 1, True, False),
+    ],
+)
 def test_several_tiles(rows: int, size: int, reference: bool, bits: bool) -> None:
     """Rows in parts and several rows in a program, ragged ends, hidden sizes that are no power of two."""
     make = with_reference if reference else lambda *a, **o: problem(*a, 36, **o)
@@ -269,16 +279,15 @@ def loss_arguments(batch: int, grids: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("level", ["token", "scale", "sample"])
-@pytest.mark.parametrize("normalisation", ["per_segment", "per_scale", "none"])
-@pytest.mark.parametrize("estimator", ["k2", "k3"])
-def test_settings_of_the_loss(estimator: str, normalisation: str, level: str) -> None:
+@pytest.mark.parametrize(("i", "level"), enumerate(["token", "scale", "sample"]))
+@pytest.mark.parametrize(("j", "normalisation"), enumerate(["per_segment", "per_scale", "none"]))
+def test_settings_of_the_loss(i: int, level: str, j: int, normalisation: str) -> None:
     """With soft masks, an untrained scale, and a sample and a scale that are not trained at all."""
-    arguments = loss_arguments(5, (1, 2, 3))
-    mask = noise(5, 14, seed=5).clamp(0, 1)
-    mask[2] = 0
+    arguments = loss_arguments(3, (1, 2, 3))
+    mask = noise(3, 14, seed=5).clamp(0, 1)
+    mask[1] = 0
     mask[:, 1:5] = 0
-    settings = {"kl_estimator": estimator, "panw_normalisation": normalisation, "ratio_level": level}
+    settings = {"kl_estimator": ("k2", "k3")[(i + j) % 2], "panw_normalisation": normalisation, "ratio_level": level}
     settings |= {"kl_weight": 0.2, "entropy_weight": 0.1}
     check(ops.policy_loss, arguments | settings | {"token_mask": mask}, ("hidden",))
     check(ops.policy_loss, arguments | settings | {"token_mask": mask > 0.1, "first_scale": 2}, ("hidden",))

@@ -15,8 +15,9 @@ from fastvar.schedule import ScaleSchedule
 SCHEDULE = ScaleSchedule((1, (3, 2), (7, 8)))
 
 
-@pytest.mark.parametrize("znorm", [False, True])
-@pytest.mark.parametrize(("channels", "size"), [(8, 700), (12, 300), (32, 129), (3, 5)])
+@pytest.mark.parametrize(
+    ("channels", "size", "znorm"), [(8, 700, False), (12, 300, True), (32, 129, True), (3, 5, False)]
+)
 def test_nearest_codes(channels: int, size: int, znorm: bool) -> None:
     features, codebook = noise(2, channels, 7, 8), noise(size, channels, seed=1)
     phi = make_phi(channels, len(SCHEDULE))
@@ -36,9 +37,10 @@ def test_ties_and_what_is_not_finite(programs: int, monkeypatch: pytest.MonkeyPa
     features, codebook = (4 * noise(3, 3, 7, 8, seed=1)).round(), (4 * noise(5, 3)).round().repeat(100, 1)
     assert residual_quantize(features, codebook, ScaleSchedule(((7, 8),)), backend="triton").tokens.max() < 5
     features[0], features[1, 2], codebook[7, 1] = torch.nan, torch.inf, torch.nan
+    schedule = ScaleSchedule((1, (2, 3)))
     for znorm in (False, True):
-        tokens = residual_quantize(features, codebook, SCHEDULE, znorm=znorm, backend="triton").tokens
-        assert tokens[0].tolist() == [0] * SCHEDULE.num_tokens
+        tokens = residual_quantize(features[..., :2, :3], codebook, schedule, znorm=znorm, backend="triton").tokens
+        assert tokens[0].tolist() == [0] * schedule.num_tokens
         assert tokens.min() >= 0 and tokens.max() < 500
 
 

@@ -108,9 +108,9 @@ def test_sets_are_those_of_the_reference(size: int, top_k: int, top_p: float, mo
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (6, 0.7), (30, 0.4)])
 def test_draws(top_k: int, top_p: float) -> None:
-    """Those of the reference, and distributed as specified: chi-squared over 100 fixed draws, as there."""
+    """Those of the reference, and distributed as specified: chi-squared over 40 fixed draws, as there."""
     row = (noise(20, seed=3) * 4).round() / 2
-    logits = row.expand(5, 20, 20)
+    logits = row.expand(5, 8, 20)
     options: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "seeds": torch.arange(5), "position": 3}
     got = sample_tokens(logits, log_probs=True, backend="triton", **options)
     wanted = sample_tokens(logits, log_probs=True, backend="reference", **options)
@@ -119,7 +119,7 @@ def test_draws(top_k: int, top_p: float) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     threshold = reference._threshold(row.double()[None], top_k, top_p)
     lost = row < (-math.inf if threshold is None else threshold[0])
-    share = 100 * row.double().masked_fill(lost, -math.inf).softmax(-1)
+    share = 40 * row.double().masked_fill(lost, -math.inf).softmax(-1)
     counts = torch.bincount(got.tokens.flatten(), minlength=20)
     assert not counts[lost].any()
     statistic = float(((counts - share) ** 2 / share)[~lost].sum())

@@ -19,18 +19,18 @@ def _expected(x: torch.Tensor, layer: torch.nn.Linear, gelu: bool) -> torch.Tens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("gelu", [True, False])
-@pytest.mark.parametrize("shape", [(2, 1, 48), (3, 5, 48), (0, 5, 48), (7, 48)])
 @torch.no_grad()
-def test_error_is_that_of_pytorch(dtype: torch.dtype, bias: bool, gelu: bool, shape: tuple[int, ...]) -> None:
+def test_error_is_that_of_pytorch(dtype: torch.dtype, bias: bool, gelu: bool) -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(48, 40, bias=bias).to(dtype)
-    x = torch.randn(shape).to(dtype)
-    out = linear(x, layer.weight, layer.bias, gelu=gelu)
-    assert out.shape == (*shape[:-1], 40) and out.dtype == dtype and out.is_contiguous()
-    plain = F.gelu(layer(x), approximate="tanh") if gelu else layer(x)
-    expected = _expected(x, layer, gelu)
-    bound = 2 * (plain.double() - expected).abs() + 8 * torch.finfo(dtype).eps * (1 + expected.abs())
-    assert ((out.double() - expected).abs() <= bound).all()
+    for shape in ((2, 1, 48), (3, 5, 48), (0, 5, 48), (7, 48)):
+        x = torch.randn(shape).to(dtype)
+        out = linear(x, layer.weight, layer.bias, gelu=gelu)
+        assert out.shape == (*shape[:-1], 40) and out.dtype == dtype and out.is_contiguous()
+        plain = F.gelu(layer(x), approximate="tanh") if gelu else layer(x)
+        expected = _expected(x, layer, gelu)
+        bound = 2 * (plain.double() - expected).abs() + 8 * torch.finfo(dtype).eps * (1 + expected.abs())
+        assert ((out.double() - expected).abs() <= bound).all()
 
 
 @torch.no_grad()

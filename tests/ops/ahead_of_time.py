@@ -6,17 +6,25 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import triton
+from fastvar.kernels.common.tiling import SHARED, Card, family_of
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastvar import ops  # noqa: F401  (registers the operators)
+from fastvar.ops._dispatch import REGISTRY
 
 TYPES = {
     torch.float32: "fp32",
@@ -27,6 +35,15 @@ TYPES = {
     torch.bool: "i1",
     torch.uint8: "u8",
 }
+# All that ask for the card, imported before it is replaced there.
+MODULES = [
+    module
+    for name in {
+        each.module.partition(":")[0] for every in REGISTRY.values() for each in every if each.backend == "triton"
+    }
+    for module in [import_module(name)]
+    if hasattr(module, "card")
+]
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
@@ -76,9 +93,36 @@ def recorded() -> Iterator[list[Launch]]:
         JITFunction.run = run
 
 
-def launches_of(call: Callable[[], Any]) -> list[Launch]:
-    with recorded() as launches:
-        call()
+class _Inside(TorchDispatchMode):
+    """Ops of the library are their implementations, on tensors without memory too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastvar":
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def launches_of(call: Callable[[], Any], capability: int | None = None) -> list[Launch]:
+    """What public functions with the backend "triton" launch, and their backward pass if they were given anything that
+    requires a gradient, on a card of a compute capability such as 90. New tensors have no memory."""
+    here = {
+        op: tuple(replace(each, devices=()) if each.backend == "triton" else each for each in implementations)
+        for op, implementations in REGISTRY.items()
+    }
+    with ExitStack() as stack:
+        for module in MODULES if capability else ():
+            family = family_of(divmod(capability or 0, 10))
+            stack.enter_context(patch.object(module, "card", return_value=Card("", family, SHARED[family])))
+        stack.enter_context(patch.dict(REGISTRY, here))
+        stack.enter_context(patch("torch.is_autocast_enabled", return_value=False))  # knows no such device
+        launches = stack.enter_context(recorded())
+        stack.enter_context(torch.device("meta"))
+        stack.enter_context(_Inside())
+        results = call()
+        results = [results] if isinstance(results, torch.Tensor) else results
+        outputs = [r for r in results if isinstance(r, torch.Tensor) and r.requires_grad]
+        torch.autograd.backward(outputs, [torch.ones_like(r) for r in outputs])
     return launches
 
 

@@ -1,8 +1,13 @@
-"""Triton's kernels as they are shipped, compiled for GPUs that are not there: they fit and use the matrix units."""
+"""Triton's kernels as they are shipped, compiled for GPUs that are not there: they fit without spilling, use the matrix
+units, and move memory 16 bytes a thread and instruction.
+
+Every kernel is compiled for cards of compute capability 8.0, 9.0 and 10.0, in the cases that tell these apart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,203 +15,392 @@ import torch
 
 pytest.importorskip("triton")
 
-from ahead_of_time import Launch, Needs, accesses, compile_for, launches_of
-from fastvar.kernels.adaptive_layer_norm import impl_triton as norms
-from fastvar.kernels.block_causal_attention import impl_triton as attention
-from fastvar.kernels.block_causal_attention.tiles import BACKWARD_KV, BACKWARD_PREFIX, BACKWARD_Q, FORWARD
-from fastvar.kernels.cached_attention import impl_triton as cached
-from fastvar.kernels.cached_attention.tiles import PART
-from fastvar.kernels.common import tiling
-from fastvar.kernels.common.tiling import Card, family_of
-from fastvar.kernels.qk_norm_rope import impl_triton as rotations
+from ahead_of_time import Compiled, Launch, accesses, compile_for, launches_of
+from fastvar.kernels.common.tiling import SHARED, family_of
 
-from fastvar import ScaleSchedule
-from fastvar.ops import PrefixKV, rope_tables
-from fastvar.ops.adaptive_layer_norm import GateCall, GateNormCall, NormCall
-from fastvar.ops.block_causal_attention import AttentionCall
-from fastvar.ops.cached_attention import CachedAttentionCall
-from fastvar.ops.qk_norm_rope import IntoCacheCall, QKNormRopeCall
+from fastvar import ScaleSchedule, ops
+from fastvar.ops import PrefixKV
 
-SCHEDULE = ScaleSchedule.parse("var-256")
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may have
-MATRIX = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
-# Bytes of a thread's registers that lie in memory instead, with triton 3.6 or 3.8.
-STACK = {80: 64, 89: 64, 90: 64, 100: 64, 120: 80}
+pytestmark = pytest.mark.slow
+VAR_256 = ScaleSchedule.parse("var-256")
+BF16, F16, F32, INT64 = torch.bfloat16, torch.float16, torch.float32, torch.int64
+MATRIX = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+WIDE = 16
 
 
-ATTENDED = Needs("q", "k", "v", "prefix_k", "prefix_v")
+def empty(*shape: int, dtype: torch.dtype = BF16, gradient: bool = False) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, requires_grad=gradient)
 
 
-@pytest.fixture(params=[80, 89, 90, 100, 120])
-def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Of a card: the kernels take its tiles."""
-    family = family_of(divmod(request.param, 10))
-    for module in (attention, cached):
-        monkeypatch.setattr(module, "card", lambda device: Card("", family, tiling.SHARED[family]))
-    return int(request.param)
+def fits(launch: Launch, capability: int, *, stack: int = 0, shared: int | None = None) -> Compiled:
+    """No more bytes of a thread's registers lie in memory, with triton 3.6 and 3.8, nor more of a block's shared memory
+    are taken; by default none, and what the card has."""
+    found = compile_for(launch, capability)
+    limit = SHARED[family_of(divmod(capability, 10))] if shared is None else shared
+    where = f"{launch.kernel.__name__}, sm_{capability}: {found._replace(ptx='', ttgir='')}"
+    assert found.stack <= stack and found.shared <= limit, where
+    return found
 
 
-def attention_launches(
-    head_dim: int, dtype: torch.dtype, schedule: ScaleSchedule = SCHEDULE, **options: Any
+def multiplies(found: Compiled, instruction: str) -> bool:
+    """Whether all products are that instruction's."""
+    return instruction in found.ptx and not any(each in found.ptx for each in {*MATRIX.values()} - {instruction})
+
+
+def attention(
+    head_dim: int, dtype: torch.dtype, capability: int, schedule: ScaleSchedule = VAR_256, block_diagonal: bool = False
 ) -> list[Launch]:
     """Forward and backward, over a prefix of some length, with gradients of everything."""
-    q = torch.empty(2, schedule.num_tokens, 2, head_dim, dtype=dtype)
-    prefix, lengths = torch.empty(1, 70, 2, head_dim, dtype=dtype), torch.tensor([50])
-    shared = PrefixKV(prefix, prefix, lengths)
-    given = AttentionCall(q, q, q, schedule, shared, 0.1, options.get("block_diagonal", False))
 
-    def call() -> None:
-        results = attention.forward(given)
-        attention.backward(given, results, results, ATTENDED)
+    def call() -> Any:
+        q, k, v = (empty(2, schedule.num_tokens, 2, head_dim, dtype=dtype, gradient=True) for _ in range(3))
+        shared = (empty(1, 70, 2, head_dim, dtype=dtype, gradient=True) for _ in range(2))
+        prefix = PrefixKV(*shared, empty(1, dtype=INT64))
+        return ops.block_causal_attention_with_lse(
+            q, k, v, schedule, prefix=prefix, block_diagonal=block_diagonal, backend="triton"
+        )
 
-    return launches_of(call)
-
-
-def cached_launches(head_dim: int, n: int, dtype: torch.dtype) -> list[Launch]:
-    """One scale's queries to a ragged prefix, a trunk and own keys."""
-    q, keys = torch.empty(4, n, 2, head_dim, dtype=dtype), torch.empty(4, 680, 2, head_dim, dtype=dtype)
-    shared, lengths = keys[:2], torch.tensor([50, 600])
-    prefix, trunk = PrefixKV(shared, shared, lengths), PrefixKV(shared, shared)
-    return launches_of(lambda: cached.forward(CachedAttentionCall(q, keys, keys, prefix, trunk, 0.1)))
+    return launches_of(call, capability)
 
 
-def small_launches(dtype: torch.dtype, width: int, head_dim: int) -> Iterator[Launch]:
-    x, modulation = torch.empty(2, SCHEDULE.num_tokens, width, dtype=dtype), torch.empty(2, width, dtype=dtype)
-    q = torch.empty(2, SCHEDULE.num_tokens, 3, 4, head_dim, dtype=dtype)[:, :, 0]
-    log_scale = torch.empty(4)
-    turned = QKNormRopeCall(q, q, log_scale, rope_tables(SCHEDULE, head_dim), 1e-12)
-    norm, gate = NormCall(x, modulation, modulation, 1e-6), GateCall(x, x, modulation)
-    both = GateNormCall(x, x, modulation, modulation, modulation, 1e-6)
-    needs = Needs("x", "y", "gate", "scale", "shift", "q", "k", "log_scale")
-    calls: list[Callable[[], Any]] = [
-        lambda: norms.norm(norm),
-        lambda: norms.norm_backward(norm, (), [x], needs),
-        lambda: norms.gate(gate),
-        lambda: norms.gate_backward(gate, (), [x], needs),
-        lambda: norms.gate_norm(both),
-        lambda: norms.gate_norm_backward(both, [x], [x, x], needs),
-        lambda: rotations.forward(turned),
-        lambda: rotations.into_cache(IntoCacheCall(q, q, q, q, q, 0, log_scale, None, 1e-12)),
-        lambda: rotations.backward(turned, (), [q, q], needs),
-    ]
-    for call in calls:
-        yield from launches_of(call)
-
-
-def fits(launch: Launch, capability: int, matrix: str | None) -> str:
-    """The assembly; with `matrix` all products are that instruction's."""
-    found = compile_for(launch, capability)
-    where = f"{launch.kernel.__name__}, sm_{capability}: {found._replace(ptx='')}"
-    limit = tiling.SHARED[family_of(divmod(capability, 10))]
-    assert found.stack <= STACK[capability] and found.shared <= limit, where
-    if matrix is not None:
-        assert matrix in found.ptx and not any(each in found.ptx for each in set(MATRIX.values()) - {matrix}), where
-    return found.ptx
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_attention(capability: int, head_dim: int) -> None:
-    """On all cards, with their own tiles."""
-    launches = attention_launches(head_dim, torch.bfloat16)
-    names = ["_forward", "_backward_q", "_backward_kv", "_backward_prefix", "_add_parts"]
-    assert [launch.kernel.__name__ for launch in launches] == names
-    for launch in launches:
-        fits(launch, capability, None if launch.kernel.__name__ == "_add_parts" else MATRIX[capability])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [90], indirect=True)
 @pytest.mark.parametrize(
-    ("head_dim", "dtype", "block_diagonal"),
+    ("capability", "head_dim", "dtype", "block_diagonal"),
     [
-        (96, torch.bfloat16, False),
-        (104, torch.float16, False),
-        (64, torch.float32, False),
-        (128, torch.float32, False),
-        (64, torch.bfloat16, True),
+        (80, 64, BF16, False),
+        (89, 128, BF16, False),  # with least shared memory
+        (90, 128, BF16, False),
+        (100, 128, BF16, False),
+        (90, 64, BF16, True),
+        (90, 104, F16, False),
+        (90, 128, F32, False),
     ],
 )
-def test_attention_of_other_kinds(capability: int, head_dim: int, dtype: torch.dtype, block_diagonal: bool) -> None:
+def test_attention(capability: int, head_dim: int, dtype: torch.dtype, block_diagonal: bool) -> None:
     """Halves are loaded 16 bytes at a time whatever the head dimension."""
-    for launch in attention_launches(head_dim, dtype, block_diagonal=block_diagonal)[:4]:
-        matrix = MATRIX[80 if dtype == torch.float32 else capability]
-        found = accesses(fits(launch, capability, matrix))
-        if dtype != torch.float32:
+    launches = attention(head_dim, dtype, capability, block_diagonal=block_diagonal)
+    names = ["_forward", "_backward_q", "_backward_kv", "_backward_prefix", "_add_parts"]
+    assert [launch.kernel.__name__ for launch in launches] == names
+    for launch in launches[:4]:
+        found = fits(launch, capability, stack=64)
+        assert multiplies(found, MATRIX[80 if dtype == F32 else capability])
+        if dtype != F32 and capability == 90:
             tile = launch.named["BLOCK_D"] * min(launch.named["BLOCK_M"], launch.named["BLOCK_N"])
-            assert found["ld", 16] >= 4 * tile // 8 // (32 * launch.named["num_warps"]), found
+            moved = accesses(found.ptx)
+            assert moved["ld", WIDE] >= 4 * tile // 8 // (32 * launch.named["num_warps"]), moved
+    fits(launches[4], capability)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [90], indirect=True)
-def test_long_rows_by_descriptors(capability: int) -> None:
+def test_long_rows_by_descriptors() -> None:
     """Keys and values that nothing masks come by bulk copies, and products overlap with them."""
-    launch = attention_launches(128, torch.bfloat16, ScaleSchedule.parse("infinity-1M-1.000"))[0]
+    launch = attention(128, BF16, 90, ScaleSchedule.parse("infinity-1M-1.000"))[0]
     assert launch.named["BLOCK_M"] == launch.named["BLOCK_N"] == 128
-    assert fits(launch, capability, MATRIX[90]).count("cp.async.bulk.tensor") >= 4  # of the prefix and of the own
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("n", "head_dim"), [(1, 64), (25, 64), (256, 64), (256, 128)])
-def test_cached_attention(n: int, head_dim: int, capability: int) -> None:
-    for launch in cached_launches(head_dim, n, torch.bfloat16):
-        few = "mma.sync"  # Hopper's and Blackwell's own instructions take 64 rows and more
-        instruction = few if n < 64 else MATRIX[capability]
-        fits(launch, capability, None if launch.kernel.__name__ == "_merge" else instruction)
-
-
-def test_launches_of_many_images() -> None:
-    """Axes y and z hold 65,535 programs, so all lie along x: 4096 images of 16 heads, with a prefix each."""
-    q, prefix = (torch.empty(4096, n, 16, 64, dtype=torch.float16, device="meta") for n in (5, 3))
-    shared = PrefixKV(prefix, prefix)
-    given = AttentionCall(q, q, q, ScaleSchedule((1, 2)), shared, 1.0, False)
-    results = torch.empty_like(q), torch.empty(4096, 16, 5, device="meta")
-
-    def call() -> None:
-        attention.forward(given)
-        attention.backward(given, results, (q, None), ATTENDED)
-        cached.forward(CachedAttentionCall(q, q, q, shared, shared, 1.0))
-
-    launches = launches_of(call)
-    assert {launch.kernel.__name__ for launch in launches} >= {"_forward", "_backward_prefix", "_part", "_merge"}
-    assert all(len(launch.grid) == 1 and launch.grid[0] < 2**31 for launch in launches)
+    found = fits(launch, 90, stack=64)
+    assert multiplies(found, MATRIX[90])
+    assert found.ptx.count("cp.async.bulk.tensor") >= 4  # of the prefix and of the own
 
 
 @pytest.mark.parametrize(
-    ("count", "tokens", "head_dim", "least", "launched"),
-    [(1, 680, 64, 384, 2), (64, 680, 64, 384, 12), (2, 10521, 128, 4000, 1), (1, 77, 64, 300, 2)],
+    ("capability", "n", "head_dim"), [(90, 1, 64), (80, 25, 64), (89, 256, 128), (90, 256, 128), (100, 256, 128)]
 )
-def test_parts_fill_a_gpu_and_take_bounded_memory(
-    count: int, tokens: int, head_dim: int, least: int, launched: int
-) -> None:
-    """One prefix of VAR-d16 is the work of several hundred programs, one of Infinity-2B of thousands without parts."""
-    prefix = torch.empty(count, tokens, 16, head_dim, dtype=torch.bfloat16, device="meta")
-    q = torch.empty(8 * count, max(tokens, 680), 16, head_dim, dtype=torch.bfloat16, device="meta")
-    lse = torch.empty(8 * count, 16, q.shape[1], device="meta")
-    given = attention._Given(AttentionCall(q, q, q, SCHEDULE, PrefixKV(prefix, prefix), 1.0, False))
-    arguments = (given, prefix, prefix, q, lse, lse, prefix, prefix)
-    launches = launches_of(lambda: attention._prefix_gradients(*arguments))
-    assert launches[0].grid[0] >= least and len(launches) == launched
-    sums = launches[0].arguments[7]
-    assert sums.dtype == torch.bfloat16 or 8 * sums.numel() <= attention.PARTS_BYTES
+def test_cached_attention(capability: int, n: int, head_dim: int) -> None:
+    """One scale's queries to a ragged prefix, a trunk and own keys."""
+
+    def call() -> torch.Tensor:
+        q, keys, shared = empty(4, n, 2, head_dim), empty(4, 680, 2, head_dim), empty(2, 680, 2, head_dim)
+        prefix, trunk = PrefixKV(shared, shared, empty(2, dtype=INT64)), PrefixKV(shared, shared)
+        return ops.cached_attention(q, keys, keys, prefix=prefix, trunk=trunk, backend="triton")
+
+    launches = launches_of(call, capability)
+    assert {launch.kernel.__name__ for launch in launches} == {"_part", "_merge"}
+    for launch in launches:
+        found = fits(launch, capability, stack=64)
+        # Hopper's and Blackwell's own instructions take 64 rows and more
+        assert launch.kernel.__name__ == "_merge" or multiplies(found, MATRIX[80 if n < 64 else capability])
 
 
-@pytest.mark.parametrize("bits", [16, 32])
-@pytest.mark.parametrize("family", tiling.SHARED)
-def test_every_card_has_tiles(family: str, bits: int) -> None:
-    """For head dimensions up to 256."""
-    card = Card("", family, tiling.SHARED[family])
-    for table in (FORWARD, BACKWARD_Q, BACKWARD_KV, BACKWARD_PREFIX, PART):
-        for head_dim in (8, 64, 80, 128, 192, 256):
-            for size in (1, 680, 10521):
-                key = {"bits": bits, "head_dim": head_dim, "queries" if table is PART else "length": size}
-                assert table.choose(card, **key)["BLOCK_M"] >= 16
+def moves(launch: Launch, found: Compiled, loads: int, stores: int) -> None:
+    """So many tiles are loaded and stored in wide accesses. There are but a few narrow ones, of what is loaded once a
+    row or once a program."""
+    first = launch.arguments[0]
+    few = 2 * first.element_size()  # a thread holds more rows of a wider type
+    width = launch.named["BLOCK_D"] if "BLOCK_D" in launch.named else launch.named["BLOCK"]
+    tile = launch.named["ROWS"] * width * first.element_size()
+    each, moved = tile // (WIDE * 32 * launch.named["num_warps"]), accesses(found.ptx)
+    where = f"{launch.kernel.__name__}: {dict(moved)}"
+    assert each >= 1 and moved["ld", WIDE] >= loads * each and moved["st", WIDE] >= stores * each, where
+    assert sum(number for (_, size), number in moved.items() if size < WIDE) <= few, where
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize(("width", "head_dim"), [(1024, 64), (1920, 120)])
-def test_small_operators(width: int, head_dim: int, capability: int) -> None:
-    for launch in small_launches(torch.bfloat16, width, head_dim):
-        found = compile_for(launch, capability)
-        assert found.stack == 0 and found.shared <= SHARED[80], (launch.kernel.__name__, found._replace(ptx=""))
+def hold(launches: Sequence[Launch], capability: int, tiles: dict[str, tuple[int, int]]) -> None:
+    """Each fits on all cards, and those that are named load and store so many tiles."""
+    assert {launch.kernel.__name__ for launch in launches} >= set(tiles)
+    for launch in launches:
+        found = fits(launch, capability, shared=SHARED["sm80"])
+        if capability == 90 and launch.kernel.__name__ in tiles:
+            moves(launch, found, *tiles[launch.kernel.__name__])
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "modulation"),
+    [
+        (80, BF16, 256, BF16),
+        (90, BF16, 1024, F32),
+        (90, BF16, 1920, BF16),
+        (90, F32, 1024, BF16),
+        (100, BF16, 2048, F32),
+    ],
+)
+def test_rows_of_channels(capability: int, dtype: torch.dtype, width: int, modulation: torch.dtype) -> None:
+    def made() -> list[torch.Tensor]:
+        # modulations as models hand them over: neighbours in one tensor
+        rows = [empty(2, 70, width, dtype=dtype, gradient=True) for _ in range(2)]
+        return rows + list(empty(2, 6, width, dtype=modulation, gradient=True).unbind(1)[2:5])
+
+    def norm() -> torch.Tensor:
+        x, _, _, scale, shift = made()
+        return ops.adaptive_layer_norm(x, scale, shift, backend="triton")
+
+    def residual() -> torch.Tensor:
+        x, y, gate, *_ = made()
+        return ops.gated_residual(x, y, gate, backend="triton")
+
+    hold(launches_of(norm, capability), capability, {"_norm_forward": (1, 1), "_norm_backward": (2, 1)})
+    hold(launches_of(residual, capability), capability, {"_gate_forward": (2, 1), "_gate_backward": (2, 1)})
+    both = launches_of(lambda: ops.gated_residual_norm(*made(), backend="triton"), capability)
+    hold(both, capability, {"_norm_forward": (2, 2), "_norm_backward": (4, 2)})
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "norm", "turn"),
+    [
+        (80, BF16, 64, True, True),
+        (90, BF16, 64, False, True),
+        (90, BF16, 104, True, False),
+        (90, BF16, 120, True, False),
+        (90, BF16, 128, True, True),
+        (90, F32, 104, True, False),
+        (90, F32, 64, True, True),
+        (100, BF16, 120, True, True),
+    ],
+)
+def test_heads(capability: int, dtype: torch.dtype, head_dim: int, norm: bool, turn: bool) -> None:
+    """Slices of one projection. With tables pairs are taken apart in registers. The rows of a head lie together in the
+    cache."""
+
+    def options() -> dict[str, Any]:
+        tables = tuple(empty(9, head_dim // 2, dtype=F32) for _ in range(2))
+        return {"log_scale": empty(6, dtype=F32) if norm else None, "rope": tables if turn else None}
+
+    def plain() -> Any:
+        q, k = empty(2, 9, 2, 6, head_dim, dtype=dtype, gradient=True).unbind(2)
+        return ops.qk_norm_rope(q, k, **options(), backend="triton")
+
+    def into_cache() -> torch.Tensor:
+        caches = empty(2, 2, 6, 20, head_dim, dtype=dtype).transpose(2, 3)
+        heads = empty(2, 9, 3, 6, head_dim, dtype=dtype).unbind(2)
+        return ops.qk_norm_rope_into_cache(*heads, *caches, 3, **options(), backend="triton")
+
+    hold(launches_of(plain, capability), capability, {"_forward": (2, 2), "_backward": (4, 2)})
+    hold(launches_of(into_cache, capability), capability, {"_forward": (3, 3)})
+
+
+def test_narrow_accesses_are_seen() -> None:
+    """Rows that do not begin at multiples of 16 bytes cannot be loaded so."""
+    with pytest.raises(AssertionError, match="_forward"):
+        test_heads(90, BF16, 12, True, False)
+
+
+@pytest.mark.parametrize(
+    ("capability", "channels", "dtype"), [(80, 160, BF16), (90, 640, BF16), (100, 160, BF16), (90, 320, F32)]
+)
+def test_group_norm(capability: int, channels: int, dtype: torch.dtype) -> None:
+    """The kernels over rows move memory; the others add up small sums."""
+
+    def call() -> torch.Tensor:
+        x, weight = empty(2, 4096, channels, dtype=dtype, gradient=True), empty(channels, dtype=F32, gradient=True)
+        return ops.group_norm_silu(x, weight, weight, groups=32, shift=weight, backend="triton")
+
+    launches = launches_of(call, capability)
+    rows = {"_moments", "_forward", "_gradient_sums", "_backward"}
+    assert rows <= {launch.kernel.__name__ for launch in launches}
+    for launch in launches:
+        found, name = fits(launch, capability), launch.kernel.__name__
+        if name in rows:
+            moved = accesses(found.ptx)
+            wide = sum(count for (_, size), count in moved.items() if size >= WIDE)
+            # narrow is only what there is one of for each channel
+            assert wide >= 4 and sum(moved.values()) - wide <= 6, (name, moved)
+            assert all(size >= WIDE for way, size in moved if name in ("_forward", "_backward") and way == "st"), moved
+
+
+def sampling(dtype: torch.dtype, size: int, capability: int, **options: Any) -> Launch:
+    def call() -> Any:
+        logits = empty(2, 3, size, dtype=dtype)
+        return ops.sample_tokens(
+            logits, unconditional=logits, guidance=1.5, seeds=empty(2, dtype=INT64), backend="triton", **options
+        )
+
+    (launch,) = launches_of(call, capability)
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("capability", "size", "dtype"),
+    [(80, 4096, F32), (90, 50, F32), (90, 4096, BF16), (90, 16384, F32), (80, 32768, F32), (100, 32768, F32)],
+)
+def test_sampled_tokens(capability: int, size: int, dtype: torch.dtype) -> None:
+    """Rows of logits stay in registers: a block shares sums of warps. Both halves of a row are loaded, then a block
+    again."""
+    launch = sampling(dtype, size, capability, temperature=0.9, top_k=30, top_p=0.96, position=5, log_probs=True)
+    found = fits(launch, capability, stack=400 if size > 16384 else 0, shared=4096)
+    if capability == 90 and size >= 4096:
+        moved, element = accesses(found.ptx), 4 if dtype == F32 else 2
+        assert moved["ld", WIDE] >= 2 * size * element // (WIDE * 32 * launch.named["num_warps"]), moved
+        assert sum(moved.values()) - moved["ld", WIDE] <= 6, moved
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_guidance_is_rounded_as_on_a_cpu(dtype: torch.dtype) -> None:
+    """No multiplication is fused with an addition, where nothing else would be."""
+    assert "fma." not in compile_for(sampling(dtype, 1000, 90, position=5), 90).ptx
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+def test_sampled_bits_and_masks(capability: int) -> None:
+    def call() -> Any:
+        logits, mask = empty(2, 40, 32, dtype=F32), empty(2, 16, 16, dtype=F32)
+        ops.propagate_mask(mask, VAR_256, footprint="support", soft=True, backend="triton")
+        ops.propagate_mask(mask > 0, VAR_256, backend="triton")
+        options: dict[str, Any] = {"guidance": 3.0, "temperature": 0.5, "top_p": 0.97, "position": 5, "log_probs": True}
+        return ops.sample_bits(logits, unconditional=logits, seeds=empty(2, dtype=INT64), **options, backend="triton")
+
+    launches = launches_of(call, capability)
+    assert len(launches) == 3
+    for launch in launches:
+        fits(launch, capability, shared=4096)
+
+
+ANY_CARD = 99 * 1024  # bytes that a block may have on any card from compute capability 8.0 on
+
+
+def over_logits(
+    capability: int,
+    size: int = 4096,
+    *,
+    dtype: torch.dtype = BF16,
+    head: torch.dtype | None = None,
+    bits: bool = False,
+    logits: bool = False,
+    policy: bool = True,
+    scales: tuple[int, ...] = (1, 2),
+) -> list[tuple[Launch, bool]]:
+    """The kernels over logits for the tokens of a sample: of log-probabilities and their gradients, of the losses, all
+    but the last also with a reference for an exact KL, and whether it is one of these."""
+    schedule = ScaleSchedule(scales)
+    rows = (1, schedule.num_tokens)
+
+    def problem() -> list[torch.Tensor | None]:
+        hidden = empty(*rows, size if logits else 1024, dtype=dtype, gradient=True)
+        made = [(size, 1024), (size,)]
+        rest = [None if logits else empty(*shape, dtype=head or dtype, gradient=True) for shape in made]
+        return [hidden, *rest, empty(*rows, size, dtype=torch.bool) if bits else empty(*rows, dtype=INT64)]
+
+    def scored(kl: bool) -> Any:
+        own = problem()
+        found = ops.token_log_probs(*own, reference_head=tuple(own[:3]) if kl else None, backend="triton")
+        return [found.log_probs, found.kl]
+
+    def loss(kl: bool) -> Any:
+        own, values = problem(), empty(*rows, dtype=F32)
+        options: dict[str, Any] = {"reference_log_probs": values, "kl_weight": 0.1}
+        if kl:
+            options = {
+                "reference_head": tuple(own[:3]),
+                "kl_weight": 0.1,
+                "kl_estimator": "exact",
+                "entropy_weight": 0.1,
+            }
+        options |= {"advantages": values[:, 0], "old_log_probs": values, "panw_alpha": 0.6}
+        options |= {"panw_normalisation": "per_scale"}
+        return ops.policy_loss(*own, None, schedule, **options, backend="triton")
+
+    calls = [(scored, kl) for kl in (False, True)] + [(loss, kl) for kl in (False, True) if policy]
+    launches = [(each, kl) for call, kl in calls for each in launches_of(lambda call=call, kl=kl: call(kl), capability)]
+    entropy = launches_of(lambda: ops.cross_entropy(*problem(), label_smoothing=0.1, backend="triton"), capability)
+    launches = [(each, kl) for each, kl in [*launches, *((each, False) for each in entropy)]]
+    found = [(each, kl) for each, kl in launches if each.kernel.__name__ in ("_tokens", "_bits")]
+    assert len(found) == 5 + 2 * policy
+    return found
+
+
+def orders(found: Compiled) -> set[str]:
+    """How the tiles that are summed lie over the threads."""
+    named = dict(re.findall(r"^(#\w+) = (#ttg.*)$", found.ttgir, re.MULTILINE))
+    tiles = re.findall(r"tensor<(\d+x\d+)xf32, (#\w+)>\) -> tensor", found.ttgir)
+    return {f"{shape} {named[layout]}" for shape, layout in tiles}
+
+
+@pytest.mark.parametrize(("capability", "size"), [(90, 2000), (80, 4096), (90, 16384), (100, 16384), (80, 32768)])
+def test_rows_of_logits(capability: int, size: int) -> None:
+    """Logits and slopes in accesses of 16 bytes, and sums that training adds up as scoring does."""
+    seen = set()
+    for launch, kl in over_logits(capability, size):
+        # rows of 16384 logits that hold the reference's as well: their 512 threads have 128 registers each
+        found = fits(launch, capability, stack=16 if kl and size == 16384 else 0, shared=ANY_CARD)
+        assert "ld.global.v4.b32" in found.ptx and "st.global.v4.b32" in found.ptx
+        # but for the bias of the token itself, in each row of a program
+        assert len(re.findall(r"(ld|st)\.global\.[\w:.]*b(8|16)\b", found.ptx)) <= max(4096 // size, 1)
+        seen |= orders(found)
+    alone, _ = over_logits(capability, size, scales=(1,))[0]  # a token is scored alone as beside others
+    assert len(seen | orders(compile_for(alone, capability))) == 1, seen
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "float16": {"dtype": F16, "policy": False},  # which takes two passes
+    "float32": {"dtype": F32},
+    "float32 head": {"head": F32},
+    "bits": {"size": 32, "bits": True},
+    "logits": {"logits": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_other_kinds_of_logits(case: str) -> None:
+    launches = over_logits(90, **CASES[case])
+    seen = set().union(*(orders(fits(launch, 90, shared=ANY_CARD)) for launch, _ in launches))
+    assert len(seen) == 1, seen
+
+
+@pytest.mark.parametrize(("capability", "level"), [(80, "scale"), (90, "token"), (100, "scale")])
+def test_policy_loss(capability: int, level: str) -> None:
+    def call() -> Any:
+        logits = empty(8, VAR_256.num_tokens, 64, gradient=True)
+        values, tokens = empty(8, VAR_256.num_tokens, dtype=F32), empty(8, VAR_256.num_tokens, dtype=INT64)
+        return ops.policy_loss(
+            logits, None, None, tokens, None, VAR_256, advantages=values[:, 0], old_log_probs=values,
+            reference_log_probs=values, token_mask=values, first_scale=1, panw_alpha=0.6,
+            panw_normalisation="per_scale", ratio_level=level, kl_weight=0.1, entropy_weight=0.1, backend="triton",
+        )  # fmt: skip
+
+    launches = launches_of(call, capability)
+    assert len(launches) >= (4 if level == "token" else 5)
+    for launch in launches:
+        fits(launch, capability, shared=ANY_CARD)
+
+
+@pytest.mark.parametrize(("capability", "channels"), [(80, 8), (90, 3), (90, 64), (100, 32)])
+def test_quantiser(capability: int, channels: int) -> None:
+    """At the coarsest grid, one between, and the finest, whose rows are few and many. Products are in float32, not in
+    TF32."""
+
+    def call() -> Any:
+        features, codebook = empty(2, channels, 16, 16, dtype=F32), empty(4096, channels, dtype=F32)
+        return ops.residual_quantize(features, codebook, ScaleSchedule((1, (5, 7), 16)), backend="triton")
+
+    launches = launches_of(call, capability)
+    assert {launch.kernel.__name__ for launch in launches} == {"_bin_means", "_nearest_codes", "_upsample"}
+    for launch in launches:
+        most = 80 if channels == 64 and launch.kernel.__name__ == "_bin_means" else 0  # of the coarsest grid
+        found = fits(launch, capability, stack=most, shared=SHARED["sm80"])
+        assert "tf32" not in found.ptx
+        assert launch.kernel.__name__ != "_nearest_codes" or "fma.rn.f32" in found.ptx

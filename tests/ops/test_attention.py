@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -104,17 +105,16 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param).split(",")[0]
 
 
-@pytest.mark.parametrize("block_diagonal", [False, True])
 @pytest.mark.parametrize("name", PREFIXES)
-@pytest.mark.parametrize("schedule", [SQUARES, RECTANGLES, ScaleSchedule((1,))], ids=str)
-def test_definition(schedule: ScaleSchedule, name: str, block_diagonal: bool, backend: str) -> None:
-    batch, prefix = PREFIXES[name]
-    arguments: dict[str, Any] = {"prefix": prefix, "block_diagonal": block_diagonal}
-    q, k, v = projections(batch, schedule.num_tokens)
-    for softmax_scale in (None, 0.25 / DIM**0.5, 1.0):
-        got = block_causal_attention(q, k, v, schedule, softmax_scale=softmax_scale, backend=backend, **arguments)
-        expected = dense(q, k, v, schedule, softmax_scale=softmax_scale, **arguments)
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+def test_definition(name: str, backend: str) -> None:
+    for schedule, block_diagonal in product((SQUARES, RECTANGLES, ScaleSchedule((1,))), (False, True)):
+        batch, prefix = PREFIXES[name]
+        arguments: dict[str, Any] = {"prefix": prefix, "block_diagonal": block_diagonal}
+        q, k, v = projections(batch, schedule.num_tokens)
+        for softmax_scale in (None, 0.25 / DIM**0.5, 1.0):
+            got = block_causal_attention(q, k, v, schedule, softmax_scale=softmax_scale, backend=backend, **arguments)
+            expected = dense(q, k, v, schedule, softmax_scale=softmax_scale, **arguments)
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", PREFIXES)
@@ -138,21 +138,21 @@ def test_gradients(name: str, backend: str) -> None:
 ORDERS = {"heads first": (0, 2, 1, 3), "heads last": (0, 1, 3, 2), "all turned": (3, 2, 1, 0)}
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", PREFIXES)
-def test_layouts(name: str, order: str, backend: str) -> None:
+def test_layouts(name: str, backend: str) -> None:
     """As with contiguous tensors; gradients are contiguous."""
-    batch, prefix = PREFIXES[name]
-    back = tuple(sorted(range(4), key=ORDERS[order].__getitem__))
-    plain = [x.contiguous() for x in projections(batch, SQUARES.num_tokens)]
-    turned = [x.permute(ORDERS[order]).contiguous().permute(back).requires_grad_() for x in plain]
-    assert not turned[0].is_contiguous()
-    got = block_causal_attention(*turned, SQUARES, prefix=prefix, backend=backend)
-    torch.testing.assert_close(got, dense(*plain, SQUARES, prefix=prefix), rtol=1e-10, atol=1e-10)
-    assert all(gradient.is_contiguous() for gradient in torch.autograd.grad(got.sum(), turned))
-    got = cached_attention(*(x.detach() for x in turned), prefix=prefix, backend=backend)
-    expected = dense(*plain, ScaleSchedule(((1, SQUARES.num_tokens),)), prefix=prefix)
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    for order in ORDERS.values():
+        batch, prefix = PREFIXES[name]
+        back = tuple(sorted(range(4), key=order.__getitem__))
+        plain = [x.contiguous() for x in projections(batch, SQUARES.num_tokens)]
+        turned = [x.permute(order).contiguous().permute(back).requires_grad_() for x in plain]
+        assert not turned[0].is_contiguous()
+        got = block_causal_attention(*turned, SQUARES, prefix=prefix, backend=backend)
+        torch.testing.assert_close(got, dense(*plain, SQUARES, prefix=prefix), rtol=1e-10, atol=1e-10)
+        assert all(gradient.is_contiguous() for gradient in torch.autograd.grad(got.sum(), turned))
+        got = cached_attention(*(x.detach() for x in turned), prefix=prefix, backend=backend)
+        expected = dense(*plain, ScaleSchedule(((1, SQUARES.num_tokens),)), prefix=prefix)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("alone", [1, 2])
@@ -209,26 +209,26 @@ def test_cached_accuracy(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", PREFIXES)
-@pytest.mark.parametrize("forked", [None, 0, 1])
-def test_cached_scale_by_scale(name: str, forked: int | None, backend: str) -> None:
+def test_cached_scale_by_scale(name: str, backend: str) -> None:
     """Sampling against the whole sequence at once; after scale `forked` the rows go on from a shared trunk."""
-    batch, prefix = PREFIXES[name]
-    q, k, v = projections(batch, RECTANGLES.num_tokens)
-    split = 0 if forked is None else RECTANGLES.ends[forked]
-    if split:
-        # all rows agree up to the split, so that one trunk serves them all
-        q, k, v = (torch.cat([x[:1, :split].expand(batch, -1, -1, -1), x[:, split:]], 1) for x in (q, k, v))
-    whole = block_causal_attention(q, k, v, RECTANGLES, prefix=prefix)
-    cache = torch.full((2, batch, 99, HEADS, DIM), torch.nan, dtype=q.dtype)
-    trunk = PrefixKV(k[:1, :split], v[:1, :split]) if split else None
-    for start, end in zip(RECTANGLES.starts, RECTANGLES.ends, strict=True):
-        if start < split:
-            continue
-        cache[0, :, start - split : end - split] = k[:, start:end]
-        cache[1, :, start - split : end - split] = v[:, start:end]
-        keys, values = cache[:, :, : end - split]
-        got = cached_attention(q[:, start:end], keys, values, prefix=prefix, trunk=trunk, backend=backend)
-        torch.testing.assert_close(got, whole[:, start:end], rtol=1e-10, atol=1e-10)
+    for forked in (None, 0, 1):
+        batch, prefix = PREFIXES[name]
+        q, k, v = projections(batch, RECTANGLES.num_tokens)
+        split = 0 if forked is None else RECTANGLES.ends[forked]
+        if split:
+            # all rows agree up to the split, so that one trunk serves them all
+            q, k, v = (torch.cat([x[:1, :split].expand(batch, -1, -1, -1), x[:, split:]], 1) for x in (q, k, v))
+        whole = block_causal_attention(q, k, v, RECTANGLES, prefix=prefix)
+        cache = torch.full((2, batch, 99, HEADS, DIM), torch.nan, dtype=q.dtype)
+        trunk = PrefixKV(k[:1, :split], v[:1, :split]) if split else None
+        for start, end in zip(RECTANGLES.starts, RECTANGLES.ends, strict=True):
+            if start < split:
+                continue
+            cache[0, :, start - split : end - split] = k[:, start:end]
+            cache[1, :, start - split : end - split] = v[:, start:end]
+            keys, values = cache[:, :, : end - split]
+            got = cached_attention(q[:, start:end], keys, values, prefix=prefix, trunk=trunk, backend=backend)
+            torch.testing.assert_close(got, whole[:, start:end], rtol=1e-10, atol=1e-10)
 
 
 def test_cached_softmax_scale() -> None:

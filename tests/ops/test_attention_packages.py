@@ -225,8 +225,7 @@ def backend(module: Any) -> str:
     return str(module.__name__.partition("impl_")[2])
 
 
-@pytest.mark.parametrize("layout", ["slices", "heads last"])
-@pytest.mark.parametrize("block_diagonal", [False, True])
+@pytest.mark.parametrize(("block_diagonal", "layout"), [(False, "slices"), (True, "heads last")])
 @pytest.mark.parametrize("name", PREFIXES)
 def test_as_the_reference(
     module: Any, name: str, block_diagonal: bool, layout: str, request: pytest.FixtureRequest

@@ -39,27 +39,26 @@ def interval(i: int, coarse: int, fine: int, footprint: str) -> list[int]:
 
 
 @pytest.mark.parametrize("footprint", ["area", "support"])
-@pytest.mark.parametrize("name", list(PRESETS))
-def test_definition(name: str, footprint: str) -> None:
+def test_definition(footprint: str) -> None:
     """Forty tokens of every preset, in two masks: a thin one and a thick one."""
-    schedule = PRESETS[name]
-    height, width = schedule.finest
-    draw = random.Random(name)
-    numbers = noise(2, height, width, dtype=torch.float64)
-    mask = torch.stack([numbers[0] > 2.5, numbers[1] > 0])
-    hard = torch.stack([propagate_mask(mask, schedule, footprint=footprint, backend=b) for b in ON_CPU])
-    soft = torch.stack([propagate_mask(mask, schedule, footprint=footprint, soft=True, backend=b) for b in ON_CPU])
-    assert hard.dtype == torch.bool and soft.dtype == torch.float32
-    assert hard.shape == soft.shape == (len(ON_CPU), 2, schedule.num_tokens)
-    for token in {0, schedule.num_tokens - 1, *draw.choices(range(schedule.num_tokens), k=40)}:
-        k = schedule.scale_of_token[token]
-        i, j = divmod(token - schedule.starts[k], schedule[k][1])
-        rows = interval(i, schedule[k][0], height, footprint)
-        columns = interval(j, schedule[k][1], width, footprint)
-        covered = mask[:, rows][:, :, columns].double().mean((1, 2))
-        for i, backend in enumerate(ON_CPU):
-            assert torch.equal(hard[i, :, token], covered > 0), backend
-            torch.testing.assert_close(soft[i, :, token].double(), covered, rtol=1e-6, atol=0)
+    for name, schedule in PRESETS.items():
+        height, width = schedule.finest
+        draw = random.Random(name)
+        numbers = noise(2, height, width, dtype=torch.float64)
+        mask = torch.stack([numbers[0] > 2.5, numbers[1] > 0])
+        hard = torch.stack([propagate_mask(mask, schedule, footprint=footprint, backend=b) for b in ON_CPU])
+        soft = torch.stack([propagate_mask(mask, schedule, footprint=footprint, soft=True, backend=b) for b in ON_CPU])
+        assert hard.dtype == torch.bool and soft.dtype == torch.float32
+        assert hard.shape == soft.shape == (len(ON_CPU), 2, schedule.num_tokens)
+        for token in {0, schedule.num_tokens - 1, *draw.choices(range(schedule.num_tokens), k=40)}:
+            k = schedule.scale_of_token[token]
+            i, j = divmod(token - schedule.starts[k], schedule[k][1])
+            rows = interval(i, schedule[k][0], height, footprint)
+            columns = interval(j, schedule[k][1], width, footprint)
+            covered = mask[:, rows][:, :, columns].double().mean((1, 2))
+            for i, backend in enumerate(ON_CPU):
+                assert torch.equal(hard[i, :, token], covered > 0), backend
+                torch.testing.assert_close(soft[i, :, token].double(), covered, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("backend", ON_CPU)

@@ -5,6 +5,8 @@ Memory of a block is full of NaN before; a missing sync shows as a result that d
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from replay import replayed
@@ -59,19 +61,17 @@ CASES = [(RECTANGLES, 12, 50, 2), (RECTANGLES, 3, 5, 0), (UNEVEN, 16, 1029, 3), 
 
 
 @pytest.mark.parametrize("znorm", [False, True])
-@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
 @pytest.mark.parametrize(("schedule", "channels", "size", "convs"), CASES)
-def test_all_scales(
-    schedule: ScaleSchedule, channels: int, size: int, convs: int, launch: dict[str, int], znorm: bool
-) -> None:
-    features, codebook = noise(2, channels, *schedule.finest), noise(size, channels, seed=1)
-    phi = make_phi(channels, len(schedule), convs) if convs else None
-    tokens, feature_map, inputs, usage = quantize(features, codebook, schedule, phi, znorm, **launch)
-    assert torch.equal(usage, tokens.flatten().bincount(minlength=size))
-    excess, rounding, exact_map, exact_inputs = replayed(tokens, features, codebook, schedule, phi, znorm)
-    assert bool((excess <= 8 * rounding).all()), float((excess / rounding).max())
-    torch.testing.assert_close(feature_map, exact_map.float(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(inputs, exact_inputs.float(), rtol=1e-5, atol=1e-5)
+def test_all_scales(schedule: ScaleSchedule, channels: int, size: int, convs: int, znorm: bool) -> None:
+    for launch in LAUNCHES:
+        features, codebook = noise(2, channels, *schedule.finest), noise(size, channels, seed=1)
+        phi = make_phi(channels, len(schedule), convs) if convs else None
+        tokens, feature_map, inputs, usage = quantize(features, codebook, schedule, phi, znorm, **launch)
+        assert torch.equal(usage, tokens.flatten().bincount(minlength=size))
+        excess, rounding, exact_map, exact_inputs = replayed(tokens, features, codebook, schedule, phi, znorm)
+        assert bool((excess <= 8 * rounding).all()), float((excess / rounding).max())
+        torch.testing.assert_close(feature_map, exact_map.float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(inputs, exact_inputs.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("parts", range(2, 9))
@@ -147,16 +147,16 @@ def nearest(rows: torch.Tensor, codebook: torch.Tensor, znorm: bool) -> torch.Te
 
 
 @pytest.mark.parametrize("znorm", [False, True])
-@pytest.mark.parametrize("scale", [1e-3, 1, 1e6])
-@pytest.mark.parametrize("spread", [1e-4, 1e-2, 1])  # of the codes about some points: most are alike in bfloat16
 @pytest.mark.parametrize(("channels", "size"), [(32, 500), (5, 777), (40, 96), (1, 33)])
-def test_the_screen_changes_nothing(channels: int, size: int, spread: float, scale: float, znorm: bool) -> None:
-    points, features = noise(9, channels), scale * noise(2, channels, 6, 7, seed=1)
-    codebook = scale * (points[torch.arange(size) % 9] + spread * noise(size, channels, seed=2))
-    expected = nearest(features.flatten(2).mT.flatten(0, 1), codebook, znorm).view(2, -1)
-    for launch in ({"members": 3}, {"members": 2, "parts": 4}, {"members": 5, "rows": 16, "lines": 3}):
-        found = quantize(features, codebook, ScaleSchedule(((6, 7),)), None, znorm, **launch)
-        assert torch.equal(found.tokens, expected)
+def test_the_screen_changes_nothing(channels: int, size: int, znorm: bool) -> None:
+    # the spread of the codes about some points: most are alike in bfloat16
+    for scale, spread in product((1e-3, 1, 1e6), (1e-4, 1e-2, 1)):
+        points, features = noise(9, channels), scale * noise(2, channels, 6, 7, seed=1)
+        codebook = scale * (points[torch.arange(size) % 9] + spread * noise(size, channels, seed=2))
+        expected = nearest(features.flatten(2).mT.flatten(0, 1), codebook, znorm).view(2, -1)
+        for launch in ({"members": 3}, {"members": 2, "parts": 4}, {"members": 5, "rows": 16, "lines": 3}):
+            found = quantize(features, codebook, ScaleSchedule(((6, 7),)), None, znorm, **launch)
+            assert torch.equal(found.tokens, expected)
 
 
 DEGENERATE = [  # schedule, batch, channels, codes
@@ -196,32 +196,32 @@ def test_rows_of_nothing() -> None:
 
 @pytest.mark.parametrize("with_phi", [False, True])
 @pytest.mark.parametrize(("members", "filters", "lines"), [(1, 16, 5), (7, 8, 2), (33, 4, 3), (16, 8, 16)])
-@pytest.mark.parametrize("scale", [0, 1, 2, 3])
-def test_steps(scale: int, members: int, filters: int, lines: int, with_phi: bool) -> None:
-    schedule, channels = RECTANGLES, 12
-    phi = make_phi(channels, len(schedule), len(schedule)) if with_phi else None
-    feature_map, codebook = noise(3, channels, 5, 7), noise(9, channels, seed=1)
-    tokens = torch.arange(3 * schedule.lengths[scale]).view(3, -1) % 9
-    accumulated = torch.full_like(feature_map, torch.nan)
-    following = schedule[scale + 1] if scale < 3 else (0, 0)
-    inputs = torch.full((3, following[0] * following[1], channels), torch.nan)
-    convs = (None, None, 0.0)
-    if phi is not None:
-        convs = (phi.weight[phi.index[scale]], phi.bias[phi.index[scale]], phi.ratio)
-    torch.ops.fastvar_cpu.accumulate_scale_by_teams(
-        feature_map,
-        tokens,
-        codebook,
-        *convs,
-        *schedule[scale],
-        *following,
-        members,
-        filters,
-        lines,
-        accumulated,
-        inputs,
-    )
-    expected = accumulate_scale(tokens, feature_map.double(), codebook.double(), schedule, scale, phi=phi)
-    torch.testing.assert_close(accumulated, expected.feature_map.float(), rtol=1e-5, atol=1e-5)
-    if expected.next_input is not None:
-        torch.testing.assert_close(inputs, expected.next_input.float(), rtol=1e-5, atol=1e-5)
+def test_steps(members: int, filters: int, lines: int, with_phi: bool) -> None:
+    for scale in range(4):
+        schedule, channels = RECTANGLES, 12
+        phi = make_phi(channels, len(schedule), len(schedule)) if with_phi else None
+        feature_map, codebook = noise(3, channels, 5, 7), noise(9, channels, seed=1)
+        tokens = torch.arange(3 * schedule.lengths[scale]).view(3, -1) % 9
+        accumulated = torch.full_like(feature_map, torch.nan)
+        following = schedule[scale + 1] if scale < 3 else (0, 0)
+        inputs = torch.full((3, following[0] * following[1], channels), torch.nan)
+        convs = (None, None, 0.0)
+        if phi is not None:
+            convs = (phi.weight[phi.index[scale]], phi.bias[phi.index[scale]], phi.ratio)
+        torch.ops.fastvar_cpu.accumulate_scale_by_teams(
+            feature_map,
+            tokens,
+            codebook,
+            *convs,
+            *schedule[scale],
+            *following,
+            members,
+            filters,
+            lines,
+            accumulated,
+            inputs,
+        )
+        expected = accumulate_scale(tokens, feature_map.double(), codebook.double(), schedule, scale, phi=phi)
+        torch.testing.assert_close(accumulated, expected.feature_map.float(), rtol=1e-5, atol=1e-5)
+        if expected.next_input is not None:
+            torch.testing.assert_close(inputs, expected.next_input.float(), rtol=1e-5, atol=1e-5)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from fastvar.kernels.block_causal_attention.tiles import BACKWARD_KV, BACKWARD_PREFIX, BACKWARD_Q, FORWARD
+from fastvar.kernels.cached_attention.tiles import PART
 from fastvar.kernels.common.tiling import NO_CARD, SHARED, Card, Row, Table, card, family_of
 
 from fastvar.tuning import load_tables
@@ -72,3 +74,12 @@ def test_every_table_has_a_tile_for_every_card(name: str) -> None:
     for row in table.rows:
         assert row.family in (None, *SHARED) and (row.family is None or row.source or row.most), row
         assert row.tile.get("num_warps", 4) in (1, 2, 4, 8, 16, 32) and 1 <= row.tile.get("num_stages", 1) <= 8, row
+
+
+def test_attention_has_tiles_for_every_card() -> None:
+    """For head dimensions up to 256."""
+    sizes = product(CARDS, (FORWARD, BACKWARD_Q, BACKWARD_KV, BACKWARD_PREFIX, PART), (16, 32), (8, 64, 80, 192, 256))
+    for here, table, bits, head_dim in sizes:
+        for size in (1, 680, 10521):
+            key = {"bits": bits, "head_dim": head_dim, "queries" if table is PART else "length": size}
+            assert table.choose(here, **key)["BLOCK_M"] >= 16

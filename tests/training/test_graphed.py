@@ -1,4 +1,4 @@
-"""Micro-batches of training by graphs, with a stand-in for CUDA's, see tests/models/tape.py: as without, bit by bit."""
+"""Micro-batches of training by graphs, with the stand-in for CUDA's of tape.py: as without, bit by bit."""
 
 from __future__ import annotations
 

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).resolve().parents[1]
-FILES = sorted(path.name for path in (TESTS / "interpreted").glob("test_*.py"))
+HERE = Path(__file__).resolve().parent
+FILES = sorted(path.name for path in HERE.glob("test_*.py") if path.name != Path(__file__).name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_kernels_in_the_interpreter(file: str) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", str(TESTS / "interpreted" / file), "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(HERE / file), "-q", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parents[1], env=environment)
     assert done.returncode == 0, done.stdout[-5000:]
     print(done.stdout.splitlines()[-1])
