@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.cases import OURS, PASSES, setting_name
 from benchmarks.records import ROOT, read
@@ -65,33 +65,41 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One line for each suite: in how many of its passes a rival is faster, and the fastest rival's time over ours
-    where it is worst for us and where it is best, with our time and memory; forward passes on a GPU as calls and as
-    graphs."""
-    head = ["operator or job", "passes", "slower in", "at worst", "where", "at best", "where"]
+    """One line for each suite: in how many of its passes ours is faster than every rival, even with the fastest one
+    (the interval of the ratio contains 1) or slower, and the least and largest ratio of the fastest rival's time to
+    ours; forward passes on a GPU count as calls and as graphs, the worse of which decides."""
+    head = ["operator or job", "faster", "even", "slower", "fastest rival's time over ours"]
     parts = [_line(head), "|" + " --- |" * len(head)]
     for suite in dict.fromkeys(row["suite"] for row in rows):
-        own = [row for row in rows if row["suite"] == suite]
-        each = [_standings(row, own) for row in own]
-        slower = sum(any(ratio < 1 for ratio, _ in found) for found in each)
-        found = [standing for standings in each for standing in standings]
-        cells = [f"{ratio:.2f}x | {where}" for ratio, where in (min(found), max(found))] if found else ["- | "] * 2
-        parts.append(_line([suite, str(len(own)), str(slower) if found else "-", *cells]))
+        each = [found for row in rows if row["suite"] == suite and (found := _standings(row))]
+        slower = sum(any(standing.high < 1 for standing in found) for found in each)
+        faster = sum(all(standing.low > 1 for standing in found) for found in each)
+        ratios = [standing.ratio for found in each for standing in found]
+        ends = dict.fromkeys(f"{end(ratios):.2f}x" for end in (min, max) if ratios)
+        counts = (faster, len(each) - faster - slower, slower)
+        parts.append(_line([suite, *map(str, counts), " to ".join(ends) or "no rival"]))
     return "\n".join(parts) + "\n"
 
 
-def _standings(row: Row, suite: Sequence[Row]) -> list[tuple[float, str]]:
-    """The fastest rival's time over ours, and where that is; of calls and, where both have them, of graphs."""
+class Standing(NamedTuple):
+    """The fastest rival's time over ours, and the interval of that."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+def _standings(row: Row) -> list[Standing]:
+    """Of calls and, where both have them, of graphs."""
     rivals, ours, found = rivals_of(row), row["contenders"][OURS], []
     if rivals:
-        name = min(rivals, key=lambda name: row["ratios"][name]["median"])
-        words = [f"{_title(row, suite)}: {_time(ours['seconds']['median'])}", *_memory(ours)]
-        where = ", ".join([*words, f"against {name}", *_memory(rivals[name])])
-        found.append((row["ratios"][name]["median"], where))
-    graphs = {name: c["graph_seconds"]["median"] for name, c in rivals.items() if "graph_seconds" in c}
+        ratio = min((row["ratios"][name] for name in rivals), key=lambda ratio: ratio["median"])
+        found.append(Standing(ratio["median"], ratio["low"], ratio["high"]))
+    graphs = [contender["graph_seconds"] for contender in rivals.values() if "graph_seconds" in contender]
     if graphs and "graph_seconds" in ours:
-        name, own = min(graphs, key=lambda name: graphs[name]), ours["graph_seconds"]["median"]
-        found.append((graphs[name] / own, f"{_title(row, suite)}: {_time(own)} as a graph, against {name}"))
+        theirs, own = min(graphs, key=lambda seconds: seconds["median"]), ours["graph_seconds"]
+        ratios = (theirs["median"] / own["median"], theirs["low"] / own["high"], theirs["high"] / own["low"])
+        found.append(Standing(*ratios))
     return found
 
 

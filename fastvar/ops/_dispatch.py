@@ -328,9 +328,12 @@ class SupportMatrix:
     rows: tuple[tuple[str, str, str, str], ...]
 
     def markdown(self) -> str:
-        """The table that the README shows."""
-        rows = (_COLUMNS, ("---",) * len(_COLUMNS), *self.rows)
-        return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        """The table that the README shows: a line for each operator, and where each implementation was tested."""
+        cells: dict[str, list[str]] = {}
+        for op, backend, _, tested in self.rows:
+            cells.setdefault(op, []).append(f"{backend} ({tested})")
+        lines = (f"| {op} | {', '.join(found)} |\n" for op, found in cells.items())
+        return "| operator | implementations, tested on |\n| --- | --- |\n" + "".join(lines)
 
     def __str__(self) -> str:
         rows = (_COLUMNS, *self.rows)
