@@ -1,4 +1,4 @@
-"""Multi-scale residual quantisation and its single step in C++, for CPUs: csrc/residual_quantize.cpp."""
+"""Multi-scale residual quantisation and its single step in C++, for CPUs: csrc/residual_quantize."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from fastvar.schedule import ScaleSchedule
 
 # Search in bfloat16 first, where the processor multiplies them, and decide among the codes that this leaves in float32:
-# the tokens are the same. Floats of a vector, 0 for the widest there is.
+# the tokens are the same.
 SCREEN = True
-LANES = 0
 
 
 def forward(
@@ -36,7 +35,7 @@ def forward(
         return tokens.zero_(), feature_map, inputs, usage
     torch.ops.fastvar_cpu.residual_quantize.default(
         _float32(features), _float32(codebook), _float32(phi_weight), _float32(phi_bias), phi_ratio, phi_index,
-        schedule.flat, znorm, SCREEN, LANES, tokens, feature_map, inputs, usage,
+        schedule.flat, znorm, SCREEN, tokens, feature_map, inputs, usage,
     )  # fmt: skip
     return tokens, feature_map, inputs, usage
 
@@ -60,7 +59,7 @@ def accumulate_scale(
     if accumulated.numel():
         torch.ops.fastvar_cpu.accumulate_scale.default(
             _float32(feature_map), tokens.to(torch.int64).contiguous(), _float32(codebook), _float32(phi_weight),
-            _float32(phi_bias), phi_ratio, height, width, next_height, next_width, LANES, accumulated, inputs,
+            _float32(phi_bias), phi_ratio, height, width, next_height, next_width, accumulated, inputs,
         )  # fmt: skip
     return accumulated, inputs
 
@@ -89,7 +88,7 @@ def accumulate_scale_backward(
         grids = [height, width, next_height, next_width, *feature_map.shape[-2:]]
         torch.ops.fastvar_cpu.accumulate_scale_backward.default(
             _float32(grads[0]), _float32(grads[1]), tokens.to(torch.int64).contiguous(), _float32(codebook),
-            _float32(phi_weight), _float32(phi_bias), phi_ratio, grids, LANES, found[0], *found[2:],
+            _float32(phi_weight), _float32(phi_bias), phi_ratio, grids, found[0], *found[2:],
         )  # fmt: skip
     else:
         found = [None if g is None else g.zero_() for g in found]
