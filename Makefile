@@ -40,4 +40,4 @@ wheel: $(VENV)/installed
 	$(VENV)/bin/python tests/inspect_wheel.py dist/*.whl
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastvar/_cpu.abi3.so fastvar/_cuda.abi3.so fastvar/_build.json
+	rm -rf $(VENV) build dist *.egg-info fastvar/_*.abi3.so fastvar/_build.json

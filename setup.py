@@ -49,8 +49,8 @@ class BuildPython(build_py):
         super().run()
         package = PACKAGE if self.editable_mode else Path(self.build_lib) / "fastvar"
         if not self.editable_mode:  # what an earlier build left there is not of these sources, or not wished for
-            for name in (build.RECORD, *map(build.file_name, build.TARGETS)):
-                (package / name).unlink(missing_ok=True)
+            for path in (package / build.RECORD, *package.glob("_*.abi3.so")):
+                path.unlink(missing_ok=True)
         reasons = dict(REASONS)
         for target in TARGETS:
             try:

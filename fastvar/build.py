@@ -42,6 +42,13 @@ _CPP = (
     "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-Wall",
     "-Wno-unknown-pragmas",
 )  # fmt: skip
+# Libraries for CPUs: one for any, and beside it one for each capability as PyTorch names it.
+LEVELS: dict[str, tuple[str, ...]] = {"": ()}
+if platform.machine() == "x86_64":
+    LEVELS["avx2"] = ("-mavx2", "-mfma")
+    LEVELS["avx512"] = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+# What is written with vectors. The rest is the same in all of them: masks take longer with AVX-512.
+_WIDE = ("residual_quantize", "accumulate_scale", "bitwise_residual_quantize", "accumulate_bits")
 _CUDA = ("--fmad=false", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off")
 _SPILLS = ("-Xptxas=--warn-on-spills,--warn-on-local-memory-usage",)
 
@@ -59,9 +66,15 @@ class Torch:
     has_cuda: bool
 
 
-def file_name(target: str) -> str:
+def file_name(target: str, level: str = "") -> str:
     """The library's name for "cpu" or "cuda"."""
-    return f"_{target}.abi3.so"
+    return f"_{target}_{level}.abi3.so" if level else f"_{target}.abi3.so"
+
+
+def for_processor(library: Path, capability: str) -> Path:
+    """The library beside this one that was built for what PyTorch says of the processor, or else this one."""
+    own = library.with_name(library.name.replace(".", f"_{capability.lower()}.", 1))
+    return own if own.is_file() else library
 
 
 def source_folder() -> Path:
@@ -71,7 +84,7 @@ def source_folder() -> Path:
         BuildError: it is in neither place.
     """
     for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
-        if (folder / "common.h").is_file():
+        if (folder / "common/common.h").is_file():
             return folder
     raise BuildError(f"no sources: expected them in {PACKAGE / 'csrc'}; reinstall fastvar")
 
@@ -211,7 +224,7 @@ def build(targets: Sequence[str], output: Path | None = None, *, verbose: bool =
     """Build the libraries of these targets and note that they are there.
 
     Args:
-        targets: of "cpu" and "cuda".
+        targets: of "cpu" (the libraries of all LEVELS) and "cuda".
         output: the folder to put them in. By default that of the package in a checkout. For an installed package it is
             one in the cache folder, named after the sources: pip would neither remove nor replace what it did not
             bring.
@@ -233,7 +246,9 @@ def build(targets: Sequence[str], output: Path | None = None, *, verbose: bool =
         cached = _private(cache_folder()) / digest
         checkout = source_folder().parent != PACKAGE
         folder = output or (PACKAGE if checkout and _writable(PACKAGE) else _private(cached))
-        built[target] = _build(target, folder / file_name(target), digest, verbose)
+        for level in LEVELS if target == "cpu" else [""]:
+            _build(target, level, folder / file_name(target, level), digest, verbose)
+        built[target] = folder / file_name(target)
         if folder != cached:
             write_record(folder, {target: {"state": "built", "reason": _tools(target)}})
     extension = sys.modules.get("fastvar.ops._extension")
@@ -256,7 +271,7 @@ def _read_record(folder: Path) -> dict[str, dict[str, str]]:
     return {target: entry for target, entry in entries if isinstance(entry, dict) and {"state", "reason"} <= set(entry)}
 
 
-def _build(target: str, library: Path, digest: str, verbose: bool) -> Path:
+def _build(target: str, level: str, library: Path, digest: str, verbose: bool) -> None:
     torch = find_torch()
     sources = _sources(target)
     if not sources:
@@ -264,26 +279,27 @@ def _build(target: str, library: Path, digest: str, verbose: bool) -> Path:
     objects = _private(cache_folder() / "objects")
     # Threads suffice: each waits for a compiler.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        compiled = list(pool.map(lambda source: _compile(target, source, torch, objects, verbose), sources))
+        compiled = list(pool.map(lambda source: _compile(target, level, source, torch, objects, verbose), sources))
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build") as scratch:
         stubs = _stubs(target, Path(scratch))
         command = [*_linker(target, stubs, digest), *map(str, compiled), "-o", library.name]
         _run(command, f"{target}: linking", verbose, Path(scratch))
         os.replace(Path(scratch, library.name), library)
-    return library
 
 
-def _compile(target: str, source: Path, torch: Torch, objects: Path, verbose: bool) -> Path:
-    # called in the source's folder, so that messages name sources without it, wherever the project lies
-    command = [*_compiler(target), *_flags(target), "-isystem", str(torch.include), "-c", source.name]
+def _compile(target: str, level: str, source: Path, torch: Torch, objects: Path, verbose: bool) -> Path:
+    # called in csrc, so that messages name sources without it, wherever the project lies
+    csrc, name = source_folder(), str(source.relative_to(source_folder()))
+    flags = _flags(target, level if source.stem in _WIDE else "")
+    command = [*_compiler(target), *flags, "-I.", "-isystem", str(torch.include), "-c", name]
     parts: list[str | bytes] = [*_versions(target), *command, torch.version]
     parts += [part for file in (source, *_headers(source)) for part in (file.name, file.read_bytes())]
     made = objects / f"{source.stem}-{_digest(parts)}.o"
     if not made.is_file():
         with tempfile.TemporaryDirectory(dir=objects, prefix=".compile") as scratch:
             out = Path(scratch) / made.name
-            _run([*command, "-o", str(out)], f"{target}: compiling {source.name}", verbose, source.parent)
+            _run([*command, "-o", str(out)], f"{target}: compiling {name}", verbose, csrc)
             os.replace(out, made)
     return made
 
@@ -300,9 +316,9 @@ def _compiler(target: str) -> list[str]:
     return [nvcc, f"-ccbin={cxx[0]}"]
 
 
-def _flags(target: str) -> list[str]:
+def _flags(target: str, level: str) -> list[str]:
     if target == "cpu":
-        return [*_COMMON, *_CPP]
+        return [*_COMMON, *_CPP, *LEVELS[level]]
     numbers = [number for number in _ARCHITECTURES if number in _architectures(find_nvcc())]
     codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     codes.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")  # for GPUs to come
@@ -349,7 +365,7 @@ def _run(command: list[str], what: str, verbose: bool, folder: Path | None = Non
 
 
 def _sources(target: str) -> list[Path]:
-    return sorted(source_folder().glob(f"*{_SUFFIXES[target]}"))
+    return sorted(source_folder().glob(f"*/*{_SUFFIXES[target]}"))
 
 
 def _headers(source: Path) -> list[Path]:
@@ -358,7 +374,7 @@ def _headers(source: Path) -> list[Path]:
     waiting = [source]
     while waiting:
         for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', waiting.pop().read_text(), re.MULTILINE):
-            header = source.parent / name
+            header = source_folder() / name
             if header not in found and header.is_file():
                 found.append(header)
                 waiting.append(header)

@@ -13,7 +13,7 @@ SOURCES = (".h", ".cpp", ".cu")
 def expected_files() -> set[str]:
     """The Python files of the checkout and the sources of the extension as they are named in a wheel."""
     package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fastvar").rglob("*.py")}
-    inside = [*(ROOT / "kernels").rglob("*.py"), *(p for p in (ROOT / "csrc").iterdir() if p.suffix in SOURCES)]
+    inside = [*(ROOT / "kernels").rglob("*.py"), *(p for p in (ROOT / "csrc").rglob("*") if p.suffix in SOURCES)]
     return package | {f"fastvar/{p.relative_to(ROOT).as_posix()}" for p in inside}
 
 

@@ -36,10 +36,10 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     take options apart at spaces and commas find both in its path."""
     folder = tmp_path / "tree, with a space"
     (folder / "fastvar").mkdir(parents=True)
-    (folder / "csrc").mkdir()
+    (folder / "csrc/common").mkdir(parents=True)
     shutil.copy(ROOT / "fastvar/build.py", folder / "fastvar")
     for name in ("common.h", "resample.h", "resample.cpp"):
-        shutil.copy(ROOT / "csrc" / name, folder / "csrc")
+        shutil.copy(ROOT / "csrc/common" / name, folder / "csrc/common")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     for name in ("CXX", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -70,7 +70,7 @@ def test_builds_and_keeps_objects(tree: ModuleType, steps: list[str]) -> None:
     assert tree.libraries("cpu") == [] and tree.record() == {}
     library = tree.build(["cpu"])["cpu"]
     assert library == tree.PACKAGE / "_cpu.abi3.so" and tree.libraries("cpu") == [library]
-    assert steps.count("cpu: compiling resample.cpp") == 1
+    assert steps.count("cpu: compiling common/resample.cpp") == 1
     note = tree.record()["cpu"]
     assert note["state"] == "built" and torch.__version__ in note["reason"]
     assert tree.is_current(library, "cpu")
@@ -81,11 +81,11 @@ def test_builds_and_keeps_objects(tree: ModuleType, steps: list[str]) -> None:
     tree.build(["cpu"])  # again: nothing is compiled
     assert "cpu: linking" in steps and not [step for step in steps if "compiling" in step]
 
-    header = tree.source_folder() / "resample.h"  # included by the source
+    header = tree.source_folder() / "common/resample.h"  # included by the source
     header.write_text(header.read_text().replace("namespace fastvar {", "namespace fastvar {\n#error no such luck", 1))
     assert not tree.is_current(library, "cpu")
     before = library.read_bytes()
-    with pytest.raises(tree.BuildError, match=r"(?s)cpu: compiling resample.cpp failed:.*no such luck"):
+    with pytest.raises(tree.BuildError, match=r"(?s)cpu: compiling common/resample.cpp failed:.*no such luck"):
         tree.build(["cpu"])
     assert library.read_bytes() == before and tree.record()["cpu"] == note
 
@@ -110,7 +110,7 @@ def test_installed_packages_build_into_the_cache(tree: ModuleType) -> None:
             tree.build(["cpu"])
         folder.chmod(0o700)
     assert tree.libraries("cpu") == [brought, library]
-    source = tree.source_folder() / "resample.cpp"
+    source = tree.source_folder() / "common/resample.cpp"
     source.write_text(source.read_text() + "\n// changed\n")
     assert tree.libraries("cpu") == [brought]
 
@@ -139,7 +139,7 @@ def test_records_that_nobody_can_read(tree: ModuleType) -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None or "cpu" not in POSSIBLE, reason="no nvcc or no C++ compiler")
 def test_cuda_is_linked(tree: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree, "_ARCHITECTURES", (90,))
-    source = tree.source_folder() / "tiny.cu"
+    source = tree.source_folder() / "common/tiny.cu"
     source.write_text('extern "C" __global__ void nothing() {}\n')
     library = tree.build(["cuda"])["cuda"]
     assert tree.libraries("cuda") == [library] and tree.is_current(library, "cuda")
@@ -155,7 +155,7 @@ def test_compilers_behind_wrappers(tree: ModuleType, steps: list[str], monkeypat
     assert tree._versions("cpu") == [plain]
     monkeypatch.setattr(tree, "find_nvcc", lambda: "nvcc")
     for wish in (lambda: tree._compiler("cuda"), lambda: tree.build(["cuda"])):
-        (tree.source_folder() / "tiny.cu").write_text("")
+        (tree.source_folder() / "common/tiny.cu").write_text("")
         with pytest.raises(
             tree.BuildError, match=r"CXX: nvcc takes the name of a compiler alone, .* got 'env g\+\+ -O1'"
         ):
@@ -241,7 +241,7 @@ def test_an_explicit_wish_fails_hard(
     tree: ModuleType, tmp_path: Path, environment: dict[str, str], message: str
 ) -> None:
     if "CUDA_HOME" in environment:
-        (tree.source_folder() / "empty.cu").write_text("")
+        (tree.source_folder() / "common/empty.cu").write_text("")
     done = wheel(tree, tmp_path / "wheels", **environment)
     assert done.returncode != 0
     assert message in done.stderr
@@ -266,18 +266,18 @@ def test_wheel_with_the_extension(tree: ModuleType, tmp_path: Path) -> None:
     (made,) = tmp_path.glob("wheels/*.whl")
     assert re.fullmatch(r"fastvar-1-cp311-abi3-linux_\w+\.whl", made.name)
     shutil.unpack_archive(made, tmp_path / "site", "zip")
-    assert (tmp_path / "site/fastvar/_cpu.abi3.so").is_file()
+    assert all((tmp_path / "site/fastvar" / build.file_name("cpu", level)).is_file() for level in build.LEVELS)
     note = json.loads((tmp_path / "site/fastvar" / build.RECORD).read_text())
     assert note["cpu"]["state"] == "built" and note["cuda"]["reason"] == "FASTVAR_BUILD=cpu"
 
     # another one from the same tree, which keeps build/, without what the first one made
-    (tree.source_folder() / "resample.cpp").write_text("#error no such luck\n")
+    (tree.source_folder() / "common/resample.cpp").write_text("#error no such luck\n")
     done = wheel(tree, tmp_path / "second", FASTVAR_BUILD="auto", CUDA_HOME="/nonsense")
     assert done.returncode == 0, done.stderr
     assert list((tree.PACKAGE.parent / "build").glob("lib*"))
     (made,) = tmp_path.glob("second/*.whl")
     shutil.unpack_archive(made, tmp_path / "second/site", "zip")
-    assert not (tmp_path / "second/site/fastvar/_cpu.abi3.so").exists()
+    assert not list((tmp_path / "second/site/fastvar").glob("*.so"))
     note = json.loads((tmp_path / "second/site/fastvar" / build.RECORD).read_text())
     assert note["cpu"]["state"] == note["cuda"]["state"] == "not built"
 
@@ -288,9 +288,16 @@ def test_extension_is_built_and_current(target: str) -> None:
     assert _extension.missing(target) is None
     if target == "cpu" or torch.version.cuda is not None:
         assert _extension.load_error(target) is None
-    library = build.libraries(target)[0]
-    assert build.is_current(library, target)
-    assert str(build.source_folder()).encode() not in library.read_bytes()  # messages name no folders of the builder
+    for library in of_every_level(target):
+        assert build.is_current(library, target)
+        assert (
+            str(build.source_folder()).encode() not in library.read_bytes()
+        )  # messages name no folders of the builder
+
+
+def of_every_level(target: str) -> list[Path]:
+    levels = build.LEVELS if target == "cpu" else [""]
+    return [build.libraries(target)[0].with_name(build.file_name(target, level)) for level in levels]
 
 
 def undefined(library: Path) -> set[str]:
@@ -301,7 +308,7 @@ def undefined(library: Path) -> set[str]:
 @pytest.mark.parametrize("target", POSSIBLE)
 def test_needs_only_what_torch_keeps_stable(target: str) -> None:
     """Undefined symbols are those of C shims as old as torch 2.11, of libc and of libstdc++."""
-    names = undefined(build.libraries(target)[0])
+    names = {name for library in of_every_level(target) for name in undefined(library)}
     foreign = {name for name in names if "@GLIBC" not in name and "@CXXABI" not in name and "@GCC" not in name}
     foreign -= {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
     assert foreign and all(re.fullmatch(r"(aoti_)?torch_\w+", name) for name in foreign), foreign
@@ -405,7 +412,7 @@ def test_the_next_library_is_tried(current: bool, pretend: Callable[..., None], 
     """So `fastvar build` helps where the one of the wheel does not load, or is not of these sources."""
     broken = tmp_path / "_cpu.abi3.so"
     broken.write_bytes(bytes.fromhex(build.sources_digest("cpu")) if current else b"")
-    good = build.libraries("cpu")[0]
+    good = build.for_processor(build.libraries("cpu")[0], torch.backends.cpu.get_cpu_capability())
     pretend(broken, good)
     assert _extension.load_error("cpu") is None and _extension.loaded_from("cpu") == good
     pretend(good, broken)
@@ -419,7 +426,7 @@ def test_a_library_of_older_sources_is_an_obstacle(
     """Also one that has the ops that are asked for."""
     assert _extension._lack("cpu", "propagate_mask") is None
     assert _extension._lack("cpu", "to_come") == "the cpu extension has no to_come (fastvar build --cpu)"
-    library = build.libraries("cpu")[0]
+    library = build.for_processor(build.libraries("cpu")[0], torch.backends.cpu.get_cpu_capability())
     pretend(library)
     monkeypatch.setattr(build, "sources_digest", lambda target: "0123456789abcdef" * 2)
     assert _extension._lack("cpu", "propagate_mask") == (

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,20 @@ def test_sources_travel() -> None:
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
         "fastvar.csrc"
     ]
-    assert set(patterns) == {f"*{suffix}" for suffix in SOURCES}
-    assert {p.suffix for p in (ROOT / "csrc").iterdir()} <= set(SOURCES)
+    assert set(patterns) == {f"*/*{suffix}" for suffix in SOURCES}
+    assert {p.suffix for p in (ROOT / "csrc").glob("*/*")} <= set(SOURCES)
+
+
+def test_headers_include_no_circle() -> None:
+    """By their place in csrc, what is common nothing of an operator."""
+    csrc = ROOT / "csrc"
+    includes = {
+        path.relative_to(csrc).as_posix(): re.findall(r'^#include "(.+)"$', path.read_text(), re.MULTILINE)
+        for path in csrc.glob("*/*")
+    }
+    TopologicalSorter(includes).prepare()
+    assert all(name in includes for names in includes.values() for name in names)
+    assert all(n.startswith("common/") for path in includes if path.startswith("common/") for n in includes[path])
 
 
 def test_import_is_light_and_silent() -> None:

@@ -32,7 +32,8 @@ class _Library:
             remedy = f"fastvar build --{self.target}"
             self.missing = None if paths else f"the {self.target} extension is not built ({remedy})"
             self.error = None
-            for path in paths:
+            for any_processor in paths:
+                path = build.for_processor(any_processor, torch.backends.cpu.get_cpu_capability())
                 try:
                     if build.is_current(path, self.target):
                         torch.ops.load_library(path)

@@ -1,4 +1,4 @@
-"""Masks to every scale in C++, through integral images: csrc/propagate_mask.cpp."""
+"""Masks to every scale in C++, through integral images: csrc/propagate_mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks to every scale in one CUDA launch, through integral images: csrc/propagate_mask.cu."""
+"""Masks to every scale in one CUDA launch, through integral images: csrc/propagate_mask."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Multi-scale binary residual quantisation and its single step in C++ and CUDA: csrc/bitwise_residual_quantize.* and
-csrc/accumulate_bits.*, which give the same bits on both."""
+"""Multi-scale binary residual quantisation and its single step in C++ and CUDA, which give the same bits:
+csrc/bitwise_residual_quantize."""
 
 from __future__ import annotations
 

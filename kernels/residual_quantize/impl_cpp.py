@@ -1,4 +1,4 @@
-"""Multi-scale residual quantisation and its single step in C++, for CPUs: csrc/residual_quantize.cpp."""
+"""Multi-scale residual quantisation and its single step in C++, for CPUs: csrc/residual_quantize."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from fastvar.ops.residual_quantize import AccumulateCall, QuantizeCall, ResidualConv, ScaleConv
 
 # Search in bfloat16 first, where the processor multiplies them, and decide among the codes that this leaves in float32:
-# the tokens are the same. Floats of a vector, 0 for the widest there is.
+# the tokens are the same.
 SCREEN = True
-LANES = 0
 
 
 def forward(call: QuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -29,7 +28,7 @@ def forward(call: QuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
         return tokens.zero_(), feature_map, inputs, usage
     torch.ops.fastvar_cpu.residual_quantize.default(
         _float32(features), _float32(call.codebook), *_phi(call.phi), () if call.phi is None else call.phi.index,
-        schedule.flat, call.znorm, SCREEN, LANES, tokens, feature_map, inputs, usage,
+        schedule.flat, call.znorm, SCREEN, tokens, feature_map, inputs, usage,
     )  # fmt: skip
     return tokens, feature_map, inputs, usage
 
@@ -44,7 +43,7 @@ def accumulate_scale(call: AccumulateCall) -> tuple[torch.Tensor, torch.Tensor]:
     if accumulated.numel():
         torch.ops.fastvar_cpu.accumulate_scale.default(
             _float32(feature_map), call.tokens.to(torch.int64).contiguous(), _float32(call.codebook),
-            *_phi(call.phi), *grids, LANES, accumulated, inputs,
+            *_phi(call.phi), *grids, accumulated, inputs,
         )  # fmt: skip
     return accumulated, inputs
 
@@ -61,7 +60,7 @@ def accumulate_scale_backward(
         grids = [call.height, call.width, call.next_height, call.next_width, *call.feature_map.shape[-2:]]
         torch.ops.fastvar_cpu.accumulate_scale_backward.default(
             _float32(grads[0]), _float32(grads[1]), call.tokens.to(torch.int64).contiguous(), _float32(call.codebook),
-            *_phi(call.phi), grids, LANES,
+            *_phi(call.phi), grids,
             *(made.get(name) for name in ("feature_map", "codebook", "phi_weight", "phi_bias")),
         )  # fmt: skip
     else:

@@ -1,4 +1,4 @@
-"""Multi-scale residual quantisation and its single step in CUDA: csrc/residual_quantize.cu."""
+"""Multi-scale residual quantisation and its single step in CUDA: csrc/residual_quantize."""
 
 from __future__ import annotations
 

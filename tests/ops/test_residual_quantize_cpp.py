@@ -1,10 +1,12 @@
-"""residual_quantize and accumulate_scale in C++, on every vector unit of this processor, against float64."""
+"""residual_quantize and accumulate_scale in C++ against float64; once more with the libraries for other processors."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from replay import replayed
 from samples import noise
 from test_residual_quantize import make_phi
 
+from fastvar import build
 from fastvar.ops import ResidualConv, _checks, accumulate_scale, explain, residual_quantize
 from fastvar.ops._extension import missing
 from fastvar.schedule import VAR_256, ScaleSchedule
@@ -25,16 +28,17 @@ from fastvar.kernels.residual_quantize import impl_cpp
 
 explain("residual_quantize", torch.zeros(1))  # loads the library
 UNIT = torch.ops.fastvar_cpu.vector_unit()  # 17: 16 floats and products of bfloat16
-UNITS = [unit for unit in (4, 8, 16, 17) if unit <= UNIT]
+LEVELS, CAPABILITY = list(build.LEVELS), torch.backends.cpu.get_cpu_capability().lower()
+LESS = LEVELS[: LEVELS.index(CAPABILITY)] if CAPABILITY in LEVELS else []
 RECTANGLES = ScaleSchedule((1, (2, 3), (2, 5), (5, 7)))
 
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    threads, lanes, screen = torch.get_num_threads(), impl_cpp.LANES, impl_cpp.SCREEN
+    threads, screen = torch.get_num_threads(), impl_cpp.SCREEN
     yield
     torch.set_num_threads(threads)
-    impl_cpp.LANES, impl_cpp.SCREEN = lanes, screen
+    impl_cpp.SCREEN = screen
 
 
 CASES = [
@@ -49,15 +53,13 @@ CASES = [
 
 
 @pytest.mark.parametrize("znorm", [False, True])
-@pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize(("schedule", "channels", "size", "convs"), CASES)
 def test_nearest_codes_and_what_they_add(
-    schedule: ScaleSchedule, channels: int, size: int, convs: int, unit: int, znorm: bool
+    schedule: ScaleSchedule, channels: int, size: int, convs: int, znorm: bool
 ) -> None:
     """A token may differ from the reference's only where both codes are as near but for roundings."""
     features, codebook = noise(3, channels, *schedule.finest), noise(size, channels, seed=1)
     phi = make_phi(channels, len(schedule), convs) if convs else None
-    impl_cpp.LANES = unit
     found = residual_quantize(features, codebook, schedule, phi=phi, znorm=znorm, backend="cpu")
     excess, rounding, feature_map, inputs = replayed(found.tokens, features, codebook, schedule, phi, znorm)
     assert bool((excess <= 8 * rounding).all()), float((excess / rounding).max())
@@ -133,12 +135,11 @@ def test_a_nan_that_rounds_to_zero_hides_nothing() -> None:
 
 def test_the_first_of_equal_codes() -> None:
     codebook = noise(5, 3).repeat(60, 1)
-    for impl_cpp.LANES in UNITS:
-        for znorm in (False, True):
-            found = residual_quantize(
-                noise(2, 3, 4, 4, seed=1), codebook, ScaleSchedule((1, 2, 4)), znorm=znorm, backend="cpu"
-            )
-            assert found.tokens.max() < 5
+    for znorm in (False, True):
+        found = residual_quantize(
+            noise(2, 3, 4, 4, seed=1), codebook, ScaleSchedule((1, 2, 4)), znorm=znorm, backend="cpu"
+        )
+        assert found.tokens.max() < 5
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -161,12 +162,11 @@ def test_what_is_not_finite_never_leaves_the_codebook(znorm: bool) -> None:
     features[0] = torch.nan
     features[1, :, 0, 0], features[2, 0] = torch.inf, -torch.inf
     codebook[0, 0], codebook[3] = torch.nan, torch.inf
-    for impl_cpp.LANES in UNITS:
-        tokens = residual_quantize(
-            features, codebook, ScaleSchedule((1, 4)), phi=make_phi(8, 2), znorm=znorm, backend="cpu"
-        ).tokens
-        assert tokens[0].tolist() == [0] * 17
-        assert tokens.min() >= 0 and tokens.max() < 70
+    tokens = residual_quantize(
+        features, codebook, ScaleSchedule((1, 4)), phi=make_phi(8, 2), znorm=znorm, backend="cpu"
+    ).tokens
+    assert tokens[0].tolist() == [0] * 17
+    assert tokens.min() >= 0 and tokens.max() < 70
     nothing = residual_quantize(features[:, :0], codebook[:, :0], ScaleSchedule((1, 4)), znorm=znorm, backend="cpu")
     assert nothing.tokens.eq(0).all()
 
@@ -228,11 +228,10 @@ assert torch.equal(run(64), expected)
     assert done.returncode == 0 and done.stdout == "no memory\n", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize(("channels", "scale"), [(32, 0), (12, 1), (5, 2), (64, 3)])
 @pytest.mark.parametrize("with_phi", [False, True])
-def test_steps_and_their_gradients(channels: int, scale: int, with_phi: bool, unit: int) -> None:
-    schedule, impl_cpp.LANES = RECTANGLES, unit
+def test_steps_and_their_gradients(channels: int, scale: int, with_phi: bool) -> None:
+    schedule = RECTANGLES
     arguments = {"feature_map": noise(3, channels, 5, 7), "codebook": noise(9, channels, seed=1)}
     if with_phi:
         weight = noise(channels, channels, 3, 3) / (9 * channels) ** 0.5
@@ -291,15 +290,35 @@ def test_auto_takes_it() -> None:
         (1, noise(9, 5), r"codebook: expected shape \(\*, 4\)"),
         (5, [0, 0, 2, 0], "phi_index: expected 0 to 1, got 2"),
         (6, [1, 1, 6, 1, 5, 7], "grids: expected 1 to 5, got 6"),
-        (10, torch.zeros(1, 51, dtype=torch.int64), r"tokens: expected shape \(1, 52\), got \(1, 51\)"),
-        (13, torch.zeros(8, dtype=torch.int64), r"usage: expected shape \(9\)"),
+        (9, torch.zeros(1, 51, dtype=torch.int64), r"tokens: expected shape \(1, 52\), got \(1, 51\)"),
+        (12, torch.zeros(8, dtype=torch.int64), r"usage: expected shape \(9\)"),
     ],
 )
 def test_the_op_checks_before_it_touches_memory(place: int, wrong: Any, message: str) -> None:
     phi = make_phi(4, 4)
     arguments: list[Any] = [noise(1, 4, 5, 7), noise(9, 4), phi.weight, phi.bias, 0.5, [0, 0, 1, 1], RECTANGLES.flat]
-    arguments += [False, True, 0, torch.zeros(1, 52, dtype=torch.int64), noise(1, 4, 5, 7), noise(1, 51, 4)]
+    arguments += [False, True, torch.zeros(1, 52, dtype=torch.int64), noise(1, 4, 5, 7), noise(1, 51, 4)]
     arguments.append(torch.zeros(9, dtype=torch.int64))
     torch.ops.fastvar_cpu.residual_quantize(*arguments)
     with pytest.raises(RuntimeError, match=f"residual_quantize: {message}"):
         torch.ops.fastvar_cpu.residual_quantize(*arguments[:place], wrong, *arguments[place + 1 :])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="runs in a process that this test has started")
+@pytest.mark.parametrize("capability", [level or "default" for level in LESS])
+def test_libraries_for_other_processors(capability: str) -> None:
+    """What depends on vectors, of this file and the one of bits, with the library that a processor of less gets."""
+    chosen = "nearest or first_of_equal or not_finite or steps_and or sign_of_its_residual"
+    files = [str(Path(__file__).with_name(name)) for name in (Path(__file__).name, "test_bitwise_residual_quantize.py")]
+    code = (
+        "import sys, pytest, torch; from fastvar.ops import _extension\n"
+        "code = pytest.main(sys.argv[1:]); print(_extension.loaded_from('cpu').name); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", "-k", chosen, *files],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.stdout.splitlines()[-1] == build.file_name("cpu", capability.replace("default", ""))

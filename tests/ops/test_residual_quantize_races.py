@@ -52,8 +52,8 @@ def test_no_races(tmp_path: Path) -> None:
     library = tmp_path / "teams.so"
     command = [
         *compiler, "-std=c++20", "-O1", "-g", "-w", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off",
-        "-fsanitize=thread", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(folder / "include"),
-        "residual_quantize_team.cpp", f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(library),
+        "-fsanitize=thread", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-I.", "-isystem", str(folder / "include"),
+        "residual_quantize/simulated_blocks.cpp", f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(library),
     ]  # fmt: skip
     subprocess.run(command, cwd=SOURCES, check=True)
     watched = {
