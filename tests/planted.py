@@ -135,7 +135,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_wiring.py::test_kl[k2]",
         ),
         (
-            "first_scale=rollout.first_scale",
+            "first_scale=first_scale",
             "first_scale=0",
             "rl/test_wiring.py::test_the_fine_segment_is_trained_alone",
         ),
@@ -158,13 +158,13 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_wiring.py::test_returns_and_advantages_of_the_settings",
         ),
         (
-            "                    temperature=config.rollout.temperature,\n",
-            "",
+            "config.rollout.temperature, self.reference",
+            "1.0, self.reference",
             "rl/test_wiring.py::test_temperature_of_the_trainer",
         ),
         (
-            "                    config.loss,\n",
-            "                    type(config.loss)(kl_weight=config.loss.kl_weight),\n",
+            "part_loss, config.loss,",
+            "part_loss, type(config.loss)(kl_weight=config.loss.kl_weight),",
             "rl/test_wiring.py::test_loss_of_the_trainer",
         ),
         (
@@ -180,8 +180,8 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_wiring.py::test_gradients_of_the_trainer_are_clipped",
         ),
         (
-            "old_log_probs=old_log_probs,",
-            "old_log_probs=None,",
+            "graded.totals, old_log_probs)",
+            "graded.totals, None)",
             "rl/test_trainer.py::test_several_updates_on_a_rollout",
         ),
         (
@@ -195,9 +195,24 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_wiring.py::test_rescoring[True]",
         ),
         (
-            "        self.optimizer.zero_grad(set_to_none=True)\n",
+            "        self.optimizer.zero_grad(set_to_none=not config.update_graphs)\n",
             "",
             "rl/test_wiring.py::test_gradients_of_one_update_do_not_reach_the_next",
+        ),
+        (
+            "set_to_none=not config.update_graphs",
+            "set_to_none=True",
+            "training/test_graphed.py::test_reinforcement_learning",
+        ),
+        (
+            "GraphedStep(self._part, self.model, *others) if config.update_graphs else self._part",
+            "self._part",
+            "training/test_graphed.py::test_reinforcement_learning",
+        ),
+        (
+            'check_alone("RLConfig: update_graphs", config.update_graphs, self.accelerator)',
+            "pass",
+            "training/test_graphed.py::test_several_processes_are_refused",
         ),
         ("            self.ema.update(self.policy)\n", "", "rl/test_wiring.py::test_optimizer_of_the_trainer"),
         (
@@ -391,6 +406,13 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "training/test_loop.py::test_accumulation_gives_the_same_gradients",
         ),
         ("        seed=config.seed,\n", "        seed=0,\n", "training/test_loop.py::test_seed_decides_the_order"),
+        ("    if not config.graphs:\n", "    if True:\n", "training/test_graphed.py::test_training"),
+        ("set_to_none=not config.graphs", "set_to_none=True", "training/test_graphed.py::test_training"),
+        (
+            'check_alone("TrainConfig: graphs", config.graphs, accelerator)',
+            "pass",
+            "training/test_graphed.py::test_several_processes_are_refused",
+        ),
         ('enabled=config.precision == "bf16"', "enabled=False", "training/test_loop.py::test_bf16_computes_in_bf16"),
         ("0.5 * (1 + math.cos(math.pi * progress))", "(1 - progress)", "training/test_loop.py::test_learning_rate"),
     ],
@@ -460,6 +482,80 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             'state["class_emb.weight"].shape[0]',
             "models/test_var_golden.py::test_weights_of_a_wrapped_model",
         ),
+    ],
+    "fastvar/models/bsq_tokenizer.py": [
+        (
+            "flip_probability=flip_probability,",
+            "flip_probability=None,",
+            "models/test_bsq_tokenizer.py::test_self_correction_flips_before_the_next_scale",
+        ),
+        (
+            "first_image=first_image,",
+            "first_image=0,",
+            "models/test_bsq_tokenizer.py::test_self_correction_flips_before_the_next_scale",
+        ),
+        ("(each - together)", "each", "models/test_bsq_tokenizer.py::test_losses_by_definition"),
+    ],
+    "fastvar/models/infinity.py": [
+        (
+            "< self.config.condition_dropout",
+            "< 0",
+            "models/test_infinity.py::test_texts_are_dropped_in_training",
+        ),
+        (
+            "[start : start + x.shape[1]])",
+            "[: x.shape[1]])",
+            "models/test_infinity_sampling.py::test_log_probs_are_those_of_training",
+        ),
+    ],
+    "fastvar/models/infinity_block.py": [
+        ("finest=rotation_grid(schedule)", "finest=None", "models/test_infinity_golden.py::test_logits"),
+        ("torch.stack([weight - 1,", "torch.stack([0 * weight,", "models/test_infinity_golden.py::test_logits"),
+    ],
+    "fastvar/models/infinity_checkpoints.py": [
+        (
+            "copy=shared",
+            "copy=False",
+            "models/test_infinity_checkpoints.py::test_training_leaves_the_given_tensors_alone",
+        ),
+    ],
+    "fastvar/models/infinity_sampling.py": [
+        (
+            "temperature=temperatures[k]",
+            "temperature=temperatures[0]",
+            "models/test_infinity_sampling.py::test_temperature_by_scale",
+        ),
+        (
+            "position=schedule.starts[k],",
+            "position=0,",
+            "models/test_infinity_sampling.py::test_every_scale_draws_numbers_of_its_own",
+        ),
+        (
+            "net.no_text(texts.lengths) if negative is None else net.features(negative)",
+            "net.no_text(texts.lengths)",
+            "models/test_infinity_sampling.py::test_guidance_on_logits",
+        ),
+        (
+            "first_sample, net.device",
+            "0, net.device",
+            "models/test_infinity_sampling.py::test_a_sample_does_not_depend_on_its_batch",
+        ),
+        (
+            "(state.guidance_layer if state.guided else 0)",
+            "(1 if state.guided and state.guidance_layer else 0)",
+            "models/test_infinity_sampling.py::test_guidance_on_hidden_states[2]",
+        ),
+    ],
+    "fastvar/models/t5.py": [
+        ("attention_mask=mask.to(device)", "attention_mask=None", "models/test_text.py::test_t5"),
+        (
+            "ids[: self.max_length - 1] + ids[-1:]",
+            "ids[: self.max_length]",
+            "models/test_text.py::test_long_texts_are_cut",
+        ),
+    ],
+    "fastvar/models/text.py": [
+        ("attn_mask=text.valid", "attn_mask=None", "models/test_text.py::test_attention_reads_each_text_alone"),
     ],
     "fastvar/models/sampling.py": [
         (

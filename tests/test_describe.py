@@ -12,7 +12,16 @@ from golden.golden import load_case
 from PIL import Image
 
 from fastvar.cli.describe import describe
-from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.models import (
+    VAR,
+    BSQTokenizer,
+    BSQTokenizerConfig,
+    Infinity,
+    InfinityConfig,
+    VARConfig,
+    VQTokenizer,
+    VQTokenizerConfig,
+)
 
 GRIDS = ((1, 1), (2, 3))
 
@@ -87,3 +96,24 @@ def test_files(run: Path) -> None:
     for path in (run / "binary", run / "nowhere"):
         with pytest.raises((ValueError, FileNotFoundError), match=f"info: path: expected .*{path.name}"):
             said(path)
+
+
+def test_infinity(tmp_path: Path) -> None:
+    """A saved one, and public files of the transformer and of the tokenizer."""
+    bsq = BSQTokenizer(BSQTokenizerConfig(GRIDS, bits=8, channels=8, channel_multipliers=(1, 2), norm_groups=4))
+    bsq.save_pretrained(tmp_path / "tokenizer")
+    assert "a BSQTokenizer, grids 1,2x3, 8 bits a token\n  images of 4 x 6 pixels" in said(tmp_path / "tokenizer")
+    shape = {"bits": 8, "depth": 1, "embed_dim": 8, "num_heads": 2, "pool_heads": 2}
+    Infinity(InfinityConfig(GRIDS, **shape, text_channels=5, text_length=7)).save_pretrained(tmp_path / "model")
+    model = said(tmp_path / "model")
+    for part in (
+        "model: an Infinity, grids 1,2x3, 8 bits a token\n  depth 1, width 8, 2 heads\n",
+        "condition: texts of up to 7 rows of 5 channels\n  tokenizer: none, it cannot sample",
+    ):
+        assert part in model
+    torch.save({"cfg_uncond": torch.zeros(7, 5), "word_embed.weight": torch.zeros(8, 8)}, tmp_path / "infinity.pth")
+    assert "a public Infinity transformer, for fastvar.models.load_infinity; 99 par" in said(tmp_path / "infinity.pth")
+    torch.save({"vae": {"encoder.conv_in.conv.weight": torch.zeros(8, 3, 3, 3)}, "step": 3}, tmp_path / "vae.pth")
+    assert "a public Infinity tokenizer, for fastvar.models.load_infinity under vae; 216 par" in said(
+        tmp_path / "vae.pth"
+    )

@@ -1,9 +1,9 @@
 """A training step of a group of samples of one subject: its prefix once, for every row, or in the sequence.
 
-The rivals are the same model with the same operators: "prefix a row" passes a prefix for every row, "concatenated" the
-sequence of reference and image, under a dense mask (SDPA). Forward, cross-entropy without logits in memory, backward,
-clipping and AdamW, without dropout. The learning rate is 0, so that every step is the same one; compared are its loss
-and the norm of its gradient.
+"fastvar, graphs" replays forward and backward passes. The rivals are the same model with the same operators: "prefix a
+row" passes a prefix for every row, "concatenated" the sequence of reference and image, under a dense mask (SDPA).
+Forward, cross-entropy without logits in memory, backward, clipping and AdamW, without dropout. The learning rate is 0,
+so that every step is the same one; compared are its loss and the norm of its gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import OURS, Problem, Setting, Suite
-from benchmarks.suites.training_step import Step
+from benchmarks.suites.training_step import GRAPHS, NO_GRAPHS, Step
 from benchmarks.suites.vmr_grpo_step import make_policy
 from fastvar.models import VAR
 from fastvar.models.var_block import Block
@@ -68,13 +68,13 @@ def build(setting: Setting, device: torch.device) -> Problem:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=setting["dtype"] == "bfloat16")
     optimizer = torch.optim.AdamW(parameter_groups(var, 0.05), lr=0.0, betas=(0.9, 0.95), fused=True)
 
-    def step(hidden: Hidden) -> Step:
+    def step(hidden: Hidden, graphs: bool = False) -> Step:
         def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             with autocast:
                 states = hidden(labels, var.tokenizer.teacher_forcing(tokens))
                 return cross_entropy(states, var.head.weight, var.head.bias, tokens).loss
 
-        return Step(var, loss, optimizer, clip_norm=1.0)
+        return Step(var, loss, optimizer, clip_norm=1.0, graphs=graphs)
 
     def plain(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         var.gradient_checkpointing = True  # in float32, where a large model's activations would not fit
@@ -87,6 +87,7 @@ def build(setting: Setting, device: torch.device) -> Problem:
 
     contenders: dict[str, Any] = {
         OURS: step(prefilled(1)),
+        GRAPHS: step(prefilled(1), graphs=True) if device.type == "cuda" and var.config.depth <= 16 else NO_GRAPHS,
         "prefix a row": step(prefilled(group)),
         "concatenated": step(Concatenated(var, subject)),
     }
@@ -110,7 +111,7 @@ SUITE = Suite(
         "cpu": [{"grids": "var-256", "depth": 4, "width": 256, "group_size": 8, "dtype": "float32"}],
         "gpu": [{"model": model, "group_size": 8, "dtype": "bfloat16"} for model in ("VAR-d16", "VAR-d30")],
     },
-    (OURS, "prefix a row", "concatenated"),
+    (OURS, GRAPHS, "prefix a row", "concatenated"),
     build,
     graphs=False,
 )

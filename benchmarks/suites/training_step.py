@@ -3,7 +3,8 @@
 Ours is what `fastvar.training` does with a `VARTask`, its figures for the log included, against FoundationVision/VAR's
 model on the same random weights with the loss, clipping and optimizer of its trainer; both make the inputs of teacher
 forcing from the tokens within the step. "bfloat16" is autocast over float32 weights, on both sides. The learning rate
-is 0, so that every step is the same one; compared are its loss and the norm of its gradient.
+is 0, so that every step is the same one; compared are its loss and the norm of its gradient. "fastvar, graphs" replays
+forward and backward passes.
 """
 
 from __future__ import annotations
@@ -20,27 +21,75 @@ from benchmarks.rivals import compiled
 from benchmarks.shapes import ModelShape
 from benchmarks.suites.generate import CLASSES, build_models, shape_of
 from fastvar.models import VAR
+from fastvar.training.graphed import GraphedStep
 from fastvar.training.loop import parameter_groups
 from fastvar.training.var_task import VARTask
 
-CHECKPOINTED, COMPILED = "fastvar checkpointing", "fastvar compiled"
+CHECKPOINTED, COMPILED, GRAPHS = "fastvar checkpointing", "fastvar compiled", "fastvar, graphs"
+NO_GRAPHS = "no GPU, or a deep model: graphs would keep its activations and gradients while the others run"
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # from tokens and labels
 
 
 class Step:
     """A contender: from tokens and labels to the loss and the norm of its gradient, before clipping."""
 
-    def __init__(self, model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
+    def __init__(
+        self, model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, clip_norm: float, graphs: bool = False
+    ) -> None:
         self.model, self.loss, self.optimizer, self.clip_norm = model.train(), loss, optimizer, clip_norm
+        self.graphed = Graphed(self.part, model) if graphs else None
 
     def __call__(self, tokens: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.graphed is None:
+            found = self.step(self.part, tokens, labels)
+            self.optimizer.zero_grad(set_to_none=True)
+            return found
+        for _ in range(self.graphed.calls_before_a_replay()):
+            self(tokens, labels)
+        with self.graphed as part:
+            return self.step(part, tokens, labels)
+
+    def step(
+        self, part: Callable[..., dict[str, torch.Tensor]], tokens: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.enable_grad():
-            loss = self.loss(tokens, labels)
-            loss.backward()
+            loss = part(tokens=tokens, labels=labels)["loss"]
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), norm
+        return loss, norm
+
+    def part(self, tokens: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        loss = self.loss(tokens, labels)
+        loss.backward()
+        return {"loss": loss.detach()}
+
+
+class Graphed:
+    """A `GraphedStep` beside contenders that share its model: inside, the parameters have the gradients that belong to
+    it, zeroed; outside none."""
+
+    def __init__(self, part: Callable[..., dict[str, torch.Tensor]], model: nn.Module) -> None:
+        self.part, self.parameters = GraphedStep(part, model), list(model.parameters())
+        self.gradients: list[torch.Tensor | None] = [None] * len(self.parameters)
+        self.fresh = True
+
+    def calls_before_a_replay(self) -> int:
+        """How many are to be made first, so that what is checked is a replay."""
+        fresh, self.fresh = self.fresh, False
+        return 2 if fresh else 0
+
+    def __enter__(self) -> GraphedStep:
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        there = [gradient for gradient in self.gradients if gradient is not None]
+        if there:
+            torch._foreach_zero_(there)
+        return self.part
+
+    def __exit__(self, *_: object) -> None:
+        self.gradients = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
 
 
 def our_loss(var: VAR, autocast: torch.autocast, called: Any = None, checkpointing: bool = False) -> Loss:
@@ -50,7 +99,9 @@ def our_loss(var: VAR, autocast: torch.autocast, called: Any = None, checkpointi
     def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         var.gradient_checkpointing = checkpointing
         with autocast:
-            return task.loss(var if called is None else called, {"tokens": tokens, "label": labels})[0]
+            found = task.loss(var if called is None else called, {"tokens": tokens, "label": labels})[0]
+        var.gradient_checkpointing = False
+        return found
 
     return loss
 
@@ -88,11 +139,12 @@ def build(setting: Setting, device: torch.device) -> Problem:
     # as in fastvar.training.loop.train and TrainConfig, and as in FoundationVision/VAR's train.py
     our_optimizer = torch.optim.AdamW(parameter_groups(var, 0.05), lr=0.0, betas=(0.9, 0.95), fused=True)
 
-    def ours(**options: Any) -> Step:
-        return Step(var, our_loss(var, autocast, **options), our_optimizer, clip_norm=1.0)
+    def ours(graphs: bool = False, **options: Any) -> Step:
+        return Step(var, our_loss(var, autocast, **options), our_optimizer, clip_norm=1.0, graphs=graphs)
 
     contenders: dict[str, Contender] = {
         OURS: ours(),
+        GRAPHS: ours(graphs=True) if device.type == "cuda" and shape.depth <= 16 else NO_GRAPHS,
         CHECKPOINTED: ours(checkpointing=True),
         COMPILED: "left out on CPUs and for deep models: compiling would take longer than all else",
         "upstream": "",  # holds its place
@@ -149,7 +201,7 @@ SUITE = Suite(
             {"model": "VAR-d30", "batch": 16, "dtype": "bfloat16"},
         ],
     },
-    (OURS, CHECKPOINTED, COMPILED, "upstream"),
+    (OURS, GRAPHS, CHECKPOINTED, COMPILED, "upstream"),
     build,
     graphs=False,
 )

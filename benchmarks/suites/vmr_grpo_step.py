@@ -11,6 +11,8 @@ Each case is a part of an iteration, or all of it, on random weights; "without" 
 * "coarse iteration", "fine iteration": rollout with a subject, a trivial reward, update and AdamW step; with forks, one
   prefix a group and no tokens after the segment, against whole images with a prefix for every row and all tokens.
 
+"fastvar, graphs" is an update whose forward and backward passes are replayed.
+
 Rollouts decode their images, as training does. Of a rollout the log-probabilities are checked against teacher forcing,
 of an update all gradients against those of the objective written out on logits. "bfloat16" is autocast over float32
 weights.
@@ -19,13 +21,14 @@ weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.cases import OURS, Problem, Setting, Suite
 from benchmarks.suites.generate import CLASSES, shape_of
+from benchmarks.suites.training_step import GRAPHS, NO_GRAPHS, Graphed
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.ops import group_advantages
 from fastvar.rl import (
@@ -35,10 +38,10 @@ from fastvar.rl import (
     RolloutOptions,
     middle_returns,
     roll_out,
-    segment_loss,
     token_totals,
 )
 from fastvar.rl.prompts import subject_of
+from fastvar.rl.update import part_loss, part_of
 from fastvar.training.loop import parameter_groups
 
 CONTINUATIONS = 2
@@ -72,6 +75,7 @@ class Job:
         self.optimizer = torch.optim.AdamW(parameter_groups(self.var, 0.05), lr=0.0, betas=(0.9, 0.95))
         self.half = setting["dtype"] == "bfloat16"
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.half)
+        self.graphed = Graphed(self.part, self.var)
 
     # -- rollouts ----------------------------------------------------------------------------------------------------
 
@@ -129,25 +133,32 @@ class Job:
         mask: torch.Tensor | None = None,
         parts: int = 1,
         checkpointing: bool = False,
+        graphs: bool = False,
     ) -> Gradients:
         """Gradients of a rollout's loss on the tokens of a mask, or on all of the segment, its rows in parts."""
         self.var.gradient_checkpointing = checkpointing
         trained = torch.ones_like(rollout.log_probs) if mask is None else mask
         totals = token_totals(trained, self.var.schedule.with_num_tokens(trained.shape[1])) if parts > 1 else None
         size = len(trained) // parts
-        with torch.enable_grad():
+        with torch.enable_grad(), self.graphed if graphs else nullcontext(self.part) as run:
             for first in range(0, len(trained), size):
                 rows = range(first, first + size)
-                with self.autocast:
-                    loss = segment_loss(
-                        self.var, rollout, advantages, LOSS, rows=rows, mask=mask, mask_totals=totals
-                    ).loss
-                loss.backward()
-        return self.take_gradients()
+                run(rollout.first_scale, **part_of(self.var, rollout, advantages, rows, mask, totals, None))
+            return self.gradients() if graphs else self.take_gradients()
+
+    def part(self, first_scale: int, **tensors: Any) -> dict[str, torch.Tensor]:
+        """Forward and backward of some rows."""
+        with self.autocast:
+            loss = part_loss(self.var, LOSS, first_scale, 1.0, None, **tensors).loss
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    def gradients(self) -> Gradients:
+        return {name: p.grad for name, p in self.var.named_parameters() if p.grad is not None}
 
     def take_gradients(self) -> Gradients:
         """The gradients, which the parameters then have no longer."""
-        found = {name: p.grad for name, p in self.var.named_parameters() if p.grad is not None}
+        found = self.gradients()
         self.var.zero_grad()
         return found
 
@@ -258,9 +269,17 @@ def update_problem(job: Job, case: str) -> Problem:
         )
         mask = job.mask(rollout)
     end = job.coarse if case == "coarse update" else job.var.schedule.num_tokens
+    graphs = job.device.type == "cuda" and job.var.config.depth <= 16
+
+    def replayed() -> Gradients:
+        for _ in range(job.graphed.calls_before_a_replay()):
+            replayed()
+        return job.update(cheap, advantages, **saved, graphs=True)
+
     return _problem(
         lambda: job.update(cheap, advantages, **saved),
         lambda: job.update(dear, advantages, mask=mask),
+        replayed if graphs else NO_GRAPHS,
         reference=lambda: job.expected_gradients(rollout, advantages, end),
         check=gradient_error,
     )
@@ -276,8 +295,13 @@ def iteration_problem(job: Job, segment: str) -> Problem:
     )
 
 
-def _problem(saving: Callable[[], Any], without: Callable[[], Any], **options: Any) -> Problem:
-    return Problem({}, {OURS: saving, "without": without}, **options)
+def _problem(
+    saving: Callable[[], Any],
+    without: Callable[[], Any],
+    graphs: Callable[[], Any] | str = "only of updates",
+    **options: Any,
+) -> Problem:
+    return Problem({}, {OURS: saving, GRAPHS: graphs, "without": without}, **options)
 
 
 def build(setting: Setting, device: torch.device) -> Problem:
@@ -326,7 +350,7 @@ SUITE = Suite(
             ),
         ],
     },
-    (OURS, "without"),
+    (OURS, GRAPHS, "without"),
     build,
     graphs=False,
 )

@@ -11,9 +11,9 @@ import torch
 
 from fastvar.data.folder import EXTENSIONS, ImageFolder
 from fastvar.files import read_json_object, read_text
-from fastvar.models import VARConfig
-from fastvar.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, load_config, saved_class
-from fastvar.models.var import TOKENIZER_FOLDER
+from fastvar.models import BSQTokenizerConfig, InfinityConfig, VARConfig
+from fastvar.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, load_config, saved_class, with_article
+from fastvar.models.with_tokenizer import TOKENIZER_FOLDER, WithTokenizer
 from fastvar.pictures import read_picture
 from fastvar.training.checkpoints import saved_steps
 from fastvar.training.log import read_metrics
@@ -70,11 +70,17 @@ def _model(path: Path) -> Iterator[str]:
         yield f"{path}: a model that is none of fastvar's"
         return
     config = load_config(kind.config_class, path / CONFIG_NAME)
-    codes = f"{config.vocab_size} codes of {config.code_channels} channels"
-    yield f"{path}: a {kind.__name__}, grids {config.schedule}, {codes}"
-    if isinstance(config, VARConfig):
-        yield f"  depth {config.depth}, width {config.embed_dim}, {config.num_heads} heads, subject {config.subject}"
-        if config.text_length:
+    if isinstance(config, InfinityConfig | BSQTokenizerConfig):
+        codes = f"{config.bits} bits a token"
+    else:
+        codes = f"{config.vocab_size} codes of {config.code_channels} channels"
+    yield f"{path}: {with_article(kind.__name__)}, grids {config.schedule}, {codes}"
+    if issubclass(kind, WithTokenizer):
+        subject = f", subject {config.subject}" if isinstance(config, VARConfig) else ""
+        yield f"  depth {config.depth}, width {config.embed_dim}, {config.num_heads} heads{subject}"
+        if isinstance(config, InfinityConfig):
+            yield f"  condition: texts of up to {config.text_length} rows of {config.text_channels} channels"
+        elif config.text_length:
             yield f"  condition: texts of up to {config.text_length} characters out of {config.alphabet!r}"
         else:
             yield f"  condition: {config.num_classes} classes{_classes(config.class_names)}"
@@ -110,12 +116,18 @@ def _metrics(path: Path) -> Iterator[str]:
 def _weights(path: Path) -> Iterator[str]:
     state = read_weights(path, _OWNER)
     nested = state.get("trainer") if isinstance(state, Mapping) else None
+    if isinstance(state, Mapping) and isinstance(state.get("vae"), Mapping):
+        nested = {"vae": state["vae"]}
     states = nested if isinstance(nested, Mapping) else {"": state}
     for name, tensors in states.items():
         tensors = without_wrappers(tensors)[0] if isinstance(tensors, Mapping) else {}
         tensors = {key: value for key, value in tensors.items() if isinstance(value, torch.Tensor)}
         kind = "a state dict"
-        if "word_embed.weight" in tensors:
+        if "cfg_uncond" in tensors:
+            kind = "a public Infinity transformer, for fastvar.models.load_infinity"
+        elif "encoder.conv_in.conv.weight" in tensors:
+            kind = "a public Infinity tokenizer, for fastvar.models.load_infinity"
+        elif "word_embed.weight" in tensors:
             kind = "a public VAR transformer, for fastvar.models.load_var"
         elif "quantize.embedding.weight" in tensors:
             kind = "a public VAR tokenizer, for fastvar.models.load_var"

@@ -20,6 +20,22 @@ from fastvar.ops import group_norm_silu
 CHANNEL_MULTIPLE, LEAST_CHANNELS = 8, 32
 
 
+def check_images(owner: str, images: torch.Tensor, size: tuple[int, int]) -> None:
+    """Raise a ValueError unless images are floating-point numbers (B, 3, H, W) of that size."""
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        got = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ValueError(f"{owner}: images: expected floating-point numbers in [-1, 1], got {got}")
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, *size):
+        raise ValueError(f"{owner}: images: expected (B, 3, {size[0]}, {size[1]}), got {tuple(images.shape)}")
+
+
+def to_channels_last(model: nn.Module) -> None:
+    """Lay the weights of all convolutions channels-last in memory."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=torch.channels_last))
+
+
 def _rows(images: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) to (B, H W, C)."""
     return images.permute(0, 2, 3, 1).flatten(1, 2)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
 from math import isqrt
-from typing import Any
 
 import torch
 
 from fastvar.models.pretrained import load_strictly
+from fastvar.models.public_state import PublicState, State, StateOrPath, count, public_name, read_state, renamed
 from fastvar.models.var import VAR
 from fastvar.models.var_config import VARConfig
 from fastvar.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from fastvar.schedule import ScaleSchedule
-from fastvar.weights import read_weights, without_wrappers
-
-State = Mapping[str, torch.Tensor]
-StateOrPath = State | str | os.PathLike[str]
 
 # Public name -> ours; `{i}` stands for a block's number.
 _TRANSFORMER_NAMES = {
@@ -82,8 +76,8 @@ def load_var(
         ValueError: names every missing and unexpected key and every wrong shape, as the file names them; where keys are
             missing that the model's own shape is read off, these, and some of those that are there.
     """
-    transformer_state = _read(transformer, "transformer", "var_wo_ddp")
-    tokenizer_state = _read(tokenizer, "tokenizer", "vae_local")
+    transformer_state = read_state(transformer, "load_var: transformer", "trainer", "var_wo_ddp")
+    tokenizer_state = read_state(tokenizer, "load_var: tokenizer", "trainer", "vae_local")
     config = _transformer_config(transformer_state, num_heads)
     vq = VQTokenizer(_tokenizer_config(tokenizer_state, ScaleSchedule(config.grids), znorm, norm_groups))
     var = VAR(config, vq)
@@ -94,49 +88,7 @@ def load_var(
     return var.eval(), vq.eval()
 
 
-class _State(dict[str, torch.Tensor]):
-    """Tensors by their public names; `argument` of `load_var` that they came by, the file or a word for it in
-    `source`, and the `prefix` that their names have there."""
-
-    def __init__(self, tensors: State, argument: str, source: str) -> None:
-        found, self.prefix = without_wrappers(tensors)
-        super().__init__(found)
-        self.argument, self.source = argument, source
-
-    def need(self, dimensions: Mapping[str, int]) -> None:
-        """Raise a ValueError that names every key which is missing or has another number of dimensions."""
-        problems = [f"missing key {self.prefix}{name}" for name in dimensions if name not in self]
-        problems += [
-            f"{self.prefix}{name}: expected {wanted} dimensions, got shape {tuple(self[name].shape)}"
-            for name, wanted in dimensions.items()
-            if name in self and self[name].ndim != wanted
-        ]
-        if problems:
-            there = ", ".join(f"{self.prefix}{name}" for name in list(self)[:5]) or "none"
-            raise ValueError(f"load_var: {self.argument}: {'; '.join(problems)}; {len(self)} keys are there: {there}")
-
-
-def _read(source: StateOrPath, argument: str, nested: str) -> _State:
-    state: Any = source
-    if isinstance(source, str | os.PathLike):
-        state = read_weights(os.fspath(source), f"load_var: {argument}")
-    for name in ("trainer", nested):
-        state = state.get(name, state) if isinstance(state, Mapping) else state
-    if not isinstance(state, Mapping):
-        raise ValueError(f"load_var: {argument}: expected a state dict, got {type(state).__name__}")
-    wrong = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
-    if wrong:
-        raise ValueError(f"load_var: {argument}: expected tensors only, got other values under {wrong[:5]}")
-    return _State(state, argument, "a state dict" if isinstance(source, Mapping) else str(source))
-
-
-def _count(state: State, pattern: str) -> int:
-    """How many numbers fill the pattern's one group over all keys: 1 + the largest."""
-    found = [int(match[1]) for name in state if (match := re.match(pattern, name))]
-    return max(found, default=-1) + 1
-
-
-def _transformer_config(state: _State, num_heads: int | None) -> VARConfig:
+def _transformer_config(state: PublicState, num_heads: int | None) -> VARConfig:
     state.need(
         {"word_embed.weight": 2, "lvl_1L": 2, "blocks.0.ffn.fc1.weight": 2, "head.weight": 2, "class_emb.weight": 2}
     )
@@ -151,7 +103,7 @@ def _transformer_config(state: _State, num_heads: int | None) -> VARConfig:
         num_heads = log_scale.numel()
     return VARConfig(
         grids=ScaleSchedule([isqrt(n) for n in levels]).grids,
-        depth=_count(state, r"blocks\.(\d+)\."),
+        depth=count(state, r"blocks\.(\d+)\."),
         embed_dim=embed_dim,
         num_heads=num_heads or embed_dim // 64,
         mlp_ratio=state["blocks.0.ffn.fc1.weight"].shape[0] / embed_dim,
@@ -163,21 +115,8 @@ def _transformer_config(state: _State, num_heads: int | None) -> VARConfig:
     )
 
 
-def _renamed(state: State, names: Mapping[str, str], left_out: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    weights = {}
-    for name, tensor in state.items():
-        number = re.search(r"(?<=blocks\.)\d+", name)
-        general = re.sub(r"(?<=blocks\.)\d+", "{i}", name, count=1)
-        if general in left_out:
-            continue
-        ours = names.get(general)
-        # an unknown key keeps its name, so that strict loading names it
-        weights[ours.replace("{i}", number[0]) if ours and number else ours or name] = tensor
-    return weights
-
-
 def _transformer_weights(state: State) -> dict[str, torch.Tensor]:
-    weights = _renamed(state, _TRANSFORMER_NAMES, _TRANSFORMER_BUFFERS)
+    weights = renamed(state, _TRANSFORMER_NAMES, _TRANSFORMER_BUFFERS)
     for name, tensor in weights.items():
         if name in ("start_embed", "position_embed"):  # (1, n, C)
             weights[name] = tensor.flatten(0, -2)
@@ -189,10 +128,7 @@ def _transformer_weights(state: State) -> dict[str, torch.Tensor]:
 
 
 def _public_transformer_name(ours: str) -> str:
-    number = re.search(r"(?<=blocks\.)\d+", ours)
-    general = re.sub(r"(?<=blocks\.)\d+", "{i}", ours, count=1)
-    public = {v: k for k, v in _TRANSFORMER_NAMES.items()}.get(general, ours)
-    return public.replace("{i}", number[0]) if number else public
+    return public_name(ours, _TRANSFORMER_NAMES)
 
 
 def _public_tokenizer_name(ours: str) -> str:
@@ -206,14 +142,14 @@ def _phi_names(state: State) -> list[str]:
     if f"{shared}.weight" in state:
         return [shared]
     for several in ("quantize.quant_resi.qresi_ls", "quantize.quant_resi"):
-        count = _count(state, re.escape(several) + r"\.(\d+)\.")
-        if count:
-            return [f"{several}.{i}" for i in range(count)]
+        convs = count(state, re.escape(several) + r"\.(\d+)\.")
+        if convs:
+            return [f"{several}.{i}" for i in range(convs)]
     return []
 
 
-def _tokenizer_config(state: _State, schedule: ScaleSchedule, znorm: bool, norm_groups: int) -> VQTokenizerConfig:
-    levels = _count(state, r"encoder\.down\.(\d+)\.")
+def _tokenizer_config(state: PublicState, schedule: ScaleSchedule, znorm: bool, norm_groups: int) -> VQTokenizerConfig:
+    levels = count(state, r"encoder\.down\.(\d+)\.")
     first_convs = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(max(levels, 1))]
     state.need({"quantize.embedding.weight": 2, "encoder.conv_in.weight": 4} | dict.fromkeys(first_convs, 4))
     vocab_size, code_channels = state["quantize.embedding.weight"].shape
@@ -225,7 +161,7 @@ def _tokenizer_config(state: _State, schedule: ScaleSchedule, znorm: bool, norm_
         code_channels=code_channels,
         channels=channels,
         channel_multipliers=tuple(width // channels for width in widths),
-        blocks_per_level=_count(state, r"encoder\.down\.0\.block\.(\d+)\."),
+        blocks_per_level=count(state, r"encoder\.down\.0\.block\.(\d+)\."),
         norm_groups=norm_groups,
         attention="encoder.mid.attn_1.qkv.weight" in state,
         residual_convs=max(len(_phi_names(state)), 1),

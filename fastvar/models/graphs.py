@@ -23,9 +23,9 @@ import logging
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -44,6 +44,7 @@ MEMORY = 0.15
 SEEN = 256  # kinds of calls that are remembered, of a model
 CAPTURES = 2  # of a kind of calls, unasked: those that drive out each other would be captured at every call
 Pool = Any  # what torch.cuda.graph_pool_handle answers
+_T = TypeVar("_T")
 
 logger = logging.getLogger("fastvar")
 
@@ -94,7 +95,7 @@ _LOOK_UP = threading.Lock()  # of the dictionary
 _ALONE: dict[torch.device, threading.RLock] = {}
 
 
-def _alone(device: torch.device) -> threading.RLock:
+def alone(device: torch.device) -> threading.RLock:
     """Held by the one thread that uses graphs on a device: captures share a stream, and a model's graphs may be freed
     for another's."""
     return _ALONE.setdefault(device, threading.RLock())
@@ -106,7 +107,7 @@ def clear_graphs(var: VAR) -> None:
     graphs = _CAPTURED.get(var)
     if graphs is None:
         return
-    with _alone(graphs.device):
+    with alone(graphs.device):
         with _LOOK_UP:
             _CAPTURED.pop(var, None)
         graphs.forget()
@@ -135,7 +136,8 @@ class Survey(NamedTuple):
 
     Attributes:
         weights: where they lie.
-        modes: of each module what else decides what it computes: training, and an adapter's switches and scaling.
+        modes: of each module what else decides what it computes: training, recomputation, an adapter's switches and
+            scaling; of a training step also which weights are trained.
     """
 
     weights: tuple[int, ...]
@@ -148,8 +150,7 @@ def survey(var: VAR, *, must: bool = False) -> Survey | None:
     Raises:
         ValueError: says why not, if they must.
     """
-    why = _obstacle(var)
-    found = why or _looked_at(var)
+    found = obstacle(var.device) or _of_sampling(var)
     if isinstance(found, Survey):
         return found
     if must:
@@ -157,12 +158,13 @@ def survey(var: VAR, *, must: bool = False) -> Survey | None:
     return None
 
 
-def _obstacle(var: VAR) -> str | None:
-    if not runs_on(var.device):
-        return f"a model on a GPU, got one on {var.device.type}"
+def obstacle(device: torch.device) -> str | None:
+    """Why nothing can be captured on a device now, whatever the model; None if it can."""
+    if not runs_on(device):
+        return f"a model on a GPU, got one on {device.type}"
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return "a plain call, got one under torch.compile or a dispatch mode"
-    if var.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "a plain call, got one within the capture of another graph"
     if _checks.DEBUG:
         return "FASTVAR_DEBUG to be off, as its checks wait for the device"
@@ -171,20 +173,37 @@ def _obstacle(var: VAR) -> str | None:
     return None
 
 
-def _looked_at(var: VAR) -> Survey | str:
-    """The survey, or what stands in the way. It is made for each call: no attribute is looked up but where it lies."""
+def _of_sampling(var: VAR) -> Survey | str:
+    tokenizer = var.tokenizer
+    found = looked_at([var, tokenizer.post_quant_conv, tokenizer.decoder])
+    if isinstance(found, str):
+        return found
+    held = (tokenizer.codebook, tokenizer.phi_weight, tokenizer.phi_bias)
+    return found._replace(weights=(*found.weights, *(weight.data_ptr() for weight in held if weight is not None)))
+
+
+def looked_at(roots: Sequence[nn.Module], *, training: bool = False) -> Survey | str:
+    """The survey of modules and all within them, or what stands in the way. It is made for each call: no attribute is
+    looked up but where it lies. A training step may have dropout, but not in what is recomputed, and no hooks on
+    gradients; a VAR's tokenizer is then looked at too."""
     weights: list[int] = []
     modes: list[Hashable] = []
-    tokenizer = var.tokenizer
-    held = (tokenizer.codebook, tokenizer.phi_weight, tokenizer.phi_bias)
-    weights += [weight.data_ptr() for weight in held if weight is not None]
-    modules: list[nn.Module] = [var, tokenizer.post_quant_conv, tokenizer.decoder]
+    modules, recomputed, drops = list(roots), False, ""
+    if training and (_module._global_backward_hooks or _module._global_backward_pre_hooks):
+        return "no backward hooks, got global ones"
     while modules:
         module = modules.pop()
         fields = module.__dict__
-        training, name = fields["training"], type(module).__name__
-        if training and (fields.get("p") or fields.get("drop_path")):
-            return f"no dropout, got some in a {name}: put the model in evaluation mode"
+        mode, name = fields["training"], type(module).__name__
+        if training and (fields["_backward_hooks"] or fields["_backward_pre_hooks"]):
+            return f"no backward hooks, got some on a {name}"
+        if name == "DistributedDataParallel":
+            return "one process, got a model wrapped for several (DDP)"
+        recomputed = recomputed or bool(fields.get("gradient_checkpointing"))
+        if mode and (fields.get("p") or fields.get("drop_path")):
+            drops = name
+        if drops and (recomputed or not training):
+            return f"no dropout, got some in a {drops}: put the model in evaluation mode"
         if fields["_forward_hooks"] or fields["_forward_pre_hooks"]:
             return f"no forward hooks, got some on a {name}"
         if fields.get("_compiled_call_impl") is not None or "_orig_mod" in fields["_modules"]:
@@ -193,13 +212,20 @@ def _looked_at(var: VAR) -> Survey | str:
             for tensor in tensors.values():
                 if type(tensor).__name__ == "DTensor":
                     return "whole weights, got sharded ones (FSDP)"
-                if tensor is not None:
-                    weights.append(tensor.data_ptr())
-        modes.append(training)
+                if tensor is None:
+                    continue
+                weights.append(tensor.data_ptr())
+                if training:
+                    if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
+                        return f"no hooks on gradients, got some on a weight of a {name}"
+                    modes.append(tensor.requires_grad)
+        modes.append((mode, fields.get("gradient_checkpointing")))
         if hasattr(type(module), "active_adapters"):
             switches = ("disable_adapters", "merged", "active_adapters", "scaling")
             modes.append(tuple(str(getattr(module, switch, None)) for switch in switches))
         modules += [child for child in fields["_modules"].values() if child is not None]
+        if training:
+            modules += fields.get("_tokenizer", ())
     return Survey(tuple(weights), tuple(modes))
 
 
@@ -228,9 +254,9 @@ def replay(
         _kind(start),
         tuple((t.shape, t.dtype) for t in [*_tensors(start), seeds]),
         found.modes,
-        _settings(device.type),
+        settings(device.type),
     )
-    with _alone(device):
+    with alone(device):
         graphs, failed = _graphs_of(var, found.weights, device), ""
         try:
             # its memory is written to by later calls
@@ -240,7 +266,7 @@ def replay(
             if at_first:
                 graphs.forget()
                 raise
-            failed = _reason(error, outer)
+            failed = reason(error, outer)
         if failed:  # the exception, and what it holds of the device's memory, is gone
             graphs.forget()
             if device.type == "cuda":
@@ -256,8 +282,9 @@ def replay(
     return drawn
 
 
-def _reason(error: BaseException, outer: BaseException | None) -> str:
-    """In one line what came first, not that the capture could not end after it; `outer` was raised before the call."""
+def reason(error: BaseException, outer: BaseException | None) -> str:
+    """Of a capture that failed, in one line what came first, not that it could not end after that; `outer` was raised
+    before the call."""
     while error.__context__ is not None and error.__context__ is not outer:
         error = error.__context__
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
@@ -360,7 +387,7 @@ def _kind(start: Beginning | SamplingState) -> Hashable:
     return start.scale, start.cached, start.log_probs is None, cache.prefix is None, cache.trunk is None
 
 
-def _settings(device: str) -> Hashable:
+def settings(device: str) -> Hashable:
     backends: Any = torch.backends
     return (
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
@@ -407,7 +434,7 @@ class _Graph:
         return self.after.map(torch.clone)
 
 
-def capture(run: Callable[[], Drawn], device: torch.device, pool: Pool) -> tuple[Drawn, Callable[[], None], Pool, int]:
+def capture(run: Callable[[], _T], device: torch.device, pool: Pool) -> tuple[_T, Callable[[], None], Pool, int]:
     """Run once, so that kernels are compiled and handles made, then capture: what `run` answers, in the graph's memory,
     the function that replays it, the pool that the memory is from, and by how many bytes that has grown."""
     with torch.cuda.device(device):

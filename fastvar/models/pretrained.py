@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -34,6 +35,7 @@ class PretrainedModel(nn.Module, ModelHubMixin):
     """
 
     config_class: ClassVar[type]
+    keeps_dtype: ClassVar[bool] = False  # of the weights that it loads; otherwise they become float32
     config: Any
 
     def clone(self) -> Self:
@@ -92,16 +94,29 @@ class PretrainedModel(nn.Module, ModelHubMixin):
         config = load_config(cls.config_class, Path(_file(model_id, subfolder, CONFIG_NAME, **hub)))
         path = _file(model_id, subfolder, WEIGHTS_NAME, **hub)
         state, prefix = without_wrappers(read_weights(path, cls.__name__))
-        model = cls(config)
-        load_strictly(model, state, path, prefix=prefix)
+        with torch.device("meta") if cls.keeps_dtype else nullcontext():
+            model = cls(config)
+        load_strictly(model, state, path, prefix=prefix, assign=cls.keeps_dtype)
         return model.eval()
 
 
 def saved_class(config: Path) -> type[PretrainedModel] | None:
     """Which of fastvar's models a config.json is of, as its fields say; None for none of them."""
     names = set(read_json_object(config, "from_pretrained"))
-    kinds = PretrainedModel.__subclasses__()
-    return next((kind for kind in kinds if names <= _field_names(kind.config_class)), None)
+    return next((kind for kind in _kinds(PretrainedModel) if names <= _field_names(kind.config_class)), None)
+
+
+def _kinds(base: type[PretrainedModel]) -> Iterator[type[PretrainedModel]]:
+    """The classes below one that have a config."""
+    for kind in base.__subclasses__():
+        if "config_class" in vars(kind):
+            yield kind
+        yield from _kinds(kind)
+
+
+def with_article(name: str) -> str:
+    """A class with the article that goes with it: an Infinity, a VAR."""
+    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
 
 
 def _is_of(config: Path, config_class: type) -> bool:
@@ -127,7 +142,10 @@ def load_config(config_class: type, path: Path) -> Any:
             inside = [other for other in sorted(path.parent.glob(f"*/{CONFIG_NAME}")) if _is_of(other, config_class)]
             hint = f", which has its own in {inside[0].parent}" if inside else ""
             wanted = config_class.__name__.removesuffix("Config")
-            raise ValueError(f"from_pretrained: expected a {wanted}, got a {kind.__name__} in {path.parent}{hint}")
+            raise ValueError(
+                f"from_pretrained: expected {with_article(wanted)}, got {with_article(kind.__name__)} in "
+                f"{path.parent}{hint}"
+            )
         raise ValueError(f"{config_class.__name__}: {path}: unknown fields {unknown}")
     try:
         return config_class(**{name: fitted(config_class, name, value) for name, value in values.items()})
@@ -142,6 +160,7 @@ def load_strictly(
     describe: Callable[[str], str] = str,
     *,
     prefix: str = "",
+    assign: bool = False,
 ) -> None:
     """Load a state dict that must fit exactly.
 
@@ -151,6 +170,7 @@ def load_strictly(
         source: where it came from, for the message.
         describe: from a key to the name that the user knows it by.
         prefix: of these names.
+        assign: take the tensors themselves, with their dtypes, rather than copies; for a model on the device "meta".
 
     Raises:
         ValueError: names every missing and unexpected key and every wrong shape.
@@ -169,7 +189,7 @@ def load_strictly(
     ]
     if problems:
         raise ValueError(f"{type(model).__name__}: cannot load {source}:\n  " + "\n  ".join(problems))
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=assign)
 
 
 def has_model(model_id: str, subfolder: str, **hub: Any) -> bool:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvar.models.kv_cache import KVCache
 from fastvar.models.linear import Linear
-from fastvar.models.pretrained import PretrainedModel, has_model
 from fastvar.models.sampling import generate
 from fastvar.models.var_block import (
     Block,
@@ -29,6 +25,7 @@ from fastvar.models.var_block import (
 )
 from fastvar.models.var_config import VARConfig
 from fastvar.models.vq_tokenizer import VQTokenizer
+from fastvar.models.with_tokenizer import WithTokenizer
 from fastvar.ops import (
     CrossEntropy,
     PrefixKV,
@@ -40,7 +37,6 @@ from fastvar.ops import (
 )
 from fastvar.schedule import ScaleSchedule
 
-TOKENIZER_FOLDER = "tokenizer"
 Labels = torch.Tensor | Sequence[str]
 
 
@@ -53,7 +49,7 @@ def _prefill_block(
     return x, seen[0].k, seen[0].v
 
 
-class VAR(PretrainedModel):
+class VAR(WithTokenizer[VQTokenizer]):
     """Next-scale prediction over the tokens of a `VQTokenizer`.
 
     The image stream (B rows) and the prefix stream of the reference subjects (B / G rows) pass the same layers; only
@@ -67,6 +63,8 @@ class VAR(PretrainedModel):
     """
 
     config_class = VARConfig
+    tokenizer_class = VQTokenizer
+    agreed = ("grids", "vocab_size", "code_channels")
     config: VARConfig
     blocks: Sequence[Block]
     scale_index: torch.Tensor
@@ -97,9 +95,7 @@ class VAR(PretrainedModel):
         self.head = Linear(width, config.vocab_size)
         self.register_buffer("scale_index", torch.tensor(self.schedule.scale_of_token), persistent=False)
         self._initialise(std)
-        self._tokenizer: tuple[VQTokenizer, ...] = ()  # in a tuple, so that it is no submodule
-        if tokenizer is not None:
-            self.tokenizer = tokenizer
+        self._attach(tokenizer)
 
     @torch.no_grad()
     def _initialise(self, std: float) -> None:
@@ -122,69 +118,6 @@ class VAR(PretrainedModel):
             rows[2:].mul_(0.5)
             start = block.modulation_table if self.config.shared_adaln else block.modulation.bias.unflatten(0, (6, -1))
             start[:2].add_(self.config.gate_init)
-
-    # -- tokenizer, saving -------------------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> VQTokenizer:
-        """The tokenizer whose tokens this model predicts.
-
-        Raises:
-            RuntimeError: none was attached.
-        """
-        if not self._tokenizer:
-            raise RuntimeError("VAR: tokenizer: none attached; pass one to VAR(...) or set var.tokenizer")
-        return self._tokenizer[0]
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: VQTokenizer) -> None:
-        ours, theirs = self.config, tokenizer.config
-        for name in ("grids", "vocab_size", "code_channels"):
-            if getattr(ours, name) != getattr(theirs, name):
-                raise ValueError(
-                    f"VAR: tokenizer: expected {name} {getattr(ours, name)}, got {getattr(theirs, name)}",
-                )
-        self._tokenizer = (tokenizer.to(self.device),)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # nn.Module would register the tokenizer as a submodule before a property's setter saw it
-        if name == "tokenizer":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether a tokenizer is attached."""
-        return bool(self._tokenizer)
-
-    @property
-    def device(self) -> torch.device:
-        return self.head.weight.device
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        if self._tokenizer:
-            self._tokenizer[0].to(self.device)
-        return self
-
-    def clone(self) -> Self:
-        """A copy with weights of its own, adapters included, and this one's tokenizer."""
-        return copy.deepcopy(self, {id(tokenizer): tokenizer for tokenizer in self._tokenizer})
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        if self._tokenizer:
-            self.tokenizer._save_pretrained(save_directory / TOKENIZER_FOLDER)
-        else:
-            shutil.rmtree(save_directory / TOKENIZER_FOLDER, ignore_errors=True)
-        super()._save_pretrained(save_directory)
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> Self:
-        model = super()._from_pretrained(model_id=model_id, **kwargs)
-        if has_model(model_id, TOKENIZER_FOLDER, **kwargs):
-            model.tokenizer = VQTokenizer._from_pretrained(model_id=model_id, subfolder=TOKENIZER_FOLDER, **kwargs)
-        return model
 
     # -- condition ---------------------------------------------------------------------------------------------------
 
@@ -346,9 +279,17 @@ class VAR(PretrainedModel):
 
     # -- teacher forcing ---------------------------------------------------------------------------------------------
 
+    def _draws(self) -> bool:
+        """Whether a block draws random numbers."""
+        if not self.training:
+            return False
+        modules = (vars(module) for block in self.blocks for module in block.modules())
+        return any(fields.get("drop_path") or fields.get("p") for fields in modules)
+
     def _run(self, block: Callable[..., Any], *inputs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
+            # the state of random numbers is not there to be read while a graph is captured
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self._draws())
         return block(*inputs)
 
     def hidden(self, labels: Labels, inputs: torch.Tensor, *, subject: torch.Tensor | None = None) -> torch.Tensor:

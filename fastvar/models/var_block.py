@@ -118,11 +118,14 @@ class Block(nn.Module):
         gate, _, _, scale, _, shift = modulation.unbind(1)
         h = self.proj(attend(self, *self.project(h, bias)).flatten(2))
         x, h = gated_residual_norm(x, self._dropped(h), gate, scale, shift, eps=self.eps)
+        return x, self._mlp(h)
+
+    def _mlp(self, h: torch.Tensor) -> torch.Tensor:
         if type(self.mlp_in) is Linear:  # noqa: SIM108
             h = self.mlp_in(h, gelu=True)
         else:  # wrapped, as by LoRA: what is added to the projection must pass the GELU too
             h = F.gelu(self.mlp_in(h), approximate="tanh")
-        return x, self._dropped(self.mlp_out(h))
+        return self._dropped(self.mlp_out(h))
 
     def _dropped(self, h: torch.Tensor) -> torch.Tensor:
         if not self.training or self.drop_path == 0:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastvar.models.autoencoder import Decoder, Encoder
+from fastvar.models.autoencoder import Decoder, Encoder, check_images, to_channels_last
 from fastvar.models.pretrained import PretrainedModel
 from fastvar.ops import QuantizedResidual, ResidualConv, accumulate_scale, residual_conv_index, residual_quantize
 from fastvar.ranges import Count, NotNegative, Positive, Range, Share, ShareBelowOne, check_fields
@@ -124,10 +124,7 @@ class VQTokenizer(PretrainedModel):
             convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(config.residual_convs)]
             self.phi_weight = nn.Parameter(torch.stack([conv.weight.detach() for conv in convs]))
             self.phi_bias = nn.Parameter(torch.zeros(config.residual_convs, width))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
-                module.weight = nn.Parameter(weight)
+        to_channels_last(self)
 
     @property
     def phi(self) -> ResidualConv | None:
@@ -142,17 +139,9 @@ class VQTokenizer(PretrainedModel):
 
     def encode_features(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] to continuous features (B, C, h, w), float32 at least."""
-        self._check(images)
+        check_images("VQTokenizer", images, self.config.image_size)
         features = self.quant_conv(self.encoder(self.enlarge_chroma(images).to(self.quant_conv.weight.dtype)))
         return features.to(torch.promote_types(features.dtype, torch.float32)).contiguous()
-
-    def _check(self, images: torch.Tensor) -> None:
-        height, width = self.config.image_size
-        if not isinstance(images, torch.Tensor) or not images.is_floating_point():
-            got = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
-            raise ValueError(f"VQTokenizer: images: expected floating-point numbers in [-1, 1], got {got}")
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
-            raise ValueError(f"VQTokenizer: images: expected (B, 3, {height}, {width}), got {tuple(images.shape)}")
 
     @torch.no_grad()
     def quantize(self, images: torch.Tensor) -> QuantizedResidual:
@@ -160,7 +149,7 @@ class VQTokenizer(PretrainedModel):
 
         Autocast is off inside: which code is nearest must not depend on whether a model is in training.
         """
-        self._check(images)
+        check_images("VQTokenizer", images, self.config.image_size)
         with torch.autocast(images.device.type, enabled=False):
             return self._quantize(self.encode_features(images))
 

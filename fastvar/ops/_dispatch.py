@@ -154,7 +154,8 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)  # others may have shapes that are sy
 def choose(op: str, backend: str, tensor: torch.Tensor, shared: tuple[bool, bool], gradient: bool) -> Chosen:
     """What `resolve` answers for a lead tensor, whether rows share a prefix and whether that is ragged, and whether a
     gradient is wanted, with its functions. Asked once for calls that are alike."""
-    key = (op, backend, tensor.device, tensor.dtype, tensor.shape, shared, gradient)
+    exact = torch.are_deterministic_algorithms_enabled()
+    key = (op, backend, tensor.device, tensor.dtype, tensor.shape, shared, gradient, exact)
     answer = _answers.get(key)
     if answer is None:
         if len(_answers) >= _MOST_ANSWERS:

@@ -110,8 +110,9 @@ def block_causal_attention(
         backend: see `fastvar.support()`. "sdpa" (PyTorch's fused kernels), "flash_attn" (flash-attn) and "xformers" go
             a scale at a time, flash-attn-4, which "flash_attn" takes on Hopper and Blackwell, in one call. They read
             a prefix once a group and merge; prefixes of several lengths are beyond flash-attn and xFormers. "flex" is
-            PyTorch's FlexAttention, compiled once a shape; it copies the prefix for every sample. "sdpa" has no
-            gradients on a GPU.
+            PyTorch's FlexAttention, compiled once a shape; it copies the prefix for every sample. Gradients by "sdpa"
+            may differ in their last bits from run to run on a GPU; under `torch.use_deterministic_algorithms(True)`
+            "auto" does not take it.
 
     Returns:
         (B, L, H, D) in q's dtype, contiguous. Softmax statistics in float32.

@@ -28,7 +28,7 @@ TOLERANCES = {"no": 1e-3, "bf16": 3e-2}
 # Settings that change what a run shows, keeps and needs, or when it stops, but not what an iteration learns.
 FREE = (
     *("iterations", "stop_kl", "tolerance", "bad_steps"),
-    *("micro_batch", "gradient_checkpointing"),
+    *("micro_batch", "gradient_checkpointing", "update_graphs"),
     *("log_every", "evaluate_every", "evaluation_samples", "save_every", "save_minutes", "keep", "resume"),
 )
 
@@ -73,6 +73,9 @@ class RLConfig:
     """"no" (float32) or "bf16" (autocast, in rollouts and updates alike)."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass."""
+    update_graphs: bool = False
+    """Run micro-batches by CUDA graphs, which helps where the host is slower than the GPU. On one GPU, in one process.
+    The graphs keep the activations of a micro-batch in memory, during rollouts too."""
     learning_rate: Positive = 1e-5
     """Constant."""
     betas: Annotated[tuple[float, float], Range(0, 1, below=True)] = (0.9, 0.95)

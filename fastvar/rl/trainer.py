@@ -30,10 +30,11 @@ from fastvar.rl.rewards import RewardSum
 from fastvar.rl.rollout import Rollout, roll_out
 from fastvar.rl.rows import indices, taken
 from fastvar.rl.scores import score
-from fastvar.rl.update import segment_loss, token_totals
+from fastvar.rl.update import part_loss, part_of, token_totals
 from fastvar.rl.wrapping import CalledPolicy, gather_for_methods
 from fastvar.training.checkpoints import Checkpoints
 from fastvar.training.ema import EMA
+from fastvar.training.graphed import GraphedStep, check_alone
 from fastvar.training.interrupts import Interrupted, Interrupts
 from fastvar.training.lock import locked
 from fastvar.training.log import RunLog
@@ -103,6 +104,7 @@ class VMRGRPOTrainer:
         if count % processes or (sharded and config.prompts % processes):
             expected = f"prompts {config.prompts}" if sharded else f"prompts x group_size = {count}"
             raise ValueError(f"VMRGRPOTrainer: expected a number of processes that divides {expected}, got {processes}")
+        check_alone("RLConfig: update_graphs", config.update_graphs, self.accelerator)
         self.policy = policy.to(self.accelerator.device).eval()
         self.policy.gradient_checkpointing = config.gradient_checkpointing
         self.policy.tokenizer.requires_grad_(False).eval()
@@ -121,6 +123,8 @@ class VMRGRPOTrainer:
         self.model, self.optimizer = self.accelerator.prepare(CalledPolicy(policy), optimizer)
         self.policy = self.accelerator.unwrap_model(self.model).policy
         gather_for_methods(self.model)
+        others = [] if self.reference is None else [self.reference]
+        self.graphed = GraphedStep(self._part, self.model, *others) if config.update_graphs else self._part
         self.progress = _Progress()
         self.checkpoints = Checkpoints(
             self.accelerator,
@@ -318,20 +322,8 @@ class VMRGRPOTrainer:
         for number, (rows, real) in enumerate(parts):
             mask = graded.mask if real else torch.zeros_like(graded.mask)
             with accelerator.no_sync(self.model) if number + 1 < len(parts) else nullcontext(), self._autocast():
-                found: PolicyLoss = self.model(
-                    segment_loss,
-                    rollout,
-                    graded.advantages,
-                    config.loss,
-                    rows=rows,
-                    mask=mask,
-                    mask_totals=graded.totals,
-                    temperature=config.rollout.temperature,
-                    reference=self.reference,
-                    old_log_probs=old_log_probs,
-                )
-                # The parts add up to the whole batch's loss; processes average their gradients.
-                accelerator.backward(found.loss * accelerator.num_processes)
+                tensors = part_of(self.policy, rollout, graded.advantages, rows, mask, graded.totals, old_log_probs)
+                found = PolicyLoss(**self.graphed(rollout.first_scale, **tensors))
             if real:
                 log_probs.index_copy_(0, indices(rows, log_probs.device), found.log_probs)
             part = token_totals(taken(mask, rows), self.policy.schedule.with_num_tokens(mask.shape[1]))
@@ -351,12 +343,22 @@ class VMRGRPOTrainer:
         else:
             self.progress.skipped += 1
             self.progress.skipped_in_all += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not config.update_graphs)
         if self.progress.skipped > config.bad_steps:
             raise RuntimeError(
                 f"VMRGRPOTrainer: {self.progress.skipped} updates in a row had a gradient that is not finite"
             )
         return {**metrics, "gradient_norm": norm}, log_probs
+
+    def _part(self, first_scale: int, **tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Forward, loss and backward of a micro-batch."""
+        config = self.config
+        found: PolicyLoss = self.model(
+            part_loss, config.loss, first_scale, config.rollout.temperature, self.reference, **tensors
+        )
+        # The parts add up to the whole batch's loss; processes average their gradients.
+        self.accelerator.backward(found.loss * self.accelerator.num_processes)
+        return found._asdict()
 
     def check_log_probs(self, mean: float, worst: list[float]) -> dict[str, float]:
         """How much the log-probabilities of rollout and training differ: `mean` over the trained tokens, `worst` of

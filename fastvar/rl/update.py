@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 
@@ -85,21 +85,61 @@ def segment_loss(
     """
     if options.kl_weight != 0 and reference is None:
         raise ValueError(f"segment_loss: reference: expected a model, as kl_weight is {options.kl_weight}, got None")
+    tensors = part_of(var, rollout, advantages, rows, mask, mask_totals, old_log_probs)
+    return part_loss(var, options, rollout.first_scale, temperature, reference, **tensors)
+
+
+def part_of(
+    var: VAR,
+    rollout: Rollout,
+    advantages: torch.Tensor,
+    rows: Sequence[int] | None,
+    mask: torch.Tensor | None,
+    mask_totals: torch.Tensor | None,
+    old_log_probs: torch.Tensor | None,
+) -> dict[str, Any]:
+    """The tensors of some rows, or of all, as `part_loss` takes them; arguments as `segment_loss`."""
     rows = list(range(len(rollout.tokens)) if rows is None else rows)
-    tokens, prompts = taken(rollout.tokens, rows), rollout.prompts.take(rows)
-    inputs = var.tokenizer.teacher_forcing(tokens)[:, : tokens.shape[1] - var.schedule.lengths[0]]
     subject = None
     if rollout.subject is not None:
         subject = taken(rollout.subject, rows[:: _rows_per_subject(rollout, rows)])
-    hidden = var.hidden(prompts.conditions, inputs, subject=subject)
+    return {
+        "tokens": taken(rollout.tokens, rows),
+        "labels": var.indices(rollout.prompts.take(rows).conditions),
+        "subject": subject,
+        "advantages": taken(advantages, rows),
+        "mask": None if mask is None else taken(mask, rows),
+        "mask_totals": mask_totals,
+        "old_log_probs": None if old_log_probs is None else taken(old_log_probs, rows),
+    }
+
+
+def part_loss(
+    var: VAR,
+    options: LossOptions,
+    first_scale: int,
+    temperature: float,
+    reference: VAR | None,
+    *,
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    subject: torch.Tensor | None,
+    advantages: torch.Tensor,
+    mask: torch.Tensor | None,
+    mask_totals: torch.Tensor | None,
+    old_log_probs: torch.Tensor | None,
+) -> PolicyLoss:
+    """The policy loss of rows that were taken before, from tensors on the device alone: nothing is copied there."""
+    inputs = var.tokenizer.teacher_forcing(tokens)[:, : tokens.shape[1] - var.schedule.lengths[0]]
+    hidden = var.hidden(labels, inputs, subject=subject)
     head, log_probs = None, None
     if reference is not None and options.kl_weight != 0:
         with torch.no_grad(), without_adapters(var) if reference is var else nullcontext():
             if options.kl_estimator == "exact":
-                other = reference.hidden(prompts.conditions, inputs, subject=subject)
+                other = reference.hidden(labels, inputs, subject=subject)
                 head = (other, reference.head.weight, reference.head.bias)
             else:
-                found = reference(prompts.conditions, inputs, subject=subject, tokens=tokens, temperature=temperature)
+                found = reference(labels, inputs, subject=subject, tokens=tokens, temperature=temperature)
                 log_probs = found.log_probs
     return policy_loss(
         hidden,
@@ -108,13 +148,13 @@ def segment_loss(
         tokens,
         None,
         var.schedule.with_num_tokens(tokens.shape[1]),
-        advantages=taken(advantages, rows),
-        old_log_probs=None if old_log_probs is None else taken(old_log_probs, rows),
+        advantages=advantages,
+        old_log_probs=old_log_probs,
         reference_log_probs=log_probs,
         reference_head=head,
-        token_mask=None if mask is None else taken(mask, rows),
+        token_mask=mask,
         mask_totals=mask_totals,
-        first_scale=rollout.first_scale,
+        first_scale=first_scale,
         panw_alpha=options.panw_alpha,
         panw_normalisation=options.panw_normalisation,
         clip_low=options.clip_low,

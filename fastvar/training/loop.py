@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from fastvar.ranges import (
 from fastvar.training.batches import StepSampler, step_loader
 from fastvar.training.checkpoints import Checkpoints
 from fastvar.training.ema import EMA
+from fastvar.training.graphed import GraphedStep, check_alone
 from fastvar.training.interrupts import Interrupted, Interrupts, Wishes
 from fastvar.training.lock import locked
 from fastvar.training.log import RunLog
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _Model = TypeVar("_Model", bound=nn.Module)
+Part = Callable[[Any], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ class TrainConfig:
     """"no" (float32), "bf16" (autocast) or "auto" (bf16 where the hardware computes in it, else float32)."""
     accumulate: Count = 1
     """Micro-batches per optimizer step; must divide the batch size."""
+    graphs: bool = False
+    """Run micro-batches by CUDA graphs, which helps where the host is slower than the GPU. On one GPU, in one process.
+    The graphs keep the activations of a micro-batch in memory, also between steps."""
     seed: Seed = 0
     """Of the order of the data, dropout and augmentation."""
     workers: CountOrNone = 0
@@ -108,7 +114,11 @@ class TrainConfig:
 
 
 class Task(Protocol[_Model]):
-    """What is trained: a model, its loss on a batch, and what to show of it."""
+    """What is trained: a model, its loss on a batch, and what to show of it.
+
+    A task that can be run by graphs has a method `tensors(batch)` besides: what `loss` reads of a batch, by the same
+    names and on the model's device, tensors alone.
+    """
 
     name: str
     model: _Model
@@ -217,6 +227,7 @@ def train(task: Task[_Model], dataset: Any, config: TrainConfig, output: Path) -
         task.check_data(dataset)
     # Autocast is ours: accelerate fixes its precision once per process, but two runs may differ.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+    check_alone("TrainConfig: graphs", config.graphs, accelerator)
     set_seed(config.seed, device_specific=True)
     precision = resolve_precision(launched_precision(config.precision), accelerator.device)
     config = replace(config, precision=precision)  # resuming compares it
@@ -261,11 +272,12 @@ def _train(
     log = RunLog(output, first_step, config.steps, title=task.name, active=main)
     result: TrainResult[_Model] = TrainResult(ema.model, output, 0.0, config.steps - first_step)
     wishes = Wishes(accelerator)
+    part = _part_of(accelerator, task, model, config)
     check: _Check | None = None
     try:
         for step, batch in enumerate(step_loader(dataset, sampler, workers=config.workers), first_step):
             before = check
-            metrics, check = _step(accelerator, task, model, optimizer, batch, config, step)
+            metrics, check = _step(accelerator, task, model, optimizer, part, batch, config, step)
             if before is not None:  # by now it is known, and the device is busy with this step
                 before.raise_if_bad()
             ema.update(accelerator.unwrap_model(model))
@@ -293,8 +305,32 @@ def _train(
     return result
 
 
+def _part_of(accelerator: Any, task: Task[Any], model: nn.Module, config: TrainConfig) -> Part:
+    """What runs a micro-batch: forward, loss and backward; it answers the loss and what is logged, detached."""
+
+    def run(batch: Any) -> dict[str, torch.Tensor]:
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss, logged = task.loss(model, batch)
+        accelerator.backward(loss / config.accumulate)
+        return {name: value.detach() for name, value in {"loss": loss, **logged}.items()}
+
+    if not config.graphs:
+        return run
+    if not hasattr(task, "tensors"):
+        raise ValueError(f"TrainConfig: graphs: expected False, as {type(task).__name__} has no `tensors`, got True")
+    step, tensors = GraphedStep(lambda **batch: run(batch), model), task.tensors
+    return lambda batch: step(**tensors(batch))
+
+
 def _step(
-    accelerator: Any, task: Task[Any], model: nn.Module, optimizer: Any, batch: Any, config: TrainConfig, step: int
+    accelerator: Any,
+    task: Task[Any],
+    model: nn.Module,
+    optimizer: Any,
+    run: Part,
+    batch: Any,
+    config: TrainConfig,
+    step: int,
 ) -> tuple[dict[str, Any], _Check]:
     """One optimizer step; it is left out where the gradient is not finite. Nothing waits for the device."""
     model.train()
@@ -303,13 +339,10 @@ def _step(
         group["lr"] = rate
     metrics: dict[str, Any] = {}
     for i, part in enumerate(_parts(batch, config.accumulate)):
-        last = i + 1 == config.accumulate
-        with nullcontext() if last else accelerator.no_sync(model):
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, logged = task.loss(model, part)
-            accelerator.backward(loss / config.accumulate)
-        for name, value in {"loss": loss, **logged}.items():
-            metrics[name] = metrics.get(name, 0.0) + value.detach() / config.accumulate
+        with nullcontext() if i + 1 == config.accumulate else accelerator.no_sync(model):
+            found = run(part)
+        for name, value in found.items():
+            metrics[name] = metrics.get(name, 0.0) + value / config.accumulate
     norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
     check = _Check(task.name, step, metrics["loss"], norm)
     if isinstance(norm, DTensor):  # of sharded weights, which cannot be asked together with what follows
@@ -317,7 +350,7 @@ def _step(
     else:
         optimizer.optimizer.found_inf = check.bad  # what PyTorch's fused optimizers ask, as under loss scaling
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=not config.graphs)
     return {**metrics, "gradient_norm": norm, "learning_rate": rate}, check
 
 
@@ -340,7 +373,7 @@ class _Check:
 
 
 # Settings that change what a run shows and keeps, but not what it learns; and how far it goes, which is kept apart.
-_FREE = ("steps", "log_every", "picture_every", "save_every", "save_minutes", "keep", "resume", "workers")
+_FREE = ("steps", "log_every", "picture_every", "save_every", "save_minutes", "keep", "resume", "workers", "graphs")
 
 
 def _settings(task: Task[Any], dataset: Any, config: TrainConfig, processes: int) -> dict[str, Any]:

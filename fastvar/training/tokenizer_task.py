@@ -48,6 +48,9 @@ class TokenizerTask:
             "codes_used": (out.usage > 0).float().mean(),
         }
 
+    def tensors(self, batch: Any) -> dict[str, torch.Tensor]:
+        return {"image": batch["image"].to(next(self.model.parameters()).device, non_blocking=True)}
+
     def picture(self, model: VQTokenizer) -> Image | None:
         """Examples in the upper row, their reconstructions in the lower one."""
         if self.examples is None:

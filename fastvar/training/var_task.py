@@ -99,6 +99,14 @@ class VARTask:
             "loss_finest": found.losses[:, var.schedule.starts[-1] :].mean(),
         }
 
+    def tensors(self, batch: Any) -> dict[str, torch.Tensor]:
+        labels = "text" if self.model.config.text_length else "label"
+        names = ["tokens" if "tokens" in batch else "image"]
+        if self.model.config.subject != "none":
+            names.append("reference_tokens" if "reference_tokens" in batch else "reference")
+        found = {name: batch[name].to(self.model.device, non_blocking=True) for name in names}
+        return {**found, labels: self.model.indices(batch[labels])}
+
     def _reference_tokens(self, batch: Any, device: torch.device) -> torch.Tensor:
         if "reference_tokens" in batch:
             return batch["reference_tokens"].to(device, non_blocking=True)

@@ -94,7 +94,8 @@ class ByScale:
             other, other_lse = other.reshape(q.shape), _unpacked(other_lse, batch)
             if lengths is not None:
                 other_lse = other_lse.masked_fill(_empty(lengths, batch), -torch.inf)
-        for rows, keys, seen in _parts(call, width <= self.package.takes_scales[0]):
+        # the largest first: while it runs, the host asks for the others
+        for rows, keys, seen in reversed(_parts(call, width <= self.package.takes_scales[0])):
             part, part_lse = self.package.attend(Part(q[:, rows], k[:, keys], v[:, keys], scale, seen))
             if other is None:
                 out[:, rows], lse[:, :, rows] = part, part_lse

@@ -7,7 +7,7 @@ tensors, so that one compiled kernel serves all schedules.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import cutlass
@@ -72,7 +72,7 @@ class _Masks(NamedTuple):
     backward: BlockSparseTensorsTorch
 
 
-@lru_cache(maxsize=64)
+@cache  # nothing is ever dropped: a CUDA graph may read it
 @torch.inference_mode(False)  # it may be made there, and is kept
 def _masks(scales: Scales, device: torch.device) -> _Masks:
     of_token = torch.tensor(scales.schedule.scale_of_token, device="cpu")

@@ -6,7 +6,7 @@ FlexAttention knows no group: each sample reads a copy of its prefix.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -59,7 +59,7 @@ class _Tiles(NamedTuple):
     end: torch.Tensor  # (L,)
 
 
-@lru_cache(maxsize=64)
+@cache  # nothing is ever dropped: a CUDA graph may read it
 @torch.inference_mode(False)  # it may be made there, and is kept
 def block_mask(schedule: ScaleSchedule, prefix: int, block_diagonal: bool, device: torch.device) -> BlockMask:
     """Of a prefix that is valid as a whole."""
@@ -89,7 +89,7 @@ def _visible(
     return (j < prefix) | ((j >= prefix + first[i]) & (j < prefix + end[i]))
 
 
-@lru_cache(maxsize=64)
+@cache  # nothing is ever dropped: a CUDA graph may read it
 @torch.inference_mode(False)  # it may be made there, and is kept
 def _tiles(schedule: ScaleSchedule, prefix: int, block_diagonal: bool, ragged: bool, device: torch.device) -> _Tiles:
     """First and end of the visible keys rise with the row: a tile's first and last row decide."""

@@ -17,7 +17,7 @@ All programs lie along one axis, as the others hold 65,535.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -469,7 +469,7 @@ def _tile(table: Table, q: torch.Tensor, *others: torch.Tensor | None) -> dict[s
     return {**constants(head_dim, q.dtype), **chosen, "ALIGNED": common_factor(q, *others)}
 
 
-@lru_cache
+@cache  # nothing is ever dropped: a CUDA graph may read it
 def _spans(schedule: ScaleSchedule, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(L,) each: the first token of a token's scale and one past the last, made once for a schedule and a device."""
     pairs = zip(schedule.starts, schedule.ends, strict=True)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from tape import recordings
+
 from benchmarks.runner import Options, Runner
+from benchmarks.suites.training_step import Step, logits_loss
 from benchmarks.suites.vmr_grpo_step import CASES, SUITE, Job, make_policy
 
 ON_GPU = SUITE.settings["gpu"]
@@ -41,3 +47,30 @@ def test_precision_of_the_check() -> None:
         with job.exact():
             assert torch.get_float32_matmul_precision() == precision
         assert torch.get_float32_matmul_precision() == before
+
+
+def test_an_update_by_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradients are its own: another contender's update between two of its own changes neither."""
+    found = recordings(monkeypatch)
+    tiny = {"model": "tiny", "middle": 2, "prompts": 2, "group_size": 2, "dtype": "bfloat16", "size": "tiny"}
+    job = Job(tiny, torch.device("cpu"))
+    rollout, advantages = job.draw(job.subjects, "whole"), torch.randn(4)
+    expected = job.update(rollout, advantages, parts=2)
+    for _ in range(4):
+        torch.testing.assert_close(job.update(rollout, advantages, parts=2, graphs=True), expected, rtol=0, atol=0)
+        torch.testing.assert_close(job.update(rollout, advantages, parts=2), expected, rtol=0, atol=0)
+    assert len(found) == 1
+
+
+def test_a_step_by_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = recordings(monkeypatch)
+    var = make_policy({"grids": "1,2,3", "depth": 2, "width": 64, "size": "tiny"})
+    optimizer = torch.optim.AdamW(var.parameters(), lr=0.0)
+    steps = [Step(var, logits_loss(var), optimizer, clip_norm=1.0, graphs=graphs) for graphs in (False, True)]
+    inputs = {"tokens": torch.randint(var.config.vocab_size, (2, 14)), "labels": torch.arange(2)}
+    for _ in range(4):
+        torch.manual_seed(0)
+        plain = steps[0](**inputs)
+        torch.manual_seed(0)
+        torch.testing.assert_close(steps[1](**inputs), plain, rtol=0, atol=0)
+    assert len(found) == 1

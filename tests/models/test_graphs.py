@@ -1,5 +1,4 @@
-"""Sampling by graphs, with a stand-in for CUDA's: it notes every operation and the memory that it reads and writes, and
-replays the same operations on the same memory. Whatever Python did beside them is lost, as on a GPU."""
+"""Sampling by graphs, with a stand-in for CUDA's, see `Tape`."""
 
 from __future__ import annotations
 
@@ -14,74 +13,24 @@ from typing import Any
 
 import pytest
 import torch
+from tape import GROWN, Tape, recordings
 from test_var_sampling import LABELS, SETTINGS
 from tiny import some_subjects, tiny_var
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.memory import peak_memory
 from benchmarks.suites import generate as suite
 from fastvar.models import VAR, Generation, clear_graphs, graphs
-from fastvar.models.sampling import Beginning, Drawn, SamplingOptions, generate
+from fastvar.models.sampling import Beginning, SamplingOptions, generate
 from fastvar.rl.adapters import add_adapters, without_adapters
 
 without = partial(generate, graphs=False)
 OPTIONS = SamplingOptions((0.0, 0.0, 0.0), 1.0, 0, 1.0, False, 3, True, None)
-GROWN = 1000  # bytes that a capture takes
-
-
-class Tape(TorchDispatchMode):
-    """The operations inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
-        return result
-
-    def replay(self) -> None:
-        with torch.autocast("cpu", enabled=False):  # what it did was recorded
-            for func, args, kwargs, result in self.calls:
-                for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
-                    if isinstance(old, torch.Tensor):
-                        old.copy_(new)
-
-    def forget(self) -> None:
-        """Fill all that was computed with NaN: on a GPU a capture computes nothing."""
-        given: set[int] = set()  # memory that was there before
-        made: dict[int, torch.Tensor] = {}
-        for _, args, kwargs, result in self.calls:
-            given |= {place for place, _ in _memory((args, kwargs)) if place not in made}
-            made |= {place: tensor for place, tensor in _memory(result) if place not in given}
-        for tensor in made.values():
-            if tensor.is_floating_point():
-                tensor.fill_(torch.nan)
-
-
-def _memory(values: Any) -> list[tuple[int, torch.Tensor]]:
-    return [(t.untyped_storage().data_ptr(), t) for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
 
 
 @pytest.fixture(autouse=True)
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     """Graphs on a CPU; the tapes recorded so far."""
-    tapes: list[Tape] = []
-
-    def capture(run: Callable[[], Drawn], device: torch.device, pool: Any) -> tuple[Drawn, Any, Any, int]:
-        run()
-        torch.clear_autocast_cache()
-        with Tape() as tape:
-            after = run()
-        torch.clear_autocast_cache()
-        tape.forget()
-        tapes.append(tape)
-        return after, tape.replay, pool, GROWN
-
-    monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(graphs, "runs_on", lambda device: True)
+    tapes = recordings(monkeypatch)
     monkeypatch.setattr(graphs, "room", lambda device: 10**6)
     monkeypatch.setattr(graphs, "total_memory", lambda device: 10**9)
     return tapes
@@ -394,19 +343,19 @@ def test_settings_of_precision() -> None:
     """In a process of its own: PyTorch's new settings make its older ones raise."""
     code = """
 import torch
-from fastvar.models.graphs import _settings
-found = {_settings("cuda"), _settings("cuda")}
+from fastvar.models.graphs import settings
+found = {settings("cuda"), settings("cuda")}
 assert len(found) == 1
 torch.set_float32_matmul_precision("high")
-found.add(_settings("cuda"))
+found.add(settings("cuda"))
 torch.backends.cudnn.allow_tf32 = False
-found.add(_settings("cuda"))
+found.add(settings("cuda"))
 torch.backends.cuda.matmul.fp32_precision = "ieee"
-found.add(_settings("cuda"))
+found.add(settings("cuda"))
 torch.backends.cudnn.conv.fp32_precision = "tf32"
-found.add(_settings("cuda"))
+found.add(settings("cuda"))
 torch.backends.fp32_precision = "tf32"
-found.add(_settings("cuda"))
+found.add(settings("cuda"))
 assert len(found) == 6, found
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.models import (
+    VAR,
+    BSQTokenizer,
+    BSQTokenizerConfig,
+    Infinity,
+    InfinityConfig,
+    TextFeatures,
+    VARConfig,
+    VQTokenizer,
+    VQTokenizerConfig,
+)
 
 SQUARES = ((1, 1), (2, 2), (3, 3))
 RECTANGLES = ((1, 2), (2, 3))
@@ -20,7 +30,9 @@ def filled(module: nn.Module, seed: int) -> nn.Module:
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim < 2:
-            gain = 1.0 if name.split(".")[-2:-1] in (["norm1"], ["norm2"], ["norm"], ["norm_out"]) else 0.0
+            gain = (
+                1.0 if name.split(".")[-2:-1] in (["norm1"], ["norm2"], ["norm"], ["norm_out"], ["text_norm"]) else 0.0
+            )
             noise = noise * 0.2 + gain * name.endswith("weight")
         elif "embed" in name or name == "codebook":
             noise = noise * 0.5
@@ -46,6 +58,36 @@ def tiny_var(grids: tuple[tuple[int, int], ...] = SQUARES, seed: int = 0, **fiel
     var = VAR(config, tiny_tokenizer(grids))
     filled(var, seed)
     return var.eval()
+
+
+def tiny_bits(grids: tuple[tuple[int, int], ...] = SQUARES, seed: int = 1, **fields: Any) -> BSQTokenizer:
+    """Images of twice the finest grid's size, four times with patches."""
+    shape = {"bits": 8, "channels": 8, "channel_multipliers": (1, 2), "blocks_per_level": 1, "norm_groups": 4}
+    tokenizer = BSQTokenizer(BSQTokenizerConfig(grids=grids, **{**shape, **fields}))
+    filled(tokenizer, seed)
+    return tokenizer.eval()
+
+
+def tiny_infinity(
+    grids: tuple[tuple[int, int], ...] = SQUARES, seed: int = 0, patchify: bool = False, **fields: Any
+) -> Infinity:
+    """An Infinity in evaluation mode with its tokenizer."""
+    shape = {"depth": 3, "embed_dim": 32, "num_heads": 2, "bits": 8, "text_channels": 12, "text_length": 6}
+    config = InfinityConfig(grids=grids, pool_heads=4, **{**shape, **fields})
+    net = Infinity(config, tiny_bits(grids, bits=config.bits, patchify=patchify))
+    filled(net, seed)
+    return net.eval()
+
+
+def some_texts(lengths: tuple[int, ...] = (3, 1, 6, 2), seed: int = 5) -> TextFeatures:
+    """Features of 12 channels."""
+    return TextFeatures(torch.randn(sum(lengths), 12, generator=torch.Generator().manual_seed(seed)), lengths)
+
+
+def some_bits(net: Infinity | BSQTokenizer, count: int, seed: int = 3) -> torch.Tensor:
+    """(count, L, d) bits."""
+    shape = (count, net.schedule.num_tokens, net.config.bits)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
 
 
 def unconditional(var: VAR) -> VAR:

@@ -3,6 +3,7 @@ other packages are stood in for by PyTorch's attention behind their function's n
 
 from __future__ import annotations
 
+import math
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -273,12 +274,40 @@ class StandIns:
         out, lse = _CPU_FORWARD(q, k, v, scale=scale)
         return out, lse[..., None], None, None, q.shape[2], k.shape[2], None, None, None
 
+    def _scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-untyped-def]
+        self, grad_out, q, k, v, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q, cum_seq_k,
+        max_q, max_k, dropout_p, is_causal, *, scale,
+    ):  # fmt: skip
+        assert logsumexp.ndim == 4 and logsumexp.is_contiguous() and attn_bias is None and not is_causal
+        assert (dropout_p, math.copysign(1, dropout_p)) == (0, -1)  # plans of our own, always for dense ones
+        assert all(t.transpose(1, 2).is_contiguous() for t in (grad_out, out))
+        assert (max_q, max_k) == (q.shape[2], k.shape[2])
+        return _CPU_BACKWARD(grad_out, q, k, v, out, logsumexp[..., 0], dropout_p, is_causal, scale=scale)
+
     def _scaled_dot_product_flash_attention(self, q, k, v, *, scale):  # type: ignore[no-untyped-def]
         return *_CPU_FORWARD(q, k, v, scale=scale), None, None, q.shape[2], k.shape[2], None, None, None
+
+    def _scaled_dot_product_flash_attention_backward(  # type: ignore[no-untyped-def]
+        self, grad_out, q, k, v, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
+        philox_seed, philox_offset, *, scale,
+    ):  # fmt: skip
+        assert logsumexp.is_contiguous() and (max_q, max_k) == (q.shape[2], k.shape[2])
+        return _CPU_BACKWARD(grad_out, q, k, v, out, logsumexp, dropout_p, is_causal, scale=scale)
 
     def _scaled_dot_product_efficient_attention(self, q, k, v, attn_bias, compute_log_sumexp, *, scale):  # type: ignore[no-untyped-def]
         out, lse = _CPU_FORWARD(q, k, v, attn_mask=attn_bias, scale=scale)
         return out, F.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf), None, None
+
+    def _scaled_dot_product_efficient_attention_backward(  # type: ignore[no-untyped-def]
+        self, grad_out_, q, k, v, attn_bias, out, logsumexp, philox_seed, philox_offset, dropout_p, grad_input_mask,
+        is_causal=False, *, scale,
+    ):  # fmt: skip
+        rows = q.shape[2]
+        assert logsumexp.shape[2] % 32 == 0 and (logsumexp[:, :, rows:] == torch.inf).all()
+        assert attn_bias is None or all(stride % 8 == 0 for stride in attn_bias.stride()[:3])
+        lse = logsumexp[:, :, :rows].contiguous()
+        found = _CPU_BACKWARD(grad_out_, q, k, v, out, lse, dropout_p, is_causal, attn_mask=attn_bias, scale=scale)
+        return *found, None
 
 
 @pytest.mark.parametrize("lengths", [None, [0, 133], [-3, 1000]])
@@ -286,14 +315,17 @@ class StandIns:
 def test_kernels_for_gpus(kernel: str, lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of PyTorch's kernels gets its arguments as it wants them. Lengths outside of the prefix are cut to it."""
     q, k, v = (noise(4, LONG.num_tokens, 3, 2, 16, seed=4) * 2).unbind(2)
-    keys, values = noise(2, 2, 140, 2, 16, seed=5)
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v, *noise(2, 2, 140, 2, 16, seed=5))]
     results = {}
     for backend in ("reference", "sdpa"):
         if backend == "sdpa":
             monkeypatch.setattr(impl_sdpa, "_ATEN", StandIns())
             monkeypatch.setattr(impl_sdpa, "_kernel", lambda *args: "efficient" if args[3] is not None else kernel)
-        prefix = PrefixKV(keys, values, None if lengths is None else torch.tensor(lengths))
-        results[backend] = block_causal_attention_with_lse(q, k, v, LONG, prefix=prefix, backend=backend)
+            monkeypatch.setattr(impl_sdpa, "_cudnn_lse_rank", lambda device: 4)
+        valid = None if lengths is None else torch.tensor(lengths)
+        prefix = PrefixKV(leaves[3], leaves[4], valid)
+        out, lse = block_causal_attention_with_lse(*leaves[:3], LONG, prefix=prefix, backend=backend)
+        results[backend] = [out, lse, *torch.autograd.grad((out.sin().sum(), lse.sin().sum()), leaves)]
     for got, expected in zip(results["sdpa"], results["reference"], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
@@ -306,8 +338,8 @@ def test_kernels_for_gpus_exist(kernel: str, monkeypatch: pytest.MonkeyPatch) ->
     package = impl_sdpa._ScaledDotProducts()
     out, lse = package.attend(Part(q, k, v, 0.1, None))
     assert out.shape == q.shape and lse.shape == (2, 3, 40) and lse.dtype == torch.float32
-    with pytest.raises(NotImplementedError, match=r"^block_causal_attention: backend='sdpa': no gradients on a GPU"):
-        package.gradients(Part(q, k, v, 0.1, None), out, out, lse)
+    found = package.gradients(Part(q, k, v, 0.1, None), out, out, lse)
+    assert [g.shape for g in found] == [q.shape] * 3
 
 
 def test_no_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,8 +435,8 @@ def test_says_why_it_cannot_run(backend: str) -> None:
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("backend", ["sdpa", "flex", "flash_attn", "xformers"])
 def test_on_a_gpu(backend: str, name: str, dim: int) -> None:
-    """As the package computes it, with gradients if it has any, against the reference in float64. In a second call
-    nothing waits for the device."""
+    """As the package computes it, with gradients, against the reference in float64. In a second call nothing waits for
+    the device."""
     why_not = next(each for each in REGISTRY["block_causal_attention"] if each.backend == backend).missing()
     if why_not is not None:
         pytest.skip(why_not)
@@ -418,15 +450,13 @@ def test_on_a_gpu(backend: str, name: str, dim: int) -> None:
     def run(backend: str) -> list[torch.Tensor]:
         prefix = PrefixKV(leaves[3], leaves[4], valid) if size else None
         out = block_causal_attention(*leaves[:3], LONG, prefix=prefix, backend=backend)
-        if backend == "sdpa":
-            return [out]
         return [out, *torch.autograd.grad(out, leaves[: 5 if size else 3], torch.ones_like(out))]
 
     results = {}
     for case, dtype in (("reference", torch.float64), ("plain", torch.bfloat16), (backend, torch.bfloat16)):
         leaves = [t.to("cuda", torch.bfloat16).to(dtype).requires_grad_() for t in tensors]
         results[case] = [t.detach().cpu() for t in run(backend if case == backend else "reference")]
-    for got, plain, exact in zip(results[backend], results["plain"], results["reference"], strict=backend != "sdpa"):
+    for got, plain, exact in zip(results[backend], results["plain"], results["reference"], strict=True):
         assert_as_accurate(got, plain, exact)
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")

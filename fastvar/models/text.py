@@ -1,0 +1,185 @@
+"""Text features of several lengths: packed, as a text encoder gives them, and the attention of image tokens to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastvar.models.linear import Linear
+
+
+class TextFeatures(NamedTuple):
+    """What a text encoder says of a batch of texts.
+
+    Attributes:
+        packed: (sum of lengths, C), the rows of one text after those of the other.
+        lengths: rows of each text, at least 1: the empty text has its end-of-text token.
+    """
+
+    packed: torch.Tensor
+    lengths: Sequence[int]
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first row of each text."""
+        return (0, *accumulate(self.lengths))[:-1]
+
+    def check(self, owner: str, channels: int, longest: int) -> TextFeatures:
+        """Itself, with lengths as ints.
+
+        Args:
+            owner: "class: argument", as it opens messages.
+            channels: C.
+            longest: most rows of a text.
+
+        Raises:
+            ValueError: another width, lengths that are below 1, above `longest` or do not add up.
+        """
+        if not isinstance(self.packed, torch.Tensor) or self.packed.ndim != 2 or self.packed.shape[1] != channels:
+            got = tuple(self.packed.shape) if isinstance(self.packed, torch.Tensor) else type(self.packed).__name__
+            raise ValueError(f"{owner}: expected packed features (sum of lengths, {channels}), got {got}")
+        lengths = tuple(int(length) for length in self.lengths)
+        if any(not 1 <= length <= longest for length in lengths) or sum(lengths) != len(self.packed):
+            raise ValueError(
+                f"{owner}: expected lengths from 1 to {longest} that add up to {len(self.packed)}, got {lengths}"
+            )
+        return TextFeatures(self.packed, lengths)
+
+    @staticmethod
+    def joined(parts: Sequence[TextFeatures]) -> TextFeatures:
+        """The texts of several batches as one."""
+        return TextFeatures(
+            torch.cat([part.packed for part in parts]), tuple(length for part in parts for length in part.lengths)
+        )
+
+    def some(self, texts: slice) -> TextFeatures:
+        """The features of some of the texts."""
+        chosen = self.packed.split(list(self.lengths))[texts]
+        return TextFeatures(torch.cat([self.packed[:0], *chosen]), tuple(self.lengths)[texts])
+
+
+class TextEncoder(Protocol):
+    """Texts to features; `fastvar.models.T5TextEncoder` is one."""
+
+    @property
+    def channels(self) -> int:
+        """C."""
+
+    def __call__(self, texts: Sequence[str]) -> TextFeatures:
+        """Features of texts of any length and any characters; they carry no gradient."""
+
+
+class Places(NamedTuple):
+    """How packed rows become padded ones.
+
+    Attributes:
+        rows: (B, T) int64, the packed row at each place; padding points to some row. None if all texts are of one
+            length, so that nothing is padded.
+        valid: (B, 1, 1, T) bool, False at padding; None if nothing is padded.
+        batch: B.
+    """
+
+    rows: torch.Tensor | None
+    valid: torch.Tensor | None
+    batch: int
+
+    def padded(self, packed: torch.Tensor) -> torch.Tensor:
+        """(sum of lengths, ...) to (B, T, ...)."""
+        if self.rows is not None:
+            return packed[self.rows]
+        return packed.unflatten(0, (self.batch, len(packed) // max(self.batch, 1)))
+
+
+@lru_cache(256)
+@torch.inference_mode(False)
+def places(lengths: tuple[int, ...], device: torch.device) -> Places:
+    """The places of texts of these lengths; made once, as a copy to the device waits for it."""
+    if len(set(lengths)) <= 1:
+        return Places(None, None, len(lengths))
+    longest = max(lengths)
+    starts = TextFeatures(torch.empty(0), lengths).starts
+    rows = [[start + min(i, length - 1) for i in range(longest)] for start, length in zip(starts, lengths, strict=True)]
+    valid = [[i < length for i in range(longest)] for length in lengths]
+    return Places(torch.tensor(rows, device=device), torch.tensor(valid, device=device)[:, None, None], len(lengths))
+
+
+@lru_cache(256)
+@torch.inference_mode(False)
+def row_indices(lengths: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each packed row its text and its place in it, (sum of lengths,) int64 each."""
+    text = [i for i, length in enumerate(lengths) for _ in range(length)]
+    place = [j for length in lengths for j in range(length)]
+    return torch.tensor(text, dtype=torch.int64, device=device), torch.tensor(place, dtype=torch.int64, device=device)
+
+
+class TextKV(NamedTuple):
+    """Keys and values of texts for one attention; they do not change over scales.
+
+    Attributes:
+        k, v: (B, H, T, D).
+        valid: (B, 1, 1, T) bool, False at padding; None if nothing is padded.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    valid: torch.Tensor | None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TextKV:
+        """Those of `function` of each tensor."""
+        return TextKV(function(self.k), function(self.v), None if self.valid is None else function(self.valid))
+
+
+class _Reader(nn.Module):
+    """Attention to texts: values have a bias, keys have none."""
+
+    def __init__(self, width: int, text_channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.kv = Linear(text_channels, 2 * width, bias=False)
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = Linear(width, width)
+
+    def keys_and_values(self, packed: torch.Tensor, where: Places) -> TextKV:
+        """What queries see of packed rows (sum of lengths, C)."""
+        bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
+        device = bias.device.type
+        if torch.is_autocast_enabled(device):
+            bias = bias.to(torch.get_autocast_dtype(device))
+        padded = where.padded(self.kv(packed, bias=bias)).unflatten(2, (2, self.heads, -1))
+        k, v = padded.permute(2, 0, 3, 1, 4)
+        return TextKV(k, v, where.valid)
+
+    def read(self, q: torch.Tensor, text: TextKV) -> torch.Tensor:
+        """Queries (B, n, H, D) to what they make of their texts (B, n, C)."""
+        found = F.scaled_dot_product_attention(q.transpose(1, 2), text.k, text.v, attn_mask=text.valid)
+        return self.proj(found.transpose(1, 2).flatten(2))
+
+
+class TextAttention(_Reader):
+    """Cross-attention of image tokens (B, n, C) to texts."""
+
+    def __init__(self, width: int, text_channels: int, heads: int) -> None:
+        super().__init__(width, text_channels, heads)
+        self.query = Linear(width, width)
+
+    def forward(self, h: torch.Tensor, text: TextKV) -> torch.Tensor:
+        return self.read(self.query(h).unflatten(2, (self.heads, -1)), text)
+
+
+class TextPool(_Reader):
+    """A text as one row (B, C): attention of a learned query."""
+
+    def __init__(self, width: int, text_channels: int, heads: int) -> None:
+        super().__init__(width, text_channels, heads)
+        self.query = nn.Parameter(torch.empty(heads, width // heads))
+
+    def forward(self, packed: torch.Tensor, where: Places) -> torch.Tensor:
+        text = self.keys_and_values(packed, where)
+        query = self.query.to(text.k.dtype).expand(where.batch, 1, -1, -1)
+        return self.read(query, text)[:, 0]

@@ -1,0 +1,130 @@
+"""Texts: packed features, and T5 as what makes them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import some_texts, tiny_infinity
+
+from fastvar.models import T5TextEncoder, TextFeatures
+from fastvar.models.text import TextAttention, places
+
+
+def test_parts_and_wholes() -> None:
+    texts = some_texts((3, 1, 6))
+    assert texts.starts == (0, 3, 4)
+    parts = [texts.some(slice(i, i + 1)) for i in range(3)]
+    assert [part.lengths for part in parts] == [(3,), (1,), (6,)]
+    joined = TextFeatures.joined(parts)
+    assert joined.lengths == texts.lengths and torch.equal(joined.packed, texts.packed)
+    assert texts.some(slice(0, 0)).packed.shape == (0, 12)
+    checked = TextFeatures(texts.packed, torch.tensor([3, 1, 6])).check("f: texts", 12, 6)  # type: ignore[arg-type]
+    assert checked.lengths == (3, 1, 6) and all(type(length) is int for length in checked.lengths)
+    with pytest.raises(ValueError, match=r"f: texts: expected packed features .*, got list"):
+        TextFeatures([1.0], (1,)).check("f: texts", 12, 6)  # type: ignore[arg-type]
+
+
+def test_attention_reads_each_text_alone() -> None:
+    """Against softmax by definition, in float64; values have a bias and keys have none."""
+    attention = TextAttention(16, 12, 2).double()
+    torch.nn.init.normal_(attention.v_bias)
+    texts = some_texts((3, 1, 6))
+    packed, h = texts.packed.double(), torch.randn(3, 5, 16, dtype=torch.float64)
+    got = attention(h, attention.keys_and_values(packed, places((3, 1, 6), packed.device)))
+    key_weight, value_weight = attention.kv.weight.unflatten(0, (2, 2, 8))
+    for i, rows in enumerate(packed.split([3, 1, 6])):
+        q = attention.query(h[i]).unflatten(1, (2, 8))
+        k = torch.einsum("tc,hdc->thd", rows, key_weight)
+        v = torch.einsum("tc,hdc->thd", rows, value_weight) + attention.v_bias.unflatten(0, (2, 8))
+        weights = (torch.einsum("nhd,thd->hnt", q, k) / 8**0.5).softmax(-1)
+        expected = attention.proj(torch.einsum("hnt,thd->nhd", weights, v).flatten(1))
+        torch.testing.assert_close(got[i], expected)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 of a few thousand random weights and a tokenizer of bytes."""
+    transformers = pytest.importorskip("transformers", reason="T5 needs transformers, which is not installed")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    path = tmp_path_factory.mktemp("t5")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=len(vocabulary),
+        d_model=12,
+        d_kv=4,
+        d_ff=16,
+        num_layers=2,
+        num_heads=3,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    model = transformers.T5EncoderModel(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> T5TextEncoder:
+    return T5TextEncoder(folder, max_length=6)
+
+
+def test_t5(encoder: T5TextEncoder) -> None:
+    """Rows of a text are the same alone and beside longer ones; the empty text has its end-of-text token."""
+    found = encoder(["ab", "", "abcd"])
+    assert encoder.channels == 12 and found.lengths == (3, 1, 5) and found.packed.shape == (9, 12)
+    assert found.packed.dtype == torch.float32 and not found.packed.requires_grad
+    for i, text in enumerate(["ab", "", "abcd"]):
+        alone = encoder([text])
+        torch.testing.assert_close(alone.packed, found.some(slice(i, i + 1)).packed, rtol=1e-4, atol=1e-5)
+    assert encoder([]).packed.shape == (0, 12) and encoder([]).lengths == ()
+    expected = encoder.model(input_ids=torch.tensor([encoder.tokenizer("ab")["input_ids"]])).last_hidden_state[0]
+    torch.testing.assert_close(encoder(["ab"]).packed, expected)
+
+
+def test_long_texts_are_cut(encoder: T5TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
+    """To the first tokens and the end-of-text token."""
+    found = encoder(["abcdefgh", "abcde"])
+    assert found.lengths == (6, 6) and torch.equal(found.packed[:6], found.packed[6:])
+    assert "a text of 9 tokens is cut to 6: 'abcdefgh'" in caplog.text
+
+
+def test_any_unicode(encoder: T5TextEncoder) -> None:
+    for text in ("日本", "👩‍🚀", "é", "\0", "\n", "\u202e", " "):
+        assert torch.isfinite(encoder([text]).packed).all(), text
+    assert torch.equal(encoder(["\ud800"]).packed, encoder(["?"]).packed)
+    for wrong in ("a text", [3], [b"a"]):
+        with pytest.raises(ValueError, match="T5TextEncoder: texts: expected a list of texts, got "):
+            encoder(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="T5TextEncoder: max_length: expected at least 1, got 0"):
+        T5TextEncoder("nowhere", max_length=0)
+
+
+def test_images_of_prompts(folder: Path) -> None:
+    """From texts to pictures; in bfloat16 T5 computes in it and answers in float32."""
+    low = T5TextEncoder(folder, dtype=torch.bfloat16, local_files_only=True)
+    assert low(["ab"]).packed.dtype == torch.float32 and low.model.dtype == torch.bfloat16
+    net = tiny_infinity()
+    net.text_encoder = T5TextEncoder(folder, max_length=6)
+    out = net.generate(["ab", "", "日"], negative=["x", "", "x"], guidance=2.0)
+    assert out.images.shape == (3, 3, 6, 6)
+    assert not torch.equal(out.tokens, net.generate(["ab", "", "日"], guidance=2.0).tokens)
+
+
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"T5TextEncoder: needs transformers: pip install .*\[text\]"):
+        T5TextEncoder("google/flan-t5-xl")
