@@ -46,7 +46,8 @@ class _ScaledDotProducts:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # dense: see _NO_DROPOUT
         grad, q, k, v, out = (t.transpose(1, 2) for t in (grad.contiguous(), *part.tensors, out.contiguous()))
-        scale, mask = part.scale, _mask(part.seen, q, k) if isinstance(part.seen, torch.Tensor) else None
+        mask = _mask(part.seen, q, k) if isinstance(part.seen, torch.Tensor) else None
+        scale = part.scale
         kernel, rows, columns = _kernel(q, k, v, mask, scale), q.shape[2], k.shape[2]
         if kernel == "cpu":
             found = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
