@@ -126,17 +126,17 @@ part_tests() { # part_tests SECONDS
     tail -n 1 "$OUT/tests.log"
 }
 
-part_sanitize() { # a process for each file of tests, as the sanitizer makes them slow
-    local sanitizer names=() statuses=() start=$SECONDS file name i
+part_sanitize() { # two processes side by side, as the sanitizer makes them slow
+    local sanitizer names=() statuses=() start=$SECONDS part name i
     sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
     if [ $dry = 1 ] || [ ! -x "$sanitizer" ]; then
         echo "sanitize: left out, $([ $dry = 1 ] && echo "no device" || echo "no compute-sanitizer")"
         return
     fi
-    for file in tests/ops/test_gpu*.py; do
-        name=sanitize_$(basename "$file" .py)
+    for part in "as_on_the_cpu" "not as_on_the_cpu"; do
+        name=sanitize_${part// /_}
         run "$name" "$1" "$sanitizer" --tool memcheck --error-exitcode 9 \
-            "$PYTHON" -m pytest "$file" -v -p no:cacheprovider -k "triton or cuda" &
+            "$PYTHON" -m pytest tests/ops/test_gpu.py -v -p no:cacheprovider -k "(triton or cuda) and $part" &
         names+=("$name") statuses+=($!)
     done
     for i in "${!names[@]}"; do
