@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Self
+from unittest.mock import patch
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Copies to the host, constants from the host, and results whose shape depends on values.
 WAITING = {"_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "unique_dim", "_unique2", "equal"}
+WAITING |= {"item", "is_nonzero"}  # inside of an op they are not taken apart
 COUNTED = (torch.ops.aten.repeat_interleave.Tensor, torch.ops.aten.repeat_interleave.self_Tensor)
-# These reach no operator where memory is the host's.
-FUNCTIONS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu)
+METHODS = ("tolist", "numpy", "cpu")  # they reach no operator where memory is the host's
 
 
 class Waits:
@@ -24,7 +25,8 @@ class Waits:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(_Functions(self.seen))
+        for name in METHODS:
+            self._stack.enter_context(patch.object(torch.Tensor, name, _recorded(name, self.seen)))
         self._stack.enter_context(_Operators(self.seen))
         return self
 
@@ -50,12 +52,11 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Functions(TorchFunctionMode):
-    def __init__(self, seen: list[str]) -> None:
-        super().__init__()
-        self.seen = seen
+def _recorded(name: str, seen: list[str]) -> Callable[..., Any]:
+    method = getattr(torch.Tensor, name)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in FUNCTIONS:
-            self.seen.append(func.__name__)
-        return func(*args, **(kwargs or {}))
+    def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(name)
+        return method(tensor, *args, **kwargs)
+
+    return call
