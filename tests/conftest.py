@@ -1,12 +1,8 @@
-"""Makes helper modules beside the tests importable under pytest's importlib mode: `from golden.golden import ...`."""
+"""What holds for all tests."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

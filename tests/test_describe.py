@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden.golden import load_case
 from PIL import Image
 
 from fastvar.cli.describe import describe
@@ -22,6 +21,7 @@ from fastvar.models import (
     VQTokenizer,
     VQTokenizerConfig,
 )
+from tests.golden.golden import load_case
 
 GRIDS = ((1, 1), (2, 3))
 

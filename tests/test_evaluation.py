@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from models.tiny import some_subjects, tiny_var
 
 from fastvar.data import Reading
 from fastvar.evaluation import SamplingOptions, draw, score_reading
+from tests.helpers.tiny import some_subjects, tiny_var
 
 OPTIONS = {"guidance": 1.5, "temperature": 0.7, "top_k": 6, "top_p": 0.8, "seed": 5}
 

@@ -11,7 +11,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from inspect_wheel import SOURCES, problems
+
+from tests.inspect_wheel import SOURCES, problems
 
 ROOT = Path(__file__).resolve().parent.parent
 

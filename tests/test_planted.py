@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from planted import FAULTS, ROOT
+from tests.planted import FAULTS, ROOT
 
 
 def test_faults_can_be_planted() -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from golden.golden import load_case
 from PIL import Image
 
 import fastvar
@@ -18,6 +17,7 @@ from fastvar.cli import main
 from fastvar.cli.build import Build
 from fastvar.handwriting.demo import DemoConfig, tokenizer_config, var_config
 from fastvar.models import VAR, VQTokenizer
+from tests.golden.golden import load_case
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Makes the folder importable under pytest's importlib mode; rows for the tests of what is made of them."""
+"""Rows for the tests of what is made of them."""
 
 from __future__ import annotations
 

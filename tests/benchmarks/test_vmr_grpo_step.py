@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from tape import recordings
-
 from benchmarks.runner import Options, Runner
 from benchmarks.suites.training_step import Step, logits_loss
 from benchmarks.suites.vmr_grpo_step import CASES, SUITE, Job, make_policy
+from tests.helpers.tape import recordings
 
 ON_GPU = SUITE.settings["gpu"]
 

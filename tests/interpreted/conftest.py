@@ -4,22 +4,17 @@ TRITON_INTERPRET=1 has to be set before triton is first imported and holds for t
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
-
-TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS / "ops"), str(Path(__file__).parent)]
 
 _STARTS_THEM = "test_in_processes.py"
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     collect_ignore = [_STARTS_THEM]
-    import bfloat16
-    import bounds_check
-    import reductions
     import triton
     from triton.runtime import interpreter
+
+    from tests.helpers import bfloat16, bounds_check, reductions
 
     bounds_check.install()
     bfloat16.install()

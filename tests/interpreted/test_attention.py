@@ -9,11 +9,11 @@ import pytest
 import torch
 from fastvar.kernels.block_causal_attention import impl_triton, tiles
 from fastvar.kernels.cached_attention import tiles as cached_tiles
-from samples import SAMPLES, noise
-from test_kernels import attend, attention, check, run
 
 from fastvar import ScaleSchedule, ops
 from fastvar.ops.block_causal_attention import PrefixKV
+from tests.helpers.samples import SAMPLES, noise
+from tests.interpreted.test_kernels import attend, attention, check, run
 
 NAMES = ("q", "k", "v", "prefix_k", "prefix_v")
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}

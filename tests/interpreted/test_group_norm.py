@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from samples import noise
-from test_kernels import check
 
 from fastvar.ops import group_norm_silu
+from tests.helpers.samples import noise
+from tests.interpreted.test_kernels import check
 
 NAMES = ("x", "weight", "bias", "shift")
 

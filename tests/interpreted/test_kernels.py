@@ -11,11 +11,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from samples import SAMPLES, noise
 from triton.runtime.errors import InterpreterError
 
 from fastvar import ScaleSchedule, ops
 from fastvar.ops._dispatch import REGISTRY
+from tests.helpers.samples import SAMPLES, noise
 
 NAMES = [name for name, each in REGISTRY.items() if any(i.backend == "triton" for i in each)]
 # in bfloat16 the interpreter multiplies matrices only, see bfloat16.py

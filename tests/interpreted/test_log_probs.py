@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import edges
 import pytest
 import torch
-from samples import noise
-from test_kernels import check
 
 from fastvar import ScaleSchedule, ops
+from tests.helpers import edges
+from tests.helpers.samples import noise
+from tests.interpreted.test_kernels import check
 
 scores = importlib.import_module("fastvar.kernels.token_log_probs.impl_triton")
 tiles = importlib.import_module("fastvar.kernels.token_log_probs.tiles")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from fastvar.kernels.residual_quantize import impl_triton
-from replay import replayed
-from samples import noise
-from test_residual_quantize import make_phi
 
 from fastvar.ops import accumulate_scale, residual_quantize
 from fastvar.schedule import ScaleSchedule
+from tests.helpers.replay import replayed
+from tests.helpers.samples import noise
+from tests.ops.test_residual_quantize import make_phi
 
 SCHEDULE = ScaleSchedule((1, (3, 2), (7, 8)))
 

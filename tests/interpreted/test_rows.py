@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from samples import noise
-from test_kernels import check
 
 from fastvar import ScaleSchedule, ops
+from tests.helpers.samples import noise
+from tests.interpreted.test_kernels import check
 
 
 def spread(values: torch.Tensor, axis: int, gap: int) -> torch.Tensor:

@@ -9,18 +9,18 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from draws import check_banned_tokens, distance
 from fastvar.kernels.common.philox import uniform as philox_uniform
 from fastvar.kernels.propagate_mask import impl_triton as masks
 from fastvar.kernels.propagate_mask import reference as mask_reference
 from fastvar.kernels.sample_tokens import impl_triton as sampler
 from fastvar.kernels.sample_tokens import reference
-from samples import noise
-from test_kernels import check
 
 from fastvar.ops import propagate_mask, sample_bits, sample_tokens
 from fastvar.random import uniform
 from fastvar.schedule import PRESETS, VAR_256, ScaleSchedule
+from tests.helpers.draws import check_banned_tokens, distance
+from tests.helpers.samples import noise
+from tests.interpreted.test_kernels import check
 
 EDGE = 1e-6  # of the total mass: so close to a bound the roundings of float32 decide
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CHANNELS, tiny_tokenizer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from waits import GPU
 
 from fastvar.models import VQTokenizer, VQTokenizerConfig, autoencoder
 from fastvar.models.autoencoder import Encoder, ResidualBlock
+from tests.helpers.tiny import CHANNELS, tiny_tokenizer
+from tests.helpers.waits import GPU
 
 SHAPE: dict[str, Any] = {"channel_multipliers": (1, 2, 2), "blocks_per_level": 2}
 Both = tuple[torch.Tensor, torch.Tensor]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import RECTANGLES, SQUARES, some_bits, tiny_bits
 
 from fastvar.models import BSQTokenizer, BSQTokenizerConfig, self_correction
 from fastvar.schedule import ScaleSchedule
+from tests.helpers.tiny import RECTANGLES, SQUARES, some_bits, tiny_bits
 
 CASES: dict[str, dict[str, Any]] = {
     "squares": {},

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from tape import GROWN, Tape, recordings
-from test_var_sampling import LABELS, SETTINGS
-from tiny import some_subjects, tiny_var
 
 from benchmarks.memory import peak_memory
 from benchmarks.suites import generate as suite
 from fastvar.models import VAR, Generation, clear_graphs, graphs
 from fastvar.models.sampling import Beginning, SamplingOptions, generate
 from fastvar.rl.adapters import add_adapters, without_adapters
+from tests.helpers.tape import GROWN, Tape, recordings
+from tests.helpers.tiny import some_subjects, tiny_var
+from tests.models.test_var_sampling import LABELS, SETTINGS
 
 without = partial(generate, graphs=False)
 OPTIONS = SamplingOptions((0.0, 0.0, 0.0), 1.0, 0, 1.0, False, 3, True, None)

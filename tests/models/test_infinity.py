@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import RECTANGLES, SQUARES, some_bits, some_texts, tiny_bits, tiny_infinity
 
 from fastvar.models import VAR, Infinity, InfinityConfig, TextFeatures, bitwise_loss, rotation_grid, scale_weights
 from fastvar.schedule import PRESETS, ScaleSchedule, infinity_schedule
+from tests.helpers.tiny import RECTANGLES, SQUARES, some_bits, some_texts, tiny_bits, tiny_infinity
 
 GRIDS = (SQUARES, ((1, 1), (3, 2), (5, 4)), ((1, 1),))
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import SQUARES, some_texts, tiny_infinity
 from torch import nn
 
 from fastvar import models
 from fastvar.models import Infinity, load_infinity, public_state
 from fastvar.models.infinity_checkpoints import _NAMES, _in_chunks, _public_tokenizer_names
 from fastvar.models.public_state import public_name
+from tests.helpers.tiny import SQUARES, some_texts, tiny_infinity
 
 State = dict[str, torch.Tensor]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden.golden import GoldenCase, load_case
 
 from fastvar.models import BSQTokenizer, BSQTokenizerConfig, Infinity, TextFeatures, load_infinity
 from fastvar.models.infinity_checkpoints import _public_tokenizer_names
+from tests.golden.golden import GoldenCase, load_case
 
 
 @pytest.fixture(scope="module")

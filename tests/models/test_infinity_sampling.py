@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import some_texts, tiny_infinity
 
 from fastvar.models import BitState, Generation, Infinity, TextFeatures
 from fastvar.ops import token_log_probs
 from fastvar.schedule import ScaleSchedule
+from tests.helpers.tiny import some_texts, tiny_infinity
 
 CASES: dict[str, dict[str, Any]] = {
     "squares": {},

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import RECTANGLES, some_subjects, tiny_tokenizer, tiny_var
 
 from fastvar.models import VAR, VQTokenizer, pretrained
+from tests.helpers.tiny import RECTANGLES, some_subjects, tiny_tokenizer, tiny_var
 
 LABELS = torch.tensor([0, 3])
 

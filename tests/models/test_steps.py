@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_var_sampling import LABELS
-from tiny import some_subjects, some_tokens, tiny_var
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from waits import GPU, run_without_waiting
 
 from fastvar.models import VAR
 from fastvar.models.linear import linear
 from fastvar.models.var_block import attend_to_scales
 from fastvar.rl import LossOptions, Prompts, RolloutOptions, roll_out, segment_loss
 from fastvar.training import TokenizerTask, VARTask
+from tests.helpers.tiny import some_subjects, some_tokens, tiny_var
+from tests.helpers.waits import GPU, run_without_waiting
+from tests.models.test_var_sampling import LABELS
 
 VIEWS = {"alias", "detach", "empty", "expand", "select", "slice", "split", "t", "transpose", "unbind", "unsqueeze"}
 VIEWS |= {"_unsafe_view", "device", "empty_like", "permute", "split_with_sizes", "view"}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import some_texts, tiny_infinity
 
 from fastvar.models import T5TextEncoder, TextFeatures
 from fastvar.models.text import TextAttention, places
+from tests.helpers.tiny import some_texts, tiny_infinity
 
 
 def test_parts_and_wholes() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CHANNELS, RECTANGLES, SQUARES, some_subjects, some_tokens, tiny_tokenizer, tiny_var
 
 from fastvar.models import VAR, VARConfig
+from tests.helpers.tiny import CHANNELS, RECTANGLES, SQUARES, some_subjects, some_tokens, tiny_tokenizer, tiny_var
 
 SUBJECTS = ("block_causal", "bidirectional")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden.golden import GoldenCase, load_case
 
 from fastvar.models import VAR, VQTokenizer, load_var
 from fastvar.models.checkpoints import _public_transformer_name
+from tests.golden.golden import GoldenCase, load_case
 
 CASES = ("var_tiny", "var_tiny_shared_adaln")
 

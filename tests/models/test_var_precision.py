@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import some_subjects, some_tokens, tiny_var
 
 from fastvar.models import VAR
+from tests.helpers.tiny import some_subjects, some_tokens, tiny_var
 
 LABELS = torch.tensor([0, 3, 4, 1])
 # Of log-probabilities of -5 and above, after two layers with eight bits of mantissa. A wrong token or position gives 1.

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import RECTANGLES, some_subjects, tiny_var, unconditional
 
 from fastvar.models import VAR, Generation
 from fastvar.models.sampling import generate
 from fastvar.ops import token_log_probs
+from tests.helpers.tiny import RECTANGLES, some_subjects, tiny_var, unconditional
 
 LABELS = torch.tensor([0, 3, 4, 1])
 TEXTS = ["12", "3", "", "904"]

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import some_subjects, some_tokens, tiny_var, unconditional
 
 from fastvar.models import VAR
+from tests.helpers.tiny import some_subjects, some_tokens, tiny_var, unconditional
 
 QUIET: dict[str, Any] = {"condition_dropout": 0.0, "subject_dropout": 0.0, "drop_path": 0.0}
 ROWS = 400

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import CHANNELS, CODES, RECTANGLES, SQUARES, some_tokens, tiny_tokenizer
 from torch._subclasses import FakeTensorMode
 
 from fastvar.models import VQTokenizer, VQTokenizerConfig
 from fastvar.models.autoencoder import ResidualBlock
+from tests.helpers.tiny import CHANNELS, CODES, RECTANGLES, SQUARES, some_tokens, tiny_tokenizer
 
 GRIDS = (SQUARES, RECTANGLES, ((1, 1), (3, 2), (5, 4)), ((2, 3),), ((3, 3), (3, 3)))
 

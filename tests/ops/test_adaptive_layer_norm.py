@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import assert_as_accurate
-from samples import noise
 
 from fastvar.ops import adaptive_layer_norm, gated_residual, gated_residual_norm
+from tests.helpers.bounds import assert_as_accurate
+from tests.helpers.samples import noise
 
 SHAPES = [(2, 5, 12), (3, 1, 7), (1, 4, 1), (2, 40, 65), (2, 3, 1920)]
 

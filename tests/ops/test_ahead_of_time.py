@@ -15,11 +15,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from ahead_of_time import Compiled, Launch, accesses, compile_for, launches_of
 from fastvar.kernels.common.tiling import SHARED, family_of
 
 from fastvar import ScaleSchedule, ops
 from fastvar.ops import PrefixKV
+from tests.helpers.ahead_of_time import Compiled, Launch, accesses, compile_for, launches_of
 
 pytestmark = pytest.mark.slow
 VAR_256 = ScaleSchedule.parse("var-256")

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import assert_as_accurate
 from fastvar.kernels.block_causal_attention import impl_torch
 from fastvar.kernels.cached_attention import impl_torch as cached_impl_torch
-from samples import noise
 
 from fastvar.ops import PrefixKV, block_causal_attention, cached_attention
 from fastvar.schedule import VAR_256, ScaleSchedule
+from tests.helpers.bounds import assert_as_accurate
+from tests.helpers.samples import noise
 
 SQUARES = ScaleSchedule((1, 2, 3, 4))
 RECTANGLES = ScaleSchedule(((1, 2), (2, 3), (2, 5)))

@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import assert_as_accurate
 from fastvar.kernels.block_causal_attention import impl_sdpa
 from fastvar.kernels.block_causal_attention.by_scale import Part
-from samples import noise
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvar import ScaleSchedule
 from fastvar.ops import PrefixKV, block_causal_attention, block_causal_attention_with_lse
 from fastvar.ops._dispatch import REGISTRY, Implementation
 from fastvar.ops.block_causal_attention import AttentionCall
+from tests.helpers.bounds import assert_as_accurate
+from tests.helpers.samples import noise
 
 FOLDER = "fastvar.kernels.block_causal_attention"
 LONG = ScaleSchedule((1, 5, 9, (10, 15)))  # 257 tokens, three tiles of rows

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from golden.golden import GoldenCase, load_case
-from samples import noise
 
 from fastvar.ops import _checks, accumulate_bits, bitwise_residual_quantize
 from fastvar.ops._extension import missing
 from fastvar.random import uniform
 from fastvar.schedule import ScaleSchedule, infinity_schedule
+from tests.golden.golden import GoldenCase, load_case
+from tests.helpers.samples import noise
 
 RECTANGLES = ScaleSchedule((1, (2, 3), (2, 5), (5, 7)))
 # planes of every kind: one token, rows or columns of one, more than 32 columns, cells that eight do not divide

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from samples import noise
 from torch._dynamo.testing import CompileCounter
 
 from fastvar import ScaleSchedule, ops
+from tests.helpers.samples import noise
 
 SCHEDULE = ScaleSchedule.parse("var-256")
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from samples import SAMPLES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvar.ops import adaptive_layer_norm, explain, support
 from fastvar.ops._dispatch import REGISTRY
+from tests.helpers.samples import SAMPLES
 
 # Every operator, with every implementation that runs on a CPU. Whether the extension is built where it can be built is
 # the affair of tests/test_build.py.

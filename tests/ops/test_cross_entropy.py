@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import noise
 
 from fastvar.ops import cross_entropy, token_log_probs
+from tests.helpers.samples import noise
 
 BACKENDS = ["torch", "reference"]
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-import toy_implementation as toy
-from samples import noise
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvar.ops import _dispatch, adaptive_layer_norm, explain, support
 from fastvar.ops._choices import CHOICES, RAN, Choice
 from fastvar.ops._dispatch import REGISTRY, Implementation, parse_preference
 from fastvar.ops._operator import surroundings
+from tests.helpers import toy_implementation as toy
+from tests.helpers.samples import noise
 
 NAME = "adaptive_layer_norm"
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Have the toy implementation, by default called "cpu", and after it the reference, which is always the last."""
 
     def install(backend: str = "cpu", *, prefer: str = "", **fields: Any) -> None:
-        implementation = Implementation(backend, "toy_implementation", **fields)
+        implementation = Implementation(backend, "tests.helpers.toy_implementation", **fields)
         monkeypatch.setitem(REGISTRY, NAME, (implementation, REGISTRY[NAME][-1]))
         monkeypatch.setattr(_dispatch, "_warned", set())
         monkeypatch.setattr(_dispatch, "PREFERENCE", parse_preference(prefer))
@@ -306,7 +306,9 @@ def test_generations(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row counts for the families that it names; where it was not measured, that is said."""
     rows = (Choice("triton", ("sm90",), ("sm90", "sm100"), gradient=True),)
     monkeypatch.setitem(CHOICES, NAME, rows)
-    monkeypatch.setitem(REGISTRY, NAME, (Implementation("triton", "toy_implementation"), REGISTRY[NAME][-1]))
+    monkeypatch.setitem(
+        REGISTRY, NAME, (Implementation("triton", "tests.helpers.toy_implementation"), REGISTRY[NAME][-1])
+    )
     told = {}
     for family in ("sm90", "sm100", "sm80", ""):
         monkeypatch.setattr(_dispatch, "generation", lambda device, family=family: family)

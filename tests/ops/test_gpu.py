@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from draws import distance
 from fastvar.kernels.sample_tokens import reference
-from replay import replayed
-from samples import SAMPLES, noise
-from test_residual_quantize import make_phi
 
 from fastvar.ops import accumulate_scale, explain, residual_quantize, sample_bits, sample_tokens
 from fastvar.ops._dispatch import REGISTRY
 from fastvar.random import uniform
 from fastvar.schedule import VAR_256, VAR_512, VAR_1024, ScaleSchedule
+from tests.helpers.draws import distance
+from tests.helpers.replay import replayed
+from tests.helpers.samples import SAMPLES, noise
+from tests.ops.test_residual_quantize import make_phi
 
 PACKAGES = ("sdpa", "flex", "flash_attn", "xformers")  # take less than all calls: test_attention_packages.py
 IMPLEMENTATIONS = [

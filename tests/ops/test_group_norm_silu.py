@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import noise
 
 from fastvar.ops import group_norm_silu
+from tests.helpers.samples import noise
 
 SHAPES = [(2, 6, 8, 4), (1, 64, 160, 32), (3, 1, 10, 5), (2, 9, 12, 1)]
 

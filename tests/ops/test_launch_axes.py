@@ -11,12 +11,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from ahead_of_time import launches_of
 from fastvar.kernels.block_causal_attention import impl_triton as attention
 from fastvar.kernels.group_norm_silu import impl_triton as group_norm
 
 from fastvar import ScaleSchedule, ops
 from fastvar.ops import PrefixKV
+from tests.helpers.ahead_of_time import launches_of
 
 MANY, MOST = 70_000, 65_535
 TRITON = {"backend": "triton"}

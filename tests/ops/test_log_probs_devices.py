@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from samples import SAMPLES, noise
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,6 +15,7 @@ from fastvar import ScaleSchedule
 from fastvar.ops.cross_entropy import CrossEntropyCall
 from fastvar.ops.policy_loss import Objective, PolicyLossCall
 from fastvar.ops.token_log_probs import Head
+from tests.helpers.samples import SAMPLES, noise
 
 NAMES = ("token_log_probs", "cross_entropy", "policy_loss")
 CALLS = [(name, i) for name in NAMES for i, _ in enumerate(SAMPLES[name](torch.float32))]

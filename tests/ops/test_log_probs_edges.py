@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import edges
 import pytest
+
+from tests.helpers import edges
 
 
 @pytest.mark.parametrize(

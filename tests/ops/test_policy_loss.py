@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import noise
 
 from fastvar.ops import PolicyLoss, group_advantages, policy_loss, token_log_probs
 from fastvar.schedule import ScaleSchedule
+from tests.helpers.samples import noise
 
 SCHEDULE = ScaleSchedule((1, 2, (2, 3)))
 BATCH, LENGTH, WIDTH, SIZE = 6, 11, 4, 7

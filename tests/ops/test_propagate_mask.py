@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from bounds import assert_as_accurate
-from samples import noise
 
 from fastvar import ops
 from fastvar.ops import ResidualConv, _checks, accumulate_scale, boxes_to_mask, propagate_mask
 from fastvar.ops._dispatch import REGISTRY
 from fastvar.schedule import PRESETS, VAR_256, ScaleSchedule
+from tests.helpers.bounds import assert_as_accurate
+from tests.helpers.samples import noise
 
 RECTANGLES = ScaleSchedule((1, (2, 3), (2, 5), (5, 7), (5, 7)))
 ON_CPU = [

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import assert_as_accurate
-from samples import noise
 
 from fastvar.ops import qk_norm_rope, qk_norm_rope_into_cache, rope_tables
 from fastvar.schedule import ScaleSchedule, infinity_schedule
+from tests.helpers.bounds import assert_as_accurate
+from tests.helpers.samples import noise
 
 RECTANGLES = ScaleSchedule((1, (2, 3), (3, 5)))
 HEADS, DIM = 3, 8

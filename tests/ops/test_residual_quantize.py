@@ -11,13 +11,13 @@ import pytest
 import torch
 from fastvar.kernels.residual_quantize import reference
 from fastvar.kernels.residual_quantize.gradients import accumulate_scale_backward
-from golden.golden import GoldenCase, load_case
-from samples import noise
 from torch._dynamo.testing import CompileCounter
 
 from fastvar.ops import ResidualConv, accumulate_scale, residual_conv_index, residual_quantize
 from fastvar.ops.residual_quantize import _ACCUMULATE, AccumulateCall, ScaleConv
 from fastvar.schedule import VAR_256, ScaleSchedule
+from tests.golden.golden import GoldenCase, load_case
+from tests.helpers.samples import noise
 
 RECTANGLES = ScaleSchedule((1, (2, 3), (2, 5), (5, 7)))
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from bounds import assert_as_accurate
-from replay import replayed
-from samples import noise
-from test_residual_quantize import make_phi
 
 from fastvar import build
 from fastvar.ops import ResidualConv, _checks, accumulate_scale, explain, residual_quantize
 from fastvar.ops._extension import missing
 from fastvar.schedule import VAR_256, ScaleSchedule
+from tests.helpers.bounds import assert_as_accurate
+from tests.helpers.replay import replayed
+from tests.helpers.samples import noise
+from tests.ops.test_residual_quantize import make_phi
 
 if missing("cpu") is not None:
     pytest.skip(str(missing("cpu")), allow_module_level=True)

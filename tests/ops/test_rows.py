@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from bounds import assert_as_accurate
-from samples import noise
 
 from fastvar.ops import (
     adaptive_layer_norm,
@@ -21,6 +19,8 @@ from fastvar.ops import (
     qk_norm_rope_into_cache,
 )
 from fastvar.ops._dispatch import REGISTRY
+from tests.helpers.bounds import assert_as_accurate
+from tests.helpers.samples import noise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Inputs = dict[str, torch.Tensor]

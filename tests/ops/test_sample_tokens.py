@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from draws import check_banned_tokens
-from samples import noise
 from torch._dynamo.testing import CompileCounter
 
 from fastvar.ops import sample_bits, sample_tokens
 from fastvar.random import uniform
+from tests.helpers.draws import check_banned_tokens
+from tests.helpers.samples import noise
 
 
 def specification(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:

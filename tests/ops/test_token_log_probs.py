@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastvar.kernels.token_log_probs.losses import Scoring, Wanted
-from samples import noise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvar.ops import sample_bits, sample_tokens, token_log_probs
 from fastvar.ops.token_log_probs import Head
+from tests.helpers.samples import noise
 
 BACKENDS = ["torch", "reference"]
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 from fastvar.kernels.adaptive_layer_norm import reference
 from fastvar.kernels.token_log_probs import reference as log_probs
-from samples import SAMPLES
-from waiting import Waits
 
 from fastvar import ScaleSchedule
 from fastvar.ops import _triton, adaptive_layer_norm, bitwise_residual_quantize
 from fastvar.ops._dispatch import REGISTRY
+from tests.helpers.samples import SAMPLES
+from tests.helpers.waiting import Waits
 
 IMPLEMENTATIONS = [
     (name, backend)
@@ -80,7 +80,7 @@ def test_no_operator_waits(name: str, backend: str, monkeypatch: pytest.MonkeyPa
     if backend == "triton":
         if find_spec("triton") is None:
             pytest.skip("triton is not installed")
-        from ahead_of_time import recorded
+        from tests.helpers.ahead_of_time import recorded
 
         recording = recorded
         for op, implementations in REGISTRY.items():  # one function may call several operators

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from policies import GRIDS, policy
 
 from fastvar.rl import RLConfig
 from fastvar.rl.ablation import Ablation, affordable_iterations, iteration_tokens, markdown, run_ablations
 from fastvar.rl.rollout import RolloutOptions
 from fastvar.schedule import ScaleSchedule
+from tests.helpers.policies import GRIDS, policy
 
 SCHEDULE = ScaleSchedule(GRIDS)  # 1 + 4 + 9 tokens
 CONFIG = """

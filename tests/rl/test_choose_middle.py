@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from policies import policy, redness
 
 from fastvar.rl import Prompts, RolloutOptions
 from fastvar.rl.choose_middle import MiddleShare, explained_shares, intraclass_correlation, recommended_middle
 from fastvar.rl.rewards import RewardSum
+from tests.helpers.policies import policy, redness
 
 
 def test_by_hand() -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from policies import policy, redness
 
 from fastvar.ops import _dispatch, _operator
 from fastvar.rl import RLConfig, VMRGRPOTrainer
 from fastvar.rl.rewards import RewardSum
+from tests.helpers.policies import policy, redness
 
 CONFIG = RLConfig(iterations=2, prompts=1, group_size=2, coarse_updates=1, save_every=2)
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from policies import policy, redness
-from tiny import tiny_var
 
 from fastvar.evaluation import SamplingOptions, draw
 from fastvar.rl import Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, evaluate_policy
 from fastvar.rl.choose_middle import explained_shares
 from fastvar.rl.preflight import check_prompts
 from fastvar.rl.rewards import OCRReward, Reward, RewardSum
+from tests.helpers.policies import policy, redness
+from tests.helpers.tiny import tiny_var
 
 PROMPTS = [str(i % 10) for i in range(99)]
 LATE = [*PROMPTS, "12"]  # one character is the most

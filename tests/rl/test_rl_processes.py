@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from policies import policy
 
 from fastvar.models import VAR
 from fastvar.training.checkpoints import saved_steps
 from fastvar.training.log import read_metrics
+from tests.helpers.policies import policy
 
 ROOT = Path(__file__).resolve().parents[2]
 _RUN = """
-import sys; sys.path[:0] = [{root!r}, {tests!r}]
+import sys; sys.path[:0] = [{root!r}]
 from dataclasses import replace
 from pathlib import Path
-from test_trainer import *
+from tests.rl.test_trainer import *
 torch.set_num_threads(1)
 config = replace(QUICK, prompts=3, use_mask=True, loss=LossOptions(kl_weight=0.1, normalise="batch"), **{changes!r})
 var = add_adapters(policy(), 2) if {adapters} else policy()
@@ -30,14 +30,14 @@ VMRGRPOTrainer(var, patchy, PROMPTS, config, Path({output!r})).train()
 
 
 _SHARDED = """
-import sys; sys.path[:0] = [{root!r}, {tests!r}]
+import sys; sys.path[:0] = [{root!r}]
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from fastvar.rl import *
 from fastvar.rl.wrapping import CalledPolicy, gather_for_methods
 from fastvar.training.ema import EMA
-from policies import policy
+from tests.helpers.policies import policy
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from policies import policy, redness
 
 from fastvar.models import VAR
 from fastvar.ops import group_advantages, policy_loss
@@ -17,6 +16,7 @@ from fastvar.rl.rewards import Reward, RewardSum
 from fastvar.rl.rollout import Rollout, RolloutOptions, roll_out
 from fastvar.rl.scores import score
 from fastvar.rl.update import LossOptions, segment_loss, token_totals
+from tests.helpers.policies import policy, redness
 
 PROMPTS = Prompts(["1", "2"])
 G, PLAIN = 4, RolloutOptions()

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from policies import policy
 
 from fastvar.models import VAR
 from fastvar.ops import group_advantages
 from fastvar.rl import LossOptions, Prompts, RolloutOptions, middle_returns, roll_out, score, segment_loss, token_totals
 from fastvar.rl.rewards import ColourReward, RewardSum
+from tests.helpers.policies import policy
 
 GRIDS = ((1, 1), (2, 2), (4, 4), (8, 8))
 SIZE, PROMPTS = 16, Prompts(["1", "2"])

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from policies import policy, redness
 
 from fastvar.models import VAR
 from fastvar.rl import (
@@ -32,6 +31,7 @@ from fastvar.rl.rewards import ColourReward, Reward, RewardSum
 from fastvar.training.checkpoints import Checkpoints, saved_steps
 from fastvar.training.interrupts import Interrupted
 from fastvar.training.log import read_metrics
+from tests.helpers.policies import policy, redness
 
 PROMPTS = ["0", "1", "2", "3"]
 QUICK = RLConfig(iterations=6, prompts=2, group_size=4, learning_rate=1e-3, save_every=1, coarse_updates=2)

@@ -10,7 +10,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from policies import policy, redness
 
 from fastvar.models import VAR
 from fastvar.ops import PolicyLoss
@@ -30,6 +29,7 @@ from fastvar.rl import (
 from fastvar.rl.evaluate import draw_evaluation
 from fastvar.rl.prompts import subject_of
 from fastvar.rl.rewards import Reward, RewardSum
+from tests.helpers.policies import policy, redness
 
 PROMPTS = Prompts(["1", "2"])
 QUICK = RLConfig(iterations=1, prompts=2, group_size=4, learning_rate=1e-3, continuations=3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,15 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from tape import Tape, recordings
-from tiny import some_tokens, tiny_var
-
 from fastvar.models import VAR, graphs
 from fastvar.rl import LossOptions, Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, add_adapters
 from fastvar.training import TrainConfig, VARTask, graphed, train
 from fastvar.training.graphed import GraphedStep, Tensors, check_alone
 from fastvar.training.log import read_metrics
+from tests.helpers.tape import Tape, recordings
+from tests.helpers.tiny import some_tokens, tiny_var
 
 Batches = Iterator[dict[str, torch.Tensor]]
 

@@ -110,11 +110,11 @@ def test_resume_is_bit_equal(name: str, stop_after: int, tmp_path: Path) -> None
 
 
 _KILLED = """
-import sys; sys.path[:0] = [{root!r}, {tests!r}]
+import sys; sys.path[:0] = [{root!r}]
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from test_loop import *
+from tests.training.test_loop import *
 torch.set_num_threads(1)
 train(tokenizer_task(), scenes(), options(steps=400, save_every=3), Path({output!r}))
 """
@@ -123,7 +123,7 @@ train(tokenizer_task(), scenes(), options(steps=400, save_every=3), Path({output
 def test_killed_process_resumes(tmp_path: Path) -> None:
     """SIGKILL at an arbitrary moment leaves whole checkpoints; the lines written again are the same."""
     output = tmp_path / "killed"
-    code = _KILLED.format(root=str(ROOT), tests=str(Path(__file__).parent), output=str(output))
+    code = _KILLED.format(root=str(ROOT), output=str(output))
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(saved_steps(output)) < 2 and time.monotonic() < deadline:

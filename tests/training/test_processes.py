@@ -16,19 +16,19 @@ from fastvar.training.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 _RUN = """
-import sys; sys.path[:0] = [{root!r}, {tests!r}]
+import sys; sys.path[:0] = [{root!r}]
 from pathlib import Path
-from test_loop import *
+from tests.training.test_loop import *
 torch.set_num_threads(1)
 train(tokenizer_task(), scenes(), options(steps={steps}, batch_size={batch}), Path({output!r}))
 """
 
 _SHARDED = """
-import sys; sys.path[:0] = [{root!r}, {tests!r}]
+import sys; sys.path[:0] = [{root!r}]
 from types import SimpleNamespace
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from test_checkpoints import *
+from tests.training.test_checkpoints import *
 torch.set_num_threads(1)
 accelerator = Accelerator(cpu=True)
 mesh = init_device_mesh("cpu", (2,))

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import torch
-from samples import noise
 
 from fastvar.ops import sample_tokens
+from tests.helpers.samples import noise
 
 
 def distance(tokens: torch.Tensor, draws: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

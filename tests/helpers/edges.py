@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from samples import noise
 
 from fastvar.ops import cross_entropy, policy_loss, sample_bits, token_log_probs
 from fastvar.schedule import ScaleSchedule
+from tests.helpers.samples import noise
 
 INF = math.inf
 

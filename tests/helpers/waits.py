@@ -7,12 +7,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from tiny import CHANNELS, CODES, SQUARES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from tests.helpers.tiny import CHANNELS, CODES, SQUARES
 
 GPU = torch.device("cuda", 0)
 _READ = ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from tiny import tiny_tokenizer
-
 from fastvar.models import VAR, VARConfig
+from tests.helpers.tiny import tiny_tokenizer
 
 GRIDS = ((1, 1), (2, 2), (3, 3))
 
