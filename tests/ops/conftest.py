@@ -1,1 +1,0 @@
-"""Makes the sibling module samples.py importable under pytest's importlib mode."""
