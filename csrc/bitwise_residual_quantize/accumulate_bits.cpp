@@ -6,11 +6,6 @@
 namespace fastvar::bitwise {
 namespace {
 
-void accumulate_eight(const AccumulateCall& call, int64_t image, int32_t channel, int32_t channels,
-                                     const Scratch<Eight>& scratch) {
-  accumulate(Solo{}, call, image, channel, channels, scratch);
-}
-
 // See accumulate_call. `ranks` simulates blocks of so many CUDA threads, for tests; 0 does not.
 void accumulate_bits(const Tensor feature_map, const Tensor bits, int64_t height, int64_t width, int64_t next_height,
                      int64_t next_width, bool area, Tensor accumulated, Tensor next_input, int64_t ranks) {
@@ -28,7 +23,7 @@ void accumulate_bits(const Tensor feature_map, const Tensor bits, int64_t height
   const int64_t grain = 1 + 4096 / call.finest.cells();
   each_eight(batch, call.depth, call.finest, kAccumulatePlanes, grain,
              [&](int64_t image, int32_t channel, int32_t channels, const Scratch<Eight>& scratch) {
-               accumulate_eight(call, image, channel, channels, scratch);
+               accumulate(Solo{}, call, image, channel, channels, scratch);
              });
 }
 

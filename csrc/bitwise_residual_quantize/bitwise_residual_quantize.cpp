@@ -6,11 +6,6 @@
 namespace fastvar::bitwise {
 namespace {
 
-void quantize_eight(const QuantizeCall& call, int64_t image, int32_t channel, int32_t channels,
-                                   const Scratch<Eight>& scratch) {
-  quantize(Solo{}, call, image, channel, channels, scratch);
-}
-
 // See quantize_call. `ranks` simulates blocks of so many CUDA threads, for tests; 0 does not.
 void bitwise_residual_quantize(const Tensor features, const Tensor flip_probability, const std::vector<int64_t> sides,
                                bool area, int64_t seed, int64_t first_image, Tensor bits, Tensor feature_map,
@@ -33,7 +28,7 @@ void bitwise_residual_quantize(const Tensor features, const Tensor flip_probabil
   const int64_t grain = 1 + 8192 / (int64_t(finest.cells()) * call.scales);
   each_eight(batch, call.depth, finest, kQuantizePlanes, grain,
              [&](int64_t image, int32_t channel, int32_t channels, const Scratch<Eight>& scratch) {
-               quantize_eight(call, image, channel, channels, scratch);
+               quantize(Solo{}, call, image, channel, channels, scratch);
              });
 }
 

@@ -53,9 +53,10 @@ def same_dtype_and_device(op: str, reference: str, tensor: torch.Tensor, **other
 
 def same_device(op: str, reference: str, tensor: torch.Tensor, **others: torch.Tensor | None) -> None:
     """Check that the tensors named are on the device of `tensor`, whose argument is called `reference`."""
+    device = tensor.device
     for name, other in others.items():
-        if other is not None and other.device != tensor.device:
-            fail(op, name, f"{tensor.device} as {reference}", other.device)
+        if other is not None and other.device != device:
+            fail(op, name, f"{device} as {reference}", other.device)
 
 
 def floating(op: str, argument: str, tensor: torch.Tensor) -> None:

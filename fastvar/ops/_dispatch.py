@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastvar.ops._choices import CHOICES, RAN, Traits, generation
+from fastvar.ops._choices import CHOICES, RAN, Traits, cudnn_attention, generation
 
 logger = logging.getLogger("fastvar")
 
@@ -154,8 +154,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)  # others may have shapes that are sy
 def choose(op: str, backend: str, tensor: torch.Tensor, shared: tuple[bool, bool], gradient: bool) -> Chosen:
     """What `resolve` answers for a lead tensor, whether rows share a prefix and whether that is ragged, and whether a
     gradient is wanted, with its functions. Asked once for calls that are alike."""
-    exact = torch.are_deterministic_algorithms_enabled()
-    key = (op, backend, tensor.device, tensor.dtype, tensor.shape, shared, gradient, exact)
+    key = (op, backend, tensor.device, tensor.dtype, tensor.shape, shared, gradient, cudnn_attention())
     answer = _answers.get(key)
     if answer is None:
         if len(_answers) >= _MOST_ANSWERS:
@@ -311,8 +310,10 @@ def _because(op: str, chosen: str, backend: str, traits: Traits) -> str:
     family = generation(traits.tensor.device)
     if not family or chosen == "reference":
         return ""
-    rows = (row for row in CHOICES[op] if row.backend == chosen and row.fits(family, traits))
-    if family in next(rows).measured:
+    row = next((row for row in CHOICES[op] if row.backend == chosen and row.fits(family, traits)), None)
+    if row is None:
+        return ": what would come first cannot run"
+    if family in row.measured:
         return f": recorded runs on {family} show that it pays"
     return f": predicted to pay on {family}, not yet measured there as it is now"
 

@@ -212,16 +212,17 @@ def surroundings(name: str, device: torch.device, tracked: bool = True) -> Abstr
     """What an implementation runs in: a range in profiles; no autocast, as dtypes are the operator's own affair; no
     gradient, where one would be `tracked`; the tensors' GPU. Only what changes something: entering all of them costs
     more than a small call."""
-    autocast = torch.is_autocast_enabled(device.type)
+    kind = device.type
+    autocast = torch.is_autocast_enabled(kind)
     tracked = tracked and torch.is_grad_enabled()
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    elsewhere = kind == "cuda" and device.index != torch.cuda.current_device()
     if not (ENABLED or autocast or tracked or elsewhere):
         return _NOTHING
     stack = ExitStack()
     if ENABLED:
         stack.enter_context(annotate(name))
     if autocast:
-        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.autocast(kind, enabled=False))
     if tracked:
         stack.enter_context(torch.no_grad())
     if elsewhere:

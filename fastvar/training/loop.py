@@ -228,6 +228,8 @@ def train(task: Task[_Model], dataset: Any, config: TrainConfig, output: Path) -
     # Autocast is ours: accelerate fixes its precision once per process, but two runs may differ.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     check_alone("TrainConfig: graphs", config.graphs, accelerator)
+    if config.graphs and not hasattr(task, "tensors"):
+        raise ValueError(f"TrainConfig: graphs: expected False, as {type(task).__name__} has no `tensors`, got True")
     set_seed(config.seed, device_specific=True)
     precision = resolve_precision(launched_precision(config.precision), accelerator.device)
     config = replace(config, precision=precision)  # resuming compares it
@@ -316,9 +318,7 @@ def _part_of(accelerator: Any, task: Task[Any], model: nn.Module, config: TrainC
 
     if not config.graphs:
         return run
-    if not hasattr(task, "tensors"):
-        raise ValueError(f"TrainConfig: graphs: expected False, as {type(task).__name__} has no `tensors`, got True")
-    step, tensors = GraphedStep(lambda **batch: run(batch), model), task.tensors
+    step, tensors = GraphedStep(lambda **batch: run(batch), model), task.tensors  # type: ignore[attr-defined]
     return lambda batch: step(**tensors(batch))
 
 

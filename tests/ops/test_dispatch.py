@@ -338,7 +338,18 @@ def test_deterministic_algorithms() -> None:
                 found.append([explain("block_causal_attention", q, gradient=g).backend for g in (False, True)])
             finally:
                 torch.use_deterministic_algorithms(False)
-    assert found == [["triton", "sdpa"], ["triton", "triton"]]
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # cuDNN is switched off
+            found.append([explain("block_causal_attention", q, gradient=g).backend for g in (False, True)])
+    assert found == [["triton", "sdpa"], ["triton", "triton"], ["triton", "triton"]]
+
+
+def test_what_no_row_names_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU where none of the table's implementations can run."""
+    monkeypatch.setattr(_dispatch, "generation", lambda device: "sm90")
+    _dispatch.forget_answers()
+    text = str(explain("token_log_probs", torch.zeros(1, 2, 4)))
+    assert "torch: chosen: what would come first cannot run" in text
+    _dispatch.forget_answers()
 
 
 def test_the_table_names_what_there_is() -> None:
