@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from fastvar.ops import _checks
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._extension import extension_implementation
+from fastvar.ops._numbers import on_device
 from fastvar.ops._operator import Operator
 from fastvar.ops.residual_quantize import AccumulatedScale, check_features, check_scale, fake_accumulated, next_grid
 from fastvar.schedule import ScaleSchedule
@@ -117,7 +117,8 @@ def bitwise_residual_quantize(
         next_input: how the feature map is brought to the next grid: "bilinear" as Infinity's sampler and training do,
             "area" as its tokenizer does.
         flip_probability: (K,) probabilities of a flip; None for no flips. A tensor must be on the features' device (its
-            values are not checked: that would stop the device).
+            values are not checked: that would stop the device). A CUDA graph reads a tensor anew at each replay; of a
+            sequence it keeps the numbers it was captured with, as it does of the seed.
         seed: of the flips, int64. A flip depends on seed, image, token position and bit alone, not on the batch.
         first_image: the index of the first image, for a batch that is a part of a larger one.
         backend: see `fastvar.support()`.
@@ -142,20 +143,13 @@ def bitwise_residual_quantize(
         if not isinstance(flip_probability, torch.Tensor):
             if not all(0 <= p <= 1 for p in flip_probability):
                 _checks.fail(op, "flip_probability", "probabilities from 0 to 1", flip_probability)
-            flip_probability = _on_device(tuple(flip_probability), features.device)
+            flip_probability = on_device(list(map(float, flip_probability)), torch.float32, features.device)
         _checks.shape(op, "flip_probability", flip_probability, len(schedule))
         _checks.floating(op, "flip_probability", flip_probability)
         _checks.same_device(op, "features", features, flip_probability=flip_probability)
         flip_probability = flip_probability.detach()
     call = BitwiseQuantizeCall(features.detach(), flip_probability, schedule, next_input, seed, first_image)
     return QuantizedBits(*_QUANTIZE(call, backend))
-
-
-@cache  # nothing is ever dropped: a CUDA graph may read it
-@torch.inference_mode(False)
-def _on_device(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Made once: a copy to the device waits for it."""
-    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def accumulate_bits(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +26,8 @@ def forward(call: PropagateMaskCall) -> torch.Tensor:
     return torch.cat(scales, 1)
 
 
-@lru_cache(maxsize=1024)
+@cache  # nothing is ever dropped: a CUDA graph may read it
+@torch.inference_mode(False)
 def _footprints(coarse: int, fine: int, footprint: str, device: torch.device) -> torch.Tensor:
     """(coarse, fine) float32, 1 where the fine cell belongs to the coarse token along one axis."""
     matrix = torch.zeros(coarse, fine, device="cpu")

@@ -20,6 +20,7 @@ from fastvar.kernels.token_log_probs import reference as log_probs
 from fastvar import ScaleSchedule
 from fastvar.ops import _triton, adaptive_layer_norm, bitwise_residual_quantize
 from fastvar.ops._dispatch import REGISTRY
+from fastvar.ops._numbers import on_device
 from tests.helpers.samples import SAMPLES
 from tests.helpers.waiting import Waits
 
@@ -62,15 +63,17 @@ def test_what_is_watched_inside_of_an_op(read: Callable[[torch.Tensor], Any], mo
     assert waits.seen
 
 
-def test_numbers_for_each_scale_are_kept() -> None:
+def test_no_new_number_waits() -> None:
+    """Probabilities of flips are drawn anew for each batch."""
     features = torch.randn(1, 2, 3, 3)
-    schedule = ScaleSchedule((1, 3))
-    for flip_probability, seen in (([0.25, 0.5], True), ([0.25, 0.5], False), ([0.5, 0.5], True)):
+    for probabilities in ([0.25, 0.5], [0.25, 0.5], [0.5, 0.5]):
         with Waits() as waits:
             bitwise_residual_quantize(
-                features, schedule, flip_probability=flip_probability, seed=0, backend="reference"
+                features, ScaleSchedule((1, 3)), flip_probability=probabilities, seed=0, backend="reference"
             )
-        assert bool(waits.seen) == seen
+        assert not waits.seen
+    for numbers in ([0.25, 0.1], []):
+        assert torch.equal(on_device(numbers, torch.float32, features.device), torch.tensor(numbers))
 
 
 @pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
