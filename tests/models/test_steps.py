@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from waits import GPU, Waits, fake_infinity, run_without_waiting
 
-from fastvar.models import VAR, TextFeatures, bitwise_loss
+from fastvar.models import VAR, TextFeatures, bitwise_loss, scale_weights
 from fastvar.models.linear import linear
 from fastvar.models.var_block import attend_to_scales
 from fastvar.ops import bitwise_residual_quantize
@@ -185,7 +185,7 @@ def test_infinity_waits_for_nothing() -> None:
         with Waits() as waits:
             found = bitwise_residual_quantize(features, net.schedule, flip_probability=[0.25, 0.1])
             logits = net.train()(texts(3, 1, 2), found.teacher_forcing)
-            bitwise_loss(logits, found.bits)
+            bitwise_loss(logits, found.bits, scale_weights(net.schedule, GPU))
             state = net.eval().generate(texts(2, 5), guidance=1.5, top_p=0.9, stop=1).state
             assert net.generate(state=state.fork(2), guidance=1.5).images.shape == (4, 3, 2, 14)
     assert waits.calls > 100
