@@ -44,5 +44,6 @@ def bitwise_loss(logits: torch.Tensor, bits: torch.Tensor, weights: torch.Tensor
 def scale_weights(schedule: ScaleSchedule, device: torch.device | str | None = None) -> torch.Tensor:
     """A weight for each token, (L,) float32 with sum 1, in proportion to 1 / sqrt(tokens of its scale): coarse tokens
     weigh more, and a scale in all as the square root of its tokens. What Infinity's `reweight_loss_by_scale` means."""
-    sizes = torch.tensor([length**-0.5 for length in schedule.lengths for _ in range(length)], dtype=torch.float64)
-    return (sizes / sizes.sum()).to(device, torch.float32)
+    total = sum(length**0.5 for length in schedule.lengths)
+    scales = [(length, length**-0.5 / total) for length in schedule.lengths]
+    return torch.cat([torch.full((n,), weight, dtype=torch.float32, device=device) for n, weight in scales])

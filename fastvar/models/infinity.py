@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fastvar.models.bsq_tokenizer import BSQTokenizer
 from fastvar.models.infinity_block import TextBlock, attend_to_scales, rotations, scale_indices
@@ -53,7 +52,6 @@ class Infinity(WithTokenizer[BSQTokenizer]):
         super().__init__()
         self.config = config
         self.schedule = config.schedule
-        self.gradient_checkpointing = False
         width = config.embed_dim
         self.code_embed = Linear(config.bits, width)
         self.start_embed = nn.Parameter(torch.empty(1, width))
@@ -177,11 +175,6 @@ class Infinity(WithTokenizer[BSQTokenizer]):
                 parts.insert(0, (condition + self.start_embed)[:, None])
             x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return x + self.scale_embed(scale_indices(schedule, self.device)[start : start + x.shape[1]])
-
-    def _run(self, block: Callable[..., Any], *inputs: Any) -> Any:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
     def hidden(self, texts: Texts, inputs: torch.Tensor, *, schedule: ScaleSchedule | None = None) -> torch.Tensor:
         """The normalised hidden states before the head (B, L', C); arguments as `forward`. `fastvar.ops.policy_loss`

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +21,8 @@ from fastvar.schedule import ScaleSchedule
 
 if TYPE_CHECKING:
     from fastvar.models.infinity import Infinity, Texts
+
+CFG = Range(GUIDANCE.low + 1, GUIDANCE.high)  # the operators count from 1 less
 
 
 @dataclass
@@ -93,13 +96,17 @@ class BitState:
         )
 
 
-def one_per_scale(name: str, value: float | Sequence[float], num_scales: int, allowed: Range) -> tuple[float, ...]:
-    """A number for each scale: one number for all, or as many as there are scales.
+def one_per_scale(name: str, value: Any, num_scales: int, allowed: Range) -> tuple[float, ...]:
+    """A number for each scale: one number for all, or a sequence, array or tensor of as many as there are scales.
 
     Raises:
-        ValueError: another number of them, or one that is not allowed.
+        ValueError: anything else, another number of them, or one that is not allowed.
     """
+    if hasattr(value, "tolist"):  # an array's or a tensor's
+        value = value.tolist()
     numbers = tuple(value) if isinstance(value, Sequence) else (value,) * num_scales
+    if not all(isinstance(number, Real) for number in numbers):
+        raise ValueError(f"generate: {name}: expected a number or {num_scales} of them, got {value!r}")
     if len(numbers) != num_scales:
         raise ValueError(f"generate: {name}: expected a number or {num_scales} of them, got {len(numbers)}")
     for number in numbers:
@@ -116,7 +123,7 @@ def generate(
     *,
     negative: Texts | None = None,
     guidance: float | Sequence[float] = 1.0,
-    guidance_layer: int = 0,
+    guidance_layer: int | None = None,
     temperature: float | Sequence[float] = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -138,7 +145,8 @@ def generate(
         guidance: g in g conditional + (1 - g) unconditional, one number or one a scale: Infinity's `cfg`. 1 is no
             guidance, and if it is 1 for all scales the unconditional rows are not computed.
         guidance_layer: what guidance mixes. 0: the logits. n from 1 to depth - 1: the hidden states after block
-            depth - n, counted from 0, as Infinity's -n; the blocks after it run on the mixture alone.
+            depth - n, counted from 0, as Infinity's -n; the blocks after it run on the mixture alone. None is 0, or the
+            state's own.
         temperature: divides the logits, one number or one a scale: Infinity's `tau`.
         top_k, top_p: see `fastvar.ops.sample_bits`; of a bit any top_k above 1 keeps both values, as 0 does.
         seed: of the run. Sample i depends on (seed, first_sample + i) and its text, not on the batch it is in.
@@ -163,11 +171,19 @@ def generate(
         raise ValueError("generate: texts, state: expected exactly one of them")
     if state is None:
         schedule = net.schedule if schedule is None else net.config.check_schedule(schedule)
-    elif schedule is not None or negative is not None or state.guidance_layer != guidance_layer:
-        raise ValueError("generate: schedule, negative, guidance_layer: expected the state's own, got others")
+        guidance_layer = 0 if guidance_layer is None else guidance_layer
     else:
-        schedule = state.schedule
-    weights = one_per_scale("guidance", guidance, len(schedule), GUIDANCE)
+        if negative is not None:
+            raise ValueError("generate: negative: expected None with a state, which has its own, got some")
+        if schedule is not None and schedule != state.schedule:
+            raise ValueError(f"generate: schedule: expected None or the state's own, {state.schedule}, got {schedule}")
+        if guidance_layer is not None and guidance_layer != state.guidance_layer:
+            raise ValueError(
+                f"generate: guidance_layer: expected None or the state's own, {state.guidance_layer}, "
+                f"got {guidance_layer}"
+            )
+        schedule, guidance_layer = state.schedule, state.guidance_layer
+    weights = one_per_scale("guidance", guidance, len(schedule), CFG)
     temperatures = one_per_scale("temperature", temperature, len(schedule), TEMPERATURE)
     if not 0 <= guidance_layer < net.config.depth:
         raise ValueError(
@@ -176,6 +192,8 @@ def generate(
         )
     if top_k < 0:
         raise ValueError(f"generate: top_k: expected at least 0, got {top_k}")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"generate: top_p: expected a probability from 0 to 1, got {top_p}")
     first = 0 if state is None else state.scale
     if first == len(schedule):
         raise ValueError(
@@ -192,16 +210,16 @@ def generate(
         raise ValueError("generate: guidance: expected 1, the state was sampled without guidance")
     elif log_probs and state.log_probs is None:
         raise ValueError("generate: log_probs: expected False, the state was sampled without log-probabilities")
+    seeds, tokenizer = sample_seeds(seed, len(state.tokens), first_sample, net.device), net.tokenizer
+    # all arguments were checked; from here on the state changes
     if not log_probs:  # those of a part of the tokens would be of no use
         state.log_probs = state.sampled_log_probs = None
-
-    seeds = sample_seeds(seed, len(state.tokens), first_sample, net.device)
     _sample_scales(net, state, seeds, weights, temperatures, min(top_k, 2), top_p, stop)
     images = None
     if decode:
         if decode_dtype is None and net.head.weight.dtype == torch.bfloat16:
             decode_dtype = torch.bfloat16
-        images = net.tokenizer.decode_features(state.feature_map, dtype=decode_dtype)
+        images = tokenizer.decode_features(state.feature_map, dtype=decode_dtype)
         images = images.float().clamp(-1, 1).add(1).mul(0.5)
     unfinished = state if stop < len(schedule) else None
     return Generation(state.tokens, images, state.log_probs, state.sampled_log_probs, unfinished)  # type: ignore[arg-type]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastvar.models.linear import Linear
+from fastvar.ops._numbers import on_device
 
 
 class TextFeatures(NamedTuple):
@@ -96,26 +96,24 @@ class Places(NamedTuple):
         return packed.unflatten(0, (self.batch, len(packed) // max(self.batch, 1)))
 
 
-@lru_cache(256)
-@torch.inference_mode(False)
+# Nothing of these is kept: a CUDA graph may read it, and there is no end of lengths.
+
+
 def places(lengths: tuple[int, ...], device: torch.device) -> Places:
-    """The places of texts of these lengths; made once, as a copy to the device waits for it."""
+    """The places of texts of these lengths, made on the device without a wait."""
     if len(set(lengths)) <= 1:
         return Places(None, None, len(lengths))
-    longest = max(lengths)
-    starts = TextFeatures(torch.empty(0), lengths).starts
-    rows = [[start + min(i, length - 1) for i in range(longest)] for start, length in zip(starts, lengths, strict=True)]
-    valid = [[i < length for i in range(longest)] for length in lengths]
-    return Places(torch.tensor(rows, device=device), torch.tensor(valid, device=device)[:, None, None], len(lengths))
+    counts = on_device(lengths, torch.int64, device)[:, None]
+    place = torch.arange(max(lengths), device=device)
+    rows = counts.cumsum(0) - counts + torch.minimum(place, counts - 1)
+    return Places(rows, (place < counts)[:, None, None], len(lengths))
 
 
-@lru_cache(256)
-@torch.inference_mode(False)
 def row_indices(lengths: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each packed row its text and its place in it, (sum of lengths,) int64 each."""
-    text = [i for i, length in enumerate(lengths) for _ in range(length)]
-    place = [j for length in lengths for j in range(length)]
-    return torch.tensor(text, dtype=torch.int64, device=device), torch.tensor(place, dtype=torch.int64, device=device)
+    """Of each packed row its text and its place in it, (sum of lengths,) int64 each; made as `places` are."""
+    counts, total = on_device(lengths, torch.int64, device), sum(lengths)
+    text = torch.arange(len(lengths), device=device).repeat_interleave(counts, output_size=total)
+    return text, torch.arange(total, device=device) - (counts.cumsum(0) - counts)[text]
 
 
 class TextKV(NamedTuple):

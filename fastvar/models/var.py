@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fastvar.models.kv_cache import KVCache
 from fastvar.models.linear import Linear
@@ -73,7 +71,6 @@ class VAR(WithTokenizer[VQTokenizer]):
         super().__init__()
         self.config = config
         self.schedule = config.schedule
-        self.gradient_checkpointing = False
         width, std = config.embed_dim, (3 * config.embed_dim) ** -0.5
         self.code_embed = Linear(config.code_channels, width)
         if config.text_length:
@@ -278,19 +275,6 @@ class VAR(WithTokenizer[VQTokenizer]):
         return model.train(self.training)
 
     # -- teacher forcing ---------------------------------------------------------------------------------------------
-
-    def _draws(self) -> bool:
-        """Whether a block draws random numbers."""
-        if not self.training:
-            return False
-        modules = (vars(module) for block in self.blocks for module in block.modules())
-        return any(fields.get("drop_path") or fields.get("p") for fields in modules)
-
-    def _run(self, block: Callable[..., Any], *inputs: Any) -> Any:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            # the state of random numbers is not there to be read while a graph is captured
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self._draws())
-        return block(*inputs)
 
     def hidden(self, labels: Labels, inputs: torch.Tensor, *, subject: torch.Tensor | None = None) -> torch.Tensor:
         """The normalised hidden states before the head (B, L', C); arguments as `forward`.

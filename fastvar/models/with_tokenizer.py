@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastvar.models.pretrained import PretrainedModel, has_model
 
@@ -20,14 +23,17 @@ class WithTokenizer(PretrainedModel, Generic[Tokenizer]):
     follows its device, and is saved and loaded with it.
 
     A subclass names the tokenizer's class in `tokenizer_class` and the fields in which both configs have to agree in
-    `agreed`, calls `_attach` when it is built, and has its weights where its `head` is.
+    `agreed`, calls `_attach` when it is built, and has its weights where its `head` is. It runs its `blocks` by `_run`
+    in training, which computes them again in the backward pass if `gradient_checkpointing` is set.
     """
 
     tokenizer_class: ClassVar[type[PretrainedModel]]
     agreed: ClassVar[tuple[str, ...]]
     _tokenizer: tuple[Tokenizer, ...]  # in a tuple, so that it is no submodule
+    blocks: Sequence[nn.Module]
 
     def _attach(self, tokenizer: Tokenizer | None) -> None:
+        self.gradient_checkpointing = False
         self._tokenizer = ()
         if tokenizer is not None:
             self.tokenizer = tokenizer
@@ -80,6 +86,19 @@ class WithTokenizer(PretrainedModel, Generic[Tokenizer]):
     def clone(self) -> Self:
         """A copy with weights of its own, adapters included, and this one's tokenizer."""
         return copy.deepcopy(self, {id(shared): shared for shared in self._shared()})
+
+    def _run(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            # the state of random numbers is not there to be read while a graph is captured
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self._draws())
+        return block(*inputs)
+
+    def _draws(self) -> bool:
+        """Whether a block draws random numbers."""
+        if not self.training:
+            return False
+        modules = (vars(module) for block in self.blocks for module in block.modules())
+        return any(fields.get("drop_path") or fields.get("p") for fields in modules)
 
     def _shared(self) -> tuple[object, ...]:
         """What copies have in common."""

@@ -42,8 +42,10 @@ class GraphedStep:
 
     Args:
         function: called as the step is. It computes a loss, runs its backward pass and answers tensors by name. What
-            else it reads, besides arguments and modules, has to stay as it was; see `clear`.
-        modules: those that it reads or trains, a VAR's tokenizer included. The first one decides the device.
+            else it reads, besides arguments and modules, has to stay as it was; see `clear`. Numbers of the host become
+            part of a graph: an Infinity's lengths of texts are to be an option, each of which has a graph of its own,
+            with packed features as a tensor; texts are encoded and flips with their seed are drawn before.
+        modules: those that it reads or trains, the tokenizer of a model included. The first one decides the device.
     """
 
     def __init__(self, function: Callable[..., Tensors], *modules: nn.Module) -> None:

@@ -11,7 +11,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.models import (
+    VAR,
+    BSQTokenizer,
+    BSQTokenizerConfig,
+    Infinity,
+    InfinityConfig,
+    VARConfig,
+    VQTokenizer,
+    VQTokenizerConfig,
+)
 from tests.helpers.tiny import CHANNELS, CODES, SQUARES
 
 GPU = torch.device("cuda", 0)
@@ -66,6 +75,17 @@ def fake_var(**fields: Any) -> VAR:
         var = VAR(VARConfig(**common, **small)).eval()
         var._tokenizer = (tokenizer,)  # set as an attribute it would be moved, which parameters of fakes are not
     return var
+
+
+def fake_infinity(grids: Any) -> Infinity:
+    """As `fake_var`. What is kept for its schedule is a fake from then on, so no other test may have these grids."""
+    shape = {"channels": 8, "channel_multipliers": (1, 2), "blocks_per_level": 1, "norm_groups": 4}
+    with GPU, patch("torch.nn.init.trunc_normal_", lambda tensor, **_: tensor):
+        tokenizer = BSQTokenizer(BSQTokenizerConfig(grids=grids, bits=8, **shape)).eval().requires_grad_(False)
+        small: dict[str, Any] = {"depth": 2, "embed_dim": 32, "num_heads": 2, "text_channels": 12, "text_length": 6}
+        net = Infinity(InfinityConfig(grids=grids, bits=8, pool_heads=4, **small)).eval()
+        net._tokenizer = (tokenizer,)
+    return net
 
 
 def run_without_waiting(call: Callable[[VAR], Any], **fields: Any) -> int:

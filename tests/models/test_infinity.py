@@ -151,6 +151,22 @@ def test_gradients() -> None:
         torch.testing.assert_close(again[name], single[name], msg=name)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.6])
+def test_recomputation_draws_the_same(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is drawn, the state of random numbers is not asked for: while a graph is captured it is not
+    there."""
+    net = tiny_infinity(drop_path=rate, condition_dropout=0.0).train()
+    inputs, found = some_inputs(net), []
+    for net.gradient_checkpointing in (False, True):
+        torch.manual_seed(0)
+        with monkeypatch.context() as patched:
+            if not rate:
+                patched.delattr(torch, "get_rng_state")
+            loss = net(some_texts(), inputs).square().mean()
+            found.append(torch.autograd.grad(loss, net.code_embed.weight)[0])
+    assert torch.equal(*found)
+
+
 def test_texts_are_dropped_in_training() -> None:
     """A dropped text reads like the learned one that says nothing, of its own length."""
     net = tiny_infinity(condition_dropout=1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -210,21 +211,69 @@ def state_of(net: Infinity, **options: Any) -> BitState:
     return net.generate(some_texts(), stop=1, **options).state
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"top_p": 1.5},
+        {"top_p": float("nan")},
+        {"top_k": -1},
+        {"seed": -1},
+        {"temperature": 0.0},
+        {"guidance": -1e12},
+        {"guidance_layer": 2},
+        {"stop": 1},
+    ],
+    ids=str,
+)
+def test_a_refused_call_leaves_the_state(wrong: dict[str, Any]) -> None:
+    net = tiny_infinity(depth=4)
+    options: dict[str, Any] = {"guidance": 2.0, "guidance_layer": 1, "log_probs": True}
+    state = state_of(net, **options)
+    before, held = dict(vars(state)), dict(vars(state.cache))
+    with pytest.raises(ValueError, match=f"generate: {next(iter(wrong))}: expected"):
+        net.generate(state=state, **{"guidance": 2.0, **wrong})
+    assert all(vars(state)[name] is value for name, value in before.items())
+    assert all(vars(state.cache)[name] is value for name, value in held.items())
+
+
+def test_numbers_of_any_kind() -> None:
+    """One for all scales, or one each; a state has its guidance's layer and its schedule."""
+    net = tiny_infinity()
+    settings = {"guidance_layer": 1, "schedule": net.schedule}
+    numbers = [2.0, 1.0, 3.5]
+    expected = net.generate(some_texts(), guidance=numbers, **settings).tokens
+    for given in (tuple(numbers), np.array(numbers), torch.tensor(numbers), np.array(numbers, "float32")):
+        state = state_of(net, guidance=given, **settings)
+        for options in ({}, settings):
+            assert torch.equal(net.generate(state=state.fork(1), guidance=given, **options).tokens, expected)
+    same = [net.generate(some_texts(), guidance=g).tokens for g in (2, 2.0, np.float32(2), torch.tensor(2.0), [2] * 3)]
+    assert all(torch.equal(tokens, same[0]) for tokens in same)
+
+
 def test_wrong_arguments() -> None:
     net = tiny_infinity()
     for options, expected in [
         ({}, "texts, state: expected exactly one of them"),
         ({"texts": some_texts(), "guidance": [1.0, 2.0]}, "guidance: expected a number or 3 of them, got 2"),
+        ({"texts": some_texts(), "guidance": torch.ones(1, 3)}, r"guidance: expected a number or 3 of them, got \[\["),
+        ({"texts": some_texts(), "guidance": "2.0"}, "guidance: expected a number or 3 of them, got '2.0'"),
+        ({"texts": some_texts(), "guidance": None}, "guidance: expected a number or 3 of them, got None"),
+        ({"texts": some_texts(), "guidance": -1e12}, "guidance: expected .* to 1e"),
         ({"texts": some_texts(), "temperature": 0.0}, "temperature: expected 1e-12 to 1e"),
         ({"texts": some_texts(), "temperature": [1.0, -1.0, 1.0]}, "temperature: expected 1e-12 to 1e.*got -1"),
         ({"texts": some_texts(), "guidance_layer": 3}, "guidance_layer: expected 0 to 2, one less than blocks, got 3"),
         ({"texts": some_texts(), "top_k": -1}, "top_k: expected at least 0, got -1"),
+        ({"texts": some_texts(), "top_p": 1.5}, "top_p: expected a probability from 0 to 1, got 1.5"),
         ({"texts": some_texts(), "stop": 4}, "stop: expected 1 to 3, got 4"),
         ({"texts": some_texts(), "negative": some_texts((1,)), "guidance": 2.0}, "negative: expected 4 texts, got 1"),
         ({"state": state_of(net), "guidance": 2.0}, "guidance: expected 1, the state was sampled without guidance"),
         ({"state": state_of(net), "log_probs": True}, "log_probs: expected False, the state was sampled without"),
-        ({"state": state_of(net), "guidance_layer": 1}, ".*guidance_layer: expected the state's own, got others"),
-        ({"state": state_of(net), "schedule": net.schedule}, "schedule, .*: expected the state's own, got others"),
+        ({"state": state_of(net), "guidance_layer": 1}, "guidance_layer: expected None or the state's own, 0, got 1"),
+        (
+            {"state": state_of(net), "schedule": ScaleSchedule((1, 2))},
+            "schedule: expected None or the state's own, .*got",
+        ),
+        ({"state": state_of(net), "negative": ["a"]}, "negative: expected None with a state, .*, got some"),
     ]:
         with pytest.raises(ValueError, match=f"generate: {expected}"):
             net.generate(**options)

@@ -11,13 +11,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvar.models import VAR
+from fastvar.models import VAR, TextFeatures, bitwise_loss, scale_weights
 from fastvar.models.linear import linear
 from fastvar.models.var_block import attend_to_scales
+from fastvar.ops import bitwise_residual_quantize
 from fastvar.rl import LossOptions, Prompts, RolloutOptions, roll_out, segment_loss
 from fastvar.training import TokenizerTask, VARTask
 from tests.helpers.tiny import some_subjects, some_tokens, tiny_var
-from tests.helpers.waits import GPU, run_without_waiting
+from tests.helpers.waits import GPU, Waits, fake_infinity, run_without_waiting
 from tests.models.test_var_sampling import LABELS
 
 VIEWS = {"alias", "detach", "empty", "expand", "select", "slice", "split", "t", "transpose", "unbind", "unsqueeze"}
@@ -168,3 +169,23 @@ def test_rollouts_and_their_losses_wait_for_nothing(segment: Any) -> None:
             assert found.loss.device == GPU
 
     assert run_without_waiting(call) > 100
+
+
+def test_infinity_waits_for_nothing() -> None:
+    """A forward pass of training with flips, and sampling, for texts of lengths that were not seen before; what is kept
+    for a schedule is made first."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net = fake_infinity(((1, 1), (1, 7)))
+
+        def texts(*lengths: int) -> TextFeatures:
+            return TextFeatures(torch.zeros(sum(lengths), 12, device=GPU), lengths)
+
+        features = torch.zeros(3, 8, 1, 7, device=GPU)
+        net(texts(1, 1, 1), torch.zeros(3, 7, 8, device=GPU))
+        with Waits() as waits:
+            found = bitwise_residual_quantize(features, net.schedule, flip_probability=[0.25, 0.1])
+            logits = net.train()(texts(3, 1, 2), found.teacher_forcing)
+            bitwise_loss(logits, found.bits, scale_weights(net.schedule, GPU))
+            state = net.eval().generate(texts(2, 5), guidance=1.5, top_p=0.9, stop=1).state
+            assert net.generate(state=state.fork(2), guidance=1.5).images.shape == (4, 3, 2, 14)
+    assert waits.calls > 100

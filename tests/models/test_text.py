@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastvar.models import T5TextEncoder, TextFeatures
-from fastvar.models.text import TextAttention, places
+from fastvar.models.text import TextAttention, places, row_indices
+from tests.helpers.tape import recorded
 from tests.helpers.tiny import some_texts, tiny_infinity
 
 
@@ -25,6 +26,20 @@ def test_parts_and_wholes() -> None:
     assert checked.lengths == (3, 1, 6) and all(type(length) is int for length in checked.lengths)
     with pytest.raises(ValueError, match=r"f: texts: expected packed features .*, got list"):
         TextFeatures([1.0], (1,)).check("f: texts", 12, 6)  # type: ignore[arg-type]
+
+
+def test_places_of_rows() -> None:
+    """By definition; a graph makes them in memory of its own and reads none that was there before."""
+    lengths, cpu = (3, 1, 2), torch.device("cpu")
+    for _ in range(2):
+        (found, of_rows), tape = recorded(lambda: (places(lengths, cpu), row_indices(lengths, cpu)))
+        made = [found.rows, found.valid, *of_rows]
+        assert not tape.given and all(tensor.untyped_storage().data_ptr() in tape.made for tensor in made)
+    assert found.rows.tolist() == [[0, 1, 2], [3, 3, 3], [4, 5, 5]]
+    assert found.valid.squeeze().tolist() == [[True] * 3, [True, False, False], [True, True, False]]
+    assert [rows.tolist() for rows in of_rows] == [[0, 0, 0, 1, 2, 2], [0, 1, 2, 0, 0, 1]]
+    assert places((2, 2), cpu) == (None, None, 2)
+    assert [rows.tolist() for rows in row_indices((), cpu)] == [[], []]
 
 
 def test_attention_reads_each_text_alone() -> None:

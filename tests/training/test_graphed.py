@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from fastvar.models import VAR, graphs
+from fastvar.models import VAR, Infinity, TextFeatures, bitwise_loss, graphs, scale_weights
 from fastvar.rl import LossOptions, Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, add_adapters
 from fastvar.training import TrainConfig, VARTask, graphed, train
 from fastvar.training.graphed import GraphedStep, Tensors, check_alone
 from fastvar.training.log import read_metrics
 from tests.helpers.tape import Tape, recordings
-from tests.helpers.tiny import some_tokens, tiny_var
+from tests.helpers.tiny import some_bits, some_texts, some_tokens, tiny_infinity, tiny_var
 
 Batches = Iterator[dict[str, torch.Tensor]]
 
@@ -100,6 +100,36 @@ def test_as_without(tapes: list[Tape], case: str, caplog: pytest.LogCaptureFixtu
     found, expected, _ = both(CASES[case])
     same(found, expected)
     assert len(tapes) == 1 and not said(caplog)
+
+
+@pytest.mark.parametrize("fields", [{"drop_path": 0.4}, {}], ids=str)
+def test_infinity(tapes: list[Tape], fields: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Lengths of texts are an option: each has a graph of its own."""
+    net = tiny_infinity(depth=2, condition_dropout=0.4, **fields).train()
+    net.gradient_checkpointing = not fields
+    other = net.clone()
+    bits = some_bits(net, 4)
+
+    def training(net: Infinity) -> Callable[..., Tensors]:
+        def run(lengths: tuple[int, ...], packed: torch.Tensor, inputs: torch.Tensor) -> Tensors:
+            loss = bitwise_loss(
+                net(TextFeatures(packed, lengths), inputs), bits, scale_weights(net.schedule, net.device)
+            )
+            loss.backward()
+            return {"loss": loss}
+
+        return run
+
+    step, plain = GraphedStep(training(net), net), training(other)
+    for i, lengths in enumerate([(3, 1, 6, 2), (2, 2, 2, 2)] * 3):
+        tensors = {"packed": some_texts(lengths, seed=i).packed, "inputs": torch.randn(4, 13, 8)}
+        losses = []
+        for call in (step, plain):
+            torch.manual_seed(i)
+            losses.append(call(lengths, **tensors)["loss"].detach())
+        assert torch.equal(*losses)
+        same(*([p.grad for p in each.parameters() if p.grad is not None] for each in (net, other)))  # type: ignore[misc]
+    assert len(tapes) == 2 and not said(caplog)
 
 
 def test_kinds(tapes: list[Tape]) -> None:
