@@ -14,7 +14,7 @@ from fastvar.models.kv_cache import KVCache
 from fastvar.ops import PrefixKV, SampledTokens, accumulate_scale, sample_tokens
 from fastvar.pictures import image_grid, png
 from fastvar.profiling import annotate
-from fastvar.ranges import GUIDANCE
+from fastvar.ranges import GUIDANCE, TEMPERATURE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -166,8 +166,10 @@ def guidance_per_scale(guidance: float | Sequence[float], num_scales: int) -> li
     """The weight t_k of each scale in (1 + t_k) conditional - t_k unconditional.
 
     A number g grows linearly, t_k = g k / (K - 1), as VAR samples (g itself if K = 1); a sequence of K numbers is taken
-    as it is.
+    as it is, an array or a tensor of them too.
     """
+    if hasattr(guidance, "tolist"):
+        guidance = guidance.tolist()
     for weight in guidance if isinstance(guidance, Sequence) else [guidance]:
         expected = GUIDANCE.problem(weight)
         if expected is not None:
@@ -352,9 +354,15 @@ def generate(
         raise ValueError("generate: guidance: expected 0, the state was sampled without guidance")
     if state is not None and log_probs and state.log_probs is None:
         raise ValueError("generate: log_probs: expected False, the state was sampled without log-probabilities")
-    if state is not None and not log_probs:  # those of a part of the tokens would be of no use
-        state.log_probs = state.sampled_log_probs = None
-
+    if top_k < 0:
+        raise ValueError(f"generate: top_k: expected at least 0, got {top_k}")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"generate: top_p: expected a probability from 0 to 1, got {top_p}")
+    expected = TEMPERATURE.problem(temperature)
+    if expected is not None:
+        raise ValueError(
+            f"generate: temperature: expected {expected} (for the likeliest one top_k=1), got {temperature}"
+        )
     if decode_dtype is None and var.head.weight.dtype == torch.bfloat16:
         decode_dtype = torch.bfloat16
     surveyed = None if graphs is False else survey(var, must=graphs is True)
@@ -363,6 +371,8 @@ def generate(
     at_once = decode and (surveyed is None or batch * math.prod(tokenizer.config.image_size) <= DECODED_AT_ONCE)
     options = SamplingOptions(tuple(weights), temperature, top_k, top_p, log_probs, stop, at_once, decode_dtype)
     seeds = sample_seeds(seed, batch, first_sample, var.device)
+    if state is not None and not log_probs:  # all arguments were checked; those of a part of the tokens are of no use
+        state.log_probs = state.sampled_log_probs = None
     drawn = None
     if surveyed is not None:
         drawn = replay(var, surveyed, start, seeds, options, at_first=graphs is True)

@@ -300,5 +300,10 @@ def test_wrong_arguments() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             plain.generate(state=state(), **wrong)
+    kept = plain.generate(LABELS, stop=2, decode=False, log_probs=True).state
+    for wrong in ({"top_p": 2.0}, {"top_k": -1}, {"temperature": 0.0}, {"seed": -1}):
+        with pytest.raises(ValueError, match="expected"):
+            plain.generate(state=kept, **wrong)
+        assert kept.log_probs is not None and kept.scale == 2  # a refused call changes nothing
     with pytest.raises(ValueError, match=r"SamplingState\.fork: times: expected at least 1, got 0"):
         state().fork(0)
