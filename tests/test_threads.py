@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.parametrize(
     ("code", "user", "expected"),
     [
-        ("import fastvar.cli", {}, "2000"),
+        ("import fastvar.cli, torch", {}, "2000"),
         ("import fastvar.training", {}, "2000"),
         ("import fastvar.rl", {}, "2000"),
-        ("import fastvar.cli", {"GOMP_SPINCOUNT": "7"}, "7"),
-        ("import fastvar.cli", {"OMP_WAIT_POLICY": "active"}, "None"),
+        ("import fastvar.cli, torch", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("import fastvar.cli, torch", {"OMP_WAIT_POLICY": "active"}, "None"),
         ("import fastvar.ops", {}, "None"),  # operators in other people's programs change nothing of them
         ("import fastvar, sys; assert 'torch' not in sys.modules; import torch", {}, "None"),
     ],

@@ -384,15 +384,17 @@ def test_flex_compiles_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = torch.compile(module.flex_attention, dynamic=False, fullgraph=True, backend="eager")
     monkeypatch.setattr(module, "_compiled", lambda: compiled)
     q = noise(4, 5, 2, 16)
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for size in range(1, 11):
+    counters, before = torch._dynamo.utils.counters["stats"], 0
+    for size in range(1, 12):
+        if size == 2:  # whatever a first call in this process makes besides
+            before = counters["unique_graphs"]
         k, v = noise(2, 2, size, 2, 16)
         for lengths in ([0, size], [size, 1], [-1, size + 5]):  # the last ones are cut to the prefix
             call = AttentionCall(q, q, q, ScaleSchedule((1, 2)), PrefixKV(k, v, torch.tensor(lengths)), 0.3, False)
             expected = import_module(f"{FOLDER}.reference").forward(call)[0]
             with torch.no_grad():
                 torch.testing.assert_close(module.forward(call)[0], expected, rtol=1e-5, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 10
+    assert counters["unique_graphs"] - before == 10
 
 
 @pytest.mark.parametrize(
