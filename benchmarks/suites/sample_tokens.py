@@ -55,11 +55,11 @@ def truncated(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     return shared_out(logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf), top_p)
 
 
-def shared_out(kept: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Top-p alone."""
+def shared_out(kept: torch.Tensor, top_p: float, margin: float | torch.Tensor = 0.0) -> torch.Tensor:
+    """Top-p alone; logits within `margin` below the smallest that it keeps are kept with it."""
     rising = kept.sort(-1).values
     dropped = (rising.softmax(-1).cumsum(-1) <= 1 - top_p).sum(-1, keepdim=True).clamp_max(kept.shape[-1] - 1)
-    return kept.masked_fill(kept < rising.gather(-1, dropped), -torch.inf)
+    return kept.masked_fill(kept < rising.gather(-1, dropped) - margin, -torch.inf)
 
 
 def eager_sort(logits: torch.Tensor, unconditional: torch.Tensor, *, top_k: int, log_probs: bool, **_: Any) -> Drawn:
@@ -108,14 +108,15 @@ def _scored(logits: torch.Tensor, kept: torch.Tensor, tokens: torch.Tensor, log_
 
 def reference(logits: torch.Tensor, unconditional: torch.Tensor, *, top_k: int, **_: Any) -> Expected:
     """Where two logits at the k-th place are within roundings of float32, top-k may keep one more or less; of 16,384
-    tokens that one weighs more than EDGE, so that top-p may then cut at another token too."""
+    tokens that one weighs more than EDGE, so that top-p may then cut at another token too. And two logits that are
+    equal in float32 where top-p cuts are kept together, of which float64 may drop one."""
     mixed = guided(logits, unconditional)
     size = ((1 + GUIDANCE) * logits.abs() + GUIDANCE * unconditional.abs()).amax(-1, keepdim=True)
     rounding = size * 2.0**-22  # two guided logits, each off by two roundings of its parts
     last, next_ = mixed.topk(top_k + 1).values[..., -2:].split(1, -1)
     most = mixed.masked_fill(mixed < last - rounding, -torch.inf)
     least = mixed.masked_fill(mixed <= next_ + rounding, -torch.inf)
-    sampled = shared_out(most, TOP_P + EDGE).log_softmax(-1)
+    sampled = shared_out(most, TOP_P + EDGE, rounding).log_softmax(-1)
     dropped = shared_out(least, TOP_P - EDGE) == -torch.inf
     return Expected(logits.log_softmax(-1), sampled, sampled.masked_fill(dropped, -torch.inf).logsumexp(-1))
 
