@@ -22,9 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Device, driver, cores, threads and load, versions, commit and whether the tree was dirty, command, date (UTC)."""
+    """Device, caches, driver, cores, threads, load, versions, commit, whether the tree was dirty, command, date (UTC)."""
     return {
         "device": device_name(device),
+        "caches": caches() if torch.device(device).type == "cpu" else None,
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
@@ -48,6 +49,15 @@ def device_name(device: torch.device | str = "cpu") -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+@lru_cache
+def caches() -> str | None:
+    """The first core's caches, as "L1 48K, L2 2048K, L3 307200K"; None where Linux does not tell."""
+    folders = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
+    found = [{name: (folder / name).read_text().strip() for name in ("level", "type", "size")} for folder in folders]
+    sizes = [f"L{cache['level']} {cache['size']}" for cache in found if cache["type"] != "Instruction"]
+    return ", ".join(sizes) or None
 
 
 @lru_cache

@@ -71,14 +71,32 @@ def summary(rows: Sequence[Row]) -> str:
     head = ["operator or job", "faster", "even", "slower", "fastest rival's time over ours"]
     parts = [_line(head), "|" + " --- |" * len(head)]
     for suite in dict.fromkeys(row["suite"] for row in rows):
-        each = [found for row in rows if row["suite"] == suite and (found := _standings(row))]
-        slower = sum(any(standing.high < 1 for standing in found) for found in each)
-        faster = sum(all(standing.low > 1 for standing in found) for found in each)
-        ratios = [standing.ratio for found in each for standing in found]
+        ratios = [standing.ratio for row in rows if row["suite"] == suite for standing in _standings(row)]
         ends = dict.fromkeys(f"{end(ratios):.2f}x" for end in (min, max) if ratios)
-        counts = (faster, len(each) - faster - slower, slower)
-        parts.append(_line([suite, *map(str, counts), " to ".join(ends) or "no rival"]))
+        parts.append(_line([suite, *map(str, _counts(rows, suite)), " to ".join(ends) or "no rival"]))
     return "\n".join(parts) + "\n"
+
+
+def overview(rows: Mapping[str, Sequence[Row]]) -> str:
+    """One line for each device's rows: in how many passes of all suites ours is faster, even or slower, and the suites
+    where it is slower in some pass."""
+    head = ["measured on", "faster than every rival", "even", "slower", "slower in some pass of"]
+    parts = [_line(head), "|" + " --- |" * len(head)]
+    for device, own in rows.items():
+        faster, even, slower = _counts(own)
+        losing = [suite for suite in dict.fromkeys(row["suite"] for row in own) if _counts(own, suite)[2]]
+        commits = ", ".join(dict.fromkeys((row["commit"] or "unknown")[:7] for row in own))
+        counts = map(str, (faster, even, slower))
+        parts.append(_line([f"{device} ({commits})", *counts, ", ".join(f"`{suite}`" for suite in losing) or "none"]))
+    return "\n".join(parts) + "\n"
+
+
+def _counts(rows: Sequence[Row], suite: str | None = None) -> tuple[int, int, int]:
+    """Passes where ours is faster than every rival, even with the fastest one, slower; of one suite or of all."""
+    each = [found for row in rows if suite in (None, row["suite"]) and (found := _standings(row))]
+    slower = sum(any(standing.high < 1 for standing in found) for found in each)
+    faster = sum(all(standing.low > 1 for standing in found) for found in each)
+    return faster, len(each) - faster - slower, slower
 
 
 class Standing(NamedTuple):
@@ -109,6 +127,7 @@ def conditions(rows: Sequence[Row]) -> str:
         return "No rows yet.\n"
     fields = {
         "device": [row["device"] for row in rows],
+        "caches": [f"caches {row['caches']}" for row in rows if row.get("caches")],
         "threads": [f"{row['threads']} threads on {row['cores']} cores" for row in rows],
         "torch": [f"torch {row['torch']}" for row in rows],
         "triton": [f"triton {row['triton']}" for row in rows if row.get("triton")],
@@ -193,16 +212,18 @@ def texts(root: Path, rows: Sequence[Row]) -> dict[Path, str]:
     """README.md and docs/benchmarks.md with the tables of the rows in them."""
     readme, page = root / "README.md", root / "docs" / "benchmarks.md"
     found = {readme: readme.read_text(), page: page.read_text()}
+    by_device: dict[str, Sequence[Row]] = {}
     for place in PLACES:
         short, long = [], []
         measured = [device for device in devices(rows, place) if newest(rows, place, device)]
         for device in measured:  # one table each: rows of two devices are never compared
-            own = newest(rows, place, device)
+            own = by_device[device] = newest(rows, place, device)
             under, over = conditions(own), f"{device}:\n\n" if len(measured) > 1 else ""
             short.append(over + summary(own) + "\n" + under)
             long.append(f"{over}{under}\n{tables(own)}\n![Times of the rivals]({picture(place, device)})\n")
-        found[readme] = between(found[readme], f"benchmarks {place}", "\n".join(short) or "No rows yet.\n")
+        found[page] = between(found[page], f"summary {place}", "\n".join(short) or "No rows yet.\n")
         found[page] = between(found[page], f"suites {place}", "\n".join(long) or "No rows yet.\n")
+    found[readme] = between(found[readme], "benchmarks", overview(by_device))
     counted = read(INSTRUCTIONS) if INSTRUCTIONS.is_file() else []
     found[page] = between(found[page], "instructions", instructions(counted))
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import platform
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +14,11 @@ from pkgutil import resolve_name
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-import fastvar
 from fastvar.builtin import PROMPTS
 from fastvar.files import json_text, read_text, write_text
 from fastvar.models import VAR
 from fastvar.pictures import save_picture
+from fastvar.provenance import provenance
 from fastvar.ranges import Range, check_value, fitted
 from fastvar.rl.config import RLConfig
 from fastvar.rl.prompts import PromptSource
@@ -236,9 +233,8 @@ def _run(table: Ablation, reward: str, variant: str, seed: int, output: Path, so
         "budget": table.budget(reward),
         "seconds": round(time.perf_counter() - start, 1),
         "settings": json.loads(json_text(config.settings())),
-        "versions": {"fastvar": fastvar.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "threads": torch.get_num_threads(),
         "device": str(var.device),
+        **provenance(),
     }
 
 

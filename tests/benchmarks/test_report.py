@@ -44,6 +44,7 @@ def test_tables(row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     even["ratios"]["eager"] |= {"low": 0.9, "high": 1.6}  # an interval that contains 1 is no win
     assert "| loss | 0 | 1 | 0 | 1.50x |" in report.summary([even])
     conditions = report.conditions(newest)
+    assert "caches L1 48K, L2 2048K, " in report.conditions([row("loss", caches="L1 48K, L2 2048K")])
     assert "a CPU, 2 threads on 2 cores, torch 2.14.1, triton 3.8.0, Python 3.11.7, commit 0123456" in conditions
     assert "2026-11-21; 5 to 5 rounds, load 0.1 to 0.1." in conditions
     assert "commit unknown" in report.conditions([row("loss", commit=None)])
@@ -68,11 +69,14 @@ def test_each_device_has_its_own_table(row: Any, monkeypatch: pytest.MonkeyPatch
     setting = {"model": "VAR-d16", "batch": 64, "dtype": "bfloat16", "size": "gpu"}
     rows = [row("policy_loss", setting=setting, device=cards[i], ours=(4e-3, 2e-3)[i]) for i in (0, 1)]
     monkeypatch.setattr(report, "cases", lambda *_, **__: [(Suite("policy_loss", {}, (), None), setting, "forward")])  # type: ignore[arg-type]
-    for text in report.texts(ROOT, rows).values():
-        tables = text.split("\nNVIDIA ")[1:]
-        assert [table.splitlines()[0] for table in tables] == ["H100 80GB HBM3:", "H200:"]
-        assert "0.75x" in tables[0] and "1.50x" not in tables[0] and "Measured on NVIDIA H100 80GB HBM3, " in tables[0]
-        assert "1.50x" in tables[1] and "0.75x" not in tables[1] and "Measured on NVIDIA H200, " in tables[1]
+    readme, page = report.texts(ROOT, rows).values()
+    assert "| NVIDIA H100 80GB HBM3 (0123456) | 0 | 0 | 1 | `policy_loss` |" in readme
+    assert "| NVIDIA H200 (0123456) | 1 | 0 | 0 | none |" in readme
+    tables = page.split("\nNVIDIA ")[1:]  # of the summary, then in full
+    assert [table.splitlines()[0] for table in tables] == ["H100 80GB HBM3:", "H200:"] * 2
+    for i in (0, 2):
+        assert "0.75x" in tables[i] and "1.50x" not in tables[i] and "Measured on NVIDIA H100 80GB HBM3, " in tables[i]
+        assert "1.50x" in tables[i + 1] and "0.75x" not in tables[i + 1] and "on NVIDIA H200, " in tables[i + 1]
     found = "\n".join(lines(rows, 40))
     assert found.index("NVIDIA H200, commit 0123456:") > found.index("NVIDIA H100 80GB HBM3, commit 0123456:")
 
