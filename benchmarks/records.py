@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Device, caches, driver, cores, threads, load, versions, commit, whether the tree was dirty, command, date (UTC)."""
+    """Device, caches, driver, cores, threads, load, versions, commit, whether that was changed, command, date (UTC)."""
     return {
         "device": device_name(device),
         "caches": caches() if torch.device(device).type == "cpu" else None,

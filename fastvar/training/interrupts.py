@@ -68,8 +68,8 @@ def outlive_the_first_signal(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
-class Wishes:
-    """Whether to stop and whether to save, as any process wishes it, and all know it at the same step: at once where
+class SharedRequests:
+    """Whether to stop and whether to save, as any process requests it; all know it at the same step: at once where
     there is one process, else a step later, so that no step waits for the device."""
 
     def __init__(self, accelerator: Any) -> None:
@@ -77,7 +77,7 @@ class Wishes:
         self._before: tuple[torch.Tensor, Any] | None = None
 
     def __call__(self, stop: bool, save: bool) -> tuple[bool, bool]:
-        """What to do after this step, from what this process wishes."""
+        """What to do after this step, from what this process asks for."""
         if self.accelerator.num_processes == 1:
             return stop, save
         device = self.accelerator.device

@@ -35,7 +35,7 @@ from fastvar.training.batches import StepSampler, step_loader
 from fastvar.training.checkpoints import Checkpoints
 from fastvar.training.ema import EMA
 from fastvar.training.graphed import GraphedStep, check_alone
-from fastvar.training.interrupts import Interrupted, Interrupts, Wishes
+from fastvar.training.interrupts import Interrupted, Interrupts, SharedRequests
 from fastvar.training.lock import locked
 from fastvar.training.log import RunLog
 from fastvar.training.settings import check_enough_steps, check_same_settings, write_settings
@@ -273,7 +273,7 @@ def _train(
     )
     log = RunLog(output, first_step, config.steps, title=task.name, active=main)
     result: TrainResult[_Model] = TrainResult(ema.model, output, 0.0, config.steps - first_step)
-    wishes = Wishes(accelerator)
+    requests = SharedRequests(accelerator)
     part = _part_of(accelerator, task, model, config)
     check: _Check | None = None
     try:
@@ -284,7 +284,7 @@ def _train(
                 before.raise_if_bad()
             ema.update(accelerator.unwrap_model(model))
             done, last = step + 1, step + 1 == config.steps
-            stop, due = wishes(interrupts.received is not None, checkpoints.due())
+            stop, due = requests(interrupts.received is not None, checkpoints.due())
             save = stop or due or last or done % config.save_every == 0
             shown = last or (config.picture_every and done % config.picture_every == 0)
             if shown or save or done % config.log_every == 0:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastvar.training.interrupts import Interrupts, Wishes
+from fastvar.training.interrupts import Interrupts, SharedRequests
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -101,11 +101,11 @@ class Processes:
         return values + torch.tensor(next(self.others))
 
 
-def test_wishes_of_several_processes_are_known_a_step_later() -> None:
+def test_requests_of_several_processes_are_known_a_step_later() -> None:
     """By then the sum has arrived: each process does the same at the same step."""
-    wishes = Wishes(Processes([(0, 0), (1, 0), (0, 0), (0, 1), (0, 0)]))
+    requests = SharedRequests(Processes([(0, 0), (1, 0), (0, 0), (0, 1), (0, 0)]))
     own = [(False, True), (False, False), (False, False), (False, False), (False, False)]
-    assert [wishes(*wish) for wish in own] == [
+    assert [requests(*wish) for wish in own] == [
         (False, False),
         (False, True),
         (True, False),
@@ -114,6 +114,6 @@ def test_wishes_of_several_processes_are_known_a_step_later() -> None:
     ]
 
 
-def test_wishes_of_one_process_are_known_at_once() -> None:
-    wishes = Wishes(SimpleNamespace(num_processes=1))
-    assert wishes(True, False) == (True, False) and wishes(False, True) == (False, True)
+def test_requests_of_one_process_are_known_at_once() -> None:
+    requests = SharedRequests(SimpleNamespace(num_processes=1))
+    assert requests(True, False) == (True, False) and requests(False, True) == (False, True)
