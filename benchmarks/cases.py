@@ -93,10 +93,10 @@ def tensors(result: Any) -> list[torch.Tensor]:
     return []
 
 
-def relative_error(found: Any, expected: Any) -> float:
+def relative_error(results: Any, expected: Any) -> float:
     """The largest error of any floating tensor, relative to its largest value; inf for another shape or NaN."""
     worst = 0.0
-    for a, b in zip(tensors(found), tensors(expected), strict=True):
+    for a, b in zip(tensors(results), tensors(expected), strict=True):
         if a.shape != b.shape:
             return float("inf")
         if b.is_floating_point() and b.numel():

@@ -148,9 +148,9 @@ def fit(model: Architecture, cluster: Cluster, plan: Plan) -> Plan | None:
     otherwise; None where nothing does."""
     chunks = [size for size in _halves(plan.images("coarse")) if size >= plan.continuations]
     for chunk, again, size in product(chunks, (False, True), _halves(plan.segments)):
-        found = replace(plan, chunk=chunk, checkpointing=again, micro_batch=size)
-        if memory(model, found, cluster).peak <= RATES.capacity * RATES.usable:
-            return found
+        candidate = replace(plan, chunk=chunk, checkpointing=again, micro_batch=size)
+        if memory(model, candidate, cluster).peak <= RATES.capacity * RATES.usable:
+            return candidate
     return None
 
 

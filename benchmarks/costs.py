@@ -50,11 +50,11 @@ class Job:
     work: dict[str, tuple[float, float]]
 
     def __add__(self, other: Job) -> Job:
-        found = dict(self.work)
+        work = dict(self.work)
         for kind, (flops, bytes_) in other.work.items():
-            own = found.get(kind, (0.0, 0.0))
-            found[kind] = (own[0] + flops, own[1] + bytes_)
-        return Job(found)
+            own = work.get(kind, (0.0, 0.0))
+            work[kind] = (own[0] + flops, own[1] + bytes_)
+        return Job(work)
 
     def __mul__(self, times: float) -> Job:
         return Job({kind: (times * flops, times * bytes_) for kind, (flops, bytes_) in self.work.items()})

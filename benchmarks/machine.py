@@ -50,5 +50,5 @@ def roofline(flops: float, bytes_: float, device: torch.device, dtype: torch.dty
     """Seconds that this many operations and bytes take at least; 0 where neither was counted."""
     if not flops and not bytes_:
         return 0.0
-    found = peaks(device, dtype)
-    return max(flops / found.flops, bytes_ / found.bandwidth)
+    rates = peaks(device, dtype)
+    return max(flops / rates.flops, bytes_ / rates.bandwidth)

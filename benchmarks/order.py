@@ -108,24 +108,24 @@ class Journal:
         self._write(suite, setting, pass_, error)
 
     def _write(self, suite: str, setting: Setting, pass_: str, error: str | None) -> None:
-        found = {"suite": suite, "setting": dict(setting), "pass": pass_, "error": error}
-        records.append(self.tries, {**found, **self._here})
+        attempt = {"suite": suite, "setting": dict(setting), "pass": pass_, "error": error}
+        records.append(self.tries, {**attempt, **self._here})
 
     def _own(self, path: Path) -> list[dict[str, Any]]:
-        found = records.read(path) if path.is_file() else []
-        return [row for row in found if all(row.get(name) == value for name, value in self._here.items())]
+        attempts = records.read(path) if path.is_file() else []
+        return [row for row in attempts if all(row.get(name) == value for name, value in self._here.items())]
 
 
 @lru_cache
 def sources() -> str:
     """A hash of all code that a row depends on, which a commit alone does not tell of a changed tree."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for folder in ("fastvar", "kernels", "csrc", "benchmarks"):
         for path in sorted((records.ROOT / folder).rglob("*")):
             place = path.relative_to(records.ROOT)
             if path.suffix in (".py", ".h", ".cpp", ".cu") and place.parts[1] not in ("checkouts", "wheels"):
-                found.update(f"{place.as_posix()}\0".encode() + path.read_bytes() + b"\0")
-    return found.hexdigest()[:16]
+                digest.update(f"{place.as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _key(suite: str, setting: Setting, pass_: str) -> str:

@@ -55,8 +55,8 @@ def device_name(device: torch.device | str = "cpu") -> str:
 def caches() -> str | None:
     """The first core's caches, as "L1 48K, L2 2048K, L3 307200K"; None where Linux does not tell."""
     folders = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
-    found = [{name: (folder / name).read_text().strip() for name in ("level", "type", "size")} for folder in folders]
-    sizes = [f"L{cache['level']} {cache['size']}" for cache in found if cache["type"] != "Instruction"]
+    each = [{name: (folder / name).read_text().strip() for name in ("level", "type", "size")} for folder in folders]
+    sizes = [f"L{cache['level']} {cache['size']}" for cache in each if cache["type"] != "Instruction"]
     return ", ".join(sizes) or None
 
 

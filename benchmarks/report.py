@@ -31,14 +31,14 @@ def newest(rows: Sequence[Row], place: str, device: str | None = None) -> list[R
     """The newest row of each suite, setting and pass that was measured at a size ("cpu" or "gpu"), in the order of the
     suites; of one device, or of the newest row's."""
     asked = [_key(suite.name, setting, pass_) for suite, setting, pass_ in cases(place, passes=PASSES)]
-    found: dict[str, Row] = {}
+    latest: dict[str, Row] = {}
     for row in rows:
         key = _key(row["suite"], row["setting"], row["pass"])
         if key in asked and device in (None, row["device"]):
-            if device is None and found and next(iter(found.values()))["device"] != row["device"]:
-                found = {}  # another device since
-            found[key] = row
-    return [found[key] for key in asked if key in found]
+            if device is None and latest and next(iter(latest.values()))["device"] != row["device"]:
+                latest = {}  # another device since
+            latest[key] = row
+    return [latest[key] for key in asked if key in latest]
 
 
 def devices(rows: Sequence[Row], place: str) -> list[str]:
@@ -93,9 +93,9 @@ def overview(rows: Mapping[str, Sequence[Row]]) -> str:
 
 def _counts(rows: Sequence[Row], suite: str | None = None) -> tuple[int, int, int]:
     """Passes where ours is faster than every rival, even with the fastest one, slower; of one suite or of all."""
-    each = [found for row in rows if suite in (None, row["suite"]) and (found := _standings(row))]
-    slower = sum(any(standing.high < 1 for standing in found) for found in each)
-    faster = sum(all(standing.low > 1 for standing in found) for found in each)
+    each = [standings for row in rows if suite in (None, row["suite"]) and (standings := _standings(row))]
+    slower = sum(any(standing.high < 1 for standing in standings) for standings in each)
+    faster = sum(all(standing.low > 1 for standing in standings) for standings in each)
     return faster, len(each) - faster - slower, slower
 
 
@@ -109,16 +109,16 @@ class Standing(NamedTuple):
 
 def _standings(row: Row) -> list[Standing]:
     """Of calls and, where both have them, of graphs."""
-    rivals, ours, found = rivals_of(row), row["contenders"][OURS], []
+    rivals, ours, standings = rivals_of(row), row["contenders"][OURS], []
     if rivals:
         ratio = min((row["ratios"][name] for name in rivals), key=lambda ratio: ratio["median"])
-        found.append(Standing(ratio["median"], ratio["low"], ratio["high"]))
+        standings.append(Standing(ratio["median"], ratio["low"], ratio["high"]))
     graphs = [contender["graph_seconds"] for contender in rivals.values() if "graph_seconds" in contender]
     if graphs and "graph_seconds" in ours:
         theirs, own = min(graphs, key=lambda seconds: seconds["median"]), ours["graph_seconds"]
         ratios = (theirs["median"] / own["median"], theirs["low"] / own["high"], theirs["high"] / own["low"])
-        found.append(Standing(*ratios))
-    return found
+        standings.append(Standing(*ratios))
+    return standings
 
 
 def conditions(rows: Sequence[Row]) -> str:
@@ -177,9 +177,9 @@ def plot(rows: Sequence[Row]) -> Image:
     axes = figure.subplots()
     for number, name in enumerate(names):
         places = [i for i, row in enumerate(rows) if name in row["ratios"]]
-        found = [rows[i]["ratios"][name] for i in places]
-        middle = [ratio["median"] for ratio in found]
-        spread = [[r["median"] - r["low"] for r in found], [r["high"] - r["median"] for r in found]]
+        ratios = [rows[i]["ratios"][name] for i in places]
+        middle = [ratio["median"] for ratio in ratios]
+        spread = [[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]]
         marker = "os^Dv<>Pp*hX"[number % 12]
         axes.errorbar(middle, places, xerr=spread, fmt=marker, markersize=5, capsize=2, label=name)
     axes.axvline(1, color="grey", linewidth=1)
@@ -211,7 +211,7 @@ def between(text: str, marker: str, content: str) -> str:
 def texts(root: Path, rows: Sequence[Row]) -> dict[Path, str]:
     """README.md and docs/benchmarks.md with the tables of the rows in them."""
     readme, page = root / "README.md", root / "docs" / "benchmarks.md"
-    found = {readme: readme.read_text(), page: page.read_text()}
+    pages = {readme: readme.read_text(), page: page.read_text()}
     by_device: dict[str, Sequence[Row]] = {}
     for place in PLACES:
         short, long = [], []
@@ -221,12 +221,12 @@ def texts(root: Path, rows: Sequence[Row]) -> dict[Path, str]:
             under, over = conditions(own), f"{device}:\n\n" if len(measured) > 1 else ""
             short.append(over + summary(own) + "\n" + under)
             long.append(f"{over}{under}\n{tables(own)}\n![Times of the rivals]({picture(place, device)})\n")
-        found[page] = between(found[page], f"summary {place}", "\n".join(short) or "No rows yet.\n")
-        found[page] = between(found[page], f"suites {place}", "\n".join(long) or "No rows yet.\n")
-    found[readme] = between(found[readme], "benchmarks", overview(by_device))
+        pages[page] = between(pages[page], f"summary {place}", "\n".join(short) or "No rows yet.\n")
+        pages[page] = between(pages[page], f"suites {place}", "\n".join(long) or "No rows yet.\n")
+    pages[readme] = between(pages[readme], "benchmarks", overview(by_device))
     counted = read(INSTRUCTIONS) if INSTRUCTIONS.is_file() else []
-    found[page] = between(found[page], "instructions", instructions(counted))
-    return found
+    pages[page] = between(pages[page], "instructions", instructions(counted))
+    return pages
 
 
 def picture(place: str, device: str) -> str:
@@ -252,24 +252,24 @@ def _title(row: Row, suite: Sequence[Row]) -> str:
 
 
 def _ours(row: Row) -> str:
-    found = row["contenders"][OURS]
+    ours = row["contenders"][OURS]
     # a job runs many operators: no one backend is what it ran
-    words = [_time(found["seconds"]["median"]) + (f" ({row['backend']})" if row["suite"] in REGISTRY else "")]
-    if "graph_seconds" in found:
-        words.append(f"{_time(found['graph_seconds']['median'])} as a graph")
-    if "roofline" in found:
-        words.append(f"{100 * found['roofline']:.0f} % of the roofline")
-    return ", ".join([*words, *_memory(found)])
+    words = [_time(ours["seconds"]["median"]) + (f" ({row['backend']})" if row["suite"] in REGISTRY else "")]
+    if "graph_seconds" in ours:
+        words.append(f"{_time(ours['graph_seconds']['median'])} as a graph")
+    if "roofline" in ours:
+        words.append(f"{100 * ours['roofline']:.0f} % of the roofline")
+    return ", ".join([*words, *_memory(ours)])
 
 
 def _rival(row: Row, name: str) -> str:
     if name not in row["contenders"]:
         return "wrong" if name in row["wrong"] else "-"
-    found = row["contenders"][name]
+    rival = row["contenders"][name]
     words = [_ratio(row["ratios"][name])]
-    if "graph_seconds" in found:
-        words.append(f"{_time(found['graph_seconds']['median'])} as a graph")
-    return ", ".join([*words, *_memory(found)])
+    if "graph_seconds" in rival:
+        words.append(f"{_time(rival['graph_seconds']['median'])} as a graph")
+    return ", ".join([*words, *_memory(rival)])
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
@@ -287,8 +287,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     return ["Not measured: " + "; ".join(why) + "."] if why else []
 
 
-def _memory(found: Mapping[str, Any]) -> list[str]:
-    return [f"{found['peak_mib']:.0f} MiB"] if found.get("peak_mib", 0) >= 1 else []
+def _memory(contender: Mapping[str, Any]) -> list[str]:
+    return [f"{contender['peak_mib']:.0f} MiB"] if contender.get("peak_mib", 0) >= 1 else []
 
 
 def _ratio(ratio: Mapping[str, float]) -> str:

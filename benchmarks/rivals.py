@@ -29,7 +29,7 @@ CHECKOUTS = {
 
 def rivals_of(row: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The contenders of a row that are not ours."""
-    return {name: found for name, found in row["contenders"].items() if not name.startswith(OURS)}
+    return {name: measured for name, measured in row["contenders"].items() if not name.startswith(OURS)}
 
 
 def missing_package(name: str, device: torch.device, *, needs_gpu: bool = True) -> str | None:
@@ -72,16 +72,16 @@ def versions() -> dict[str, str]:
         "liger_kernel": "liger-kernel",
         "cut_cross_entropy": "cut-cross-entropy",
     }
-    found = {}
+    installed = {}
     for module, name in packages.items():
         if find_spec(module):
             with suppress(PackageNotFoundError):
-                found[name] = version(name)
+                installed[name] = version(name)
     for name in CHECKOUTS:
         path = checkout(name)
         if isinstance(path, Path):
-            found[f"FoundationVision/{name}"] = str(records.commit(path))
-    return found
+            installed[f"FoundationVision/{name}"] = str(records.commit(path))
+    return installed
 
 
 def _backends(op: str) -> list[Implementation]:

@@ -99,14 +99,14 @@ class Runner:
         floor = self._floor(problem, pass_, dtype)
         contenders: dict[str, dict[str, Any]] = {}
         for name, values in seconds.items():
-            found = records.spread(values)
-            contenders[name] = {"seconds": found._asdict(), "error": errors.get(name)}
+            spread = records.spread(values)
+            contenders[name] = {"seconds": spread._asdict(), "error": errors.get(name)}
             if name in graph_seconds:
                 contenders[name]["graph_seconds"] = graph_seconds[name]
             with suppress(OSError):  # a system that does not tell
                 contenders[name]["peak_mib"] = round(peak_memory(calls[name], options.device), 2)
             if floor:
-                contenders[name]["roofline"] = floor / found.median
+                contenders[name]["roofline"] = floor / spread.median
         row = {
             "benchmark": "suite",
             "suite": suite.name,
@@ -177,11 +177,11 @@ class Runner:
             if isinstance(function, str) or (only and name not in only):
                 continue
             try:
-                found = _results(function, problem.inputs, problem.gradients, training)
+                results = _results(function, problem.inputs, problem.gradients, training)
             except Exception as error:  # whatever a rival does: it is named in the row
                 failed[name] = reason(error)
                 continue
-            errors[name] = check(found, expected)
+            errors[name] = check(results, expected)
         epsilon = max((torch.finfo(dtype).eps for dtype in floats), default=torch.finfo(torch.float32).eps)
         limit = problem.limit if problem.limit is not None else 4 * own_error + (16 if epsilon < 1e-4 else 4) * epsilon
         if not errors.get(OURS, float("inf")) <= limit:
@@ -201,8 +201,8 @@ class Runner:
                 torch.cuda.synchronize()
         if not replays:
             return {}
-        found, _ = interleave(replays, self.options.device, self.options.budget / 2, rounds=self.options.rounds)
-        return {name: records.spread(values)._asdict() for name, values in found.items()}
+        times, _ = interleave(replays, self.options.device, self.options.budget / 2, rounds=self.options.rounds)
+        return {name: records.spread(values)._asdict() for name, values in times.items()}
 
     def _floor(self, problem: Problem, pass_: str, dtype: torch.dtype) -> float:
         """Seconds of the roofline."""

@@ -92,9 +92,9 @@ def steps_table(rows: Sequence[Row]) -> str:
         model, batch = Architecture(shape_of(row["setting"])), row["setting"]["batch"]
         is_training = row["suite"] == "training_step"  # sampling is guided, and without decoding
         jobs = training(model, batch, model.scales) if is_training else sampling(model, 2 * batch)
-        flops, found = total(jobs).flops, row["contenders"][OURS]["seconds"]["median"]
+        flops, measured = total(jobs).flops, row["contenders"][OURS]["seconds"]["median"]
         guess = flops / row["peaks"]["flops"]
-        return number(flops / 1e12), number(guess), number(found), f"{found / guess:.2f}"
+        return number(flops / 1e12), number(guess), number(measured), f"{measured / guess:.2f}"
 
     columns = ["suite", "setting", "device, date", "TFLOP", "predicted, s", "measured, s", "ratio"]
     return table(columns, [*known(rows, "training_step", line), *known(rows, "generate", line)])
@@ -117,15 +117,15 @@ def savings_table(rows: Sequence[Row]) -> str:
 
 def known(rows: Sequence[Row], suite: str, line: Callable[[Row], Line]) -> list[Line]:
     """The lines of a suite's rows, without those that cannot be predicted."""
-    found = []
+    lines = []
     for row in rows:
         if row["suite"] == suite:
             try:
                 cells = line(row)
             except (LookupError, TypeError, ValueError):  # another model, another case, no peaks
                 continue
-            found.append((suite, setting_name(row["setting"]), f"{row['device']}, {row['date'][:10]}", *cells))
-    return found or [(suite, "no row yet")]
+            lines.append((suite, setting_name(row["setting"]), f"{row['device']}, {row['date'][:10]}", *cells))
+    return lines or [(suite, "no row yet")]
 
 
 def savings(model: Architecture, plan: Plan) -> dict[str, float]:
@@ -135,7 +135,7 @@ def savings(model: Architecture, plan: Plan) -> dict[str, float]:
     def update(scales: int = full, checkpointing: bool = False, prefixes: float = 0.0) -> float:
         return total(training(model, rows, scales, checkpointing, prefixes)).flops
 
-    found = {
+    shares = {
         "subject update": update(prefixes=rows) / update(prefixes=groups),
         "coarse update": update() / update(model.middle),
         "checkpointing": update() / update(checkpointing=True),
@@ -146,11 +146,11 @@ def savings(model: Architecture, plan: Plan) -> dict[str, float]:
         tokens = states * model.coarse_tokens + images * (model.tokens - model.coarse_tokens)
         whole = total(sampling(model, images * plan.rows)).flops + decoded
         forked = total(rollout(model, plan, segment)).flops + decoded
-        found[f"{segment} rollout"] = whole / forked
+        shares[f"{segment} rollout"] = whole / forked
         whole += subject(model, images * model.tokens, images).flops + update(prefixes=rows)
         forked += subject(model, tokens, groups).flops + update(scales, prefixes=groups)
-        found[f"{segment} iteration"] = whole / forked
-    return found
+        shares[f"{segment} iteration"] = whole / forked
+    return shares
 
 
 def decoder_flops(setting: Setting) -> int:

@@ -15,17 +15,17 @@ from benchmarks.rivals import rivals_of
 def lines(rows: list[dict[str, Any]], most: int) -> list[str]:
     """For each device a table of the rows of its newest commit, the newest row of each pass: how much of the fastest
     rival's time ours takes, the largest first, in at most `most` lines."""
-    found = []
+    printed = []
     for device in dict.fromkeys(row["device"] for row in rows):
         own = [row for row in rows if row["device"] == device]
         commit = own[-1]["commit"]
         newest = {str([row["suite"], row["setting"], row["pass"]]): row for row in own if row["commit"] == commit}
-        found += [f"{device}, commit {(commit or 'unknown')[:7]}:", *_table(list(newest.values()), most)]
-    return found
+        printed += [f"{device}, commit {(commit or 'unknown')[:7]}:", *_table(list(newest.values()), most)]
+    return printed
 
 
 def _table(rows: list[dict[str, Any]], most: int) -> list[str]:
-    found = []
+    ranked = []
     for row in rows:
         rivals = {name: row["ratios"][name]["median"] for name in rivals_of(row)}
         ours = row["contenders"][OURS]
@@ -35,9 +35,9 @@ def _table(rows: list[dict[str, Any]], most: int) -> list[str]:
         title = f"{row['suite']}, {setting_name(row['setting'])}"
         against = f"{loss:6.2f} of {name}" if rivals else "       no rival ran"
         seconds = 1e3 * ours["seconds"]["median"]
-        found.append((-loss, f"{title:<70.70} {row['pass']:<8} {seconds:10.3f} ms {roofline} {against}"))
-    found.sort()
-    texts = [text for _, text in found]
+        ranked.append((-loss, f"{title:<70.70} {row['pass']:<8} {seconds:10.3f} ms {roofline} {against}"))
+    ranked.sort()
+    texts = [text for _, text in ranked]
     if len(texts) > most - 1:
         texts = [*texts[: most - 2], f"... and {len(texts) - most + 2} more rows in the file"]
     return [f"{'suite, setting':<70} {'pass':<8} {'ours':>13} {'roof':>6}   ours / fastest rival", *texts]
@@ -48,11 +48,11 @@ def main() -> int:
     parser.add_argument("--rows", type=Path, required=True, help="a file that the benchmarks wrote")
     parser.add_argument("--most", type=int, default=40, help="lines for a device")
     arguments = parser.parse_args()
-    found = read(arguments.rows) if arguments.rows.is_file() else []
-    if not found:
+    rows = read(arguments.rows) if arguments.rows.is_file() else []
+    if not rows:
         print(f"summary: no rows in {arguments.rows}", file=sys.stderr)
         return 1
-    print("\n".join(lines(found, arguments.most)))
+    print("\n".join(lines(rows, arguments.most)))
     return 0
 
 

@@ -18,17 +18,17 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 def provenance() -> dict[str, str]:
     """Each as a line of text; the commit only in a git checkout of fastvar."""
-    found = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
-    found["date"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    found["hardware"] = _hardware()
-    found["versions"] = (
+    facts = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    facts["date"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    facts["hardware"] = _hardware()
+    facts["versions"] = (
         f"fastvar {fastvar.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{platform.system()}"
     )
     commit = _commit()
     if commit:
-        found["commit"] = commit
-    return found
+        facts["commit"] = commit
+    return facts
 
 
 def _hardware() -> str:

@@ -93,11 +93,11 @@ Guidance = Annotated[float, GUIDANCE]
 @cache
 def declarations(config_class: Any) -> dict[str, tuple[Any, Range | OneOf | None]]:
     """By field of a dataclass: its type without annotations, and its declaration, if it has one."""
-    found = {}
+    kinds = {}
     for name, hint in get_type_hints(config_class, include_extras=True).items():
         kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        found[name] = kind, next((note for note in notes if isinstance(note, Range | OneOf)), None)
-    return {field.name: found[field.name] for field in fields(config_class)}
+        kinds[name] = kind, next((note for note in notes if isinstance(note, Range | OneOf)), None)
+    return {field.name: kinds[field.name] for field in fields(config_class)}
 
 
 def check_fields(config: Any) -> None:

@@ -96,8 +96,10 @@ def _inline(image: Image, alt: str, *, plot: bool = False) -> str:
 
 def curves(runs: dict[str, list[dict[str, float]]], metric: str, *, ylabel: str) -> Image:
     """A plot of one metric over steps, a line per run; `runs` holds the lines of their metrics.jsonl."""
-    found = {name: [(line["step"], line[metric]) for line in lines if metric in line] for name, lines in runs.items()}
-    return points(found, xlabel="step", ylabel=ylabel)
+    lines_by_run = {
+        name: [(line["step"], line[metric]) for line in lines if metric in line] for name, lines in runs.items()
+    }
+    return points(lines_by_run, xlabel="step", ylabel=ylabel)
 
 
 def points(

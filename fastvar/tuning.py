@@ -273,9 +273,9 @@ def _forced(table: Table, tile: Tile, key: Key) -> Iterator[None]:
         table.forced, table.forced_for = before
 
 
-def _same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
+def _same(results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
     """Whether integers are equal and floats differ by rounding only, relative to the largest."""
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(results, expected, strict=True):
         if not b.is_floating_point():
             if not torch.equal(a, b):
                 return False

@@ -66,5 +66,5 @@ def without_wrappers(state: Mapping[str, _T]) -> tuple[dict[str, _T], str]:
     """
     prefixes = {_OUTER.match(name)[0] for name in state}  # type: ignore[index]  # it matches the empty text
     prefix = prefixes.pop() if len(prefixes) == 1 else ""
-    found = {_INNER.sub("", name.removeprefix(prefix)): tensor for name, tensor in state.items()}
-    return (found, prefix) if len(found) == len(state) else (dict(state), "")
+    inner = {_INNER.sub("", name.removeprefix(prefix)): tensor for name, tensor in state.items()}
+    return (inner, prefix) if len(inner) == len(state) else (dict(state), "")

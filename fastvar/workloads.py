@@ -59,11 +59,11 @@ class Workload:
 
 def workloads(shapes: Sequence[Shape] = SHAPES) -> list[Workload]:
     """What is tuned, the most important first."""
-    found = []
+    listed = []
     for make in (_attention, _rows, _losses, _cached_attention, _quantiser, _tokenizer, _sampling):
         for shape in shapes:
-            found += list(make(shape))
-    return found
+            listed += list(make(shape))
+    return listed
 
 
 def tensors(result: Any) -> list[torch.Tensor]:

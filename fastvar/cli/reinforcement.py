@@ -48,8 +48,8 @@ class RewardOptions(PromptOptions):
         from fastvar.rl.rewards import RewardSum, create
 
         weights, options = self._parsed()
-        found = {name: create(name, **options[name]) for name in weights}
-        return RewardSum(found, weights, standardise=self.standardise)
+        rewards = {name: create(name, **options[name]) for name in weights}
+        return RewardSum(rewards, weights, standardise=self.standardise)
 
     def _parsed(self) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
         """Weights and options by the names of rewards."""

@@ -119,13 +119,13 @@ def image_transform(size: tuple[int, int], *, train: bool, flip: bool = True) ->
 
 
 def _images_below(folder: Path) -> list[Path]:
-    found = []
+    images = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
+        images += [
             Path(parent, name) for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
         ]
-    return sorted(found)
+    return sorted(images)
 
 
 def _find(root: Path, wanted: Sequence[str] | None) -> tuple[list[str], list[tuple[Path, int]]]:

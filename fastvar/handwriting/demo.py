@@ -307,8 +307,8 @@ class Drawn:
     def by(cls, var: VAR, reader: Reader, samples: int) -> Drawn:
         prompts = Prompts(every_number(DIGITS, 100))
         reward = RewardSum({"ocr": OCRReward(reader)})
-        found = evaluate_policy(var, reward, prompts, samples=samples, options=RolloutOptions())
-        return cls(found, score_reading(found.images, found.prompts.texts, reader))
+        evaluation = evaluate_policy(var, reward, prompts, samples=samples, options=RolloutOptions())
+        return cls(evaluation, score_reading(evaluation.images, evaluation.prompts.texts, reader))
 
 
 @dataclass(frozen=True)

@@ -96,10 +96,10 @@ def evaluate_subject(
     others = scenes.candidates(rows, candidates)
     match = match_reference(read.images, others["images"] * 0.5 + 0.5, others["positions"])
     rates = match.rates(others["answers"])
-    found: dict[str, Any] = {"images": len(rows), "chance": rates.pop("chance")}
+    match_figures: dict[str, Any] = {"images": len(rows), "chance": rates.pop("chance")}
     for name, rate in rates.items():
-        found |= {name: rate, f"{name}_95": wilson_interval(round(rate * len(rows)), len(rows))}
-    return read, found
+        match_figures |= {name: rate, f"{name}_95": wilson_interval(round(rate * len(rows)), len(rows))}
+    return read, match_figures
 
 
 def figures(var: VAR, samples: int, options: SamplingOptions, *, reference_place: str = "own") -> dict[str, Any]:

@@ -120,12 +120,12 @@ def character_crops(scenes: HandwritingScenes, generator: torch.Generator | None
     if generator is not None:
         images = degrade(images, generator)
     pages = segment(images)
-    found = pages.image_boxes()
+    boxes = pages.image_boxes()
     truth = batch["boxes"].numpy()[pages.page]  # [M, D, 4]
     # A component is a digit if their boxes nearly agree: digits that ran together teach nothing.
-    difference = np.abs(truth - found[:, None]).max(axis=2)
+    difference = np.abs(truth - boxes[:, None]).max(axis=2)
     nearest = difference.argmin(axis=1)
-    rows = np.arange(len(found))
+    rows = np.arange(len(boxes))
     agree = difference[rows, nearest] <= 2.5
     digits = np.array([[int(character) for character in text] for text in batch["text"]])
     classes = digits[pages.page, nearest]

@@ -30,16 +30,16 @@ def headline(results: dict[str, Any]) -> list[tuple[str, str]]:
     def read(name: str) -> str:
         return _percent(scores[name]["word_accuracy"], scores[name]["word_accuracy_95"])
 
-    found = [("guided samples read exactly", read("samples, guided"))]
+    rows = [("guided samples read exactly", read("samples, guided"))]
     for kind in ("shape", "ink"):
         rate = _percent(match[kind], match[f"{kind}_95"])
-        found.append((f"samples with a subject: {kind} nearest to its own reference among eight", rate))
+        rows.append((f"samples with a subject: {kind} nearest to its own reference among eight", rate))
     if "rl" not in results:
-        return [*found, ("read exactly without guidance", read("samples, no guidance"))]
+        return [*rows, ("read exactly without guidance", read("samples, no guidance"))]
     rl = results["rl"]
     before_after = f"{read('samples, no guidance')}, {read('samples, no guidance, after rewards')}"
     return [
-        *found,
+        *rows,
         (f"read exactly without guidance, before and after {rl['iterations']} rollouts of VMR-GRPO", before_after),
         ("diversity kept by VMR-GRPO", f"{100 * rl['diversity_kept']:.0f} %"),
     ]

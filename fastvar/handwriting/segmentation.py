@@ -220,7 +220,7 @@ def segment(images: Tensor) -> Pages:
 
     owner = np.full(components + 1, -1, dtype=np.int64)
     pages: list[int] = []
-    found: list[Box] = []
+    joined: list[Box] = []
     read: list[int] = []
     for index, members in enumerate(by_page):
         if not members:
@@ -229,9 +229,9 @@ def segment(images: Tensor) -> Pages:
         for group in _join([boxes[component] for component in members], sizes, height, width):
             parts = [boxes[members[i]] for i in group]
             for i in group:
-                owner[members[i] + 1] = len(found)
+                owner[members[i] + 1] = len(joined)
             x0, y0, x1, y1 = zip(*parts, strict=True)
-            found.append((min(x0), min(y0), max(x1), max(y1)))
+            joined.append((min(x0), min(y0), max(x1), max(y1)))
             pages.append(index)
             read.append(sum(sizes[i] for i in group))
     return Pages(
@@ -240,7 +240,7 @@ def segment(images: Tensor) -> Pages:
         labels=labels,
         owner=owner,
         page=np.array(pages, dtype=np.int64),
-        boxes=np.array(found, dtype=np.int64).reshape(-1, 4),
+        boxes=np.array(joined, dtype=np.int64).reshape(-1, 4),
         scale=scale,
         areas=np.array(read, dtype=np.int64),
         ink=ink.sum(axis=(1, 2)),

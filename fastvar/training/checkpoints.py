@@ -97,24 +97,24 @@ class Checkpoints:
         """
         from accelerate.utils import broadcast_object_list
 
-        found: list[Any] = [None, None]  # the step, an error
+        answer: list[Any] = [None, None]  # the step, an error
         if self.accelerator.is_main_process:
             problems = []
             for step in reversed(saved_steps(self.output)):
                 problem = what_is_wrong(checkpoint_folder(self.output, step))
                 if problem is None:
-                    found[0] = step
+                    answer[0] = step
                     break
                 problems.append(problem)
             said = "; ".join(problems)
-            if found[0] is None and problems:
-                found[1] = f"train: output: no checkpoint that is whole: {said}; {ANEW}"
+            if answer[0] is None and problems:
+                answer[1] = f"train: output: no checkpoint that is whole: {said}; {ANEW}"
             elif problems:
-                say(f"{said}: going on from {checkpoint_folder(self.output, found[0])}")
-        broadcast_object_list(found)
-        if found[1] is not None:
-            raise ValueError(found[1])
-        return found[0]
+                say(f"{said}: going on from {checkpoint_folder(self.output, answer[0])}")
+        broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise ValueError(answer[1])
+        return answer[0]
 
     def clear(self) -> None:
         """Forget an old run, so that its checkpoints are not mixed with those of a new one."""
@@ -200,12 +200,12 @@ class Checkpoints:
 
     def _whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors as the main process writes them: sharded ones are gathered one by one, on all processes."""
-        found = {}
+        whole = {}
         for name, tensor in tensors.items():
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if self.accelerator.is_main_process:
-                found[name] = tensor.detach().cpu().contiguous()
-        return found
+                whole[name] = tensor.detach().cpu().contiguous()
+        return whole
 
 
 def what_is_wrong(folder: Path) -> str | None:

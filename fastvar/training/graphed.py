@@ -61,16 +61,16 @@ class GraphedStep:
         """What the function answers, detached; gradients are added to the parameters'. No tensor may need a gradient,
         nor share memory with one that the function writes to."""
         device = next(self.modules[0].parameters()).device
-        found = graphs.obstacle(device) or graphs.looked_at(self.modules, training=True)
-        if isinstance(found, str):
-            return self._plainly(options, tensors, f"expected {found}")
+        surveyed = graphs.obstacle(device) or graphs.looked_at(self.modules, training=True)
+        if isinstance(surveyed, str):
+            return self._plainly(options, tensors, f"expected {surveyed}")
         inputs = tuple((name, t if t is None else (t.shape, t.dtype, t.device)) for name, t in tensors.items())
-        key = (options, inputs, found.modes, graphs.settings(device.type))
+        key = (options, inputs, surveyed.modes, graphs.settings(device.type))
         with graphs.alone(device):
             graph = self._graphs.get(key)
-            if found.weights != self._weights or (graph is not None and not graph.fits()):
+            if surveyed.weights != self._weights or (graph is not None and not graph.fits()):
                 self.clear()
-                self._weights, graph = found.weights, None
+                self._weights, graph = surveyed.weights, None
             if graph is not None:
                 self._graphs.move_to_end(key)
                 return graph(tensors)

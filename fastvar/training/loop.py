@@ -250,18 +250,18 @@ def _train(
     checkpoints = Checkpoints(accelerator, output, model, optimizer, ema, keep=config.keep, minutes=config.save_minutes)
 
     settings = _settings(task, dataset, config, accelerator.num_processes)
-    found = checkpoints.newest() if config.resume else None
-    first_step = found or 0
+    resumed_from = checkpoints.newest() if config.resume else None
+    first_step = resumed_from or 0
     main = accelerator.is_main_process
-    if found is not None:
+    if resumed_from is not None:
         check_same_settings(output / "settings.json", settings, free=_FREE)
-        check_enough_steps("steps", config.steps, found, output)
-        checkpoints.load(found)
+        check_enough_steps("steps", config.steps, resumed_from, output)
+        checkpoints.load(resumed_from)
     elif main:
         checkpoints.clear()
         (output / "metrics.jsonl").unlink(missing_ok=True)
     if main:
-        write_settings(output / "settings.json", settings, found, config.steps)
+        write_settings(output / "settings.json", settings, resumed_from, config.steps)
     sampler = StepSampler(
         len(dataset),
         config.batch_size,
@@ -340,8 +340,8 @@ def _step(
     metrics: dict[str, Any] = {}
     for i, part in enumerate(_parts(batch, config.accumulate)):
         with nullcontext() if i + 1 == config.accumulate else accelerator.no_sync(model):
-            found = run(part)
-        for name, value in found.items():
+            results = run(part)
+        for name, value in results.items():
             metrics[name] = metrics.get(name, 0.0) + value / config.accumulate
     norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
     check = _Check(task.name, step, metrics["loss"], norm)
@@ -361,13 +361,13 @@ class _Check:
     def __init__(self, name: str, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.name, self.step, self.bad = name, step, (~norm.isfinite()).float()
-        self.found = torch.stack([loss.float(), norm.float()]).to("cpu", non_blocking=True)
+        self.values = torch.stack([loss.float(), norm.float()]).to("cpu", non_blocking=True)
         self.event = torch.cuda.current_stream(norm.device).record_event() if norm.is_cuda else None
 
     def raise_if_bad(self) -> None:
         if self.event is not None:
             self.event.synchronize()
-        loss, norm = self.found.tolist()
+        loss, norm = self.values.tolist()
         if not math.isfinite(norm):
             raise RuntimeError(f"{self.name}: at step {self.step + 1} the loss is {loss}, its gradient's norm {norm}")
 
@@ -380,14 +380,14 @@ def _settings(task: Task[Any], dataset: Any, config: TrainConfig, processes: int
     """What decides the run's result, as JSON has it."""
     plain = (bool, int, float, str, tuple)
     described = {n: v for n, v in vars(dataset).items() if not n.startswith("_") and isinstance(v, plain)}
-    found = {
+    settings = {
         "train": {name: value for name, value in asdict(config).items() if name not in _FREE},
         "model": asdict(task.model.config),
         "data": {"kind": type(dataset).__name__, "items": len(dataset), **described},
         "processes": processes,
         **task.identity,
     }
-    return json.loads(json_text(found))
+    return json.loads(json_text(settings))
 
 
 def _over_processes(accelerator: Any, metrics: dict[str, Any]) -> dict[str, float]:

@@ -47,20 +47,20 @@ def check_enough_steps(name: str, steps: int, done: int, output: Path) -> None:
         )
 
 
-def write_settings(path: Path, settings: dict[str, Any], found: int | None, steps: int) -> None:
+def write_settings(path: Path, settings: dict[str, Any], resumed_from: int | None, steps: int) -> None:
     """Write a run's settings, and under "lengths" for how many steps it was meant from which step on.
 
     Args:
         path: the file.
         settings: as JSON has them.
-        found: the step that the run goes on from, or None for a new run.
+        resumed_from: the step that the run goes on from, or None for a new run.
         steps: how many there are to be in all.
     """
     lengths: list[dict[str, int]] = []
-    if found is not None:
+    if resumed_from is not None:
         lengths = read_json_object(path, "train: output").get("lengths", [])
         if lengths and lengths[-1]["steps"] != steps:
-            say(f"{path.parent} goes on from step {found} to {steps} instead of {lengths[-1]['steps']}")
+            say(f"{path.parent} goes on from step {resumed_from} to {steps} instead of {lengths[-1]['steps']}")
     if not lengths or lengths[-1]["steps"] != steps:
-        lengths = [*lengths, {"from": found or 0, "steps": steps}]
+        lengths = [*lengths, {"from": resumed_from or 0, "steps": steps}]
     write_json(path, {**settings, "lengths": lengths})

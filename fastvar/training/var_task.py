@@ -92,11 +92,11 @@ class VARTask:
         if self.token_weights is not None:
             self.token_weights = self.token_weights.to(device)
         options = {"label_smoothing": self.label_smoothing, "token_weights": self.token_weights}
-        found = model(labels, inputs, subject=subject, tokens=tokens, **options)
-        return found.loss, {
-            "entropy": found.entropy.mean(),
-            "loss_coarsest": found.losses[:, : var.schedule.ends[0]].mean(),
-            "loss_finest": found.losses[:, var.schedule.starts[-1] :].mean(),
+        scores = model(labels, inputs, subject=subject, tokens=tokens, **options)
+        return scores.loss, {
+            "entropy": scores.entropy.mean(),
+            "loss_coarsest": scores.losses[:, : var.schedule.ends[0]].mean(),
+            "loss_finest": scores.losses[:, var.schedule.starts[-1] :].mean(),
         }
 
     def tensors(self, batch: Any) -> dict[str, torch.Tensor]:
@@ -104,8 +104,8 @@ class VARTask:
         names = ["tokens" if "tokens" in batch else "image"]
         if self.model.config.subject != "none":
             names.append("reference_tokens" if "reference_tokens" in batch else "reference")
-        found = {name: batch[name].to(self.model.device, non_blocking=True) for name in names}
-        return {**found, labels: self.model.indices(batch[labels])}
+        tensors = {name: batch[name].to(self.model.device, non_blocking=True) for name in names}
+        return {**tensors, labels: self.model.indices(batch[labels])}
 
     def _reference_tokens(self, batch: Any, device: torch.device) -> torch.Tensor:
         if "reference_tokens" in batch:
