@@ -11,7 +11,7 @@ depends on the masks alone. Where the advantage or the mask is 0, s_i is 0 whate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -28,21 +28,12 @@ def terms(
 ) -> tuple[torch.Tensor, ...]:
     """loss, kl, clip fraction, entropy, ratio, scalars; gradient share, entropy and ratio of each scale (K,); for the
     gradient d loss / d log_probs without the exact KL and w / D of each token (B, L)."""
-    grids, advantages, first_scale = objective.schedule, objective.advantages, objective.first_scale
+    grids, advantages = objective.schedule, objective.advantages
     kl_weight, entropy_weight = objective.kl_weight, objective.entropy_weight
     low, high = 1 - objective.clip_low, 1 + objective.clip_high
     lengths = grids.lengths
-    mask = torch.ones_like(log_probs)
-    if objective.token_mask is not None:
-        mask.copy_(objective.token_mask)
-    mask[:, : grids.starts[first_scale]].zero_()
-    trained = mask > 0
-    totals = None
-    if objective.mask_totals is not None:
-        totals = objective.mask_totals.to(mask.dtype, copy=True)
-        totals[:first_scale].zero_()
-    weight, total = _weights(mask, grids, objective.panw_alpha, objective.panw_normalisation, totals)
-    share = _divide(weight, total)
+    mask, weight, total = _weights(objective, log_probs)
+    trained, share = mask > 0, _divide(weight, total)
 
     def only_trained(values: torch.Tensor) -> torch.Tensor:
         return torch.where(trained, values, 0)  # whatever stands at other tokens, NaN included, has no effect
@@ -105,6 +96,37 @@ def terms(
     )
 
 
+def incoming(objective: Objective, like: torch.Tensor) -> Callable[..., list[torch.Tensor | None]]:
+    """Gradients of the loss with respect to log-probabilities, entropies and the exact KL, as a function of some of all
+    tokens (B L) and of these results there. Only where a ratio is one token's."""
+    mask, weight, total = _weights(objective, like)
+    share, trained = _divide(weight, total).flatten(), mask.flatten() > 0
+    gain = objective.advantages.to(like.dtype).repeat_interleave(like.shape[1], output_size=like.numel())
+    old, reference = (
+        None if each is None else each.to(like.dtype).flatten()
+        for each in (objective.old_log_probs, objective.reference_log_probs)
+    )
+
+    def gradients(rows: slice, results: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        log_probs, _, kl = results
+        assert log_probs is not None
+        push, here = gain[rows], trained[rows]
+        held = torch.zeros_like(here)
+        if old is not None:
+            ratio = torch.where(here, log_probs - old[rows], 0).exp()
+            held = ((push > 0) & (ratio > 1 + objective.clip_high)) | ((push < 0) & (ratio < 1 - objective.clip_low))
+            push = push * ratio
+        slope = torch.where(here & (gain[rows] != 0) & ~held, -push, 0)
+        if reference is not None and objective.kl_weight != 0:
+            gap = torch.where(here, reference[rows] - log_probs, 0)
+            slope = slope - objective.kl_weight * (gap if objective.kl_estimator == "k2" else gap.expm1())
+        of_entropy = -objective.entropy_weight * share[rows] if objective.entropy_weight != 0 else None
+        of_kl = objective.kl_weight * share[rows] if kl is not None and objective.kl_weight != 0 else None
+        return [share[rows] * slope, of_entropy, of_kl, None]
+
+    return gradients
+
+
 @cache  # nothing is ever dropped: a CUDA graph may read it
 @torch.inference_mode(False)
 def factors(grids: ScaleSchedule, alpha: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -112,20 +134,26 @@ def factors(grids: ScaleSchedule, alpha: float, dtype: torch.dtype, device: torc
     return torch.tensor([float(h * w) ** -alpha for h, w in grids], dtype=dtype, device=device)
 
 
-def _weights(
-    mask: torch.Tensor, grids: ScaleSchedule, alpha: float, normalisation: str, totals: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """w (B, L) and D (); totals: (K,) of the whole batch's mask, or None if the mask is the whole batch's."""
-    factor = factors(grids, alpha, mask.dtype, mask.device)
-    if totals is None:
+def _weights(objective: Objective, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """m (B, L), w (B, L) and D ()."""
+    grids, first_scale = objective.schedule, objective.first_scale
+    mask = torch.ones_like(like)
+    if objective.token_mask is not None:
+        mask.copy_(objective.token_mask)
+    mask[:, : grids.starts[first_scale]].zero_()
+    if objective.mask_totals is None:
         totals = _sums(mask, grids.lengths).sum(0)
-    if normalisation == "per_scale":
+    else:
+        totals = objective.mask_totals.to(mask.dtype, copy=True)
+        totals[:first_scale].zero_()
+    factor = factors(grids, objective.panw_alpha, mask.dtype, mask.device)
+    if objective.panw_normalisation == "per_scale":
         weight, total = _divide(factor, totals), (factor * (totals > 0)).sum()
-    elif normalisation == "none":
+    elif objective.panw_normalisation == "none":
         weight, total = factor, totals.sum()
     else:
         weight, total = factor, (factor * totals).sum()
-    return mask * _spread(weight[None], grids.lengths), total
+    return mask, mask * _spread(weight[None], grids.lengths), total
 
 
 def _sums(values: torch.Tensor, spans: Sequence[int]) -> torch.Tensor:
