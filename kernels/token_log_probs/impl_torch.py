@@ -35,7 +35,7 @@ def score(scoring: Scoring) -> tuple[torch.Tensor, ...]:
     """See `TwoPasses`."""
     head = _Head(scoring.head, scoring.temperature)
     other = None if scoring.reference is None else _Head(scoring.reference, scoring.temperature)
-    _check_range(scoring.tokens, head.size)
+    losses.check_range(scoring.tokens, head.size)
     results, picked = _room(scoring), scoring.tokens.flatten(0, 1)
     if scoring.tokens.ndim == 3:
         for rows in _chunks(len(picked), BIT_ROWS):
@@ -183,7 +183,7 @@ class _Softmax:
         return powers, decay
 
     def log(self) -> torch.Tensor:
-        """Of the total; NaN where no logit is above minus infinity."""
+        """The log of the total; NaN where no logit is above minus infinity."""
         return torch.where(self.peak > IMPOSSIBLE, self.total.log(), math.nan)
 
 
@@ -284,7 +284,7 @@ class _Slopes:
         self.constant, self.along = constant * scale, None if along is None else along * scale
 
     def tile(self, part: slice) -> torch.Tensor:
-        """Of some columns (m, n)."""
+        """The slopes of some columns (m, n)."""
         if self.along is None:
             slope = self.head.tile(self.states, part).sub_(self.peak).exp_().mul_(self.constant)
         else:
@@ -319,7 +319,7 @@ class _BitSlopes:
         self.slope = _slopes_bits(logits, bits, others, given) / head.temperature
 
     def tile(self, part: slice) -> torch.Tensor:
-        """Of some columns (m, n)."""
+        """The slopes of some columns (m, n)."""
         return self.slope[:, part]
 
 
@@ -402,18 +402,8 @@ def _live_rows(grads: Sequence[torch.Tensor | None], tokens: torch.Tensor) -> to
     return live.view(-1, 1)
 
 
-def _check_range(tokens: torch.Tensor, size: int) -> None:
-    # On another device the check would wait for it; there a token out of range is the caller's to avoid.
-    if tokens.device.type != "cpu" or tokens.dtype == torch.bool or tokens.numel() == 0:
-        return
-    low, high = (int(value) for value in tokens.aminmax())
-    last = 1 if tokens.ndim == 3 else size - 1
-    if low < 0 or high > last:
-        raise ValueError(f"token_log_probs: tokens: expected values from 0 to {last}, got {low} to {high}")
-
-
 def _rows(head: _Head) -> int:
-    """Of a tile; of the vocabulary alone, so that tiles begin at the same rows in any batch."""
+    """Rows of a tile. They follow from the vocabulary alone, so that tiles begin at the same rows in any batch."""
     room = TILE if head.rows.device.type == "cpu" else 8 * TILE
     return max(min(room // min(max(head.size, 1), head.columns) // 16 * 16, ROWS), 16)
 

@@ -20,42 +20,42 @@ import torch
 from fastvar.schedule import ScaleSchedule
 
 if TYPE_CHECKING:
-    from fastvar.ops.policy_loss import Objective
+    from fastvar.ops.policy_loss import PolicyLossCall
 
 
 def terms(
-    log_probs: torch.Tensor, entropy: torch.Tensor, exact_kl: torch.Tensor | None, objective: Objective
+    log_probs: torch.Tensor, entropy: torch.Tensor, exact_kl: torch.Tensor | None, call: PolicyLossCall
 ) -> tuple[torch.Tensor, ...]:
     """loss, kl, clip fraction, entropy, ratio, scalars; gradient share, entropy and ratio of each scale (K,); for the
     gradient d loss / d log_probs without the exact KL and w / D of each token (B, L)."""
-    grids, advantages, first_scale = objective.schedule, objective.advantages, objective.first_scale
-    kl_weight, entropy_weight = objective.kl_weight, objective.entropy_weight
-    low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    options, grids, first_scale = call.options, call.schedule, call.first_scale
+    kl_weight, entropy_weight = options.kl_weight, options.entropy_weight
+    low, high = 1 - options.clip_low, 1 + options.clip_high
     lengths = grids.lengths
     mask = torch.ones_like(log_probs)
-    if objective.token_mask is not None:
-        mask.copy_(objective.token_mask)
+    if call.token_mask is not None:
+        mask.copy_(call.token_mask)
     mask[:, : grids.starts[first_scale]].zero_()
     trained = mask > 0
     totals = None
-    if objective.mask_totals is not None:
-        totals = objective.mask_totals.to(mask.dtype, copy=True)
+    if call.mask_totals is not None:
+        totals = call.mask_totals.to(mask.dtype, copy=True)
         totals[:first_scale].zero_()
-    weight, total = _weights(mask, grids, objective.panw_alpha, objective.panw_normalisation, totals)
+    weight, total = _weights(mask, grids, options.panw_alpha, options.panw_normalisation, totals)
     share = _divide(weight, total)
 
     def only_trained(values: torch.Tensor) -> torch.Tensor:
         return torch.where(trained, values, 0)  # whatever stands at other tokens, NaN included, has no effect
 
-    if objective.old_log_probs is None:  # on-policy
+    if call.old_log_probs is None:  # on-policy
         log_ratio = torch.zeros_like(log_probs)
     else:
-        log_ratio = only_trained(log_probs - objective.old_log_probs.to(log_probs.dtype))
-    spans = {"token": None, "scale": lengths, "sample": (sum(lengths),)}[objective.ratio_level]
+        log_ratio = only_trained(log_probs - call.old_log_probs.to(log_probs.dtype))
+    spans = {"token": None, "scale": lengths, "sample": (sum(lengths),)}[options.ratio_level]
     if spans is not None:
         log_ratio = _spread(_divide(_sums(mask * log_ratio, spans), _sums(mask, spans)), spans)
     ratio = log_ratio.exp()
-    gain = advantages.to(log_probs.dtype)[:, None]  # [B, 1]
+    gain = call.advantages.to(log_probs.dtype)[:, None]  # [B, 1]
     moves = trained & (gain != 0)
     surrogate = torch.minimum(ratio * gain, ratio.clamp(low, high) * gain)
     clipped = ((gain > 0) & (ratio > high)) | ((gain < 0) & (ratio < low))
@@ -69,9 +69,9 @@ def terms(
     kl_slope = None
     if exact_kl is not None:
         kl = only_trained(exact_kl)
-    elif objective.reference_log_probs is not None:
-        gap = only_trained(objective.reference_log_probs.to(log_probs.dtype) - log_probs)
-        if objective.kl_estimator == "k2":
+    elif call.reference_log_probs is not None:
+        gap = only_trained(call.reference_log_probs.to(log_probs.dtype) - log_probs)
+        if options.kl_estimator == "k2":
             kl, kl_slope = gap.square() / 2, -gap
         else:
             kl, kl_slope = gap.expm1() - gap, -gap.expm1()
