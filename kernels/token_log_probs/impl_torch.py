@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from fastvar.kernels.token_log_probs import losses, policy
 from fastvar.kernels.token_log_probs.losses import Grads, Results, Scoring, TwoPasses, Wanted
-from fastvar.kernels.token_log_probs.reference import _check_range
 
 if TYPE_CHECKING:
     from fastvar.ops.cross_entropy import CrossEntropyCall
@@ -63,13 +62,13 @@ def cross_entropy(call: CrossEntropyCall) -> tuple[torch.Tensor, ...]:
 
 def policy_loss(call: PolicyLossCall) -> tuple[torch.Tensor, ...]:
     """See `TwoPasses`; in one pass, unless a ratio belongs to many tokens."""
-    if call.objective.ratio_level != "token" or not any(call.needs):
+    if call.options.ratio_level != "token" or not any(call.needs):
         return _FUNCTIONS.policy_loss(call)
     scoring = Scoring(call.head, call.tokens, call.reference, call.temperature)
     wanted = Wanted(*call.needs)
-    results, found = _run(scoring, policy.incoming(call.objective, _room(scoring)[0]), wanted, unrounded=True)
+    results, found = _run(scoring, policy.incoming(call, _room(scoring)[0]), wanted, unrounded=True)
     kl = None if call.reference is None else results[2]
-    measured = policy.terms(results[0], results[1], kl, call.objective)[:-2]
+    measured = policy.terms(results[0], results[1], kl, call)[:-2]
     return (*measured, results[0], *losses.three(found, wanted, results[0]))
 
 
@@ -83,7 +82,7 @@ def _run(
     """Results, if they are to be kept, and the gradients that are needed for those that come in."""
     head = _Head(scoring.head, scoring.temperature)
     other = None if scoring.reference is None else _Head(scoring.reference, scoring.temperature)
-    _check_range(scoring.tokens, head.size)
+    losses.check_range(scoring.tokens, head.size)
     results, tokens = _room(scoring), scoring.tokens.flatten(0, 1)
     sums = _Gradients(head, needs, unrounded) if any(needs) else None
     kind = _Bits if scoring.tokens.ndim == 3 else _Classes
