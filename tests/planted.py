@@ -142,8 +142,30 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_wiring.py::test_ratio_level[sample]",
         ),
         ("options.panw_alpha,", "0.0,", "rl/test_wiring.py::test_per_action_normalisation"),
-        ("options.panw_normalisation,", '"per_segment",', "rl/test_wiring.py::test_per_action_normalisation"),
-        ('options.kl_estimator == "k2"', "False", "rl/test_wiring.py::test_kl[k2]"),
+        (
+            "= call.schedule, call.options.panw_normalisation",
+            '= call.schedule, "per_segment"',
+            "rl/test_wiring.py::test_per_action_normalisation",
+        ),
+        ('if options.kl_estimator == "k2"', "if False", "rl/test_wiring.py::test_kl[k2]"),
+        (
+            'squared = options.kl_estimator == "k2"',
+            "squared = False",
+            "ops/test_policy_loss.py::test_equals_the_definition",
+        ),
+        ("options.kl_weight * (gap if", "1.0 * (gap if", "ops/test_policy_loss.py::test_equals_the_definition"),
+        (
+            "-options.entropy_weight * share[rows]",
+            "-share[rows]",
+            "ops/test_policy_loss.py::test_equals_the_definition",
+        ),
+        (
+            "of_kl = options.kl_weight * share[rows]",
+            "of_kl = share[rows]",
+            "ops/test_policy_loss.py::test_equals_the_definition",
+        ),
+        ("push = push * ratio", "push = push", "ops/test_policy_loss.py::test_equals_the_definition"),
+        (" & ~held, -push", ", -push", "ops/test_policy_loss.py::test_equals_the_definition"),
     ],
     "fastvar/rl/trainer.py": [
         (

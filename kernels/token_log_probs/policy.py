@@ -20,7 +20,7 @@ import torch
 from fastvar.schedule import ScaleSchedule
 
 if TYPE_CHECKING:
-    from fastvar.ops.policy_loss import PolicyLossCall
+    from fastvar.ops.policy_loss import PolicyLossCall, PolicyLossOptions
 
 
 def terms(
@@ -30,7 +30,7 @@ def terms(
     gradient d loss / d log_probs without the exact KL and w / D of each token (B, L)."""
     options, grids = call.options, call.schedule
     kl_weight, entropy_weight = options.kl_weight, options.entropy_weight
-    low, high = 1 - options.clip_low, 1 + options.clip_high
+    low, high = _bounds(options)
     lengths = grids.lengths
     mask, weight, total = _weights(call, log_probs)
     trained, share = mask > 0, _divide(weight, total)
@@ -99,9 +99,10 @@ def terms(
 def incoming(call: PolicyLossCall, like: torch.Tensor) -> Callable[..., list[torch.Tensor | None]]:
     """Gradients of the loss with respect to log-probabilities, entropies and the exact KL, as a function of some of all
     tokens (B L) and of these results there. Only where a ratio is one token's."""
-    options = call.options
+    options, (low, high) = call.options, _bounds(call.options)
     mask, weight, total = _weights(call, like)
     share, trained = _divide(weight, total).flatten(), mask.flatten() > 0
+    squared = options.kl_estimator == "k2"
     gain = call.advantages.to(like.dtype).repeat_interleave(like.shape[1], output_size=like.numel())
     old, reference = (
         None if each is None else each.to(like.dtype).flatten()
@@ -115,12 +116,12 @@ def incoming(call: PolicyLossCall, like: torch.Tensor) -> Callable[..., list[tor
         held = torch.zeros_like(here)
         if old is not None:
             ratio = torch.where(here, log_probs - old[rows], 0).exp()
-            held = ((push > 0) & (ratio > 1 + options.clip_high)) | ((push < 0) & (ratio < 1 - options.clip_low))
+            held = ((push > 0) & (ratio > high)) | ((push < 0) & (ratio < low))
             push = push * ratio
         slope = torch.where(here & (gain[rows] != 0) & ~held, -push, 0)
         if reference is not None and options.kl_weight != 0:
             gap = torch.where(here, reference[rows] - log_probs, 0)
-            slope = slope - options.kl_weight * (gap if options.kl_estimator == "k2" else gap.expm1())
+            slope = slope - options.kl_weight * (gap if squared else gap.expm1())
         of_entropy = -options.entropy_weight * share[rows] if options.entropy_weight != 0 else None
         of_kl = options.kl_weight * share[rows] if kl is not None and options.kl_weight != 0 else None
         return [share[rows] * slope, of_entropy, of_kl, None]
@@ -133,6 +134,11 @@ def incoming(call: PolicyLossCall, like: torch.Tensor) -> Callable[..., list[tor
 def factors(grids: ScaleSchedule, alpha: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """k_t of the scales (K,), made once: a copy to the device on every call would wait for it."""
     return torch.tensor([float(h * w) ** -alpha for h, w in grids], dtype=dtype, device=device)
+
+
+def _bounds(options: PolicyLossOptions) -> tuple[float, float]:
+    """Of the ratio."""
+    return 1 - options.clip_low, 1 + options.clip_high
 
 
 def _weights(call: PolicyLossCall, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
