@@ -100,9 +100,9 @@ def declarations(config_class: Any) -> dict[str, tuple[Any, Range | OneOf | None
     return {field.name: kinds[field.name] for field in fields(config_class)}
 
 
-def check_fields(config: Any) -> None:
+def check_fields(config: Any, owner: str | None = None) -> None:
     """Raise a ValueError that names the first field of a dataclass that is not what it is declared to be. A dataclass
-    in it is asked for its own `check()`, where it has one."""
+    in it is asked for its own `check()`, where it has one. The message names `owner`, by default the class."""
     config_class: Any = type(config)
     for name, (kind, allowed) in declarations(config_class).items():
         value = getattr(config, name)
@@ -110,7 +110,7 @@ def check_fields(config: Any) -> None:
             own = getattr(value, "check", None)
             own() if own is not None else check_fields(value)
         elif allowed is not None:
-            check_value(config_class.__name__, name, value, kind, allowed)
+            check_value(owner or config_class.__name__, name, value, kind, allowed)
 
 
 def check_value(owner: str, name: str, value: Any, kind: Any, allowed: Range | OneOf) -> None:

@@ -150,9 +150,7 @@ def _losses(shape: Shape) -> Iterator[Workload]:
         advantages = torch.linspace(-1, 1, batch, device=device)
 
         def call(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            return ops.policy_loss(
-                hidden, weight, None, tokens, None, shape.schedule, advantages=advantages, backend=backend
-            ).loss
+            return ops.policy_loss((hidden, weight, None), tokens, advantages, shape.schedule, backend=backend).loss
 
         return _call(call, given, training)
 

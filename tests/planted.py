@@ -90,18 +90,12 @@ def main(words: list[str]) -> int:
 # By file: what stands there, what takes its place, the tests that must fail (below tests/).
 _PLANTED: dict[str, list[tuple[str, ...]]] = {
     "fastvar/rl/update.py": [
-        ("kl_weight=options.kl_weight,", "kl_weight=0.0,", "rl/test_wiring.py::test_kl"),
         (
-            "clip_high=options.clip_high",
-            "clip_high=options.clip_low",
-            "rl/test_wiring.py::test_clipping_has_two_sides[1.0--1.0--1.4]",
+            "        options,\n        old_log_probs",
+            "        old_log_probs",
+            "rl/test_wiring.py::test_entropy_weight",
+            "rl/test_wiring.py::test_loss_of_the_trainer",
         ),
-        (
-            "clip_low=options.clip_low",
-            "clip_low=options.clip_high",
-            "rl/test_wiring.py::test_clipping_has_two_sides[-1.0-1.0-0.9]",
-        ),
-        ("entropy_weight=options.entropy_weight", "entropy_weight=0.0", "rl/test_wiring.py::test_entropy_weight"),
         ("        temperature=temperature,\n", "", "rl/test_wiring.py::test_temperature_of_policy_and_reference"),
         (
             "tokens=tokens, temperature=temperature",
@@ -118,28 +112,60 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ("taken(advantages, rows)", "advantages[: len(rows)]", "rl/test_wiring.py::test_a_part_has_its_own_rows"),
         ("taken(mask, rows)", "mask[: len(rows)]", "rl/test_wiring.py::test_a_part_has_its_own_rows"),
         (
-            "ratio_level=options.ratio_level",
-            'ratio_level="token"',
-            "rl/test_wiring.py::test_ratio_level[scale]",
-            "rl/test_wiring.py::test_ratio_level[sample]",
-        ),
-        ("panw_alpha=options.panw_alpha", "panw_alpha=0.0", "rl/test_wiring.py::test_per_action_normalisation"),
-        (
-            "        panw_normalisation=options.panw_normalisation,\n",
-            "",
-            "rl/test_wiring.py::test_per_action_normalisation",
-        ),
-        (
-            "kl_estimator=options.kl_estimator,",
-            'kl_estimator="exact" if head else "k3",',
-            "rl/test_wiring.py::test_kl[k2]",
-        ),
-        (
             "first_scale=first_scale",
             "first_scale=0",
             "rl/test_wiring.py::test_the_fine_segment_is_trained_alone",
         ),
         ("        mask_totals=mask_totals,\n", "", "rl/test_rollout.py::test_gradients_of_parts_add_up"),
+    ],
+    "kernels/token_log_probs/policy.py": [
+        ("= options.kl_weight, options", "= 0.0, options", "rl/test_wiring.py::test_kl"),
+        (
+            "options.kl_weight, options.entropy_weight",
+            "options.kl_weight, 0.0",
+            "rl/test_wiring.py::test_entropy_weight",
+        ),
+        (
+            "1 + options.clip_high",
+            "1 + options.clip_low",
+            "rl/test_wiring.py::test_clipping_has_two_sides[1.0--1.0--1.4]",
+        ),
+        (
+            "1 - options.clip_low",
+            "1 - options.clip_high",
+            "rl/test_wiring.py::test_clipping_has_two_sides[-1.0-1.0-0.9]",
+        ),
+        (
+            "[options.ratio_level]",
+            '["token"]',
+            "rl/test_wiring.py::test_ratio_level[scale]",
+            "rl/test_wiring.py::test_ratio_level[sample]",
+        ),
+        ("options.panw_alpha,", "0.0,", "rl/test_wiring.py::test_per_action_normalisation"),
+        (
+            "= call.schedule, call.options.panw_normalisation",
+            '= call.schedule, "per_segment"',
+            "rl/test_wiring.py::test_per_action_normalisation",
+        ),
+        ('if options.kl_estimator == "k2"', "if False", "rl/test_wiring.py::test_kl[k2]"),
+        (
+            'squared = options.kl_estimator == "k2"',
+            "squared = False",
+            "ops/test_policy_loss.py::test_equals_the_definition",
+        ),
+        ("options.kl_weight * (gap if", "1.0 * (gap if", "ops/test_policy_loss.py::test_equals_the_definition"),
+        (
+            "-options.entropy_weight * share[rows]",
+            "-share[rows]",
+            "ops/test_policy_loss.py::test_equals_the_definition",
+        ),
+        (
+            "of_kl = options.kl_weight * share[rows]",
+            "of_kl = share[rows]",
+            "ops/test_policy_loss.py::test_equals_the_definition",
+        ),
+        ("push = push * ratio", "push = push", "ops/test_policy_loss.py::test_equals_the_definition"),
+        (" & ~held, -push", ", -push", "ops/test_policy_loss.py::test_equals_the_definition"),
     ],
     "fastvar/rl/trainer.py": [
         (
@@ -148,12 +174,12 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_wiring.py::test_returns_and_advantages_of_the_settings",
         ),
         (
-            "            spread_floor=config.loss.spread_floor,\n",
+            "            spread_floor=config.spread_floor,\n",
             "",
             "rl/test_wiring.py::test_returns_and_advantages_of_the_settings",
         ),
         (
-            "            normalise=config.loss.normalise,\n",
+            "            normalise=config.normalise,\n",
             "",
             "rl/test_wiring.py::test_returns_and_advantages_of_the_settings",
         ),

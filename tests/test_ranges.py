@@ -17,7 +17,7 @@ from fastvar.cli.tune import Tune
 from fastvar.handwriting.demo import DemoConfig
 from fastvar.models import VARConfig, VQTokenizerConfig
 from fastvar.ranges import LARGEST, OneOf, Range, check_fields, check_value, declarations, fitted
-from fastvar.rl import LossOptions, RLConfig, RolloutOptions
+from fastvar.rl import PolicyLossOptions, RLConfig, RolloutOptions
 from fastvar.training import TrainConfig
 
 REQUIRED: dict[str, Any] = {"labels": ("1",)}
@@ -116,8 +116,8 @@ def test_defaults_and_the_ends_of_ranges_are_allowed(config: type) -> None:
             "RolloutOptions: guidance: expected -1e.12 to 1e.12, got",
         ),
         (
-            RLConfig(loss=LossOptions(entropy_weight=math.nan)),
-            "LossOptions: entropy_weight: expected a number, got nan",
+            RLConfig(loss=PolicyLossOptions(entropy_weight=math.nan)),
+            "PolicyLossOptions: entropy_weight: expected a number, got nan",
         ),
         (TrainConfig(batch_size=4, accumulate=3), "accumulate: expected a divisor of the batch size 4, got 3"),
         (RLConfig(coarse_updates=0, fine_updates=0), "coarse_updates, fine_updates: expected not both 0"),
@@ -131,7 +131,10 @@ def test_messages(config: Any, message: str) -> None:
 
 def test_infinity_where_it_means_something() -> None:
     RLConfig(
-        eta=math.inf, tolerance=math.inf, clip_norm=math.inf, loss=LossOptions(clip_low=math.inf, clip_high=math.inf)
+        eta=math.inf,
+        tolerance=math.inf,
+        clip_norm=math.inf,
+        loss=PolicyLossOptions(clip_low=math.inf, clip_high=math.inf),
     ).check()
     RLConfig(eta=1e39).check()
     assert LARGEST < 1e39

@@ -24,7 +24,7 @@ from benchmarks.suites.token_log_probs import (
     logits_in_memory,
     torch_chunked,
 )
-from fastvar.ops import policy_loss, propagate_mask
+from fastvar.ops import PolicyLossOptions, policy_loss, propagate_mask
 
 OP = "policy_loss"
 CLIP, KL_WEIGHT = 0.2, 0.1
@@ -167,20 +167,12 @@ def build(setting: Setting, device: torch.device) -> Problem:
         "per_token": torch.tensor([factors[k] for k in schedule.scale_of_token], device=device),
     }
 
-    def ours(hidden: Any, weight: Any, bias: Any, tokens: Any, per_token: Any, **rest: Any) -> torch.Tensor:
-        return policy_loss(
-            hidden,
-            weight,
-            bias,
-            tokens,
-            None,
-            schedule,
-            panw_alpha=alpha,
-            clip_low=CLIP,
-            clip_high=CLIP,
-            kl_weight=KL_WEIGHT,
-            **rest,
-        ).loss
+    options = PolicyLossOptions(panw_alpha=alpha, clip_low=CLIP, clip_high=CLIP, kl_weight=KL_WEIGHT, kl_estimator="k3")
+
+    def ours(
+        hidden: Any, weight: Any, bias: Any, tokens: Any, advantages: Any, per_token: Any, **rest: Any
+    ) -> torch.Tensor:
+        return policy_loss((hidden, weight, bias), tokens, advantages, schedule, options, **rest).loss
 
     eager = from_log_probs(logits_in_memory)
     assert isinstance(eager, Callable)

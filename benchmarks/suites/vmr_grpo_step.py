@@ -32,7 +32,7 @@ from benchmarks.suites.training_step import GRAPHS, NO_GRAPHS, Graphed
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.ops import group_advantages
 from fastvar.rl import (
-    LossOptions,
+    PolicyLossOptions,
     Prompts,
     Rollout,
     RolloutOptions,
@@ -46,7 +46,7 @@ from fastvar.training.loop import parameter_groups
 
 CONTINUATIONS = 2
 PARTS = 4  # micro-batches
-LOSS, OPTIONS = LossOptions(), RolloutOptions(chunk=1024)
+LOSS, OPTIONS = PolicyLossOptions(), RolloutOptions(chunk=1024)
 Gradients = dict[str, torch.Tensor]
 
 

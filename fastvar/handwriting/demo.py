@@ -20,7 +20,7 @@ from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.pictures import image_grid
 from fastvar.provenance import provenance
 from fastvar.ranges import Count, CountOrNone, OneOf, Range, Seed, check_fields
-from fastvar.rl import Evaluation, LossOptions, Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, evaluate_policy
+from fastvar.rl import Evaluation, PolicyLossOptions, Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, evaluate_policy
 from fastvar.rl.rewards import OCRReward, RewardSum
 from fastvar.schedule import ScaleSchedule
 from fastvar.training import TokenDataset, TokenizerTask, TrainConfig, TrainResult, VARTask, train
@@ -349,7 +349,7 @@ def rl_config(config: DemoConfig) -> RLConfig:
         evaluation_samples=160,
         save_every=20,
         seed=config.seed,
-        loss=LossOptions(kl_weight=0.1),
+        loss=PolicyLossOptions(kl_weight=0.1),
     )
 
 

@@ -7,7 +7,7 @@ from fastvar.ops.block_causal_attention import PrefixKV, block_causal_attention,
 from fastvar.ops.cached_attention import cached_attention
 from fastvar.ops.cross_entropy import CrossEntropy, cross_entropy
 from fastvar.ops.group_norm_silu import group_norm_silu
-from fastvar.ops.policy_loss import PolicyLoss, group_advantages, policy_loss
+from fastvar.ops.policy_loss import PolicyLoss, PolicyLossOptions, group_advantages, policy_loss
 from fastvar.ops.propagate_mask import boxes_to_mask, propagate_mask
 from fastvar.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_into_cache, rope_tables
 from fastvar.ops.residual_quantize import (
@@ -27,6 +27,7 @@ __all__ = [
     "AccumulatedScale",
     "CrossEntropy",
     "PolicyLoss",
+    "PolicyLossOptions",
     "PrefixKV",
     "QuantizedBits",
     "QuantizedResidual",

@@ -106,7 +106,7 @@ class Operator(Generic[C]):
     def gradients(
         self, values: Sequence[Any], saved: Sequence[torch.Tensor], grads: Grads, needs: Sequence[bool], chosen: Any
     ) -> list[torch.Tensor | None]:
-        """Of each tensor of a call, as far as they are needed; values: those of its record."""
+        """The gradient of each tensor of a call, None where it is not needed; values: those of its record."""
         if not any(needs):
             return [None] * len(needs)
         if isinstance(chosen, Chosen) and _unseen((*self._tensors(values), *grads)):

@@ -1,13 +1,14 @@
 """The record of a call: from the types of its fields to a schema, and between the two forms of its values.
 
-A record is a NamedTuple. A field is a tensor, a number, a flag, a name, some integers or flags, a schedule, or another
-record, which may be absent as a whole. A schema knows no records: there each field of an inner one is an argument of
-its own, called after both.
+A record is a NamedTuple or a dataclass. A field is a tensor, a number, a flag, a name, some integers or flags, a
+schedule, or another record, which may be absent as a whole. A schema knows no records: there each field of an inner one
+is an argument of its own, called after both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
@@ -17,7 +18,8 @@ from fastvar.schedule import ScaleSchedule
 
 C = TypeVar("C")
 
-# Text in an annotation is the schema's type, where it does not follow from Python's.
+# Text in an annotation is the schema's type, where it does not follow from Python's; any other annotation, such as what
+# numbers a field may have, is no affair of the schema.
 Scalar = Annotated[float, "Scalar"]  # a number that may change from call to call of one compiled graph
 Written = Annotated[torch.Tensor, "Tensor(!)"]  # that the call writes to
 
@@ -52,7 +54,7 @@ class _Field(NamedTuple):
 
 
 class Record(Generic[C]):
-    """What a NamedTuple of typed fields says of a call.
+    """What a NamedTuple or a dataclass of typed fields says of a call.
 
     Attributes:
         names: of the schema's arguments.
@@ -89,10 +91,11 @@ class Record(Generic[C]):
 
     def values(self, call: Any) -> Sequence[Any]:
         """The schema's arguments for a call."""
+        own = call if isinstance(call, tuple) else [getattr(call, field.name) for field in self._fields]
         if self._plain:
-            return call  # which is a tuple of them
+            return own
         found: list[Any] = []
-        for field, value in zip(self._fields, call, strict=True):
+        for field, value in zip(self._fields, own, strict=True):
             if field.inner is None:
                 found.append(value.flat if isinstance(value, ScaleSchedule) else value)
             elif value is None:
@@ -126,10 +129,12 @@ def _field(name: str, hint: Any) -> _Field:
     if optional:
         (hint,) = (kind for kind in get_args(hint) if kind is not NoneType)
     if get_origin(hint) is Annotated:
-        return _Field(name, get_args(hint)[1], None, optional, None)
-    if hasattr(hint, "_fields"):
-        return _Field(name, "", Record(hint), optional, None)
+        hint, note, *_ = get_args(hint)
+        if isinstance(note, str):
+            return _Field(name, note, None, optional, None)
     if hint not in _TYPES:
+        if hasattr(hint, "_fields") or is_dataclass(hint):
+            return _Field(name, "", Record(hint), optional, None)
         raise TypeError(f"{name}: expected a record or one of {', '.join(map(str, _TYPES))}, got {hint}")
     restored = ScaleSchedule.from_flat if hint is ScaleSchedule else tuple if get_origin(hint) is tuple else None
     return _Field(name, _TYPES[hint], None, optional, restored)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
-from fastvar.ops._one_pass import wanted, with_gradients
+from fastvar.ops._one_pass import needed, with_gradients
 from fastvar.ops._operator import Operator
 from fastvar.ops.token_log_probs import Head, checked, detached, fake_gradients, implementations
 
@@ -28,7 +28,7 @@ class CrossEntropy(NamedTuple):
 
 class CrossEntropyCall(NamedTuple):
     """A call of `cross_entropy`: tokens (B, L) or bits (B, L, d), weights (L,) or (B, L), and which gradients of the
-    head are wanted."""
+    head it makes."""
 
     head: Head
     tokens: torch.Tensor
@@ -67,7 +67,7 @@ def cross_entropy(
     """Mean of -log p(token) under softmax(hidden weight^T + bias), and its gradient in the same pass.
 
     With label smoothing e the target is 1 - e at the token plus e / V everywhere, as in `F.cross_entropy`:
-    -(1 - e) log p(token) - e mean_j log p(j). Where a gradient is wanted it is made while the logits of some rows are
+    -(1 - e) log p(token) - e mean_j log p(j). Where a gradient is needed it is made while the logits of some rows are
     there, and the backward pass only multiplies it with the one that comes in.
 
     Args:
@@ -94,7 +94,7 @@ def cross_entropy(
         _checks.shape(op, "weights", weights, *shape)
         _checks.floating(op, "weights", weights)
         _checks.same_device(op, "hidden", hidden, weights=weights)
-    needs = wanted(head)
+    needs = needed(head)
     weights = None if weights is None else weights.detach()
     call = CrossEntropyCall(detached(head), tokens, weights, label_smoothing, needs)
     (loss, losses, entropy, *gradients), chosen = _CROSS_ENTROPY.run(call, backend)

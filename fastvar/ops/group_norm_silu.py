@@ -30,6 +30,7 @@ _NORM = Operator(
     fake=lambda call: torch.empty(call.x.shape, dtype=call.x.dtype, device=call.x.device),
     implementations=[
         triton_implementation("group_norm_silu"),
+        Implementation("torch", "fastvar.kernels.group_norm_silu.impl_torch", devices=("cpu",), verified=("CPU",)),
         Implementation("reference", "fastvar.kernels.group_norm_silu.reference", verified=("CPU",)),
     ],
 )

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, NamedTuple
 
 import torch
 
 from fastvar.ops import _checks
-from fastvar.ops._one_pass import wanted, with_gradients
+from fastvar.ops._one_pass import needed, with_gradients
 from fastvar.ops._operator import Operator
 from fastvar.ops.token_log_probs import (
     AnyHead,
     Head,
+    as_head,
     checked,
     checked_reference,
     detached,
     fake_gradients,
     implementations,
 )
-from fastvar.ranges import Range
+from fastvar.ranges import NotNegative, NotNegativeOrInfinite, Number, OneOf, Range, check_fields
 from fastvar.schedule import ScaleSchedule
 from fastvar.statistics import centred
 
@@ -26,6 +29,38 @@ NORMALISATIONS = ("group", "batch", "none")
 PANW_NORMALISATIONS = ("per_segment", "per_scale", "none")
 RATIO_LEVELS = ("token", "scale", "sample")
 KL_ESTIMATORS = ("exact", "k2", "k3")
+
+
+@dataclass(frozen=True)
+class PolicyLossOptions:
+    """What the policy loss is, from the command line to the kernel; the formula is that of `policy_loss`."""
+
+    panw_alpha: NotNegative = 0.6
+    """Exponent of per-action normalisation: a scale's tokens weigh (h w)^-alpha; 0 weighs all tokens alike."""
+    panw_normalisation: Annotated[str, OneOf(*PANW_NORMALISATIONS)] = "per_segment"
+    """What the weighted sum over the tokens is divided by: "per_segment", the sum of their weights; "none", the number
+    of trained tokens; "per_scale" takes the mean over each scale's tokens first, then the weighted mean of those."""
+    clip_low: NotNegativeOrInfinite = 0.2
+    """How far a ratio may fall below 1 before a negative advantage stops pushing; infinity never clips. TRL:
+    epsilon."""
+    clip_high: NotNegativeOrInfinite = 0.2
+    """How far a ratio may rise above 1 before a positive advantage stops pushing; infinity never clips. TRL:
+    epsilon_high."""
+    ratio_level: Annotated[str, OneOf(*RATIO_LEVELS)] = "token"
+    """The ratio of each "token", or the geometric mean over the trained tokens of a "scale" or of a "sample". TRL:
+    importance_sampling_level, whose "sequence" is "sample" here."""
+    kl_weight: NotNegative = 0.0
+    """Weight of the KL to the reference policy; 0 needs no reference. TRL: beta."""
+    kl_estimator: Annotated[str, OneOf(*KL_ESTIMATORS)] = "exact"
+    """"exact": the KL over the whole vocabulary. Of the drawn token alone, with g its log-probability under the
+    reference minus that under the policy: "k2", g^2 / 2, whose gradient on-policy is the KL's, or "k3",
+    exp(g) - g - 1, unbiased in value but not in gradient, which is what TRL has."""
+    entropy_weight: Number = 0.0
+    """Weight of an entropy bonus."""
+
+    def check(self) -> None:
+        """Raise a ValueError that names a setting which makes no sense."""
+        check_fields(self)
 
 
 class PolicyLoss(NamedTuple):
@@ -56,39 +91,27 @@ class PolicyLoss(NamedTuple):
     scale_ratio: torch.Tensor
 
 
-class Objective(NamedTuple):
-    """What the loss makes of log-probabilities, entropies and the exact KL; see `policy_loss`."""
-
-    old_log_probs: torch.Tensor | None
-    reference_log_probs: torch.Tensor | None
-    advantages: torch.Tensor
-    token_mask: torch.Tensor | None
-    mask_totals: torch.Tensor | None
-    schedule: ScaleSchedule
-    first_scale: int
-    panw_alpha: float
-    panw_normalisation: str
-    clip_low: float
-    clip_high: float
-    ratio_level: str
-    kl_weight: float
-    kl_estimator: str
-    entropy_weight: float
-
-
 class PolicyLossCall(NamedTuple):
-    """A call of `policy_loss`: tokens (B, L) or bits (B, L, d), and which gradients of the head are wanted."""
+    """A call of `policy_loss`, see there: tokens (B, L) or bits (B, L, d); and which gradients of the head it makes."""
 
     head: Head
     tokens: torch.Tensor
+    advantages: torch.Tensor
+    schedule: ScaleSchedule
+    options: PolicyLossOptions
+    old_log_probs: torch.Tensor | None
+    reference_log_probs: torch.Tensor | None
     reference: Head | None
+    token_mask: torch.Tensor | None
+    mask_totals: torch.Tensor | None
+    first_scale: int
     temperature: float
     needs: tuple[bool, ...]
-    objective: Objective
 
 
 def _fake(call: PolicyLossCall) -> tuple[torch.Tensor, ...]:
-    hidden, scales = call.head.hidden, (len(call.objective.schedule),)
+    _check_options(call.options)
+    hidden, scales = call.head.hidden, (len(call.schedule),)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     shapes = (*[()] * 5, *[scales] * 3, call.tokens.shape[:2])
     return (*(hidden.new_empty(s, dtype=dtype) for s in shapes), *fake_gradients(call.head, call.needs))
@@ -129,19 +152,15 @@ def group_advantages(
 
     Source: DeepSeekMath (arXiv 2402.03300), which leaves the kind of deviation open.
     """
-    return _group_advantages("group_advantages", rewards, group_size, normalise, spread_floor)
-
-
-def _group_advantages(
-    op: str, rewards: torch.Tensor, group_size: int | None, normalise: str, spread_floor: float
-) -> torch.Tensor:
+    op = "group_advantages"
     _checks.shape(op, "rewards", rewards, "B")
     _checks.floating(op, "rewards", rewards)
-    if group_size is None or group_size < 1 or rewards.shape[0] % group_size:
+    if group_size < 1 or rewards.shape[0] % group_size:
         _checks.fail(op, "group_size", f"a number that divides the batch {rewards.shape[0]}", group_size)
-    _choice(op, "normalise", normalise, NORMALISATIONS)
+    if normalise not in NORMALISATIONS:
+        _checks.fail(op, "normalise", f"one of {NORMALISATIONS}", repr(normalise))
     _checks.number(op, "spread_floor", spread_floor, Range(0))
-    groups = rewards.view(-1, group_size or 1)
+    groups = rewards.view(-1, group_size)
     _, deviation, spread = centred(groups)
     if normalise == "batch":
         spread = centred(groups.view(1, -1)).spread
@@ -152,31 +171,18 @@ def _group_advantages(
 
 
 def policy_loss(
-    hidden: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    head: AnyHead,
     tokens: torch.Tensor,
-    rewards: torch.Tensor | None,
+    advantages: torch.Tensor,
     schedule: ScaleSchedule,
+    options: PolicyLossOptions = PolicyLossOptions(),
     *,
-    group_size: int | None = None,
-    advantages: torch.Tensor | None = None,
-    normalise: str = "group",
-    spread_floor: float = 1e-4,
     old_log_probs: torch.Tensor | None = None,
     reference_log_probs: torch.Tensor | None = None,
     reference_head: AnyHead | None = None,
     token_mask: torch.Tensor | None = None,
     mask_totals: torch.Tensor | None = None,
     first_scale: int = 0,
-    panw_alpha: float = 0.0,
-    panw_normalisation: str = "per_segment",
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    ratio_level: str = "token",
-    kl_weight: float = 0.0,
-    kl_estimator: str = "k3",
-    entropy_weight: float = 0.0,
     temperature: float = 1.0,
     backend: str = "auto",
 ) -> PolicyLoss:
@@ -189,43 +195,30 @@ def policy_loss(
         w_i  = (h_t w_t)^-panw_alpha m_i
         loss = -sum_i w_i (s_i - kl_weight kl_i + entropy_weight H_i) / sum_i w_i
 
+    All sums run over the batch. What is divided by is another sum with `panw_normalisation`, see `PolicyLossOptions`.
+
     Args:
-        hidden: (B, L, E), or the logits (B, L, V) or (B, L, d) where weight is None; see `token_log_probs`.
-        weight: (V, E), (d, E) for bits, or None.
-        bias: (V,), (d,) for bits, or None.
+        head: (hidden (B, L, E), weight (V, E), bias (V,) or None), for bits weight (d, E) and bias (d,); or the logits
+            alone, (B, L, V) or (B, L, d). See `token_log_probs`.
         tokens: (B, L), or bits (B, L, d).
-        rewards: (B,), the rows of a group adjacent; or None, with `advantages`.
+        advantages: (B,), see `group_advantages`.
         schedule: its scales hold the L tokens; a truncated one for the coarse segment of a rollout.
-        group_size: G, samples of a prompt; needed with rewards.
-        advantages: (B,) in place of rewards, for groups that span several processes.
-        normalise: "group", "batch" or "none", see `group_advantages`.
-        spread_floor: see `group_advantages`.
+        options: what the loss is.
         old_log_probs: (B, L) at the rollout; None is on-policy: the ratio is 1 and keeps its gradient.
-        reference_log_probs: (B, L) of the reference policy, for the estimators k2 and k3.
-        reference_head: (hidden, weight, bias) of the reference policy, for the exact KL.
+        reference_log_probs: (B, L) of the reference policy, for the estimators k2 and k3. Where `options.kl_weight` is
+            0 the loss does not read a reference; one that is given is still measured.
+        reference_head: the reference policy's head, for the exact KL.
         token_mask: (B, L) bool or 0..1, the tokens to train and how much; None trains all. What stands where the mask
             is 0 has no effect, NaN neither: hidden states, log-probabilities, references and (valid) tokens.
         mask_totals: (K,) sums of the mask over each scale's tokens in the whole batch, where this call has only some of
             its rows (a micro-batch, a process's share) and advantages of the whole: the losses and gradients of the
             parts then add up to the whole's. None: the call has all rows.
         first_scale: scales before it are scored and not trained: the fine segment of a rollout.
-        panw_alpha: exponent of the per-action weight of a scale, by its number of tokens; 0 weighs all tokens alike.
-        panw_normalisation: "per_segment" divides by the sum of w_i, as above; "none" by the sum of m_i; "per_scale"
-            takes the mean over each scale's tokens first, then the mean of those, weighted with (h_t w_t)^-panw_alpha,
-            over the scales that have tokens to train. All sums run over the batch.
-        clip_low: how far a ratio may fall below 1 before a negative advantage stops pushing; math.inf never clips.
-        clip_high: how far it may rise above 1 before a positive advantage stops.
-        ratio_level: "token", or the geometric mean over the trained tokens of a "scale" or a "sample".
-        kl_weight: weight of the KL to the reference. With 0 the loss does not read the reference; one that is given is
-            still measured.
-        kl_estimator: with g = l^ref - l: "k3" exp(g) - g - 1, unbiased in value, not in gradient; "k2" g^2 / 2,
-            whose gradient on-policy is the KL's; "exact" the KL over the whole vocabulary, from reference_head.
-        entropy_weight: weight of an entropy bonus.
         temperature: the one that the tokens were drawn with.
         backend: see `fastvar.support()`.
 
     Returns:
-        See `PolicyLoss`. Differentiable in hidden, weight and bias. In float32 (float64 for float64). Where nothing is
+        See `PolicyLoss`. Differentiable in the tensors of the head. In float32 (float64 for float64). Where nothing is
         trained the loss is 0 with zero gradients. Gradients are made together with the loss and kept until its backward
         pass, the weight's in float32: to measure alone, call it under `torch.no_grad()`.
 
@@ -236,91 +229,67 @@ def policy_loss(
         Schulman, Approximating KL divergence (2020); geometric-mean ratios: GSPO (arXiv 2507.18071).
     """
     op = "policy_loss"
+    own = as_head(op, "head", head)
+    hidden = own.hidden
     _checks.schedule(op, schedule)
-    _checks.shape(op, "hidden", hidden, "B", schedule.num_tokens, "V" if weight is None else "E")
+    _checks.shape(op, "hidden", hidden, "B", schedule.num_tokens, "V" if own.weight is None else "E")
     batch, length = hidden.shape[:2]
-    _choice(op, "panw_normalisation", panw_normalisation, PANW_NORMALISATIONS)
-    _choice(op, "ratio_level", ratio_level, RATIO_LEVELS)
-    _choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
-    _checks.number(op, "panw_alpha", panw_alpha, Range(0))
-    _checks.number(op, "clip_low", clip_low, Range(0, infinite=True))
-    _checks.number(op, "clip_high", clip_high, Range(0, infinite=True))
-    _checks.number(op, "kl_weight", kl_weight, Range(0))
-    _checks.number(op, "spread_floor", spread_floor, Range(0))
-    _checks.number(op, "entropy_weight", entropy_weight, Range())
+    if not torch.compiler.is_compiling():  # which cannot follow the check; there `_fake` makes it
+        _check_options(options)
     if not 0 <= first_scale < len(schedule):
         _checks.fail(op, "first_scale", f"a scale from 0 to {len(schedule) - 1}", first_scale)
     per_token = {"old_log_probs": old_log_probs, "reference_log_probs": reference_log_probs, "token_mask": token_mask}
     for name, tensor in per_token.items():
         if tensor is not None:
             _checks.shape(op, name, tensor, batch, length)
-            _on_device(op, name, tensor, hidden)
             if name != "token_mask" or tensor.dtype != torch.bool:
                 _checks.floating(op, name, tensor)
     if mask_totals is not None:
         _checks.shape(op, "mask_totals", mask_totals, len(schedule))
         _checks.floating(op, "mask_totals", mask_totals)
-        _on_device(op, "mask_totals", mask_totals, hidden)
-    if kl_estimator == "exact":
+    _checks.shape(op, "advantages", advantages, batch)
+    _checks.floating(op, "advantages", advantages)
+    _checks.same_device(op, "hidden", hidden, **per_token, mask_totals=mask_totals, advantages=advantages)
+    kl_weight, estimator = options.kl_weight, options.kl_estimator
+    if estimator == "exact":
         if reference_log_probs is not None:
             _checks.fail(op, "reference_log_probs", "None: the exact KL takes reference_head", "a tensor")
         if kl_weight != 0 and reference_head is None:
-            _checks.fail(op, "reference_head", "(hidden, weight, bias) for the exact KL", None)
+            _checks.fail(op, "reference_head", "(hidden, weight, bias) or logits for the exact KL", None)
     else:
         if reference_head is not None:
-            _checks.fail(
-                op, "reference_head", f"None: kl_estimator={kl_estimator!r} takes reference_log_probs", "a head"
-            )
+            _checks.fail(op, "reference_head", f"None: kl_estimator={estimator!r} takes reference_log_probs", "a head")
         if kl_weight != 0 and reference_log_probs is None:
             _checks.fail(op, "reference_log_probs", f"a tensor, as kl_weight is {kl_weight}", None)
-    if (rewards is None) == (advantages is None):
-        _checks.fail(op, "rewards, advantages", "exactly one of them", "none" if rewards is None else "both")
-    if rewards is not None:
-        _checks.shape(op, "rewards", rewards, batch)
-        _on_device(op, "rewards", rewards, hidden)
-        advantages = _group_advantages(op, rewards, group_size, normalise, spread_floor)
-    elif advantages is not None:
-        _checks.shape(op, "advantages", advantages, batch)
-        _checks.floating(op, "advantages", advantages)
-        _on_device(op, "advantages", advantages, hidden)
 
-    head = checked(op, Head(hidden, weight, bias), tokens, temperature)
-    other = checked_reference(op, head, reference_head)
-    needs = wanted(head)
-    old_log_probs, reference_log_probs, advantages, token_mask, mask_totals = (
-        None if t is None else t.detach()
-        for t in (old_log_probs, reference_log_probs, advantages, token_mask, mask_totals)
+    own = checked(op, own, tokens, temperature)
+    reference = checked_reference(op, own, reference_head)
+    needs = needed(own)
+    old_log_probs, reference_log_probs, token_mask, mask_totals = (
+        None if t is None else t.detach() for t in (old_log_probs, reference_log_probs, token_mask, mask_totals)
     )
-    objective = Objective(
+    call = PolicyLossCall(
+        head=detached(own),
+        tokens=tokens,
+        advantages=advantages.detach(),
+        schedule=schedule,
+        options=options,
         old_log_probs=old_log_probs,
         reference_log_probs=reference_log_probs,
-        advantages=advantages,  # type: ignore[arg-type]  # they are given, or made of the rewards
+        reference=reference,
         token_mask=token_mask,
         mask_totals=mask_totals,
-        schedule=schedule,
         first_scale=first_scale,
-        panw_alpha=panw_alpha,
-        panw_normalisation=panw_normalisation,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        ratio_level=ratio_level,
-        kl_weight=kl_weight,
-        kl_estimator=kl_estimator,
-        entropy_weight=entropy_weight,
+        temperature=temperature,
+        needs=needs,
     )
-    call = PolicyLossCall(detached(head), tokens, other, temperature, needs, objective)
     results, chosen = _LOSS.run(call, backend)
     loss, *measured, log_probs, of_hidden, of_weight, of_bias = results
-    loss = with_gradients(loss, head, (of_hidden, of_weight, of_bias), needs, chosen)
-    kl, clip_fraction, entropy, *by_scale = measured
-    return PolicyLoss(loss, kl, clip_fraction, entropy, log_probs, *by_scale)
+    loss = with_gradients(loss, own, (of_hidden, of_weight, of_bias), needs, chosen)
+    kl, clip_fraction, entropy, *others = measured
+    return PolicyLoss(loss, kl, clip_fraction, entropy, log_probs, *others)
 
 
-def _choice(op: str, argument: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        _checks.fail(op, argument, f"one of {choices}", repr(value))
-
-
-def _on_device(op: str, argument: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
-    if tensor.device != like.device:
-        _checks.fail(op, argument, f"a tensor on {like.device} as hidden", tensor.device)
+@lru_cache(64)
+def _check_options(options: PolicyLossOptions) -> None:
+    check_fields(options, "policy_loss")

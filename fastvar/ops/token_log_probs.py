@@ -23,7 +23,7 @@ class Head(NamedTuple):
     bias: torch.Tensor | None = None
 
 
-AnyHead = Head | tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+AnyHead = Head | tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | torch.Tensor
 
 
 class TokenLogProbs(NamedTuple):
@@ -62,7 +62,7 @@ def fake_gradients(head: Head, needs: Sequence[bool]) -> list[torch.Tensor]:
 
 
 def implementations(function: str = "", saves: tuple[int, ...] = ()) -> list[Implementation]:
-    """Of this operator, or of a loss made of it."""
+    """The implementations of this operator, or the functions of that name beside them, which are a loss."""
     folder = "fastvar.kernels.token_log_probs"
     return [
         triton_implementation("token_log_probs", function=function),
@@ -103,8 +103,8 @@ def token_log_probs(
         tokens: (B, L) int64 or int32 in 0..V-1; or (B, L, d) bits, bool or integers 0 and 1, whose log-probabilities
             and entropies are summed over d.
         temperature: 1e-12 to 1e12; the one that the tokens were drawn with.
-        reference_head: (hidden, weight, bias) of the reference policy for the exact KL over the vocabulary; its width
-            may differ, its vocabulary may not. It gets no gradient.
+        reference_head: (hidden, weight, bias) of the reference policy, or its logits, for the exact KL over the
+            vocabulary; its width may differ, its vocabulary may not. It gets no gradient.
         backend: see `fastvar.support()`.
 
     Returns:
@@ -128,8 +128,21 @@ def token_log_probs(
     op = "token_log_probs"
     head = checked(op, Head(hidden, weight, bias), tokens, temperature)
     other = checked_reference(op, head, reference_head)
-    found = _LOG_PROBS(LogProbsCall(head, tokens, other, temperature), backend)
-    return TokenLogProbs(found[0], found[1], None if other is None else found[2])
+    log_probs, entropy, kl, _ = _LOG_PROBS(LogProbsCall(head, tokens, other, temperature), backend)
+    return TokenLogProbs(log_probs, entropy, None if other is None else kl)
+
+
+def as_head(op: str, argument: str, head: AnyHead) -> Head:
+    """What was given for a head: its record, its three tensors or logits."""
+    if isinstance(head, torch.Tensor):
+        return Head(head)
+    if not isinstance(head, tuple):
+        _checks.fail(op, argument, "(hidden, weight, bias) or logits", _checks.kind(head))
+    if len(head) != 3:
+        _checks.fail(op, argument, "(hidden, weight, bias) or logits", f"{len(head)} items")
+    if head[0] is None:
+        _checks.fail(op, argument, "hidden states or logits first", None)
+    return Head(*head)
 
 
 def checked(op: str, head: Head, tokens: torch.Tensor, temperature: float = 1.0) -> Head:
@@ -158,13 +171,9 @@ def checked_reference(op: str, head: Head, reference: AnyHead | None) -> Head | 
     """The same for the head of a reference policy; of no gradient."""
     if reference is None:
         return None
-    if len(reference) != 3:
-        _checks.fail(op, "reference_head", "(hidden, weight, bias)", f"{len(reference)} items")
-    if reference[0] is None:
-        _checks.fail(op, "reference_head", "hidden states or logits first", None)
     hidden = head.hidden
     size = hidden.shape[2] if head.weight is None else head.weight.shape[0]
-    other = detached(Head(*reference))
+    other = detached(as_head(op, "reference_head", reference))
     _checks.shape(op, "reference_head hidden", other.hidden, *hidden.shape[:2], size if other.weight is None else "E")
     other = _checked_head(op, "reference_head ", other, size)
     if (other.hidden.dtype == torch.float64) != (hidden.dtype == torch.float64):

@@ -1,6 +1,7 @@
 """Reinforcement learning: what a policy is rewarded for, and what it learns from it."""
 
 import fastvar.threads  # noqa: F401  # before torch comes
+from fastvar.ops import PolicyLossOptions
 from fastvar.rl.adapters import add_adapters, merged, without_adapters
 from fastvar.rl.config import RLConfig
 from fastvar.rl.evaluate import Evaluation, evaluate_policy
@@ -9,11 +10,11 @@ from fastvar.rl.returns import middle_returns
 from fastvar.rl.rollout import Rollout, RolloutOptions, roll_out
 from fastvar.rl.scores import Scores, score
 from fastvar.rl.trainer import VMRGRPOTrainer
-from fastvar.rl.update import LossOptions, segment_loss, token_totals
+from fastvar.rl.update import segment_loss, token_totals
 
 __all__ = [
     "Evaluation",
-    "LossOptions",
+    "PolicyLossOptions",
     "Prompts",
     "RLConfig",
     "Rollout",

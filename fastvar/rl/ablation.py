@@ -74,16 +74,16 @@ class Ablation:
             content = {name: fitted(cls, name, value) for name, value in content.items()}
         except ValueError as error:
             raise ValueError(f"ablate: config: {path}: {error}") from error
-        found = cls(**content | {"model": path.parent / content["model"]})
-        for seed, reward, variant in itertools.product(found.seeds, found.rewards, found.variants):
-            found.settings(reward, variant, seed).check()
-        for reward in found.rewards:
-            check_value("ablate", "tokens", found.budget(reward), int, Range(1))
-            weights, terms = found.terms(reward)
+        table = cls(**content | {"model": path.parent / content["model"]})
+        for seed, reward, variant in itertools.product(table.seeds, table.rewards, table.variants):
+            table.settings(reward, variant, seed).check()
+        for reward in table.rewards:
+            check_value("ablate", "tokens", table.budget(reward), int, Range(1))
+            weights, terms = table.terms(reward)
             for name, options in terms.items():
                 check_options(name, options)
                 check_value("ablate", f"rewards.{reward}.{name}.weight", weights[name], float, Range())
-        return found
+        return table
 
     def runs(self, only: Sequence[str] = ()) -> Iterator[tuple[int, str, str]]:
         """Seed, sum of rewards and variant of every run; seed by seed, so that a table which is stopped early is whole
@@ -187,8 +187,8 @@ def run_ablations(path: Path, output: Path, *, only: Sequence[str] = (), source:
     for seed, reward, variant in table.runs(only):
         row = done.get((seed, reward, variant))
         if row is not None:
-            wanted = json.loads(json_text(table.settings(reward, variant, seed).settings()))
-            if row["settings"] != wanted or row.get("budget", table.tokens) != table.budget(reward):
+            settings = json.loads(json_text(table.settings(reward, variant, seed).settings()))
+            if row["settings"] != settings or row.get("budget", table.tokens) != table.budget(reward):
                 raise ValueError(
                     f"ablate: output: {results} has {reward}, {variant}, seed {seed} with other settings; "
                     "choose another folder"
@@ -216,18 +216,18 @@ def _run(table: Ablation, reward: str, variant: str, seed: int, output: Path, so
     start = time.perf_counter()
     VMRGRPOTrainer(var, rewards, prompts, config, output, evaluation=held_out).train()
     lines = read_metrics(output / "metrics.jsonl")
-    first, last = lines[0], lines[-1]
+    before, after = lines[0], lines[-1]
     spent = sum(iteration_tokens(config, var.schedule, i) for i in range(iterations))
     return {
         "reward": reward,
         "variant": variant,
         "seed": seed,
-        "before": first["evaluation/return"],
-        "after": last["evaluation/return"],
-        "scores_before": {name: first[f"evaluation/{name}"] for name in terms},
-        "scores_after": {name: last[f"evaluation/{name}"] for name in terms},
-        "diversity_before": first["evaluation/diversity"],
-        "diversity_after": last["evaluation/diversity"],
+        "before": before["evaluation/return"],
+        "after": after["evaluation/return"],
+        "scores_before": {name: before[f"evaluation/{name}"] for name in terms},
+        "scores_after": {name: after[f"evaluation/{name}"] for name in terms},
+        "diversity_before": before["evaluation/diversity"],
+        "diversity_after": after["evaluation/diversity"],
         "iterations": iterations,
         "tokens": spent,
         "budget": table.budget(reward),

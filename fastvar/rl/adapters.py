@@ -77,8 +77,8 @@ def without_adapters(var: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in layers:
             layer.enable_adapters(enabled)
-        for parameter, wanted in trained:  # peft trains all that it enables
-            parameter.requires_grad_(wanted)
+        for parameter, needs_gradient in trained:  # peft trains all that it enables
+            parameter.requires_grad_(needs_gradient)
 
 
 def merged(var: VAR) -> VAR:

@@ -68,7 +68,7 @@ def explained_shares(
         if value < 2:
             raise ValueError(f"explained_shares: {name}: expected at least 2, got {value}")
     check_prompts(var, prompts)
-    found = []
+    shares = []
     for middle in range(1, len(var.schedule)):
         drawn = roll_out(
             var,
@@ -83,8 +83,8 @@ def explained_shares(
         each = score(drawn, reward, var.schedule).each
         share = intraclass_correlation(reward.combine(each).view(len(prompts), prefixes, continuations))
         averaged = averaged_over * share / (1 + (averaged_over - 1) * share)
-        found.append(MiddleShare(middle, share, averaged))
-    return found
+        shares.append(MiddleShare(middle, share, averaged))
+    return shares
 
 
 def intraclass_correlation(rewards: torch.Tensor) -> float:

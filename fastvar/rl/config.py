@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
+from fastvar.ops import PolicyLossOptions
+from fastvar.ops.policy_loss import NORMALISATIONS
 from fastvar.ranges import (
     Count,
     CountOrNone,
@@ -19,7 +21,6 @@ from fastvar.ranges import (
     check_fields,
 )
 from fastvar.rl.rollout import RolloutOptions, Segment
-from fastvar.rl.update import LossOptions
 
 # The largest mean difference between the log-probabilities of rollout and training that counts as rounding. In bf16
 # logits carry 8 bits: single tokens differ by some hundredths, their mean by much less.
@@ -35,14 +36,19 @@ FREE = (
 
 @dataclass(frozen=True)
 class RLConfig:
-    """How to train with rewards. `middle=0` with `LossOptions(panw_alpha=0)` is plain GRPO."""
+    """How to train with rewards. `middle=0` with `PolicyLossOptions(panw_alpha=0)` is plain GRPO."""
 
     iterations: Count = 100
     """Rollouts in all. A run that was stopped or has finished can go on to more, as if it had been meant for them."""
     prompts: Count = 4
     """Groups per rollout, over all processes."""
     group_size: Annotated[int, Range(2)] = 8
-    """G, samples of a prompt; advantages are differences within them."""
+    """G, samples of a prompt; advantages are differences within them. TRL: num_generations."""
+    normalise: Annotated[str, OneOf(*NORMALISATIONS)] = "group"
+    """What advantages are divided by: the standard deviation of the returns of a "group" or of the whole "batch", or
+    "none", nothing. TRL: scale_rewards."""
+    spread_floor: NotNegative = 1e-4
+    """Added to that standard deviation, so that returns which hardly differ are not blown up."""
     middle: CountOrNone = 2
     """m: scales before it are the coarse segment; 0 trains all scales at once."""
     continuations: Count = 2
@@ -54,7 +60,8 @@ class RLConfig:
     fine_updates: CountOrNone = 1
     """Rollouts of the fine segment in a row."""
     updates: Count = 1
-    """Optimizer steps on each rollout. After the first one the ratio to the policy before it is clipped."""
+    """Optimizer steps on each rollout. After the first one the ratio to the policy before it is clipped. TRL:
+    num_iterations."""
     rescore: bool = True
     """With several updates: take the old log-probabilities from the first update's forward pass. Otherwise they are
     the rollout's, which is refused if the two do not agree."""
@@ -77,15 +84,15 @@ class RLConfig:
     """Run micro-batches by CUDA graphs, which helps where the host is slower than the GPU. On one GPU, in one process.
     The graphs keep the activations of a micro-batch in memory, during rollouts too."""
     learning_rate: Positive = 1e-5
-    """Constant."""
+    """The learning rate, the same in all updates."""
     betas: Annotated[tuple[float, float], Range(0, 1, below=True)] = (0.9, 0.95)
-    """Of AdamW."""
+    """The betas of AdamW."""
     weight_decay: NotNegative = 0.05
-    """Of linear layers and convolutions."""
+    """Weight decay of linear layers and convolutions; no other parameter decays."""
     clip_norm: PositiveOrInfinite = 1.0
-    """Largest norm of the gradient; infinity for no limit."""
+    """Largest norm of the gradient; infinity for no limit. TRL: max_grad_norm."""
     ema_decay: ShareBelowOne = 0.95
-    """Of the averaged weights, which are evaluated and saved as the model."""
+    """Decay of the averaged weights, which are evaluated and saved as the model."""
     bad_steps: CountOrNone = 5
     """Updates in a row that may be skipped, as their gradient is not finite; one more stops the run."""
     evaluate_every: CountOrNone = 0
@@ -93,7 +100,7 @@ class RLConfig:
     evaluation_samples: Annotated[int, Range(8)] = 64
     """Images of an evaluation."""
     seed: Seed = 0
-    """Of prompts and rollouts."""
+    """Seed of prompts and rollouts."""
     log_every: Count = 1
     """Iterations between two lines of metrics."""
     save_every: Count = 20
@@ -105,7 +112,7 @@ class RLConfig:
     """Checkpoints that are kept."""
     resume: bool = True
     """Go on from the newest checkpoint in the output folder, if there is one."""
-    loss: LossOptions = field(default_factory=LossOptions)
+    loss: PolicyLossOptions = field(default_factory=PolicyLossOptions)
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
 
     def segment(self, iteration: int) -> Segment:

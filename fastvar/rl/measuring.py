@@ -54,7 +54,7 @@ def peak_memory() -> float:
 
 
 def fingerprint(model: nn.Module) -> int:
-    """Of all weights: a run goes on only with the model that it began with, which its KL is measured to."""
+    """A checksum of all weights: a run goes on only with the model that it began with, which its KL is measured to."""
     checksum = 0
     for tensor in model.state_dict().values():
         checksum = crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy(), checksum)

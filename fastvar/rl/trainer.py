@@ -274,8 +274,8 @@ class VMRGRPOTrainer:
         advantages = group_advantages(
             returns,
             config.group_size,
-            normalise=config.loss.normalise,
-            spread_floor=config.loss.spread_floor,
+            normalise=config.normalise,
+            spread_floor=config.spread_floor,
         ).float()
         groups = returns.view(-1, config.group_size)
         # A group whose returns are equal has advantages of exactly 0.

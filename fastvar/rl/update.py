@@ -4,57 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
 from fastvar.models import VAR
-from fastvar.ops import PolicyLoss, policy_loss
-from fastvar.ops.policy_loss import KL_ESTIMATORS, NORMALISATIONS, PANW_NORMALISATIONS, RATIO_LEVELS
-from fastvar.ranges import NotNegative, NotNegativeOrInfinite, Number, OneOf, check_fields
+from fastvar.ops import PolicyLoss, PolicyLossOptions, policy_loss
 from fastvar.rl.adapters import without_adapters
 from fastvar.rl.rollout import Rollout
 from fastvar.rl.rows import taken
 from fastvar.schedule import ScaleSchedule
 
 
-@dataclass(frozen=True)
-class LossOptions:
-    """What a segment's loss is; see `fastvar.ops.policy_loss`."""
-
-    normalise: Annotated[str, OneOf(*NORMALISATIONS)] = "group"
-    """Spread of the advantages: "group", "batch" or "none"."""
-    spread_floor: NotNegative = 1e-4
-    """Added to the standard deviation of the rewards."""
-    panw_alpha: NotNegative = 0.6
-    """Per-action normalisation: a scale's tokens weigh (h w)^-alpha; 0 weighs all tokens alike."""
-    panw_normalisation: Annotated[str, OneOf(*PANW_NORMALISATIONS)] = "per_segment"
-    """"per_segment", "per_scale" or "none"."""
-    clip_low: NotNegativeOrInfinite = 0.2
-    """How far a ratio may fall below 1; infinity never clips."""
-    clip_high: NotNegativeOrInfinite = 0.2
-    """How far a ratio may rise above 1; infinity never clips."""
-    ratio_level: Annotated[str, OneOf(*RATIO_LEVELS)] = "token"
-    """Ratio per "token", "scale" or "sample"."""
-    kl_weight: NotNegative = 0.0
-    """Weight of the KL to the reference; 0 needs no reference."""
-    kl_estimator: Annotated[str, OneOf(*KL_ESTIMATORS)] = "exact"
-    """"exact" over the whole vocabulary, "k2" or "k3"."""
-    entropy_weight: Number = 0.0
-    """Weight of an entropy bonus."""
-
-    def check(self) -> None:
-        """Raise a ValueError that names a setting which makes no sense."""
-        check_fields(self)
-
-
 def segment_loss(
     var: VAR,
     rollout: Rollout,
     advantages: torch.Tensor,
-    options: LossOptions,
+    options: PolicyLossOptions,
     *,
     rows: Sequence[int] | None = None,
     mask: torch.Tensor | None = None,
@@ -69,7 +36,7 @@ def segment_loss(
         var: the policy, in evaluation mode: dropout would make it another one than was drawn from.
         rollout: what was drawn, n rows.
         advantages: (n,).
-        options: the loss; `normalise` and `spread_floor` are those of the advantages and not read here.
+        options: what the loss is.
         rows: the rows of the rollout that this call is for, in order; all by default.
         mask: (n, L') which tokens to train, or None for all of the segment's.
         mask_totals: (K',) as `token_totals` of all rows, if this call is for some of them.
@@ -116,7 +83,7 @@ def part_of(
 
 def part_loss(
     var: VAR,
-    options: LossOptions,
+    options: PolicyLossOptions,
     first_scale: int,
     temperature: float,
     reference: VAR | None,
@@ -132,37 +99,27 @@ def part_loss(
     """The policy loss of rows that were taken before, from tensors on the device alone: nothing is copied there."""
     inputs = var.tokenizer.teacher_forcing(tokens)[:, : tokens.shape[1] - var.schedule.lengths[0]]
     hidden = var.hidden(labels, inputs, subject=subject)
-    head, log_probs = None, None
+    reference_head, reference_log_probs = None, None
     if reference is not None and options.kl_weight != 0:
         with torch.no_grad(), without_adapters(var) if reference is var else nullcontext():
             if options.kl_estimator == "exact":
-                other = reference.hidden(labels, inputs, subject=subject)
-                head = (other, reference.head.weight, reference.head.bias)
+                states = reference.hidden(labels, inputs, subject=subject)
+                reference_head = (states, reference.head.weight, reference.head.bias)
             else:
-                found = reference(labels, inputs, subject=subject, tokens=tokens, temperature=temperature)
-                log_probs = found.log_probs
+                scored = reference(labels, inputs, subject=subject, tokens=tokens, temperature=temperature)
+                reference_log_probs = scored.log_probs
     return policy_loss(
-        hidden,
-        var.head.weight,
-        var.head.bias,
+        (hidden, var.head.weight, var.head.bias),
         tokens,
-        None,
+        advantages,
         var.schedule.with_num_tokens(tokens.shape[1]),
-        advantages=advantages,
+        options,
         old_log_probs=old_log_probs,
-        reference_log_probs=log_probs,
-        reference_head=head,
+        reference_log_probs=reference_log_probs,
+        reference_head=reference_head,
         token_mask=mask,
         mask_totals=mask_totals,
         first_scale=first_scale,
-        panw_alpha=options.panw_alpha,
-        panw_normalisation=options.panw_normalisation,
-        clip_low=options.clip_low,
-        clip_high=options.clip_high,
-        ratio_level=options.ratio_level,
-        kl_weight=options.kl_weight,
-        kl_estimator=options.kl_estimator,
-        entropy_weight=options.entropy_weight,
         temperature=temperature,
     )
 

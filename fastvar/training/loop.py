@@ -64,13 +64,13 @@ class TrainConfig:
     warmup: Share = 0.05
     """Share of the steps in which the learning rate rises linearly."""
     betas: Annotated[tuple[float, float], Range(0, 1, below=True)] = (0.9, 0.95)
-    """Of AdamW."""
+    """The betas of AdamW."""
     weight_decay: NotNegative = 0.05
-    """Of matrices; biases, embeddings, scales and codebooks have none."""
+    """Weight decay of matrices; biases, embeddings, scales and codebooks have none."""
     clip_norm: PositiveOrInfinite = 1.0
     """Largest norm of the gradient; larger ones are scaled down. Infinity for no limit."""
     ema_decay: ShareBelowOne = 0.999
-    """Of the averaged weights, which are the ones sampled from and saved as the model."""
+    """Decay of the averaged weights, which are the ones sampled from and saved as the model."""
     precision: Annotated[str, OneOf("auto", "no", "bf16")] = "no"
     """"no" (float32), "bf16" (autocast) or "auto" (bf16 where the hardware computes in it, else float32)."""
     accumulate: Count = 1
@@ -79,7 +79,7 @@ class TrainConfig:
     """Run micro-batches by CUDA graphs, which helps where the host is slower than the GPU. On one GPU, in one process.
     The graphs keep the activations of a micro-batch in memory, also between steps."""
     seed: Seed = 0
-    """Of the order of the data, dropout and augmentation."""
+    """Seed of the order of the data, dropout and augmentation."""
     workers: CountOrNone = 0
     """Processes that load data."""
     log_every: Count = 10

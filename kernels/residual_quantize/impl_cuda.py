@@ -5,53 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from fastvar.kernels.residual_quantize.extension import accumulated, quantized
 from fastvar.kernels.residual_quantize.gradients import accumulate_scale_backward
 
 if TYPE_CHECKING:
-    from fastvar.ops.residual_quantize import AccumulateCall, QuantizeCall, ResidualConv, ScaleConv
+    from fastvar.ops.residual_quantize import AccumulateCall, QuantizeCall
 
 __all__ = ["accumulate_scale", "accumulate_scale_backward", "forward"]
 
 
-def forward(call: QuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward(call: QuantizeCall) -> tuple[torch.Tensor, ...]:
     """See the reference. A distance that is not a number is never the smallest; without any number the token is 0. The
     convolutions are in float32, whatever the setting of TF32."""
-    features, schedule = call.features, call.schedule
-    batch, channels = features.shape[:2]
-    tokens = features.new_empty(batch, schedule.num_tokens, dtype=torch.int64)
-    feature_map = features.new_empty(features.shape, dtype=torch.float32)
-    inputs = features.new_empty(batch, schedule.num_tokens - schedule.lengths[0], channels, dtype=torch.float32)
-    usage = features.new_zeros(len(call.codebook), dtype=torch.int64)
-    if not channels:
-        usage[0] = tokens.numel()
-        return tokens.zero_(), feature_map, inputs, usage
-    torch.ops.fastvar_cuda.residual_quantize.default(
-        _float32(features), _float32(call.codebook), *_phi(call.phi), () if call.phi is None else call.phi.index,
-        schedule.flat, call.znorm, tokens, feature_map, inputs, usage,
-    )  # fmt: skip
-    return tokens, feature_map, inputs, usage
+    return quantized(torch.ops.fastvar_cuda.residual_quantize.default, call)
 
 
 def accumulate_scale(call: AccumulateCall) -> tuple[torch.Tensor, torch.Tensor]:
     """See the reference. A token that does not exist stands for the first or the last code: nothing waits for an error
     here."""
-    feature_map, grids = call.feature_map, (call.height, call.width, call.next_height, call.next_width)
-    accumulated = feature_map.new_empty(feature_map.shape, dtype=torch.float32)
-    inputs = feature_map.new_empty(
-        len(feature_map), call.next_height * call.next_width, feature_map.shape[1], dtype=torch.float32
-    )
-    if accumulated.numel():
-        torch.ops.fastvar_cuda.accumulate_scale.default(
-            _float32(feature_map), call.tokens.to(torch.int64).contiguous(), _float32(call.codebook),
-            *_phi(call.phi), *grids, accumulated, inputs,
-        )  # fmt: skip
-    return accumulated, inputs
-
-
-def _phi(phi: ResidualConv | ScaleConv | None) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
-    """As the extension takes it: weight, bias and ratio."""
-    return (None, None, 0.0) if phi is None else (_float32(phi.weight), _float32(phi.bias), phi.ratio)
-
-
-def _float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
+    return accumulated(torch.ops.fastvar_cuda.accumulate_scale.default, call)

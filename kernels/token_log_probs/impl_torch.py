@@ -1,370 +1,308 @@
-"""Log-probability, entropy and KL of tokens in PyTorch: tiles of logits, which stay in a CPU's cache.
+"""Log-probability, entropy and KL of tokens in PyTorch, some rows of logits at a time.
 
-A tile is some rows times some of the vocabulary. Forward, the softmax's sums go from tile to tile; backward, the
-gradient of a tile's logits follows from the sums of the forward pass and is used up at once. Bits have few logits: a
-tile is some rows with all of them.
+A chunk is some rows with the whole vocabulary. A loss whose gradient each token decides alone takes it from the logits
+that are there: three products. Otherwise the logits are computed again for the gradient: four.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from fastvar.kernels.token_log_probs import losses
-from fastvar.kernels.token_log_probs.losses import Grads, Results, Scoring, TwoPasses
+from fastvar.kernels.token_log_probs import losses, policy
+from fastvar.kernels.token_log_probs.losses import Grads, Results, Scoring, TwoPasses, Wanted
 
 if TYPE_CHECKING:
+    from fastvar.ops.cross_entropy import CrossEntropyCall
+    from fastvar.ops.policy_loss import PolicyLossCall
     from fastvar.ops.token_log_probs import Head
 
-# Tiles of many rows read the weight, turn it round and add to its gradient less often. Larger tiles are little faster
-# and take more memory: from 1 MiB on malloc needs twice as much of it.
-COLUMNS = 512  # of a tile, at most
-TILE = 3 * 2**16  # logits of a tile, 384 rows
-ROWS = 1024  # of a tile, at most
-PIECE = 3 * 2**16  # elements of the weight's gradient that a product gives at a time, or 128 rows
-BIT_ROWS = 256  # of a tile of bits
-STEP = 16  # tiles are padded to a multiple of rows: matrix products of very few may sum in another order
+# Chunks of many rows read the weight and add to its gradient less often; 8 MiB stay in the last cache of most CPUs.
+LOGITS = 2**21  # of a chunk, or 16 rows
+ROWS = 1024  # of a chunk, at most
+PIECE = 3 * 2**16  # elements of the weight's gradient that oneDNN gives at a time, or 128 rows
+STEP = 16  # chunks are padded to a multiple of rows: matrix products of very few may sum in another order
 IMPOSSIBLE = -1e30  # stands for minus infinity in sums: 0 * log 0 is 0. The token's own log-probability is infinite
+
+NONE = Wanted(False, False, False)
+
+# From a chunk's rows, log-probabilities, entropies and KL to the gradients of these and of the mean log-probability
+Incoming = Callable[[slice, Sequence[torch.Tensor | None]], Grads]
 
 
 def score(scoring: Scoring) -> tuple[torch.Tensor, ...]:
     """See `TwoPasses`."""
-    head = _Head(scoring.head, scoring.temperature)
-    other = None if scoring.reference is None else _Head(scoring.reference, scoring.temperature)
-    _check_range(scoring.tokens, head.size)
-    results, picked = _room(scoring), scoring.tokens.flatten(0, 1)
-    if scoring.tokens.ndim == 3:
-        for rows in _chunks(len(picked), BIT_ROWS):
-            others = None if other is None else other.whole(rows)[1]
-            _write(results, rows, _score_bits(head.whole(rows)[1], _padded(picked[rows]), others))
-        return results
-    for rows in _chunks(len(picked), _rows(head)):
-        _write(results, rows, _score_tokens(head, other, _padded(picked[rows].long())[:, None], rows, scoring.mean))
-    return results
+    return _run(scoring)[0]
 
 
 def gradients(
     scoring: Scoring, results: Results, grads: Grads, needs: Any, unrounded: bool = False
 ) -> dict[str, torch.Tensor]:
-    """See `TwoPasses`; the logits of each tile are computed anew."""
-    hidden, weight, bias = scoring.head
-    head = _Head(scoring.head, scoring.temperature)
-    other = None
-    if scoring.reference is not None and grads[2] is not None:
-        other = _Head(scoring.reference, scoring.temperature)
-    picked, bits = scoring.tokens.flatten(0, 1), scoring.tokens.ndim == 3
-    of_hidden = of_weight = of_bias = None
-    if needs.head_hidden:
-        of_hidden = head.rows.new_empty(head.rows.shape, dtype=losses.unrounded(hidden.dtype) if unrounded else None)
-    if needs.head_weight and weight is not None:
-        of_weight = weight.new_zeros(weight.shape, dtype=head.dtype)
-    if needs.head_bias and bias is not None:
-        of_bias = bias.new_zeros(bias.shape, dtype=head.dtype)
-    live = _live_rows(grads, scoring.tokens)
-    for rows in _chunks(len(picked), BIT_ROWS if bits else _rows(head)):
-        alive, tokens = _padded(live[rows]), _padded(picked[rows])
-        slopes: _Slopes | _BitSlopes
-        if bits:
-            slopes = _BitSlopes(grads, head, other, tokens, rows, alive)
-        else:
-            slopes = _Slopes(grads, head, other, tokens.long()[:, None], results, rows, alive)
-        states, count = slopes.states, rows.stop - rows.start
-        turned = states.T.contiguous() if of_weight is not None else None  # once, not in every product
-        own = None
-        for part in _chunks(head.size, head.columns):
-            slope = slopes.tile(part)  # [m, n]
-            if of_hidden is not None and head.weight is None:
-                of_hidden[rows, part] = slope[:count]
-            elif of_hidden is not None:
-                product = _product(slope, head.matrix(part).T)
-                own = product if own is None else own.add_(product)
-            if of_weight is not None and turned is not None:
-                for piece in _chunks(slope.shape[1], max(128, PIECE // max(1, states.shape[1]))):
-                    of_weight[part][piece].add_(_product(slope[:, piece].T, turned))
-            if of_bias is not None:
-                of_bias[part].add_(slope.sum(0))
-        if of_hidden is not None and own is not None:
-            of_hidden[rows] = own[:count]
-    found: dict[str, torch.Tensor] = {}
-    if of_hidden is not None:
-        found["head_hidden"] = of_hidden.view(hidden.shape)
-    if of_weight is not None and weight is not None:
-        found["head_weight"] = of_weight if unrounded else of_weight.to(weight.dtype)
-    if of_bias is not None and bias is not None:
-        found["head_bias"] = of_bias if unrounded else of_bias.to(bias.dtype)
-    return found
+    """See `TwoPasses`; the logits of each chunk are computed anew."""
+    return _run(scoring, _given(grads), needs, unrounded, keep=False)[1]
 
 
 _FUNCTIONS = TwoPasses(score, gradients)
 forward, backward = _FUNCTIONS.forward, _FUNCTIONS.backward
-policy_loss, cross_entropy = _FUNCTIONS.policy_loss, _FUNCTIONS.cross_entropy
+
+
+def cross_entropy(call: CrossEntropyCall) -> tuple[torch.Tensor, ...]:
+    """See `TwoPasses`; in one pass."""
+    scoring = Scoring(call.head, call.tokens, mean=call.label_smoothing > 0)
+    share = losses.shares(call.weights, _room(scoring)[0])
+    wanted = Wanted(*call.needs)
+    results, found = _run(scoring, _given(losses.of_scores(share, call.label_smoothing)), wanted, unrounded=True)
+    return (*losses.smoothed(results, share, call.label_smoothing), *losses.three(found, wanted, results[0]))
+
+
+def policy_loss(call: PolicyLossCall) -> tuple[torch.Tensor, ...]:
+    """See `TwoPasses`; in one pass, unless a ratio belongs to many tokens."""
+    if call.options.ratio_level != "token" or not any(call.needs):
+        return _FUNCTIONS.policy_loss(call)
+    scoring = Scoring(call.head, call.tokens, call.reference, call.temperature)
+    wanted = Wanted(*call.needs)
+    results, found = _run(scoring, policy.incoming(call, _room(scoring)[0]), wanted, unrounded=True)
+    kl = None if call.reference is None else results[2]
+    measured = policy.terms(results[0], results[1], kl, call)[:-2]
+    return (*measured, results[0], *losses.three(found, wanted, results[0]))
+
+
+def _run(
+    scoring: Scoring,
+    incoming: Incoming | None = None,
+    needs: Any = NONE,
+    unrounded: bool = False,
+    keep: bool = True,
+) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    """Results, if they are to be kept, and the gradients that are needed for those that come in."""
+    head = _Head(scoring.head, scoring.temperature)
+    other = None if scoring.reference is None else _Head(scoring.reference, scoring.temperature)
+    losses.check_range(scoring.tokens, head.size)
+    results, tokens = _room(scoring), scoring.tokens.flatten(0, 1)
+    sums = _Gradients(head, needs, unrounded) if any(needs) else None
+    kind = _Bits if scoring.tokens.ndim == 3 else _Classes
+    for rows in _chunks(len(tokens), head.rows_at_once):
+        chunk = kind(head, other, rows, _padded(tokens[rows]), scoring.mean)
+        found = chunk.results()
+        if keep:
+            _write(results, rows, found)
+        if sums is not None and incoming is not None:
+            count = rows.stop - rows.start
+            given = incoming(rows, [None if each is None else each[:count] for each in found[:3]])
+            slope, live = chunk.slopes(_columns(given, head))
+            sums.add(rows, chunk.states, slope, live)
+    return results, {} if sums is None else sums.found(scoring.head)
+
+
+def _given(grads: Grads) -> Incoming:
+    """Gradients that are known before; under torch.compile results that nobody used, even empty ones, have some."""
+    flat = [None if grad is None or not grad.numel() else grad.reshape(-1) for grad in grads[:4]]
+    return lambda rows, _: [None if grad is None else grad[rows] for grad in flat]
 
 
 class _Head:
-    """Tiles of logits."""
+    """Rows of logits."""
 
     def __init__(self, head: Head, temperature: float) -> None:
         hidden, weight, bias = head
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.rows = hidden.flatten(0, 1)  # [M, E]
-        self.weight, self.bias, self.temperature = weight, bias, temperature
+        # oneDNN takes a thousand times as long for slices
+        self.weight = None if weight is None else weight.to(self.dtype).contiguous()
+        self.bias = None if bias is None else bias.to(self.dtype)
+        self.temperature = temperature
         self.size = hidden.shape[-1] if weight is None else len(weight)
-        # a GPU takes whole rows, as a launch costs more than what a cache saves
-        self.columns = COLUMNS if hidden.device.type == "cpu" else max(self.size, 1)
+        # of the vocabulary alone, so that chunks begin at the same rows in any batch; a launch costs a GPU more
+        room = LOGITS if hidden.device.type == "cpu" else 8 * LOGITS
+        self.rows_at_once = max(min(room // max(self.size, 1) // STEP * STEP, ROWS), STEP)
 
     def states(self, rows: slice) -> torch.Tensor:
         """A chunk's rows (m, E), padded."""
         return _padded(self.rows[rows].to(self.dtype))
 
-    def matrix(self, part: slice) -> torch.Tensor:
-        """Rows of the weight (n, E)."""
-        assert self.weight is not None
-        return self.weight[part].to(self.dtype).contiguous()  # oneDNN takes a thousand times as long for slices
-
-    def tile(self, states: torch.Tensor, part: slice) -> torch.Tensor:
-        """Logits (m, n) divided by the temperature; to be written to."""
-        if self.weight is None:
-            logits = states[:, part].clone()
-        else:
-            bias = None if self.bias is None else self.bias[part].to(self.dtype)
-            logits = _product(states, self.matrix(part), bias)
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits (m, V) divided by the temperature; to be written to."""
+        logits = states.clone() if self.weight is None else _product(states, self.weight, self.bias)
         return logits if self.temperature == 1 else logits.div_(self.temperature)
 
-    def whole(self, rows: slice, live: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """A chunk's rows, zeros where they are not live, and their logits."""
-        states = self.states(rows)
-        states = states if live is None else torch.where(live, states, 0)
-        return states, self.tile(states, slice(0, self.size))
 
-    def finite_tile(self, states: torch.Tensor, part: slice) -> torch.Tensor:
-        """The same with `IMPOSSIBLE` for minus infinity: 0 times its exponential is then 0."""
-        return self.tile(states, part).clamp_min_(IMPOSSIBLE)
+class _Gradients:
+    """Gradients of a head, to which each chunk adds its own."""
+
+    def __init__(self, head: _Head, needs: Any, unrounded: bool) -> None:
+        self.head, self.unrounded = head, unrounded
+        self.hidden = self.weight = self.bias = None
+        if needs.head_hidden:
+            dtype = losses.unrounded(head.rows.dtype) if unrounded else None
+            self.hidden = head.rows.new_empty(head.rows.shape, dtype=dtype)
+        if needs.head_weight and head.weight is not None:
+            self.weight = torch.zeros_like(head.weight)
+        if needs.head_bias and head.bias is not None:
+            self.bias = torch.zeros_like(head.bias)
+
+    def add(self, rows: slice, states: torch.Tensor, slope: torch.Tensor, live: torch.Tensor | None) -> None:
+        """Slopes (m, V) of a chunk's logits, with zeros in rows that are not live (all are where it is None)."""
+        count = rows.stop - rows.start
+        if self.hidden is not None:
+            weight = self.head.weight
+            self.hidden[rows] = (slope if weight is None else _product(slope, weight.T))[:count]
+        if self.weight is not None:
+            _add_product(self.weight, slope, states if live is None else torch.where(live, states, 0))
+        if self.bias is not None:
+            self.bias.add_(slope.sum(0))
+
+    def found(self, head: Head) -> dict[str, torch.Tensor]:
+        """By name."""
+        found: dict[str, torch.Tensor] = {}
+        if self.hidden is not None:
+            found["head_hidden"] = self.hidden.view(head.hidden.shape)
+        for name, gradient, leaf in (("weight", self.weight, head.weight), ("bias", self.bias, head.bias)):
+            if gradient is not None and leaf is not None:
+                found[f"head_{name}"] = gradient if self.unrounded else gradient.to(leaf.dtype)
+        return found
 
 
 class _Softmax:
-    """The largest logit of each row so far, and sums over the logits less the largest; all (m, 1).
+    """Logits x (m, V) less the largest, exponentials of that, and their sum.
 
     Attributes:
-        peak: the largest logit.
-        count: how many logits there were, a number.
-        plain: the sum of what they are less the largest; None if not asked for.
-        total: the sum of the exponentials of that.
-        along: the sum of both multiplied.
+        peak: (m, 1), the largest logit.
+        centred: (m, V), `IMPOSSIBLE` for minus infinity: 0 times its exponential is then 0.
+        powers: (m, V).
+        total, log: (m, 1), the sum of the powers and its logarithm; NaN where no logit is above minus infinity.
     """
 
-    def __init__(self, states: torch.Tensor, mean: bool = False) -> None:
-        self.peak = states.new_full((len(states), 1), IMPOSSIBLE)
-        self.total, self.along = states.new_zeros(len(states), 1), states.new_zeros(len(states), 1)
-        self.plain = states.new_zeros(len(states), 1) if mean else None
-        self.count = 0
-
-    def centre(self, logits: torch.Tensor) -> torch.Tensor:
-        """Make a tile's logits those less the largest, which they may raise. Returns by how much, 0 or less."""
-        peak = torch.maximum(self.peak, logits.amax(-1, keepdim=True))
-        step = self.peak - peak
-        self.peak = peak
-        logits.sub_(peak)
-        return step
-
-    def add(self, centred: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take in a tile, which is used up. Returns its exponentials and what earlier ones are worth now."""
-        if self.plain is not None:
-            self.plain = self.plain + step * self.count + centred.sum(-1, keepdim=True)
-        self.count += centred.shape[1]
-        decay = step.exp()
-        powers = centred.exp()
-        along = centred.mul_(powers).sum(-1, keepdim=True)
-        self.along = decay * (self.along + step * self.total) + along
-        self.total = decay * self.total + powers.sum(-1, keepdim=True)
-        return powers, decay
-
-    def log(self) -> torch.Tensor:
-        """Of the total; NaN where no logit is above minus infinity."""
-        return torch.where(self.peak > IMPOSSIBLE, self.total.log(), math.nan)
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.centred = logits.clamp_min_(IMPOSSIBLE)
+        self.peak = logits.amax(-1, keepdim=True)
+        self.centred.sub_(self.peak)
+        self.powers = self.centred.exp()
+        self.total = self.powers.sum(-1, keepdim=True)
+        self.log = torch.where(self.peak > IMPOSSIBLE, self.total.log(), math.nan)
 
 
-def _score_tokens(
-    head: _Head, other: _Head | None, tokens: torch.Tensor, rows: slice, mean: bool
-) -> tuple[torch.Tensor | None, ...]:
-    """What `score` returns of a chunk; its tokens (m, 1) are padded."""
-    states = head.states(rows)
-    own, gap = states.new_zeros(len(states), 1), states.new_zeros(len(states), 1)
-    softmax = _Softmax(states, mean)
-    if other is not None:
-        other_states = other.states(rows)
-        other_softmax = _Softmax(other_states)
-    for part in _chunks(head.size, head.columns):
-        logits = head.finite_tile(states, part)
-        place = tokens - part.start
-        inside = (place >= 0) & (place < logits.shape[1])
-        own = torch.where(inside, logits.gather(-1, place.clamp(0, logits.shape[1] - 1)), own)
-        step = softmax.centre(logits)
-        if other is None:
-            softmax.add(logits, step)
-            continue
-        other_logits = other.finite_tile(other_states, part)
-        other_step = other_softmax.centre(other_logits)
-        difference = logits - other_logits
-        earlier = gap + (step - other_step) * softmax.total
-        other_softmax.add(other_logits, other_step)
-        powers, decay = softmax.add(logits, step)
-        gap = decay * earlier + difference.mul_(powers).sum(-1, keepdim=True)
-    log = softmax.log()
-    sums = [softmax.peak, log]
-    if other is not None:
-        sums += [other_softmax.peak, other_softmax.log()]
-    own.masked_fill_(own <= IMPOSSIBLE, -math.inf)
-    return (
-        (own - softmax.peak - log)[:, 0],
-        (log - softmax.along / softmax.total)[:, 0],
-        None if other is None else (gap / softmax.total - log + sums[3])[:, 0],
-        None if softmax.plain is None else (softmax.plain / head.size - log)[:, 0],
-        torch.stack(sums)[..., 0],
-    )
+class _Classes:
+    """A chunk of tokens of a codebook."""
 
+    def __init__(self, head: _Head, other: _Head | None, rows: slice, tokens: torch.Tensor, mean: bool) -> None:
+        self.states, self.tokens, self.mean = head.states(rows), tokens.long()[:, None], mean
+        logits = head.logits(self.states)
+        self.own = logits.gather(-1, self.tokens)
+        self.softmax = _Softmax(logits)
+        self.other = None if other is None else _Softmax(other.logits(other.states(rows)))
 
-class _Slopes:
-    """Gradients of a chunk's logits, 0 in padded rows and in those that are not live.
+    def results(self) -> tuple[torch.Tensor | None, ...]:
+        """What `score` returns of the padded chunk."""
+        softmax, other, kl, mean = self.softmax, self.other, None, None
+        self.entropy = softmax.log - _dot(softmax.powers, softmax.centred) / softmax.total
+        sums = [softmax.peak, softmax.log]
+        if other is not None:
+            gap = _dot(softmax.powers, softmax.centred - other.centred)
+            kl = self.kl = gap / softmax.total - softmax.log + other.log
+            sums += [other.peak, other.log]
+        if self.mean:
+            mean = (softmax.centred.mean(-1, keepdim=True) - softmax.log)[:, 0]
+        own = self.own - softmax.peak - softmax.log
+        return own[:, 0], self.entropy[:, 0], None if kl is None else kl[:, 0], mean, torch.stack(sums)[..., 0]
 
-    With the gradients g of the reference's formulas the slope is p_j (a l_j - g_KL q_j + c), a = g_KL - g_H, and two
-    terms that stand alone: g_l at the token and g_A / V everywhere. Logits are taken less the largest, x_j, and the
-    logarithm of the sum of their exponentials goes into the constants: p_j = exp(x_j) exp(-log).
+    def slopes(self, given: Grads) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gradients of the logits (m, V), which take the place of the exponentials, and which rows (m, 1) are live.
 
-    Attributes:
-        states: (m, E), with zeros in the rows left out.
-    """
-
-    def __init__(
-        self,
-        grads: Grads,
-        head: _Head,
-        other: _Head | None,
-        tokens: torch.Tensor,
-        results: Results,
-        rows: slice,
-        live: torch.Tensor,
-    ) -> None:
-        def column(values: torch.Tensor) -> torch.Tensor:
-            return _padded(values.reshape(-1, 1)[rows].to(head.dtype))
-
-        self.head, self.other, self.tokens = head, other, tokens
-        self.dead: torch.Tensor | None
-        self.dead = ~live
-        if live.device.type == "cpu" and live.all():  # elsewhere the question would wait for the device
-            self.dead = None
-        self.states = head.states(rows) if self.dead is None else head.states(rows).masked_fill(self.dead, 0)
-        self.other_states = None if other is None else other.states(rows)
-        self.peak, log, *others = (column(sums) for sums in results[4])
-        given = [None if g is None or not g.numel() else column(g) / head.temperature for g in grads[:4]]
-        self.of_own, of_entropy, of_kl, self.of_mean = given
-        zero = head.rows.new_zeros(len(tokens), 1, dtype=head.dtype)
-        constant, along = zero.clone(), None
-        for gradient in (self.of_own, self.of_mean):
+        With the gradients g of the results the slope is p_j (a l_j - g_KL q_j + c), a = g_KL - g_H, and two terms that
+        stand alone: g_l at the token and g_A / V everywhere. l_j and q_j, logarithms of the probabilities, are x_j less
+        the log of the sum, which goes into c; the sum itself goes into both factors.
+        """
+        of_own, of_entropy, of_kl, of_mean = given
+        softmax, other = self.softmax, self.other
+        constant, along = torch.zeros_like(softmax.total), None
+        for gradient in (of_own, of_mean):
             if gradient is not None:
                 constant -= gradient
-        if of_entropy is not None or of_kl is not None:
-            along = zero
         if of_entropy is not None:
-            along = along - of_entropy
-            constant -= of_entropy * column(results[1])
-        if of_kl is not None:
-            along = along + of_kl
-            constant -= of_kl * column(results[2])
-        scale = (-log).exp()
-        if along is not None:
-            constant -= along * log
+            along = -of_entropy
+            constant -= of_entropy * self.entropy
         if of_kl is not None and other is not None:
-            self.other_peak, other_log = others
-            constant += of_kl * other_log
-            self.of_kl = of_kl * scale
-        self.constant, self.along = constant * scale, None if along is None else along * scale
-
-    def tile(self, part: slice) -> torch.Tensor:
-        """Of some columns (m, n)."""
-        if self.along is None:
-            slope = self.head.tile(self.states, part).sub_(self.peak).exp_().mul_(self.constant)
+            along = of_kl if along is None else along + of_kl
+            constant += of_kl * (other.log - self.kl)
+        slope = softmax.powers
+        if along is None:
+            slope.mul_(constant / softmax.total)
         else:
-            centred = self.head.finite_tile(self.states, part).sub_(self.peak)
-            slope = centred.exp()
-            factor = centred.mul_(self.along).add_(self.constant)
-            if self.other is not None:
-                others = self.other.finite_tile(self.other_states, part).sub_(self.other_peak)
-                factor.sub_(others.mul_(self.of_kl))
+            factor = softmax.centred.mul_(along / softmax.total).add_((constant - along * softmax.log) / softmax.total)
+            if of_kl is not None and other is not None:
+                factor.sub_(other.centred.mul_(of_kl / softmax.total))
             slope.mul_(factor)
-        if self.of_mean is not None:
-            slope += self.of_mean / self.head.size
-        if self.of_own is not None:
-            place = self.tokens - part.start
-            inside = (place >= 0) & (place < slope.shape[1])
-            slope.scatter_add_(-1, place.clamp(0, slope.shape[1] - 1), torch.where(inside, self.of_own, 0))
-        return slope if self.dead is None else slope.masked_fill_(self.dead, 0)
+        if of_mean is not None:
+            slope += of_mean / slope.shape[1]
+        if of_own is not None:
+            slope.scatter_add_(-1, self.tokens, of_own)
+        return _only_live(slope, given)
 
 
-class _BitSlopes:
-    """As `_Slopes`, of bits (m, d): a tile is the whole."""
+class _Bits:
+    """A chunk of tokens of bits.
 
-    def __init__(
-        self, grads: Grads, head: _Head, other: _Head | None, bits: torch.Tensor, rows: slice, live: torch.Tensor
-    ) -> None:
-        self.states, logits = head.whole(rows, live)
-        others = None if other is None else other.whole(rows, live)[1]
-        # under torch.compile results that nobody used, even empty ones, have gradients of zeros
-        given = [
-            None if g is None or not g.numel() else _padded(g.reshape(-1, 1)[rows].to(head.dtype)) for g in grads[:4]
-        ]
-        self.slope = _slopes_bits(logits, bits, others, given) / head.temperature
+    z is the difference logit, s = sigmoid(z), y the difference logit of the reference. Not torch.sigmoid, whose last
+    digit depends on an element's place in the tensor. Infinite z make bits certain; here they are finite, so that 0
+    times them is 0, save that the log-probability of the other value is minus infinity.
 
-    def tile(self, part: slice) -> torch.Tensor:
-        """Of some columns (m, n)."""
-        return self.slope[:, part]
+        l: dl/dz = bit - s                  H: dH/dz = -z s (1 - s)
+        KL: dKL/dz = (z - y) s (1 - s)      A: dA/dz = (1 - s - s) / 2
+    """
+
+    def __init__(self, head: _Head, other: _Head | None, rows: slice, tokens: torch.Tensor, mean: bool) -> None:
+        self.states, self.bits, self.mean = head.states(rows), tokens != 0, mean
+        self.logits = head.logits(self.states)
+        self.others = None if other is None else _finite(other.logits(other.states(rows)))
+
+    def results(self) -> tuple[torch.Tensor | None, ...]:
+        """As `_Classes`."""
+        own = F.logsigmoid(torch.where(self.bits, self.logits, -self.logits)).sum(-1)
+        self.logits = _finite(self.logits)
+        one, zero = F.logsigmoid(self.logits), F.logsigmoid(-self.logits)
+        entropy, kl, mean = -(one.exp() * one + zero.exp() * zero).sum(-1), None, None
+        if self.others is not None:
+            gap = one.exp() * (one - F.logsigmoid(self.others)) + zero.exp() * (zero - F.logsigmoid(-self.others))
+            kl = gap.sum(-1)
+        if self.mean:
+            mean = (one + zero).sum(-1) / 2
+        return own, entropy, kl, mean, None
+
+    def slopes(self, given: Grads) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `_Classes`."""
+        of_own, of_entropy, of_kl, of_mean = given
+        logits = self.logits
+        one, zero = 1 / (1 + (-logits).exp()), 1 / (1 + logits.exp())
+        slope = torch.zeros_like(logits) if of_own is None else of_own * torch.where(self.bits, zero, -one)
+        if of_entropy is not None:
+            slope = slope - of_entropy * (logits * (one * zero))
+        if of_kl is not None and self.others is not None:
+            slope = slope + of_kl * ((logits - self.others) * (one * zero))
+        if of_mean is not None:
+            slope = slope + of_mean * ((zero - one) / 2)
+        return _only_live(slope, given)
 
 
-# Of bits: z the difference logit, s = sigmoid(z), y the difference logit of the reference. Not torch.sigmoid, whose
-# last digit depends on an element's place in the tensor. Infinite z make bits certain; here they are finite, so that 0
-# times them is 0, save that the log-probability of the other value is minus infinity.
-#   l: dl/dz = bit - s      H: dH/dz = -z s (1 - s)      KL: dKL/dz = (z - y) s (1 - s)      A: dA/dz = (1 - s - s) / 2
+def _only_live(slope: torch.Tensor, given: Grads) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows without an incoming gradient get no slope, whatever stands in them, NaN included."""
+    dead = torch.stack([gradient == 0 for gradient in given if gradient is not None]).all(0)
+    if dead.device.type == "cpu" and not dead.any():  # elsewhere the question would wait for the device
+        return slope, None
+    return slope.masked_fill_(dead, 0), ~dead
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:
     return logits.clamp(IMPOSSIBLE, -IMPOSSIBLE)
 
 
-def _score_bits(
-    logits: torch.Tensor, bits: torch.Tensor, others: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
-    sign = (bits != 0).to(logits.dtype) * 2 - 1
-    own = F.logsigmoid(sign * logits).sum(-1)
-    logits = _finite(logits)
-    one, zero = F.logsigmoid(logits), F.logsigmoid(-logits)
-    entropy, kl = -(one.exp() * one + zero.exp() * zero).sum(-1), None
-    if others is not None:
-        others = _finite(others)
-        gap = one.exp() * (one - F.logsigmoid(others)) + zero.exp() * (zero - F.logsigmoid(-others))
-        kl = gap.sum(-1)
-    return own, entropy, kl, (one + zero).sum(-1) / 2, None
-
-
-def _slopes_bits(
-    logits: torch.Tensor,
-    bits: torch.Tensor,
-    others: torch.Tensor | None,
-    grads: Grads,
-) -> torch.Tensor:
-    of_own, of_entropy, of_kl, of_mean = grads
-    logits = _finite(logits)
-    one, zero = 1 / (1 + (-logits).exp()), 1 / (1 + logits.exp())
-    slope = torch.zeros_like(logits) if of_own is None else of_own * torch.where(bits != 0, zero, -one)
-    if of_entropy is not None:
-        slope = slope - of_entropy * (logits * (one * zero))
-    if of_kl is not None and others is not None:
-        slope = slope + of_kl * ((logits - _finite(others)) * (one * zero))
-    if of_mean is not None:
-        slope = slope + of_mean * ((zero - one) / 2)
-    return slope
+def _columns(given: Grads, head: _Head) -> list[torch.Tensor | None]:
+    """Gradients (m,) as padded columns (m, 1), with respect to logits before the temperature."""
+    return [None if g is None else _padded(g.to(head.dtype)[:, None] / head.temperature) for g in given]
 
 
 def _room(scoring: Scoring) -> tuple[torch.Tensor, ...]:
@@ -393,39 +331,35 @@ def _padded(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
 
-def _live_rows(grads: Sequence[torch.Tensor | None], tokens: torch.Tensor) -> torch.Tensor:
-    """(M, 1) rows that have an incoming gradient other than 0."""
-    live = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    for gradient in grads[:4]:
-        if gradient is not None and gradient.numel():
-            live |= gradient != 0
-    return live.view(-1, 1)
-
-
-def _check_range(tokens: torch.Tensor, size: int) -> None:
-    # On another device the check would wait for it; there a token out of range is the caller's to avoid.
-    if tokens.device.type != "cpu" or tokens.dtype == torch.bool or tokens.numel() == 0:
-        return
-    low, high = (int(value) for value in tokens.aminmax())
-    last = 1 if tokens.ndim == 3 else size - 1
-    if low < 0 or high > last:
-        raise ValueError(f"token_log_probs: tokens: expected values from 0 to {last}, got {low} to {high}")
-
-
-def _rows(head: _Head) -> int:
-    """Of a tile; of the vocabulary alone, so that tiles begin at the same rows in any batch."""
-    room = TILE if head.rows.device.type == "cpu" else 8 * TILE
-    return max(min(room // min(max(head.size, 1), head.columns) // 16 * 16, ROWS), 16)
+def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """(m, 1) of (m, V), without a product in memory."""
+    return torch.linalg.vecdot(x, y)[:, None]
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x weight^T + bias. PyTorch itself asks MKL for float32 products, which on AMD processors takes twice as long.
-    Neither lets a row's result depend on the other rows."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.enabled and _has_onednn():
+    """x weight^T + bias. PyTorch asks MKL for float32 products, of which a row may depend on how many rows there are;
+    of oneDNN's it does not."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-@cache
+def _add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+    """total (n, E) += x^T y of x (m, n) and y (m, E), where all rows are summed: MKL adds in place, but takes twice as
+    long as oneDNN on other processors than Intel's."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn() and not _on_intel():
+        turned = y.T.contiguous()  # once, not in every product
+        for piece in _chunks(len(total), max(128, PIECE // max(1, y.shape[1]))):
+            total[piece].add_(_product(x[:, piece].T, turned))
+    else:
+        total.addmm_(x.T, y)
+
+
 def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache
+def _on_intel() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text()

@@ -28,7 +28,7 @@ from fastvar.kernels.token_log_probs.tiles import LOGITS
 
 if TYPE_CHECKING:
     from fastvar.ops.cross_entropy import CrossEntropyCall
-    from fastvar.ops.policy_loss import Objective, PolicyLossCall
+    from fastvar.ops.policy_loss import PolicyLossCall
     from fastvar.ops.token_log_probs import Head
 
 IMPOSSIBLE = tl.constexpr(-1e30)  # stands for minus infinity: 0 * log 0 is 0
@@ -434,10 +434,10 @@ def policy_loss(call: PolicyLossCall) -> tuple[torch.Tensor, ...]:
     """See `losses.TwoPasses`. The loss of a ratio of many tokens is not known before all their log-probabilities are,
     and the scale that float16 slopes need is not known before the slopes: both take a second pass over the logits."""
     head, tokens = _Head(call.head), call.tokens
-    if any(call.needs) and (call.objective.ratio_level != "token" or head.slope_dtype == torch.float16):
+    if any(call.needs) and (call.options.ratio_level != "token" or head.slope_dtype == torch.float16):
 
-        def terms(log_probs: torch.Tensor, entropy: torch.Tensor, kl: torch.Tensor | None, objective: Objective) -> Any:
-            policy = Policy(tokens.shape[:2], tokens.device, objective)
+        def terms(log_probs: torch.Tensor, entropy: torch.Tensor, kl: torch.Tensor | None, call: PolicyLossCall) -> Any:
+            policy = Policy(call)
             slope = torch.empty_like(policy.share)
             return (*policy.measure(log_probs, entropy, kl, slope), slope, policy.share)
 
@@ -446,7 +446,7 @@ def policy_loss(call: PolicyLossCall) -> tuple[torch.Tensor, ...]:
     reference = None if call.reference is None else _Head(call.reference)
     gradients = _Gradients(head, Wanted(*call.needs), True) if any(call.needs) else None
     logits = _Pass(head, reference, tokens, call.temperature, (*results[:4], None), gradients)
-    policy = Policy(tokens.shape[:2], tokens.device, call.objective)
+    policy = Policy(call)
     logits.run(policy=policy)
     measured = policy.measure(results[0], results[1], None if reference is None else results[2], None)
     found = three({} if gradients is None else gradients.found(), Wanted(*call.needs), results[0])
@@ -500,11 +500,11 @@ class _Head:
         """Give the memory of the logits back."""
         self._held = None
 
-    def logits(self, first: int, last: int, offset: int) -> torch.Tensor:
-        """Of the rows `first` to `last`, at most `step`, in the memory of the row `offset` and of those that follow: of
-        `step` rows, whatever stands in those that are not asked for."""
+    def logits(self, first: int, stop: int, offset: int) -> torch.Tensor:
+        """Logits of the rows from `first` up to `stop`, at most `step`, in the memory of the row `offset` and of those
+        after it: of `step` rows, whatever stands in those that are not asked for."""
         if self.weight is None:
-            return self.rows[first:last]
+            return self.rows[first:stop]
         held = self.hold(self.step) if self._held is None else self._held
         states = self.rows[first : first + self.step].to(self.weight.dtype).contiguous()
         if len(states) < self.step:
@@ -519,10 +519,10 @@ def product_rows(size: int) -> int:
     return min(max(PRODUCT // size // 128 * 128, ROWS[0]), ROWS[1])
 
 
-def _parts(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
-    """From `first` to `last`, so many at a time. The first part is the smaller one: its product may go beyond it."""
-    while first < last:
-        end = last - (last - first - 1) // size * size
+def _parts(first: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """From `first` up to `stop`, so many at a time. The first part is the smaller one: its product may go beyond it."""
+    while first < stop:
+        end = stop - (stop - first - 1) // size * size
         yield first, end
         first = end
 
@@ -563,20 +563,20 @@ class _Gradients:
         if self.needs.head_weight or self.needs.head_bias:
             self.states = torch.empty(rows, self.stride, dtype=head.slope_dtype, **like)
 
-    def add(self, first: int, last: int, scale: torch.Tensor | None) -> None:
-        """Take in the slopes and states of the rows `first` to `last`."""
+    def add(self, first: int, stop: int, scale: torch.Tensor | None) -> None:
+        """Take in the slopes and states of the rows from `first` up to `stop`."""
         if self.head.weight is None or self.slopes is None:
             return
-        slopes = self.slopes[: last - first]
+        slopes = self.slopes[: stop - first]
         if self.of_hidden is not None:
-            rows = self.of_hidden[first:last]
+            rows = self.of_hidden[first:stop]
             if scale is None and rows.dtype == slopes.dtype:
                 torch.mm(slopes, self.head.weight, out=rows)
             else:
                 product = _wide_product(slopes, self.head.weight)
                 rows.copy_(product if scale is None else product.div_(scale))
         if self.states is not None:
-            states = self.states[: last - first]
+            states = self.states[: stop - first]
             if scale is None and self.of_head is not None:
                 _add_product(self.of_head, slopes.T, states)
                 return
@@ -605,7 +605,7 @@ class _Gradients:
 
 class _Pass:
     """One pass over the logits: results, if there is room for them, and gradients, if there are any to be made, of
-    what is given a token or of a policy's objective. The first product is under way before these are known."""
+    what is given a token or of a policy loss. The first product is under way before these are known."""
 
     def __init__(
         self,
@@ -637,7 +637,7 @@ class _Pass:
         self.results = (own, entropy, kl, mean) if self.bits else (own, entropy, kl, mean, sums)
 
     def run(self, given: Sequence[torch.Tensor | None] = (None,) * 4, policy: Policy | None = None) -> None:
-        """Of what is `given` a token or of a policy's objective."""
+        """Results and gradients of what is `given` a token, or of a policy loss."""
         of_loss: tuple[Any, ...] = (None,) * 4
         self.settings: tuple[Any, ...] = (1, self.factor, 0.0, 0.0, 0.0, 0.0)
         if policy is not None:
@@ -648,25 +648,26 @@ class _Pass:
             bounds = (policy.low, policy.high, policy.kl_weight, policy.entropy_weight)
             self.settings = (policy.length, self.factor, *bounds)
         self.of_tokens = (*given, *of_loss)
-        for (first, last), products in self.parts:
+        for (first, stop), products in self.parts:
             scale = None
             if self.gradients is not None and self.head.slope_dtype == torch.float16:
-                scale = _scale(given, first, last, self.factor)
+                scale = _scale(given, first, stop, self.factor)
             for begin, end in products:
                 self._launch(begin, end, begin - first, scale)
             if self.gradients is not None:
-                self.gradients.add(first, last, scale)
+                self.gradients.add(first, stop, scale)
 
-    def _products(self, first: int, last: int, offset: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits of the rows `first` to `last`, those that training holds from the row `offset` on; the reference's."""
-        other = None if self.other is None else self.other.logits(first, last, 0)
-        return self.head.logits(first, last, offset), other
+    def _products(self, first: int, stop: int, offset: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the rows from `first` up to `stop`, those that training holds from the row `offset` on; the
+        reference's."""
+        other = None if self.other is None else self.other.logits(first, stop, 0)
+        return self.head.logits(first, stop, offset), other
 
-    def _launch(self, first: int, last: int, offset: int, scale: torch.Tensor | None) -> None:
-        """Rows `first` to `last`, whose slopes begin at the row `offset` of those held."""
+    def _launch(self, first: int, stop: int, offset: int, scale: torch.Tensor | None) -> None:
+        """Rows from `first` up to `stop`, whose slopes begin at the row `offset` of those held."""
         head, other, gradients = self.head, self.other, self.gradients
         offset = 0 if gradients is None else offset
-        z, y = self._products(first, last, offset) if self.first is None else self.first
+        z, y = self._products(first, stop, offset) if self.first is None else self.first
         self.first = None
         slopes = states = hidden = None
         if gradients is not None and gradients.slopes is not None:
@@ -679,11 +680,11 @@ class _Pass:
             *(*self.of_tokens, slopes, scale, hidden, states, like),
             *(*z.stride(), *((0, 0) if y is None else y.stride()), *head.rows.stride()),
         )
-        grid = (-(-(last - first) // self.options["BLOCK_M"]),)
+        grid = (-(-(stop - first) // self.options["BLOCK_M"]),)
         if self.bits:
-            _bits[grid](*tensors, *self.tokens.stride(), first, last - first, *self.settings, **self.options)
+            _bits[grid](*tensors, *self.tokens.stride(), first, stop - first, *self.settings, **self.options)
         else:
-            _tokens[grid](*tensors, first, last - first, len(head.rows), *self.settings, **self.options)
+            _tokens[grid](*tensors, first, stop - first, len(head.rows), *self.settings, **self.options)
 
 
 def tile_options(size: int, width: int, stride: int, device: torch.device) -> dict[str, Any]:
@@ -706,10 +707,10 @@ def tile_options(size: int, width: int, stride: int, device: torch.device) -> di
     }
 
 
-def _scale(of_rows: Sequence[torch.Tensor | None], first: int, last: int, factor: float) -> torch.Tensor | None:
+def _scale(of_rows: Sequence[torch.Tensor | None], first: int, stop: int, factor: float) -> torch.Tensor | None:
     """The power of two (1) that brings the largest finite gradient of these rows to LARGEST / 2 or more, below
     LARGEST. It stays on the device."""
-    given = [g[first:last] for g in of_rows if g is not None]
+    given = [g[first:stop] for g in of_rows if g is not None]
     if not given:
         return None
     largest = torch.stack(given).mul_(factor).abs_().nan_to_num_(0.0, 0.0, 0.0).amax().view(1)

@@ -14,7 +14,7 @@ from fastvar.kernels.token_log_probs import policy
 
 if TYPE_CHECKING:
     from fastvar.ops.cross_entropy import CrossEntropyCall
-    from fastvar.ops.policy_loss import Objective, PolicyLossCall
+    from fastvar.ops.policy_loss import PolicyLossCall, PolicyLossOptions
     from fastvar.ops.token_log_probs import Head, LogProbsCall
 
 Results = Sequence[torch.Tensor]
@@ -73,8 +73,8 @@ class TwoPasses:
         scoring = Scoring(call.head, call.tokens, call.reference, call.temperature)
         results = self.score(scoring)
         kl = None if call.reference is None else results[2]
-        *measured, slope, share = terms(results[0], results[1], kl, call.objective)
-        incoming = [slope, *_of_entropy_and_kl(share, kl, call.objective), None]
+        *measured, slope, share = terms(results[0], results[1], kl, call)
+        incoming = [slope, *_of_entropy_and_kl(share, kl, call.options), None]
         return (*measured, results[0], *self._three(scoring, results, incoming, call.needs))
 
     def cross_entropy(self, call: CrossEntropyCall) -> tuple[torch.Tensor, ...]:
@@ -99,12 +99,12 @@ def three(found: dict[str, torch.Tensor], wanted: Wanted, like: torch.Tensor) ->
 
 
 def _of_entropy_and_kl(
-    share: torch.Tensor, kl: torch.Tensor | None, objective: Objective
+    share: torch.Tensor, kl: torch.Tensor | None, options: PolicyLossOptions
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of the loss with respect to each token's entropy and exact KL, None where it does not read them."""
     return (
-        -objective.entropy_weight * share if objective.entropy_weight != 0 else None,
-        objective.kl_weight * share if kl is not None and objective.kl_weight != 0 else None,
+        -options.entropy_weight * share if options.entropy_weight != 0 else None,
+        options.kl_weight * share if kl is not None and options.kl_weight != 0 else None,
     )
 
 
@@ -133,5 +133,16 @@ def smoothed(
 
 
 def unrounded(dtype: torch.dtype) -> torch.dtype:
-    """Of a gradient of hidden states that is yet to be multiplied with the one that comes in."""
+    """The dtype of a gradient of hidden states that is yet to be multiplied with the one that comes in."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def check_range(tokens: torch.Tensor, size: int) -> None:
+    """Raise a ValueError for tokens that are not below `size`, or bits other than 0 and 1. On another device than the
+    CPU the check would wait for it; there a token out of range is the caller's to avoid."""
+    if tokens.device.type != "cpu" or tokens.dtype == torch.bool or tokens.numel() == 0:
+        return
+    low, high = (int(value) for value in tokens.aminmax())
+    most = 1 if tokens.ndim == 3 else size - 1
+    if low < 0 or high > most:
+        raise ValueError(f"token_log_probs: tokens: expected values from 0 to {most}, got {low} to {high}")

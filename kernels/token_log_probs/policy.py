@@ -11,7 +11,7 @@ depends on the masks alone. Where the advantage or the mask is 0, s_i is 0 whate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -20,42 +20,33 @@ import torch
 from fastvar.schedule import ScaleSchedule
 
 if TYPE_CHECKING:
-    from fastvar.ops.policy_loss import Objective
+    from fastvar.ops.policy_loss import PolicyLossCall, PolicyLossOptions
 
 
 def terms(
-    log_probs: torch.Tensor, entropy: torch.Tensor, exact_kl: torch.Tensor | None, objective: Objective
+    log_probs: torch.Tensor, entropy: torch.Tensor, exact_kl: torch.Tensor | None, call: PolicyLossCall
 ) -> tuple[torch.Tensor, ...]:
     """loss, kl, clip fraction, entropy, ratio, scalars; gradient share, entropy and ratio of each scale (K,); for the
     gradient d loss / d log_probs without the exact KL and w / D of each token (B, L)."""
-    grids, advantages, first_scale = objective.schedule, objective.advantages, objective.first_scale
-    kl_weight, entropy_weight = objective.kl_weight, objective.entropy_weight
-    low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    options, grids = call.options, call.schedule
+    kl_weight, entropy_weight = options.kl_weight, options.entropy_weight
+    low, high = _bounds(options)
     lengths = grids.lengths
-    mask = torch.ones_like(log_probs)
-    if objective.token_mask is not None:
-        mask.copy_(objective.token_mask)
-    mask[:, : grids.starts[first_scale]].zero_()
-    trained = mask > 0
-    totals = None
-    if objective.mask_totals is not None:
-        totals = objective.mask_totals.to(mask.dtype, copy=True)
-        totals[:first_scale].zero_()
-    weight, total = _weights(mask, grids, objective.panw_alpha, objective.panw_normalisation, totals)
-    share = _divide(weight, total)
+    mask, weight, total = _weights(call, log_probs)
+    trained, share = mask > 0, _divide(weight, total)
 
     def only_trained(values: torch.Tensor) -> torch.Tensor:
         return torch.where(trained, values, 0)  # whatever stands at other tokens, NaN included, has no effect
 
-    if objective.old_log_probs is None:  # on-policy
+    if call.old_log_probs is None:  # on-policy
         log_ratio = torch.zeros_like(log_probs)
     else:
-        log_ratio = only_trained(log_probs - objective.old_log_probs.to(log_probs.dtype))
-    spans = {"token": None, "scale": lengths, "sample": (sum(lengths),)}[objective.ratio_level]
+        log_ratio = only_trained(log_probs - call.old_log_probs.to(log_probs.dtype))
+    spans = {"token": None, "scale": lengths, "sample": (sum(lengths),)}[options.ratio_level]
     if spans is not None:
         log_ratio = _spread(_divide(_sums(mask * log_ratio, spans), _sums(mask, spans)), spans)
     ratio = log_ratio.exp()
-    gain = advantages.to(log_probs.dtype)[:, None]  # [B, 1]
+    gain = call.advantages.to(log_probs.dtype)[:, None]  # [B, 1]
     moves = trained & (gain != 0)
     surrogate = torch.minimum(ratio * gain, ratio.clamp(low, high) * gain)
     clipped = ((gain > 0) & (ratio > high)) | ((gain < 0) & (ratio < low))
@@ -69,9 +60,9 @@ def terms(
     kl_slope = None
     if exact_kl is not None:
         kl = only_trained(exact_kl)
-    elif objective.reference_log_probs is not None:
-        gap = only_trained(objective.reference_log_probs.to(log_probs.dtype) - log_probs)
-        if objective.kl_estimator == "k2":
+    elif call.reference_log_probs is not None:
+        gap = only_trained(call.reference_log_probs.to(log_probs.dtype) - log_probs)
+        if options.kl_estimator == "k2":
             kl, kl_slope = gap.square() / 2, -gap
         else:
             kl, kl_slope = gap.expm1() - gap, -gap.expm1()
@@ -105,6 +96,39 @@ def terms(
     )
 
 
+def incoming(call: PolicyLossCall, like: torch.Tensor) -> Callable[..., list[torch.Tensor | None]]:
+    """Gradients of the loss with respect to log-probabilities, entropies and the exact KL, as a function of some of all
+    tokens (B L) and of these results there. Only where a ratio is one token's."""
+    options, (low, high) = call.options, _bounds(call.options)
+    mask, weight, total = _weights(call, like)
+    share, trained = _divide(weight, total).flatten(), mask.flatten() > 0
+    squared = options.kl_estimator == "k2"
+    gain = call.advantages.to(like.dtype).repeat_interleave(like.shape[1], output_size=like.numel())
+    old, reference = (
+        None if each is None else each.to(like.dtype).flatten()
+        for each in (call.old_log_probs, call.reference_log_probs)
+    )
+
+    def gradients(rows: slice, results: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        log_probs, _, kl = results
+        assert log_probs is not None
+        push, here = gain[rows], trained[rows]
+        held = torch.zeros_like(here)
+        if old is not None:
+            ratio = torch.where(here, log_probs - old[rows], 0).exp()
+            held = ((push > 0) & (ratio > high)) | ((push < 0) & (ratio < low))
+            push = push * ratio
+        slope = torch.where(here & (gain[rows] != 0) & ~held, -push, 0)
+        if reference is not None and options.kl_weight != 0:
+            gap = torch.where(here, reference[rows] - log_probs, 0)
+            slope = slope - options.kl_weight * (gap if squared else gap.expm1())
+        of_entropy = -options.entropy_weight * share[rows] if options.entropy_weight != 0 else None
+        of_kl = options.kl_weight * share[rows] if kl is not None and options.kl_weight != 0 else None
+        return [share[rows] * slope, of_entropy, of_kl, None]
+
+    return gradients
+
+
 @cache  # nothing is ever dropped: a CUDA graph may read it
 @torch.inference_mode(False)
 def factors(grids: ScaleSchedule, alpha: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -112,20 +136,31 @@ def factors(grids: ScaleSchedule, alpha: float, dtype: torch.dtype, device: torc
     return torch.tensor([float(h * w) ** -alpha for h, w in grids], dtype=dtype, device=device)
 
 
-def _weights(
-    mask: torch.Tensor, grids: ScaleSchedule, alpha: float, normalisation: str, totals: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """w (B, L) and D (); totals: (K,) of the whole batch's mask, or None if the mask is the whole batch's."""
-    factor = factors(grids, alpha, mask.dtype, mask.device)
-    if totals is None:
+def _bounds(options: PolicyLossOptions) -> tuple[float, float]:
+    """Of the ratio."""
+    return 1 - options.clip_low, 1 + options.clip_high
+
+
+def _weights(call: PolicyLossCall, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """m (B, L), w (B, L) and D ()."""
+    grids, normalisation = call.schedule, call.options.panw_normalisation
+    mask = torch.ones_like(like)
+    if call.token_mask is not None:
+        mask.copy_(call.token_mask)
+    mask[:, : grids.starts[call.first_scale]].zero_()
+    if call.mask_totals is None:
         totals = _sums(mask, grids.lengths).sum(0)
+    else:  # of the whole batch
+        totals = call.mask_totals.to(mask.dtype, copy=True)
+        totals[: call.first_scale].zero_()
+    factor = factors(grids, call.options.panw_alpha, mask.dtype, mask.device)
     if normalisation == "per_scale":
         weight, total = _divide(factor, totals), (factor * (totals > 0)).sum()
     elif normalisation == "none":
         weight, total = factor, totals.sum()
     else:
         weight, total = factor, (factor * totals).sum()
-    return mask * _spread(weight[None], grids.lengths), total
+    return mask, mask * _spread(weight[None], grids.lengths), total
 
 
 def _sums(values: torch.Tensor, spans: Sequence[int]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from fastvar.kernels.token_log_probs.policy import factors
 from fastvar.schedule import ScaleSchedule
 
 if TYPE_CHECKING:
-    from fastvar.ops.policy_loss import Objective
+    from fastvar.ops.policy_loss import PolicyLossCall
 
 BLOCK = 512  # tokens at a time
 SAMPLES = 32  # at a time, where sums over the batch are added up
@@ -70,7 +70,7 @@ def _mask(mask_ptr, at, valid, k, first_scale):
 
 @triton.jit
 def _log_ratio(log_prob_ptr, old_ptr, at, trained):
-    """Of the trained tokens; 0 on-policy."""
+    """The log-ratio of the trained tokens; 0 on-policy."""
     if old_ptr is None:
         return tl.where(trained, 0.0, 0.0)
     else:
@@ -97,7 +97,7 @@ def _over_batch(ptr, B, K: tl.constexpr, BLOCK_K: tl.constexpr, SAMPLES: tl.cons
 
 @triton.jit
 def _mask_sums(mask_ptr, end_ptr, span_ptr, L, first_scale, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the mask, over a scale of a sample: span_ptr (B, K)."""
+    """Sums of the mask over a scale of a sample: span_ptr (B, K)."""
     b, k, begin, end = _place(end_ptr, K)
     masks = tl.zeros((BLOCK,), tl.float32)
     for start in range(begin, end, BLOCK):
@@ -111,8 +111,8 @@ def _shares(
     mask_ptr, end_ptr, span_ptr, total_ptr, factor_ptr, weight_ptr, share_ptr, B, L, first_scale,
     K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SAMPLES: tl.constexpr, NORMALISATION: tl.constexpr,
 ):  # fmt: skip
-    """Of the tokens in the loss: share_ptr (B, L). The weight of a token of each scale that is wholly trained, and what
-    all is divided by: weight_ptr (K + 1), which every program computes for itself."""
+    """Shares of the tokens in the loss: share_ptr (B, L). The weight of a token of each scale that is wholly trained,
+    and what all is divided by: weight_ptr (K + 1), which every program computes for itself."""
     scales = tl.arange(0, BLOCK_K)
     weights = tl.load(factor_ptr + scales, scales < K, 0.0)
     if total_ptr is None:
@@ -141,7 +141,7 @@ def _shares(
 def _ratio_sums(
     log_prob_ptr, old_ptr, mask_ptr, end_ptr, ratio_ptr, L, first_scale, K: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Of the mask times the log-ratio, over a scale of a sample: ratio_ptr (B, K)."""
+    """Sums of the mask times the log-ratio over a scale of a sample: ratio_ptr (B, K)."""
     b, k, begin, end = _place(end_ptr, K)
     ratios = tl.zeros((BLOCK,), tl.float32)
     for start in range(begin, end, BLOCK):
@@ -251,40 +251,34 @@ def _results(
 
 
 class Policy:
-    """The objective's settings and tensors, with the tokens' shares: all that is known before the log-probabilities.
+    """The settings and tensors of a call, with the tokens' shares: all that is known before the log-probabilities.
 
     Attributes:
         share: (B, L).
         low, high: bounds of the ratio.
-        exact: whether the loss reads the exact KL.
     """
 
-    def __init__(
-        self,
-        shape: torch.Size,
-        device: torch.device,
-        objective: Objective,
-    ) -> None:
-        self.batch, self.length = shape
-        tensors = (objective.old_log_probs, objective.reference_log_probs, objective.token_mask, objective.mask_totals)
+    def __init__(self, call: PolicyLossCall) -> None:
+        options, grids, device = call.options, call.schedule, call.tokens.device
+        self.batch, self.length = call.tokens.shape[:2]
+        tensors = (call.old_log_probs, call.reference_log_probs, call.token_mask, call.mask_totals)
         self.old, self.reference, self.mask, totals = (None if t is None else t.contiguous() for t in tensors)
-        self.advantages, self.first_scale = objective.advantages.contiguous(), objective.first_scale
-        self.low, self.high = 1.0 - objective.clip_low, 1.0 + objective.clip_high
-        self.level, self.estimator = objective.ratio_level, objective.kl_estimator
-        self.kl_weight, self.entropy_weight = float(objective.kl_weight), float(objective.entropy_weight)
-        grids = objective.schedule
+        self.advantages, self.first_scale = call.advantages.contiguous(), call.first_scale
+        self.low, self.high = 1.0 - options.clip_low, 1.0 + options.clip_high
+        self.level, self.estimator = options.ratio_level, options.kl_estimator
+        self.kl_weight, self.entropy_weight = float(options.kl_weight), float(options.entropy_weight)
         self.scales, self.device, self.ends = len(grids), device, _ends(grids, device)
         self.constants = {"K": self.scales, "BLOCK_K": triton.next_power_of_2(self.scales)}
-        self.share = self._empty(*shape)
+        self.share = self._empty(self.batch, self.length)
         self._spans, self._weights = self._empty(self.batch, self.scales), self._empty(self.scales + 1)
         if self.batch:
             _mask_sums[self._grid](
                 self.mask, self.ends, self._spans, self.length, self.first_scale, K=self.scales, BLOCK=BLOCK
             )
         _shares[(max(self.batch * self.scales, 1),)](
-            self.mask, self.ends, self._spans, totals, factors(grids, objective.panw_alpha, torch.float32, device),
+            self.mask, self.ends, self._spans, totals, factors(grids, options.panw_alpha, torch.float32, device),
             self._weights, self.share, self.batch, self.length, self.first_scale, BLOCK=BLOCK, SAMPLES=SAMPLES,
-            NORMALISATION=objective.panw_normalisation, **self.constants,
+            NORMALISATION=options.panw_normalisation, **self.constants,
         )  # fmt: skip
 
     @property

@@ -23,7 +23,7 @@ ROWS = (16, 256)  # of a product: a multiple of the first, at most the second
 def score(scoring: Scoring) -> tuple[torch.Tensor, ...]:
     """See `TwoPasses`."""
     head = scoring.head
-    _check_range(scoring.tokens, head.hidden.shape[-1] if head.weight is None else len(head.weight))
+    losses.check_range(scoring.tokens, head.hidden.shape[-1] if head.weight is None else len(head.weight))
     return _scored(scoring)
 
 
@@ -96,13 +96,3 @@ def _logits(head: Head, temperature: float) -> torch.Tensor:
         logits = torch.cat([F.linear(part, weight, bias) for part in parts])
         out = logits[:count].view(*out.shape[:2], len(weight))
     return out / temperature
-
-
-def _check_range(tokens: torch.Tensor, size: int) -> None:
-    # On another device the check would wait for it; there a token out of range is the caller's to avoid.
-    if tokens.device.type != "cpu" or tokens.dtype == torch.bool or tokens.numel() == 0:
-        return
-    low, high = (int(value) for value in tokens.aminmax())
-    last = 1 if tokens.ndim == 3 else size - 1
-    if low < 0 or high > last:
-        raise ValueError(f"token_log_probs: tokens: expected values from 0 to {last}, got {low} to {high}")

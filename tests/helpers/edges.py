@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastvar.ops import cross_entropy, policy_loss, sample_bits, token_log_probs
+from fastvar.ops import cross_entropy, sample_bits, token_log_probs
 from fastvar.schedule import ScaleSchedule
+from tests.helpers.policy_losses import policy_loss
 from tests.helpers.samples import noise
 
 INF = math.inf
@@ -39,7 +40,6 @@ def common_offset(backend: str) -> None:
     logits, other = hidden @ weight.T + bias, _multiples(*shape, size, seed=3)
     tokens = torch.randint(size, shape, generator=torch.Generator().manual_seed(4))
     loss = {
-        "rewards": None,
         "advantages": torch.tensor([1.0, -1.0]),
         "schedule": schedule,
         "old_log_probs": -7 + noise(*shape) / 4,
@@ -96,7 +96,7 @@ def untrained_tokens(backend: str) -> None:
     """NaN and infinities there change no bit of the loss or of any gradient."""
     schedule = ScaleSchedule((1, 2, 3))
     mask = torch.arange(42).view(3, 14) % 3 > 0
-    gains = {"rewards": None, "advantages": torch.tensor([1.0, -1.0, 2.0]), "schedule": schedule, "token_mask": mask}
+    gains = {"advantages": torch.tensor([1.0, -1.0, 2.0]), "schedule": schedule, "token_mask": mask}
     measured = {"kl_weight": 0.2, "kl_estimator": "exact", "entropy_weight": 0.1, "first_scale": 1}
     bad = torch.tensor([math.nan, INF, -INF])[torch.arange(42) % 9 // 3].view(3, 14, 1)
     untrained = ~(mask & (torch.tensor(schedule.scale_of_token) >= 1))[..., None]
@@ -134,7 +134,7 @@ def trained_tokens(backend: str) -> None:
         hidden, weight = noise(2, 5, 4), noise(7, 4, seed=1)
         hidden[1, 3] = math.nan
         given = {"hidden": hidden, "weight": weight, "bias": None, "tokens": torch.arange(10).view(2, 5) % 7}
-        settings = {"rewards": None, "advantages": torch.full((2,), advantage), "schedule": ScaleSchedule((1, 2))}
+        settings = {"advantages": torch.full((2,), advantage), "schedule": ScaleSchedule((1, 2))}
         old = -2 + noise(2, 5, seed=2) / 4
         assert policy_loss(**given, **settings, old_log_probs=old, backend=backend).loss.isnan()
 
@@ -148,7 +148,7 @@ def nothing_times_infinity(backend: str) -> None:
     mask = torch.ones(2, 5)
     mask[0] = 0
     for level in ("token", "scale", "sample"):
-        settings = {"rewards": None, "old_log_probs": drifted, "ratio_level": level, "clip_high": INF}
+        settings = {"old_log_probs": drifted, "ratio_level": level, "clip_high": INF}
         for gain, trained, expected in ((0.0, None, -0.5), (math.nan, mask, -1.0), (INF, mask, -1.0)):
             loss = settings | {"advantages": torch.tensor([gain, 1.0]), "token_mask": trained}
             found = _results(policy_loss, given | loss, ("hidden",), backend)
@@ -192,7 +192,7 @@ def certain_bits(backend: str) -> None:
         assert gradient.isfinite().all()
     smoothed = _results(cross_entropy, given | {"tokens": bits, "label_smoothing": 0.1}, ("hidden",), backend)
     assert not any(values.isnan().any() for values in smoothed)
-    loss = {"rewards": None, "advantages": torch.tensor([1.0]), "schedule": ScaleSchedule(((1, 3),)), "tokens": bits}
+    loss = {"advantages": torch.tensor([1.0]), "schedule": ScaleSchedule(((1, 3),)), "tokens": bits}
     loss |= {"token_mask": torch.tensor([[True, False, True]]), "entropy_weight": 0.1, "kl_weight": 0.1}
     loss |= {"kl_estimator": "exact", "reference_head": (logits, None, None)}
     found = _results(policy_loss, given | loss, ("hidden",), backend)
@@ -223,7 +223,7 @@ def certain_bits_are_drawn(backend: str) -> None:
 def no_tokens(backend: str) -> None:
     """Forward and backward."""
     schedule = ScaleSchedule((1, 2))
-    loss = {"rewards": torch.zeros(0), "group_size": 2, "schedule": schedule, "entropy_weight": 0.1}
+    loss = {"advantages": torch.zeros(0), "schedule": schedule, "entropy_weight": 0.1}
     for batch, length in ((0, 5), (2, 0)):
         hidden, weight, bias = torch.zeros(batch, length, 4), noise(6, 4), noise(6)
         tokens = torch.zeros(batch, length, dtype=torch.int64)
@@ -243,7 +243,7 @@ def no_tokens(backend: str) -> None:
 def no_vocabulary(backend: str) -> None:
     hidden, tokens = torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=torch.int64)
     bits = torch.zeros(2, 5, 0, dtype=torch.bool)
-    loss = {"rewards": None, "advantages": torch.zeros(2), "schedule": ScaleSchedule((1, 2))}
+    loss = {"advantages": torch.zeros(2), "schedule": ScaleSchedule((1, 2))}
     for function, settings in ((token_log_probs, {}), (cross_entropy, {}), (policy_loss, loss)):
         for picked, size in ((tokens, "V"), (bits, "d")):
             head = {"hidden": hidden, "weight": torch.zeros(0, 4), "bias": torch.zeros(0), "tokens": picked}

@@ -13,6 +13,7 @@ import torch
 
 from fastvar import ops
 from fastvar.schedule import ScaleSchedule
+from tests.helpers.policy_losses import policy_loss
 
 Sample = tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]
 SAMPLES: dict[str, Callable[[torch.dtype], Iterator[Sample]]] = {}
@@ -298,18 +299,17 @@ def _policy_loss(dtype: torch.dtype) -> Iterator[Sample]:
         tokens = torch.arange(batch * 5).view(batch, 5) % 7
         arguments = {
             "tokens": tokens,
-            "rewards": noise(batch, dtype=dtype, seed=6),
+            "advantages": ops.group_advantages(noise(batch, dtype=dtype, seed=6), 2),
             "schedule": schedule,
-            "group_size": 2,
             "old_log_probs": noise(batch, 5, dtype=dtype, seed=7) / 3 - 2,
             "panw_alpha": 0.6,
         }
         reference = {"reference_log_probs": noise(batch, 5, dtype=dtype, seed=8) / 3 - 2, "kl_weight": 0.1}
         exact = {"reference_head": _reference_head(batch, 5, 7, dtype), "kl_weight": 0.1, "kl_estimator": "exact"}
         mask = noise(5, batch, dtype=dtype).T.clamp(0, 1)
-        yield ops.policy_loss, {**head, **arguments, **reference}, names
-        yield ops.policy_loss, {**head, **arguments, **exact, "entropy_weight": 0.1, "token_mask": mask}, names
+        yield policy_loss, {**head, **arguments, **reference}, names
+        yield policy_loss, {**head, **arguments, **exact, "entropy_weight": 0.1, "token_mask": mask}, names
         bits = {"tokens": noise(batch, 5, 7) > 0, "ratio_level": "scale", "panw_normalisation": "per_scale"}
-        yield ops.policy_loss, {**head, **arguments, **reference, **bits, "kl_estimator": "k2"}, names
+        yield policy_loss, {**head, **arguments, **reference, **bits, "kl_estimator": "k2"}, names
         logits = {"hidden": noise(batch, 5, 7, dtype=dtype), "weight": None, "bias": None, "ratio_level": "sample"}
-        yield ops.policy_loss, {**logits, **arguments, "panw_normalisation": "none", "first_scale": 1}, ("hidden",)
+        yield policy_loss, {**logits, **arguments, "panw_normalisation": "none", "first_scale": 1}, ("hidden",)

@@ -12,6 +12,7 @@ import torch
 
 from fastvar import ScaleSchedule, ops
 from tests.helpers import edges
+from tests.helpers.policy_losses import policy_loss
 from tests.helpers.samples import noise
 from tests.interpreted.test_kernels import check
 
@@ -142,9 +143,9 @@ def test_scale_of_slopes(value: float) -> None:
 def test_bfloat16(bits: bool) -> None:
     """Both losses in one pass. The interpreter truncates where slopes are rounded: an error twice as large."""
     arguments = problem(70, 300, 36, bits=bits)
-    loss = {"rewards": None, "advantages": torch.tensor([0.7]), "schedule": ScaleSchedule(((7, 10),))}
+    loss = {"advantages": torch.tensor([0.7]), "schedule": ScaleSchedule(((7, 10),))}
     loss |= {"old_log_probs": noise(1, 70, seed=5) - 6, "entropy_weight": 0.1}
-    for function, settings in ((ops.cross_entropy, {"label_smoothing": 0.2}), (ops.policy_loss, loss)):
+    for function, settings in ((ops.cross_entropy, {"label_smoothing": 0.2}), (policy_loss, loss)):
         found = []
         for backend, dtype in (("triton", torch.bfloat16), ("reference", torch.float64)):
             leaves = {n: arguments[n].bfloat16().to(dtype).requires_grad_() for n in NAMES}
@@ -268,7 +269,6 @@ def loss_arguments(batch: int, grids: tuple[int, ...]) -> dict[str, Any]:
         "weight": None,
         "bias": None,
         "tokens": tokens,
-        "rewards": None,
         "advantages": noise(batch, seed=1),
         "schedule": schedule,
         "old_log_probs": now + 0.3 * noise(batch, length, seed=2),
@@ -289,31 +289,31 @@ def test_settings_of_the_loss(i: int, level: str, j: int, normalisation: str) ->
     mask[:, 1:5] = 0
     settings = {"kl_estimator": ("k2", "k3")[(i + j) % 2], "panw_normalisation": normalisation, "ratio_level": level}
     settings |= {"kl_weight": 0.2, "entropy_weight": 0.1}
-    check(ops.policy_loss, arguments | settings | {"token_mask": mask}, ("hidden",))
-    check(ops.policy_loss, arguments | settings | {"token_mask": mask > 0.1, "first_scale": 2}, ("hidden",))
+    check(policy_loss, arguments | settings | {"token_mask": mask}, ("hidden",))
+    check(policy_loss, arguments | settings | {"token_mask": mask > 0.1, "first_scale": 2}, ("hidden",))
     totals = torch.tensor([5.0, 3.0, 9.0])
-    check(ops.policy_loss, arguments | settings | {"token_mask": mask, "mask_totals": totals}, ("hidden",))
+    check(policy_loss, arguments | settings | {"token_mask": mask, "mask_totals": totals}, ("hidden",))
 
 
 def test_more_samples_and_tokens_than_a_program_takes_at_a_time() -> None:
-    check(ops.policy_loss, loss_arguments(40, (1, 2)), ("hidden",))
-    check(ops.policy_loss, loss_arguments(1, (1, 24)), ("hidden",))
+    check(policy_loss, loss_arguments(40, (1, 2)), ("hidden",))
+    check(policy_loss, loss_arguments(1, (1, 24)), ("hidden",))
 
 
 def test_what_stands_at_untrained_tokens_has_no_effect() -> None:
     arguments = loss_arguments(4, (1, 2, 3))
     mask = torch.arange(56).view(4, 14) % 3 > 0
     arguments |= {"token_mask": mask, "kl_weight": 0.2, "backend": "triton"}
-    whole = ops.policy_loss(**arguments)
+    whole = policy_loss(**arguments)
     spoiled = {n: arguments[n].masked_fill(~mask, torch.nan) for n in ("old_log_probs", "reference_log_probs")}
-    for one, other in zip(ops.policy_loss(**arguments | spoiled), whole, strict=True):
+    for one, other in zip(policy_loss(**arguments | spoiled), whole, strict=True):
         assert torch.equal(one, other)
 
 
 def test_nothing_to_train() -> None:
     arguments = loss_arguments(3, (1, 2)) | {"token_mask": torch.zeros(3, 5)}
     arguments["hidden"].requires_grad_()
-    result = ops.policy_loss(**arguments, backend="triton")
+    result = policy_loss(**arguments, backend="triton")
     (gradient,) = torch.autograd.grad(result.loss, arguments["hidden"])
     assert result.loss == 0 and (gradient == 0).all()
 
@@ -324,8 +324,8 @@ def test_on_policy_ratios_are_one() -> None:
     head, temperature = arguments.pop("reference_head"), arguments.pop("temperature")
     now = ops.token_log_probs(**arguments, temperature=temperature, backend="triton").log_probs
     settings = {"advantages": torch.ones(1), "reference_head": head, "kl_estimator": "exact", "kl_weight": 0.1}
-    loss = ops.policy_loss(
-        **arguments, rewards=None, schedule=ScaleSchedule((1, 2, 3)), old_log_probs=now, temperature=temperature,
+    loss = policy_loss(
+        **arguments, schedule=ScaleSchedule((1, 2, 3)), old_log_probs=now, temperature=temperature,
         backend="triton", **settings,
     )  # fmt: skip
     assert loss.ratio == 1 and torch.equal(loss.log_probs, now)

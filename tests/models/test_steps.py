@@ -15,7 +15,7 @@ from fastvar.models import VAR, TextFeatures, bitwise_loss, scale_weights
 from fastvar.models.linear import linear
 from fastvar.models.var_block import attend_to_scales
 from fastvar.ops import bitwise_residual_quantize
-from fastvar.rl import LossOptions, Prompts, RolloutOptions, roll_out, segment_loss
+from fastvar.rl import PolicyLossOptions, Prompts, RolloutOptions, roll_out, segment_loss
 from fastvar.training import TokenizerTask, VARTask
 from tests.helpers.tiny import some_subjects, some_tokens, tiny_var
 from tests.helpers.waits import GPU, Waits, fake_infinity, run_without_waiting
@@ -158,7 +158,7 @@ def test_rollouts_and_their_losses_wait_for_nothing(segment: Any) -> None:
             var, prompts, segment=segment, group_size=3, middle=1, continuations=2, seed=1,
             options=RolloutOptions(guidance=1.0, chunk=4),
         )  # fmt: skip
-        options, reference = LossOptions(kl_weight=0.1), var.clone()
+        options, reference = PolicyLossOptions(kl_weight=0.1), var.clone()
         for rows in (None, [0, 2, 5]):
             old = drawn.log_probs
             advantages = torch.zeros(6, device=GPU)

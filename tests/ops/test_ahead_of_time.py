@@ -312,17 +312,17 @@ def over_logits(
 
     def loss(kl: bool) -> Any:
         own, values = problem(), empty(*rows, dtype=F32)
-        options: dict[str, Any] = {"reference_log_probs": values, "kl_weight": 0.1}
-        if kl:
-            options = {
-                "reference_head": tuple(own[:3]),
-                "kl_weight": 0.1,
-                "kl_estimator": "exact",
-                "entropy_weight": 0.1,
-            }
-        options |= {"advantages": values[:, 0], "old_log_probs": values, "panw_alpha": 0.6}
-        options |= {"panw_normalisation": "per_scale"}
-        return ops.policy_loss(*own, None, schedule, **options, backend="triton")
+        *head, tokens = own
+        reference: dict[str, Any] = {"reference_head": tuple(head)} if kl else {"reference_log_probs": values}
+        options = ops.PolicyLossOptions(
+            panw_normalisation="per_scale",
+            kl_weight=0.1,
+            kl_estimator="exact" if kl else "k3",
+            entropy_weight=0.1 if kl else 0.0,
+        )
+        return ops.policy_loss(
+            tuple(head), tokens, values[:, 0], schedule, options, old_log_probs=values, **reference, backend="triton"
+        )
 
     calls = [(scored, kl) for kl in (False, True)] + [(loss, kl) for kl in (False, True) if policy]
     launches = [(each, kl) for call, kl in calls for each in launches_of(lambda call=call, kl=kl: call(kl), capability)]
@@ -376,10 +376,12 @@ def test_policy_loss(capability: int, level: str) -> None:
     def call() -> Any:
         logits = empty(8, VAR_256.num_tokens, 64, gradient=True)
         values, tokens = empty(8, VAR_256.num_tokens, dtype=F32), empty(8, VAR_256.num_tokens, dtype=INT64)
+        options = ops.PolicyLossOptions(
+            panw_normalisation="per_scale", ratio_level=level, kl_weight=0.1, kl_estimator="k3", entropy_weight=0.1
+        )
         return ops.policy_loss(
-            logits, None, None, tokens, None, VAR_256, advantages=values[:, 0], old_log_probs=values,
-            reference_log_probs=values, token_mask=values, first_scale=1, panw_alpha=0.6,
-            panw_normalisation="per_scale", ratio_level=level, kl_weight=0.1, entropy_weight=0.1, backend="triton",
+            logits, tokens, values[:, 0], VAR_256, options, old_log_probs=values, reference_log_probs=values,
+            token_mask=values, first_scale=1, backend="triton",
         )  # fmt: skip
 
     launches = launches_of(call, capability)

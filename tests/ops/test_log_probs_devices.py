@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvar import ScaleSchedule
 from fastvar.ops.cross_entropy import CrossEntropyCall
-from fastvar.ops.policy_loss import Objective, PolicyLossCall
+from fastvar.ops.policy_loss import PolicyLossCall, PolicyLossOptions
 from fastvar.ops.token_log_probs import Head
 from tests.helpers.samples import SAMPLES, noise
 
@@ -85,6 +85,9 @@ class Held(TorchDispatchMode):
         self.now -= self.live.pop(key, 0)
 
 
+VAR_256 = ScaleSchedule.parse("var-256")
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -101,45 +104,58 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def objective(level: str = "token", batch: int = 64, schedule: str = "var-256") -> tuple[int, Objective]:
-    """Tokens of an image, and the settings of the loss."""
-    grids = ScaleSchedule.parse(schedule)
-    values, gains = (empty(*s, dtype=torch.float32) for s in ((batch, grids.num_tokens), (batch,)))
-    rest = (grids, 0, 0.6, "per_segment", 0.2, 0.2, level, 0.1, "k3", 0.0)
-    return grids.num_tokens, Objective(values, values, gains, values, None, *rest)
+def call_of(head: Head, tokens: torch.Tensor, schedule: ScaleSchedule, **changes: Any) -> PolicyLossCall:
+    """A call of `policy_loss` for all gradients, with its other tensors."""
+    values, advantages = (empty(*s, dtype=torch.float32) for s in (tokens.shape[:2], tokens.shape[:1]))
+    call = PolicyLossCall(
+        head=head,
+        tokens=tokens,
+        advantages=advantages,
+        schedule=schedule,
+        options=PolicyLossOptions(kl_weight=0.1, kl_estimator="k3"),
+        old_log_probs=values,
+        reference_log_probs=values,
+        reference=None,
+        token_mask=values,
+        mask_totals=None,
+        first_scale=0,
+        temperature=1.0,
+        needs=(True,) * 3,
+    )
+    return call._replace(**changes)
 
 
 # A third of what Liger-Kernel's loss on logits held on an H200, in MiB, in the same settings.
 @pytest.mark.parametrize(("size", "width", "most"), [(4096, 1920, 806.7 / 3), (16384, 1024, 1908.3 / 3)])
 def test_memory_of_a_training_pass(size: int, width: int, most: float, scores: Any) -> None:
-    length, settings = objective()
+    length = VAR_256.num_tokens
     hidden, weight, bias = empty(64, length, width), empty(size, width), empty(size)
-    tokens = empty(64, length, dtype=torch.int64)
-    call = PolicyLossCall(Head(hidden, weight, bias), tokens, None, 1.0, (True,) * 3, settings)
+    call = call_of(Head(hidden, weight, bias), empty(64, length, dtype=torch.int64), VAR_256)
+    given = (*call.head, *(t for t in call if isinstance(t, torch.Tensor)))
     scores.policy_loss(call)
-    with Held(hidden, weight, bias, tokens, *(t for t in settings if isinstance(t, torch.Tensor))) as held:
+    with Held(*given) as held:
         results = scores.policy_loss(call)
     print(f"{size}, {width}: {held.most / 2**20:.1f} MiB, kept {held.now / 2**20:.1f}")
     assert hidden.nbytes + 4 * weight.numel() < held.most <= most * 2**20
     del results
-    with Held(hidden, weight, bias, tokens, *(t for t in settings if isinstance(t, torch.Tensor))) as held:
+    with Held(*given) as held:
         results = scores.policy_loss(call._replace(needs=(False,) * 3))
     assert held.most <= most * 2**20 / 2 and not any(t.numel() for t in results[-3:])
 
 
 def test_triton_waits_for_nothing(scores: Any) -> None:
     for level in ("token", "sample"):
-        length, settings = objective(level, 3)
+        length, options = VAR_256.num_tokens, PolicyLossOptions(ratio_level=level, kl_weight=0.1, kl_estimator="k3")
         for dtype in (torch.bfloat16, torch.float16):
             hidden, weight, bias = (empty(*s, dtype=dtype) for s in ((3, length, 16), (50, 16), (50,)))
             for tokens in (empty(3, length, dtype=torch.int64), empty(3, length, 50, dtype=torch.bool)):
                 head, needs = Head(hidden, weight, bias), (True,) * 3
-                call = PolicyLossCall(head, tokens, head, 1.0, needs, settings)
+                call = call_of(head, tokens, VAR_256, reference=head, options=options)
                 for _ in range(2):
                     scores.policy_loss(call)
                     with Waits(), Copies():
                         scores.policy_loss(call)
-                        scores.cross_entropy(CrossEntropyCall(head, tokens, settings.old_log_probs, 0.1, needs))
+                        scores.cross_entropy(CrossEntropyCall(head, tokens, call.old_log_probs, 0.1, needs))
 
 
 def test_launches_have_one_axis(scores: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,9 +164,10 @@ def test_launches_have_one_axis(scores: Any, monkeypatch: pytest.MonkeyPatch) ->
 
     grids: list[tuple[int, ...]] = []
     monkeypatch.setattr(JITFunction, "run", lambda *_, grid, **__: grids.append(grid))
-    _, settings = objective("sample", 65_536, "1,2")
     hidden, tokens = empty(65_536, 5, 7), empty(65_536, 5, dtype=torch.int64)
-    scores.policy_loss(PolicyLossCall(Head(hidden), tokens, None, 1.0, (True, False, False), settings))
+    options = PolicyLossOptions(ratio_level="sample", kl_weight=0.1, kl_estimator="k3")
+    call = call_of(Head(hidden), tokens, ScaleSchedule((1, 2)), needs=(True, False, False), options=options)
+    scores.policy_loss(call)
     assert len(grids) > 5 and all(len(grid) == 1 for grid in grids)
 
 

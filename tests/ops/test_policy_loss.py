@@ -10,25 +10,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastvar.ops import PolicyLoss, group_advantages, policy_loss, token_log_probs
+from fastvar import ops
+from fastvar.ops import PolicyLoss, PolicyLossOptions, group_advantages, token_log_probs
+from fastvar.ops.token_log_probs import Head
 from fastvar.schedule import ScaleSchedule
+from tests.helpers.policy_losses import policy_loss
 from tests.helpers.samples import noise
 
 SCHEDULE = ScaleSchedule((1, 2, (2, 3)))
 BATCH, LENGTH, WIDTH, SIZE = 6, 11, 4, 7
 
 
+def rewards_of(dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Of three groups of two."""
+    return noise(BATCH, dtype=dtype, seed=3)
+
+
 def problem(dtype: torch.dtype = torch.float64, bits: bool = False) -> dict[str, Any]:
-    """Hidden states, head, drawn tokens and rewards of three groups of two."""
+    """Hidden states, head, drawn tokens and advantages of three groups of two."""
     tokens = torch.randint(SIZE, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     return {
         "hidden": noise(BATCH, LENGTH, WIDTH, dtype=dtype),
         "weight": noise(SIZE, WIDTH, dtype=dtype, seed=1),
         "bias": noise(SIZE, dtype=dtype, seed=2),
         "tokens": noise(BATCH, LENGTH, SIZE, seed=9) > 0 if bits else tokens,
-        "rewards": noise(BATCH, dtype=dtype, seed=3),
+        "advantages": group_advantages(rewards_of(dtype), 2),
         "schedule": SCHEDULE,
-        "group_size": 2,
     }
 
 
@@ -118,14 +125,10 @@ def test_by_hand() -> None:
     schedule = ScaleSchedule((1, (1, 2)))
     half, third = math.log(1 / 2), math.log(1 / 3)
     result = policy_loss(
-        torch.zeros(2, 3, 2, dtype=torch.float64),
-        None,
-        None,
-        torch.tensor([[0, 1, 0], [1, 1, 0]]),
-        torch.tensor([0.0, 2.0], dtype=torch.float64),
-        schedule,
-        group_size=2,
-        spread_floor=0.0,
+        hidden=torch.zeros(2, 3, 2, dtype=torch.float64),
+        tokens=torch.tensor([[0, 1, 0], [1, 1, 0]]),
+        advantages=group_advantages(torch.tensor([0.0, 2.0], dtype=torch.float64), 2, spread_floor=0.0),
+        schedule=schedule,
         # ratios: 1.5 and 1 and 1 for the first sample, 1.5, 1 and 1/2 for the second
         old_log_probs=torch.tensor([[third, half, half], [third, half, 0.0]], dtype=torch.float64),
         reference_log_probs=torch.full((2, 3), third, dtype=torch.float64),
@@ -171,7 +174,7 @@ def definition(arguments: dict[str, Any], leaves: dict[str, torch.Tensor]) -> tu
     l = logs.gather(-1, a["tokens"][..., None])[..., 0]  # noqa: E741
     l.retain_grad()
     old = l.detach() if a["old_log_probs"] is None else a["old_log_probs"]
-    gain = group_advantages(a["rewards"], a["group_size"])
+    gain = a["advantages"]
     scale_of = SCHEDULE.scale_of_token
     mask = torch.ones(BATCH, LENGTH, dtype=l.dtype) if a["token_mask"] is None else a["token_mask"].to(l.dtype)
     mask = mask * (torch.tensor(scale_of) >= a["first_scale"])
@@ -255,7 +258,7 @@ def test_on_policy_ratio_is_one_and_keeps_its_gradient(level: str) -> None:
     assert any((g != 0).any() for g in free[1])
     leaves = [arguments[n].clone().requires_grad_() for n in ("hidden", "weight", "bias")]
     log_probs = token_log_probs(*leaves, arguments["tokens"]).log_probs
-    plain = -(group_advantages(arguments["rewards"], 2)[:, None] * log_probs).mean()
+    plain = -(arguments["advantages"][:, None] * log_probs).mean()
     for got, expected in zip(free[1], torch.autograd.grad(plain, leaves), strict=True):
         torch.testing.assert_close(got, expected)
 
@@ -266,7 +269,7 @@ def test_neutral_settings_are_bit_equal(bits: bool, dtype: torch.dtype) -> None:
     plain = problem(dtype, bits)
     plain["old_log_probs"] = old_log_probs(plain)
     base = with_gradients(plain)
-    gain = group_advantages(plain["rewards"], 2)[:, None]
+    gain = plain["advantages"][:, None]
     ratio = (base[0].log_probs - plain["old_log_probs"]).exp()
     mean = torch.minimum(ratio * gain, ratio.clamp(0.8, 1.2) * gain).mean()
     assert torch.equal(base[0].loss.detach(), -mean)
@@ -277,9 +280,22 @@ def test_neutral_settings_are_bit_equal(bits: bool, dtype: torch.dtype) -> None:
         {"panw_alpha": 0.0, "panw_normalisation": "none"},
         {"reference_log_probs": ones * math.nan, "kl_weight": 0.0},
         {"reference_head": reference_head(dtype), "kl_weight": 0.0, "kl_estimator": "exact"},
-        {"rewards": None, "advantages": group_advantages(plain["rewards"], 2)},
     ]:
         assert same(base, with_gradients(plain | change))
+
+
+def test_a_head_is_a_record_or_a_tuple_or_logits() -> None:
+    """And the options are those of the record."""
+    arguments = problem()
+    head = tuple(arguments.pop(name) for name in ("hidden", "weight", "bias"))
+    options = PolicyLossOptions(panw_alpha=0.3)
+    found = ops.policy_loss(head, **arguments, options=options)
+    for other in (Head(*head), F.linear(*head)):
+        torch.testing.assert_close(ops.policy_loss(other, **arguments, options=options).loss, found.loss)
+    assert not torch.equal(found.loss, ops.policy_loss(head, **arguments).loss)
+    for wrong, got in ((head[:2], "2 items"), ([1], "list"), ((None, None, None), "None")):
+        with pytest.raises(ValueError, match=f"policy_loss: head: expected .*, got {got}"):
+            ops.policy_loss(wrong, **arguments)  # type: ignore[arg-type]
 
 
 def test_logits_and_bits_give_the_same_loss_as_hidden_states() -> None:
@@ -301,15 +317,17 @@ def test_nothing_to_train_is_zero(normalisation: str, level: str) -> None:
 
 
 def test_constant_reward_gives_exactly_no_gradient() -> None:
-    arguments = problem() | {"rewards": torch.full((BATCH,), 0.1, dtype=torch.float64), "panw_alpha": 0.6}
+    advantages = group_advantages(torch.full((BATCH,), 0.1, dtype=torch.float64), 2)
+    arguments = problem() | {"advantages": advantages, "panw_alpha": 0.6}
     result, gradients = with_gradients(arguments)
     assert result.loss == 0
     assert all((g == 0).all() for g in gradients)
 
 
 def test_missing_reward_trains_nothing_of_its_row() -> None:
-    arguments = problem()
-    arguments["rewards"][3] = math.nan
+    rewards = rewards_of()
+    rewards[3] = math.nan
+    arguments = problem() | {"advantages": group_advantages(rewards, 2)}
     result, (hidden, *_) = with_gradients(arguments)
     assert torch.isfinite(result.loss)
     assert (hidden[3] == 0).all() and (hidden[2] == 0).all()  # its group of two has no spread left
@@ -339,12 +357,9 @@ def test_clip_directions(advantage: float, ratio: float, held: bool) -> None:
     """A ratio is held only where going on would pay: above 1 + 0.2 for good tokens, below 1 - 0.3 for bad ones."""
     hidden = torch.zeros(1, 1, 4, dtype=torch.float64, requires_grad=True)
     result = policy_loss(
-        hidden,
-        None,
-        None,
-        torch.zeros(1, 1, dtype=torch.int64),
-        None,
-        ScaleSchedule((1,)),
+        hidden=hidden,
+        tokens=torch.zeros(1, 1, dtype=torch.int64),
+        schedule=ScaleSchedule((1,)),
         advantages=torch.tensor([advantage], dtype=torch.float64),
         old_log_probs=torch.full((1, 1), math.log(0.25 / ratio), dtype=torch.float64),
         clip_low=0.3,
@@ -361,7 +376,7 @@ def test_clip_can_be_off() -> None:
     arguments = problem()
     arguments["old_log_probs"] = old_log_probs(arguments, 2.0)
     result = policy_loss(**arguments, clip_low=math.inf, clip_high=math.inf)
-    gain = group_advantages(arguments["rewards"], 2)[:, None]
+    gain = arguments["advantages"][:, None]
     torch.testing.assert_close(result.loss, -((result.log_probs - arguments["old_log_probs"]).exp() * gain).mean())
     assert result.clip_fraction == 0
 
@@ -380,12 +395,9 @@ def test_expected_gradients_of_the_kl_estimators() -> None:
             if estimator == "exact":
                 reference = {"reference_head": (other, None, None)}
             result = policy_loss(
-                leaf,
-                None,
-                None,
-                picked,
-                None,
-                ScaleSchedule((1,)),
+                hidden=leaf,
+                tokens=picked,
+                schedule=ScaleSchedule((1,)),
                 advantages=torch.zeros(1),
                 kl_weight=1.0,
                 kl_estimator=estimator,
@@ -403,11 +415,11 @@ def test_panw_balances_the_scales() -> None:
     """On the grids of VAR 256: without weights the fine scales have the gradient, with 1/2 all share it."""
     schedule = ScaleSchedule((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
     logits, tokens = torch.zeros(4, 680, 3), torch.zeros(4, 680, dtype=torch.int64)
-    gains = {"advantages": torch.tensor([1.0, -1.0, 2.0, -2.0])}
+    given = {"hidden": logits, "tokens": tokens, "schedule": schedule}
+    given["advantages"] = torch.tensor([1.0, -1.0, 2.0, -2.0])
 
     def spread(alpha: float, normalisation: str = "per_segment") -> float:
-        settings = {"panw_alpha": alpha, "panw_normalisation": normalisation}
-        share = policy_loss(logits, None, None, tokens, None, schedule, **gains, **settings).gradient_share
+        share = policy_loss(**given, panw_alpha=alpha, panw_normalisation=normalisation).gradient_share
         torch.testing.assert_close(share.sum(), torch.tensor(1.0))
         return float(share.max() / share.min())
 
@@ -433,13 +445,11 @@ def test_coarse_segment_is_a_truncated_schedule() -> None:
 @pytest.mark.parametrize("normalisation", ["per_segment", "per_scale", "none"])
 def test_parts_of_a_batch_add_up(normalisation: str) -> None:
     """Masks that differ between the parts, one of which trains nothing."""
-    arguments = problem()
-    rewards, size = arguments["rewards"], arguments["group_size"]
-    arguments |= {"rewards": None, "group_size": None, "panw_alpha": 0.6, "panw_normalisation": normalisation}
+    arguments = problem() | {"panw_alpha": 0.6, "panw_normalisation": normalisation}
     mask = (noise(BATCH, LENGTH, seed=7) > 0).double()
     mask[4:] = 0
     rows = {
-        "advantages": group_advantages(rewards, size),
+        "advantages": arguments["advantages"],
         "token_mask": mask,
         "old_log_probs": old_log_probs(arguments),
     }
@@ -478,14 +488,8 @@ def test_autocast_and_low_precision() -> None:
         ({"schedule": (1, 2)}, "schedule: expected a ScaleSchedule"),
         ({"schedule": ScaleSchedule((1, 2))}, r"hidden: expected shape \(B, 5, E\)"),
         ({"weight": torch.zeros(SIZE, 9)}, "weight: expected shape"),
-        ({"rewards": None}, "rewards, advantages: expected exactly one of them, got none"),
-        ({"advantages": torch.zeros(BATCH)}, "rewards, advantages: expected exactly one of them, got both"),
-        ({"rewards": None, "advantages": torch.zeros(3)}, "advantages: expected shape"),
-        ({"rewards": torch.zeros(BATCH, 1)}, "rewards: expected shape"),
-        ({"group_size": 4}, "group_size: expected a number that divides the batch 6, got 4"),
-        ({"group_size": None}, "group_size: expected"),
-        ({"normalise": "z"}, "normalise: expected one of"),
-        ({"spread_floor": -1.0}, "spread_floor: expected at least 0"),
+        ({"advantages": torch.zeros(3)}, "advantages: expected shape"),
+        ({"advantages": torch.zeros(BATCH).long()}, "advantages: expected a floating-point tensor"),
         ({"panw_normalisation": "l2"}, "panw_normalisation: expected one of"),
         ({"panw_alpha": -0.5}, "panw_alpha: expected at least 0"),
         ({"ratio_level": "word"}, "ratio_level: expected one of"),
@@ -519,3 +523,9 @@ def test_wrong_arguments_of_group_advantages() -> None:
         group_advantages(torch.zeros(4), 3)
     with pytest.raises(ValueError, match="group_advantages: rewards: expected a floating-point tensor"):
         group_advantages(torch.zeros(4).long(), 2)
+    with pytest.raises(ValueError, match="group_advantages: rewards: expected shape"):
+        group_advantages(torch.zeros(4, 1), 2)
+    with pytest.raises(ValueError, match="group_advantages: normalise: expected one of"):
+        group_advantages(torch.zeros(4), 2, normalise="z")
+    with pytest.raises(ValueError, match="group_advantages: spread_floor: expected at least 0"):
+        group_advantages(torch.zeros(4), 2, spread_floor=-1.0)

@@ -51,14 +51,13 @@ def problem(
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's tiles are 64 rows by 4 logits."""
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's chunks are 64 rows."""
     module = importlib.import_module("fastvar.kernels.token_log_probs.impl_torch")
-    monkeypatch.setattr(module, "COLUMNS", 4)
-    monkeypatch.setattr(module, "TILE", 256)
+    monkeypatch.setattr(module, "ROWS", 64)
 
 
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", [False, True])
 @pytest.mark.parametrize("kind", ["hidden", "without bias", "logits"])
@@ -142,7 +141,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("bits", [False, True])
 def test_whole_logits_never_exist(bits: bool) -> None:
     module = importlib.import_module("fastvar.kernels.token_log_probs.impl_torch")
-    batch, length, width, size = 16, 128, 8, 64 if bits else 4096
+    batch, length, width, size = 32, 256, 8, 64 if bits else 4096
     hidden, weight, bias, tokens = problem(batch, length, width, size, torch.float32)
     if bits:
         hidden, tokens = hidden.bfloat16(), noise(batch, length, size) > 0
@@ -152,7 +151,7 @@ def test_whole_logits_never_exist(bits: bool) -> None:
     with LargestTensor() as largest:
         module.gradients(scoring, module.score(scoring), gradients, Wanted(True, True, True))
     inputs = max(hidden.numel(), weight.numel(), tokens.numel() if bits else 0)
-    assert largest.numel <= max(inputs, module.BIT_ROWS * size if bits else module.TILE)
+    assert largest.numel <= max(inputs, module.ROWS * size if bits else module.LOGITS)
     assert bits or largest.numel < batch * length * size / 4
 
 

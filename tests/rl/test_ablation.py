@@ -89,7 +89,7 @@ def test_clear_errors(tmp_path: Path) -> None:
     for before, after, message in (
         ("seeds = [0, 1]", "seeds = 3", r"table\.toml: seeds: expected tuple\[int, \.\.\.\], got 3"),
         ("middle = 2 }", 'middle = "two" }', r"RLConfig: middle: expected int, got 'two'"),
-        ("loss = { panw_alpha = 0.0 }", "loss = 3", "RLConfig: loss: expected LossOptions, got 3"),
+        ("loss = { panw_alpha = 0.0 }", "loss = 3", "RLConfig: loss: expected PolicyLossOptions, got 3"),
         ("seeds = [0, 1]", "seeds = [0, 1", r"table\.toml: "),
     ):
         path.write_text(CONFIG.replace(before, after))

@@ -23,7 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from tests.rl.test_trainer import *
 torch.set_num_threads(1)
-config = replace(QUICK, prompts=3, use_mask=True, loss=LossOptions(kl_weight=0.1, normalise="batch"), **{changes!r})
+config = replace(QUICK, prompts=3, use_mask=True, normalise="batch", **{changes!r})
+config = replace(config, loss=PolicyLossOptions(kl_weight=0.1))
 var = add_adapters(policy(), 2) if {adapters} else policy()
 VMRGRPOTrainer(var, patchy, PROMPTS, config, Path({output!r})).train()
 """
@@ -57,7 +58,7 @@ def step(sharded):
     prompts = Prompts(["1", "2"], references=references)
     with torch.no_grad():
         rollout = model(roll_out, prompts, group_size=4, seed=1, options=RolloutOptions())
-    model(segment_loss, rollout, advantages, LossOptions()).loss.backward()
+    model(segment_loss, rollout, advantages, PolicyLossOptions()).loss.backward()
     assert not sharded or type(var.head.weight).__name__ == "DTensor"
     optimizer.step()
     ema.update(var)

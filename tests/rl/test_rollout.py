@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from fastvar.models import VAR
-from fastvar.ops import group_advantages, policy_loss
+from fastvar.ops import PolicyLossOptions, group_advantages, policy_loss
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.returns import middle_returns
 from fastvar.rl.rewards import Reward, RewardSum
 from fastvar.rl.rollout import Rollout, RolloutOptions, roll_out
 from fastvar.rl.scores import score
-from fastvar.rl.update import LossOptions, segment_loss, token_totals
+from fastvar.rl.update import segment_loss, token_totals
 from tests.helpers.policies import policy, redness
 
 PROMPTS = Prompts(["1", "2"])
 G, PLAIN = 4, RolloutOptions()
-DEFAULT = LossOptions()
+DEFAULT = PolicyLossOptions()
 KINDS: Any = pytest.mark.parametrize("kind", ["whole", "fine", "coarse"])
 
 
@@ -39,7 +39,7 @@ def advantages_of(var: VAR, drawn: Rollout, reward: Any = redness) -> torch.Tens
 
 
 def gradients(
-    var: VAR, drawn: Rollout, options: LossOptions = DEFAULT, reward: Any = redness, **settings: Any
+    var: VAR, drawn: Rollout, options: PolicyLossOptions = DEFAULT, reward: Any = redness, **settings: Any
 ) -> list[torch.Tensor]:
     var.zero_grad()
     segment_loss(var, drawn, advantages_of(var, drawn, reward), options, **settings).loss.backward()
@@ -53,10 +53,10 @@ def test_log_probs_of_rollout_and_training_agree(kind: str, guidance: float) -> 
     var = policy()
     drawn = rollout(var, kind, options=RolloutOptions(guidance=guidance, top_k=5, temperature=0.8))
     advantages = advantages_of(var, drawn)
-    scored = segment_loss(var, drawn, advantages, LossOptions(), temperature=0.8)
+    scored = segment_loss(var, drawn, advantages, PolicyLossOptions(), temperature=0.8)
     torch.testing.assert_close(scored.log_probs, drawn.log_probs, rtol=0, atol=1e-4)
     assert scored.ratio == 1 and scored.clip_fraction == 0
-    again = segment_loss(var, drawn, advantages, LossOptions(), temperature=0.8, old_log_probs=drawn.log_probs)
+    again = segment_loss(var, drawn, advantages, PolicyLossOptions(), temperature=0.8, old_log_probs=drawn.log_probs)
     assert again.ratio.item() == pytest.approx(1, abs=1e-4)
     torch.testing.assert_close(again.loss, scored.loss, rtol=1e-3, atol=1e-4)
 
@@ -139,7 +139,7 @@ def test_last_scale_as_middle_with_one_continuation_is_plain_grpo(kind: str, nor
     drawn = rollout(var, kind, continuations=1)
     assert torch.equal(returns_of(var, drawn), redness(drawn.images, [], None))
     ones = torch.ones_like(drawn.log_probs)
-    options = LossOptions(panw_normalisation=normalisation)
+    options = PolicyLossOptions(panw_normalisation=normalisation)
     for a, b in zip(gradients(var, drawn, options), gradients(var, drawn, options, mask=ones), strict=True):
         assert torch.equal(a, b)
     if kind == "coarse":
@@ -159,7 +159,7 @@ def test_gradients_of_parts_add_up(kind: str, masked: bool, normalisation: str) 
     if masked:
         mask = (torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) < 0.6).float()
     mask[:, : schedule.starts[drawn.first_scale]] = 0
-    options = LossOptions(panw_normalisation=normalisation, ratio_level="scale")
+    options = PolicyLossOptions(panw_normalisation=normalisation, ratio_level="scale")
     whole = gradients(var, drawn, options, mask=mask)
     totals = token_totals(mask, schedule)
     sums = [torch.zeros_like(g) for g in whole]
@@ -183,7 +183,7 @@ def test_zero_kl_weight_needs_no_reference_and_others_do() -> None:
     plain, with_reference = gradients(var, drawn), gradients(var, drawn, reference=policy(1))
     assert all(torch.equal(a, b) for a, b in zip(plain, with_reference, strict=True))
     with pytest.raises(ValueError, match="segment_loss: reference: expected a model"):
-        segment_loss(var, drawn, advantages_of(var, drawn), LossOptions(kl_weight=0.1))
+        segment_loss(var, drawn, advantages_of(var, drawn), PolicyLossOptions(kl_weight=0.1))
 
 
 @pytest.mark.parametrize("estimator", ["exact", "k2", "k3"])
@@ -191,7 +191,7 @@ def test_kl_to_itself_is_zero_and_to_another_is_not(estimator: str) -> None:
     var = policy()
     drawn = rollout(var, "whole")
     advantages = advantages_of(var, drawn)
-    options = LossOptions(kl_weight=0.1, kl_estimator=estimator)
+    options = PolicyLossOptions(kl_weight=0.1, kl_estimator=estimator)
     same = segment_loss(var, drawn, advantages, options, reference=policy())
     other = segment_loss(var, drawn, advantages, options, reference=policy(1))
     assert same.kl.abs() < 1e-6 and other.kl > 1e-4
@@ -216,12 +216,10 @@ def test_tokens_outside_the_mask_have_no_gradient(kind: str) -> None:
     schedule = var.schedule.with_num_tokens(drawn.tokens.shape[1])
     loss = policy_loss(
         logits,
-        None,
-        None,
         drawn.tokens,
-        None,
+        advantages_of(var, drawn, corner),
         schedule,
-        advantages=advantages_of(var, drawn, corner),
+        PolicyLossOptions(panw_alpha=0.0),
         token_mask=mask,
         first_scale=drawn.first_scale,
     ).loss
@@ -244,10 +242,10 @@ def test_subjects_are_shared_by_their_group(kind: str, monkeypatch: pytest.Monke
     )
     drawn = rollout(var, kind, prompts)
     advantages = advantages_of(var, drawn)
-    whole = segment_loss(var, drawn, advantages, LossOptions())
+    whole = segment_loss(var, drawn, advantages, PolicyLossOptions())
     assert prefilled == [2, 2]  # once a group when drawing and when training
     torch.testing.assert_close(whole.log_probs, drawn.log_probs, rtol=0, atol=1e-4)
-    part = segment_loss(var, drawn, advantages, LossOptions(), rows=[3, 4, 5, 6])
+    part = segment_loss(var, drawn, advantages, PolicyLossOptions(), rows=[3, 4, 5, 6])
     assert prefilled[-1] == 4
     torch.testing.assert_close(part.log_probs, whole.log_probs[3:7], rtol=0, atol=1e-5)
     other = rollout(var, kind, Prompts(["1", "2"], references=references.flip(0)))

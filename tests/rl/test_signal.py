@@ -9,7 +9,16 @@ import torch
 
 from fastvar.models import VAR
 from fastvar.ops import group_advantages
-from fastvar.rl import LossOptions, Prompts, RolloutOptions, middle_returns, roll_out, score, segment_loss, token_totals
+from fastvar.rl import (
+    PolicyLossOptions,
+    Prompts,
+    RolloutOptions,
+    middle_returns,
+    roll_out,
+    score,
+    segment_loss,
+    token_totals,
+)
 from fastvar.rl.rewards import ColourReward, RewardSum
 from tests.helpers.policies import policy
 
@@ -32,7 +41,7 @@ def drawn_gradient(
     scores = score(rollout, reward, var.schedule, use_mask=use_mask)
     advantages = group_advantages(middle_returns(reward.combine(scores.each), 1), SIZE)
     mask = None if scores.mask is None else scores.mask.float()
-    return gradient(var, segment_loss(var, rollout, advantages, LossOptions(), mask=mask).loss)
+    return gradient(var, segment_loss(var, rollout, advantages, PolicyLossOptions(), mask=mask).loss)
 
 
 def signal(draw: Callable[[int], torch.Tensor], count: int = 24) -> tuple[float, torch.Tensor]:
@@ -54,7 +63,7 @@ def test_panw_balances_the_gradient_over_the_scales() -> None:
         for start, end in zip(var.schedule.starts, var.schedule.ends, strict=True):
             mask = torch.zeros_like(rollout.log_probs)
             mask[:, start:end] = 1
-            options = LossOptions(panw_alpha=alpha)
+            options = PolicyLossOptions(panw_alpha=alpha)
             loss = segment_loss(var, rollout, advantages, options, mask=mask, mask_totals=totals).loss
             norms.append(float(gradient(var, loss).norm()))
         spread[alpha] = max(norms) / min(norms)

@@ -18,7 +18,7 @@ import torch
 
 from fastvar.models import VAR
 from fastvar.rl import (
-    LossOptions,
+    PolicyLossOptions,
     Prompts,
     RLConfig,
     RolloutOptions,
@@ -84,7 +84,7 @@ def test_random_reward_teaches_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop_after", [1, 3, 5])
 def test_resume_is_exact(stop_after: int, kl_weight: float, tmp_path: Path) -> None:
     """Weights, optimizer, average, prompts, seeds and the phase of the alternation."""
-    config = replace(QUICK, loss=LossOptions(kl_weight=kl_weight))
+    config = replace(QUICK, loss=PolicyLossOptions(kl_weight=kl_weight))
     straight = trainer(tmp_path / "straight", config).train()
     first = trainer(tmp_path / "resumed", config)
     iteration = first.iteration
@@ -110,7 +110,7 @@ def test_alternation() -> None:
 
 
 def test_what_is_logged(tmp_path: Path) -> None:
-    config = replace(QUICK, iterations=3, loss=LossOptions(kl_weight=0.05))
+    config = replace(QUICK, iterations=3, loss=PolicyLossOptions(kl_weight=0.05))
     trainer(tmp_path, config).train()
     found = lines(tmp_path)
     assert [line["segment"] for line in found] == [1.0, 1.0, 2.0]
@@ -125,7 +125,9 @@ def test_what_is_logged(tmp_path: Path) -> None:
 def test_per_action_normalisation_balances_the_scales(tmp_path: Path) -> None:
     spread = {}
     for alpha in (0.0, 0.6):
-        config = replace(QUICK, iterations=1, prompts=4, group_size=16, middle=0, loss=LossOptions(panw_alpha=alpha))
+        config = replace(
+            QUICK, iterations=1, prompts=4, group_size=16, middle=0, loss=PolicyLossOptions(panw_alpha=alpha)
+        )
         trainer(tmp_path / str(alpha), config).train()
         share = [lines(tmp_path / str(alpha))[0][f"gradient_share/{k}"] for k in range(3)]
         spread[alpha] = max(share) / min(share)
@@ -221,7 +223,7 @@ def test_groups_without_spread_are_left_out(tmp_path: Path) -> None:
     def only_zero(images: torch.Tensor, prompts: Sequence[str], references: Any) -> torch.Tensor:
         return redness(images, prompts, references) * torch.tensor([float(text == "0") for text in prompts])
 
-    config = replace(QUICK, iterations=4, middle=0, loss=LossOptions(kl_weight=0.1))
+    config = replace(QUICK, iterations=4, middle=0, loss=PolicyLossOptions(kl_weight=0.1))
     filtering = trainer(tmp_path / "filtering", config, only_zero)
     filtering.train()
     found = lines(tmp_path / "filtering")
@@ -236,7 +238,7 @@ def test_groups_without_spread_are_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changes", [{"micro_batch": 3}, {"micro_batch": 1}, {"gradient_checkpointing": True}])
 def test_what_saves_memory_does_not_change_gradients(changes: dict[str, Any], tmp_path: Path) -> None:
-    config = replace(QUICK, iterations=3, loss=LossOptions(kl_weight=0.1), use_mask=True)
+    config = replace(QUICK, iterations=3, loss=PolicyLossOptions(kl_weight=0.1), use_mask=True)
     plain = trainer(tmp_path / "plain", config, patchy).train()
     other = trainer(tmp_path / "other", replace(config, **changes), patchy).train()
     assert min(line["mask_share"] for line in lines(tmp_path / "plain")) == 0.5  # rows without a token to train
@@ -279,7 +281,7 @@ def test_bf16(tmp_path: Path) -> None:
 
 
 def test_stops_at_a_large_kl(tmp_path: Path) -> None:
-    config = replace(QUICK, iterations=40, learning_rate=3e-2, stop_kl=0.05, loss=LossOptions(kl_weight=1e-4))
+    config = replace(QUICK, iterations=40, learning_rate=3e-2, stop_kl=0.05, loss=PolicyLossOptions(kl_weight=1e-4))
     trainer(tmp_path, config).train()
     found = lines(tmp_path)
     assert len(found) < 40 and found[-1]["kl"] > 0.05 and all(line["kl"] <= 0.05 for line in found[:-1])
@@ -312,7 +314,7 @@ def test_adapters(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     adapted = add_adapters(policy(), 4)
     frozen = {k: v.clone() for k, v in adapted.state_dict().items() if "lora" not in k}
-    config = replace(QUICK, iterations=8, middle=0, learning_rate=1e-2, loss=LossOptions(kl_weight=0.01))
+    config = replace(QUICK, iterations=8, middle=0, learning_rate=1e-2, loss=PolicyLossOptions(kl_weight=0.01))
     training = VMRGRPOTrainer(adapted, RewardSum({"it": redness}), PROMPTS, config, tmp_path)
     assert training.reference is adapted
     averaged = training.train()
@@ -451,7 +453,7 @@ def test_images_are_let_go_before_the_update(tmp_path: Path) -> None:
 
 def test_going_on_with_another_model_or_reward_is_refused(tmp_path: Path) -> None:
     """The KL is measured to the model that the run began with: a policy that has learned since is another one."""
-    config = replace(QUICK, iterations=2, loss=LossOptions(kl_weight=0.1))
+    config = replace(QUICK, iterations=2, loss=PolicyLossOptions(kl_weight=0.1))
     first = trainer(tmp_path, config, ColourReward())
     first.train()
     again = VMRGRPOTrainer(first.policy, first.reward, PROMPTS, config, tmp_path)
@@ -488,7 +490,7 @@ def test_clear_errors(tmp_path: Path) -> None:
     for change, message in (
         ({"middle": 3}, "RLConfig: middle: expected below 3, got 3"),
         ({"evaluation_samples": 4}, "evaluation_samples: expected at least 8"),
-        ({"loss": LossOptions(kl_estimator="k4")}, "LossOptions: kl_estimator: expected one of"),
+        ({"loss": PolicyLossOptions(kl_estimator="k4")}, "PolicyLossOptions: kl_estimator: expected one of"),
         ({"rollout": RolloutOptions(top_p=0.0)}, "RolloutOptions: top_p: expected above 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -14,7 +14,7 @@ import torch
 from fastvar.models import VAR
 from fastvar.ops import PolicyLoss
 from fastvar.rl import (
-    LossOptions,
+    PolicyLossOptions,
     Prompts,
     RLConfig,
     Rollout,
@@ -33,7 +33,7 @@ from tests.helpers.policies import policy, redness
 
 PROMPTS = Prompts(["1", "2"])
 QUICK = RLConfig(iterations=1, prompts=2, group_size=4, learning_rate=1e-3, continuations=3)
-PLAIN = LossOptions(panw_alpha=0.0)
+PLAIN = PolicyLossOptions(panw_alpha=0.0)
 
 
 def drawn(segment: Any = "whole", **options: Any) -> Rollout:
@@ -54,7 +54,7 @@ def trainer(output: Path, config: RLConfig = QUICK, reward: Any = redness) -> VM
 
 
 def loss_of(
-    options: LossOptions, advantage: float = 0.0, rollout: Rollout | None = None, **settings: Any
+    options: PolicyLossOptions, advantage: float = 0.0, rollout: Rollout | None = None, **settings: Any
 ) -> PolicyLoss:
     return segment_loss(policy(), rollout or drawn(), torch.full((8,), advantage), options, **settings)
 
@@ -101,7 +101,7 @@ def test_per_action_normalisation() -> None:
     mask = torch.zeros(8, 14)
     mask[:, 0] = mask[:, -1] = 1
     for normalisation, expected in (("per_segment", -1.0), ("none", -(1 + 9**-0.7) / 2)):
-        options = LossOptions(panw_alpha=0.7, panw_normalisation=normalisation)
+        options = PolicyLossOptions(panw_alpha=0.7, panw_normalisation=normalisation)
         assert loss_of(options, 1.0, mask=mask).loss.item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -217,8 +217,7 @@ def test_gradients_of_one_update_do_not_reach_the_next(tmp_path: Path) -> None:
 def test_returns_and_advantages_of_the_settings(tmp_path: Path) -> None:
     """eta, the spread floor and what the spread is of."""
     for normalise in ("group", "batch", "none"):
-        loss = LossOptions(spread_floor=0.3, normalise=normalise)
-        training = trainer(tmp_path / normalise, replace(QUICK, eta=0.2, loss=loss))
+        training = trainer(tmp_path / normalise, replace(QUICK, eta=0.2, spread_floor=0.3, normalise=normalise))
         rollout = training.roll_out(0)
         graded = training.grade(rollout)
         rewards = redness(rollout.images, [], None).double().view(2, 4, 3)
@@ -302,7 +301,7 @@ def test_the_fine_segment_is_trained_alone(tmp_path: Path) -> None:
 
 
 def test_loss_of_the_trainer(tmp_path: Path) -> None:
-    loss = LossOptions(entropy_weight=0.5, panw_alpha=0.3, kl_weight=0.1, kl_estimator="k2")
+    loss = PolicyLossOptions(entropy_weight=0.5, panw_alpha=0.3, kl_weight=0.1, kl_estimator="k2")
     training = VMRGRPOTrainer(
         policy(), RewardSum({"it": redness}), PROMPTS, replace(QUICK, loss=loss), tmp_path, reference=policy(1)
     )

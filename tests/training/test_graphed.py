@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastvar.models import VAR, Infinity, TextFeatures, bitwise_loss, graphs, scale_weights
-from fastvar.rl import LossOptions, Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, add_adapters
+from fastvar.rl import PolicyLossOptions, Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, add_adapters
 from fastvar.training import TrainConfig, VARTask, graphed, train
 from fastvar.training.graphed import GraphedStep, Tensors, check_alone
 from fastvar.training.log import read_metrics
@@ -338,8 +338,8 @@ def learned(output: Path, adapters: bool, device: str = "cpu", **settings: Any) 
 @pytest.mark.parametrize(
     ("adapters", "settings"),
     [
-        (False, {"loss": LossOptions(kl_weight=0.1), "gradient_checkpointing": True}),
-        (True, {"loss": LossOptions(kl_weight=0.1, kl_estimator="k3"), "precision": "bf16"}),
+        (False, {"loss": PolicyLossOptions(kl_weight=0.1), "gradient_checkpointing": True}),
+        (True, {"loss": PolicyLossOptions(kl_weight=0.1, kl_estimator="k3"), "precision": "bf16"}),
     ],
 )
 def test_reinforcement_learning(
@@ -464,7 +464,11 @@ def test_reinforcement_learning_on_a_gpu(
     captured: list[None], tmp_path: Path, adapters: bool, checkpointing: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The learning rate is so small that the same images are drawn."""
-    settings = {"loss": LossOptions(kl_weight=0.1), "gradient_checkpointing": checkpointing, "learning_rate": 1e-7}
+    settings = {
+        "loss": PolicyLossOptions(kl_weight=0.1),
+        "gradient_checkpointing": checkpointing,
+        "learning_rate": 1e-7,
+    }
     training, (metrics, weights) = learned(tmp_path / "with", adapters, update_graphs=True, **settings)
     assert len(captured) == 4 and not said(caplog) and training.policy.device.type == "cuda"
     _, (expected, others) = learned(tmp_path / "without", adapters, **settings)

@@ -149,15 +149,15 @@ class RewardSum:
         everywhere = False
         each: dict[str, torch.Tensor] = {}
         for name, function in self.rewards.items():
-            found = self._ask(name, function, images, prompts, references)
-            scores = found.scores.detach().to(images.device, torch.float64)
+            reward = self._ask(name, function, images, prompts, references)
+            scores = reward.scores.detach().to(images.device, torch.float64)
             each[name] = torch.where(scores.isfinite(), scores, torch.nan)
             if self.weights[name] == 0:
                 continue
-            if found.mask is None:
+            if reward.mask is None:
                 everywhere = True
             else:
-                own = found.mask.to(images.device)
+                own = reward.mask.to(images.device)
                 mask = own if mask is None else mask | own
         return each, None if everywhere else mask
 
@@ -215,10 +215,10 @@ class RewardSum:
         references: torch.Tensor | None,
     ) -> Reward:
         try:
-            found = function(images, prompts, references)
+            answer = function(images, prompts, references)
         except Exception as error:
             raise RuntimeError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
-        reward = found if isinstance(found, Reward) else Reward(found)
+        reward = answer if isinstance(answer, Reward) else Reward(answer)
         count = len(images)
         size = (count, *images.shape[-2:])
         for part, value, shape in (("scores", reward.scores, (count,)), ("mask", reward.mask, size)):

@@ -35,17 +35,19 @@ def ocr_score(truth: Sequence[str], read: Sequence[tuple[str, float]]) -> float:
     Source: VAR RL Done Right (arXiv 2601.02256); it leaves open what the penalty is divided by.
     """
     goal = [word.lower() for word in truth]
-    found = [(word.lower(), confidence) for word, confidence in read]
+    readings = [(word.lower(), confidence) for word, confidence in read]
     if not goal:
         raise ValueError("ocr_score: truth: expected at least one word, got none")
     complete = similar = 0.0
     for word in goal:
-        complete += min((confidence for other, confidence in found if other == word), default=0.0)
-        nearest = max(((edit_similarity(word, other), confidence) for other, confidence in found), default=(0.0, 0.0))
+        complete += min((confidence for other, confidence in readings if other == word), default=0.0)
+        nearest = max(
+            ((edit_similarity(word, other), confidence) for other, confidence in readings), default=(0.0, 0.0)
+        )
         similar += nearest[0] * nearest[1]
-    wanted, seen = Counter("".join(goal)), Counter("".join(word for word, _ in found))
-    difference = (wanted - seen).total() + (seen - wanted).total()
-    penalty = PENALTY * difference / max(wanted.total() + seen.total(), 1)
+    right, written = Counter("".join(goal)), Counter("".join(word for word, _ in readings))
+    difference = (right - written).total() + (written - right).total()
+    penalty = PENALTY * difference / max(right.total() + written.total(), 1)
     return (complete + similar) / len(goal) - penalty
 
 

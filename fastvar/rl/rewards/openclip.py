@@ -85,6 +85,7 @@ class OpenCLIP:
             self._texts.clear()
         new = [text for text in dict.fromkeys(texts) if text not in self._texts]
         if new:
-            found = unit_features(self.model, self.tokenizer(new).to(device), self.batch_size, self.model.encode_text)  # type: ignore[arg-type]
-            self._texts.update(zip(new, found.cpu(), strict=True))
+            tokens = self.tokenizer(new).to(device)
+            features = unit_features(self.model, tokens, self.batch_size, self.model.encode_text)  # type: ignore[arg-type]
+            self._texts.update(zip(new, features.cpu(), strict=True))
         return torch.stack([self._texts[text] for text in texts]).to(device)

@@ -116,10 +116,10 @@ class RemoteReward:
 
     def _scores(self, answer: bytes, count: int) -> list[float]:
         try:
-            found = json.loads(answer)
+            content = json.loads(answer)
         except ValueError as error:
             raise self._unusable(answer, f"no JSON ({error})") from error
-        scores = found.get("scores") if isinstance(found, dict) else None
+        scores = content.get("scores") if isinstance(content, dict) else None
         if not isinstance(scores, list):
             raise self._unusable(answer, 'no list "scores"')
         if len(scores) != count:
@@ -174,8 +174,8 @@ def reward_server(
                 asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 images = decode_images(asked["images"]).to(device)
                 references = asked.get("references") and decode_images(asked["references"]).to(device)
-                found = reward(images, asked["prompts"], references)
-                scores = (found.scores if isinstance(found, Reward) else found).tolist()
+                scored = reward(images, asked["prompts"], references)
+                scores = (scored.scores if isinstance(scored, Reward) else scored).tolist()
                 answer["scores"] = [score if math.isfinite(score) else None for score in scores]
             except Exception as error:  # whatever it is, the client shall read it
                 status, answer = 500, {"error": f"{type(error).__name__}: {error}"}
