@@ -211,8 +211,8 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_trainer.py::test_several_updates_on_a_rollout",
         ),
         (
-            "log_probs.index_copy_(0, indices(rows, log_probs.device), found.log_probs)",
-            "log_probs[: len(rows)] = found.log_probs",
+            "log_probs.index_copy_(0, indices(rows, log_probs.device), loss.log_probs)",
+            "log_probs[: len(rows)] = loss.log_probs",
             "rl/test_wiring.py::test_second_update_is_compared_with_its_own_rows[0-3]",
         ),
         (
@@ -267,10 +267,9 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_wiring.py::test_the_fine_segment_is_trained_alone",
         ),
         ("policy if has_adapters(policy) else policy.clone()", "policy.clone()", "rl/test_trainer.py::test_adapters"),
-        ("better = total > self.progress.best", "better = True", "rl/test_wiring.py::test_the_best_is_kept"),
         (
-            "            self.ema.model,\n            self.evaluation,",
-            "            self.policy,\n            self.evaluation,",
+            "self.evaluations(self.ema.model,",
+            "self.evaluations(self.policy,",
             "rl/test_wiring.py::test_the_best_is_kept",
         ),
         (
@@ -278,6 +277,9 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "self.progress.kl = 0.0",
             "rl/test_trainer.py::test_stops_at_a_large_kl",
         ),
+    ],
+    "fastvar/rl/run_evaluations.py": [
+        ("better = total > self.progress.best", "better = True", "rl/test_wiring.py::test_the_best_is_kept"),
     ],
     "fastvar/rl/scores.py": [
         (".any(1)", ".all(1)", "rl/test_wiring.py::test_mask_is_the_union_over_the_continuations"),

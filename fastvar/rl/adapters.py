@@ -91,5 +91,10 @@ def merged(var: VAR) -> VAR:
     return copy
 
 
+def plain(var: VAR) -> VAR:
+    """The model as a plain VAR: `merged` where it has adapters, or else itself."""
+    return merged(var) if has_adapters(var) else var
+
+
 def _adapted(var: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in var.named_modules() if hasattr(module, "enable_adapters")]

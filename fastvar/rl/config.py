@@ -26,8 +26,8 @@ from fastvar.rl.rollout import RolloutOptions, Segment
 # logits carry 8 bits: single tokens differ by some hundredths, their mean by much less.
 TOLERANCES = {"no": 1e-3, "bf16": 3e-2}
 
-# Settings that change what a run shows, keeps and needs, or when it stops, but not what an iteration learns.
-FREE = (
+# What may change when a run goes on: what it shows, keeps and needs, and when it stops; not what an iteration learns.
+MAY_CHANGE = (
     *("iterations", "stop_kl", "tolerance", "bad_steps"),
     *("micro_batch", "gradient_checkpointing", "update_graphs"),
     *("log_every", "evaluate_every", "evaluation_samples", "save_every", "save_minutes", "keep", "resume"),
@@ -124,8 +124,10 @@ class RLConfig:
 
     @property
     def largest_difference(self) -> float:
-        """The tolerance that holds."""
-        return self.tolerance or TOLERANCES[self.precision]
+        """The tolerance that holds; it cannot be widened where the rollout's log-probabilities are trained with."""
+        usual = TOLERANCES[self.precision]
+        limit = self.tolerance or usual
+        return min(limit, usual) if self.updates > 1 and not self.rescore else limit
 
     def check(self) -> None:
         """Raise a ValueError that names a setting which makes no sense."""
@@ -137,6 +139,6 @@ class RLConfig:
 
     def settings(self) -> dict[str, Any]:
         """What decides the result of a run."""
-        found = {name: value for name, value in asdict(self).items() if name not in FREE}
-        del found["rollout"]["chunk"], found["rollout"]["graphs"]
-        return found
+        settings = {name: value for name, value in asdict(self).items() if name not in MAY_CHANGE}
+        del settings["rollout"]["chunk"], settings["rollout"]["graphs"]
+        return settings

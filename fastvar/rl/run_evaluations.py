@@ -1,0 +1,70 @@
+"""The evaluations during a run: metrics, pictures over time, and the best weights so far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastvar.models import VAR
+from fastvar.pictures import image_grid, save_picture
+from fastvar.rl.adapters import plain
+from fastvar.rl.config import RLConfig
+from fastvar.rl.evaluate import draw_evaluation, score_evaluation, summarise
+from fastvar.rl.processes import Processes
+from fastvar.rl.progress import Progress
+from fastvar.rl.prompts import Prompts
+from fastvar.rl.rewards import RewardSum
+from fastvar.training.log import RunLog
+
+
+class RunEvaluations:
+    """Evaluates a model on fixed prompts and seeds, shared out among the processes.
+
+    Args:
+        prompts: to choose from.
+        reward: what scores.
+        config: how many samples, and how they are drawn.
+        output: the run's folder, which gets `pictures/` and `best/`.
+        processes: of the run.
+        progress: knows the best evaluation so far.
+    """
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        reward: RewardSum,
+        config: RLConfig,
+        output: Path,
+        processes: Processes,
+        progress: Progress,
+    ) -> None:
+        self.prompts, self.reward, self.config = prompts, reward, config
+        self.output, self.processes, self.progress = output, processes, progress
+
+    def __call__(self, model: VAR, done: int, log: RunLog) -> dict[str, float]:
+        """Metrics of the model after `done` iterations; where it is better than all before it is kept.
+
+        Raises:
+            RewardError: a reward misbehaved.
+        """
+        processes, reward = self.processes, self.reward
+        drawn = draw_evaluation(
+            model,
+            self.prompts,
+            samples=self.config.evaluation_samples,
+            options=self.config.rollout,
+            share=(processes.index, processes.count),
+        )
+        part = processes.rewarded(lambda: score_evaluation(drawn, reward))
+        parts = processes.objects(part)
+        evaluation = processes.rewarded(lambda: summarise(parts, reward))
+        total = evaluation.metrics["return"]
+        better = total > self.progress.best
+        self.progress.best = max(total, self.progress.best)
+        if processes.main:
+            picture = image_grid(evaluation.images[:64], 8)
+            save_picture(picture, self.output / "pictures" / f"step-{done:08d}.png")
+            log.picture(done, "samples", picture)
+            if better:
+                plain(model).save_pretrained(self.output / "best")
+        processes.accelerator.wait_for_everyone()
+        return {f"evaluation/{name}": value for name, value in evaluation.metrics.items()}
