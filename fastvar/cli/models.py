@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastvar.cli.common import Flat, class_index, load_model, load_saved, train_on
 from fastvar.cli.outputs import output_file, output_folder, say
 from fastvar.cli.sources import DataOptions, examples
-from fastvar.evaluation import SamplingOptions
+from fastvar.evaluation import GUIDED
+from fastvar.models import SamplingOptions
 from fastvar.models.var_config import SUBJECTS
-from fastvar.ranges import Count, OneOf, Positive, Range, Share
+from fastvar.ranges import Count, OneOf, Positive, Range, Seed, Share
 from fastvar.training.loop import TrainConfig
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ class Train:
         from fastvar.evaluation import draw
         from fastvar.pictures import image_grid
 
-        return image_grid(draw(model, examples(model.config, 32), SamplingOptions()), 8)
+        return image_grid(draw(model, examples(model.config, 32), GUIDED), 8)
 
 
 def _class_names(folder: ImageFolder) -> tuple[str, ...]:
@@ -194,7 +195,9 @@ class Sample:
     """Repeat each pixel so many times."""
     device: str | None = None
     """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPU, if there is one."""
-    options: Annotated[SamplingOptions, Flat] = field(default_factory=SamplingOptions)
+    seed: Seed = 0
+    """Of the samples."""
+    options: Annotated[SamplingOptions, Flat] = GUIDED
 
     def run(self) -> None:
         import torch
@@ -213,9 +216,8 @@ class Sample:
             image = _read_image(self.subject, var.tokenizer.config.image_size)
             tokens = var.tokenizer.encode(image[None].to(var.device))
             subject = var.tokenizer.pyramid(tokens).expand(len(texts), -1, -1)
-        save_picture(
-            image_grid(draw(var, labels, self.options, subject=subject), self.count, zoom=self.zoom), self.output
-        )
+        images = draw(var, labels, self.options, seed=self.seed, subject=subject)
+        save_picture(image_grid(images, self.count, zoom=self.zoom), self.output)
         print(self.output)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
+from fastvar.models import SamplingOptions
 from fastvar.ops import PolicyLossOptions
 from fastvar.ops.policy_loss import NORMALISATIONS
 from fastvar.ranges import (
@@ -20,7 +21,7 @@ from fastvar.ranges import (
     ShareBelowOne,
     check_fields,
 )
-from fastvar.rl.rollout import RolloutOptions, Segment
+from fastvar.rl.rollout import Segment
 
 # The largest mean difference between the log-probabilities of rollout and training that counts as rounding. In bf16
 # logits carry 8 bits: single tokens differ by some hundredths, their mean by much less.
@@ -113,7 +114,7 @@ class RLConfig:
     resume: bool = True
     """Go on from the newest checkpoint in the output folder, if there is one."""
     loss: PolicyLossOptions = field(default_factory=PolicyLossOptions)
-    rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    rollout: SamplingOptions = field(default_factory=SamplingOptions)
 
     def segment(self, iteration: int) -> Segment:
         """What an iteration trains."""
@@ -140,5 +141,5 @@ class RLConfig:
     def settings(self) -> dict[str, Any]:
         """What decides the result of a run."""
         settings = {name: value for name, value in asdict(self).items() if name not in MAY_CHANGE}
-        del settings["rollout"]["chunk"], settings["rollout"]["graphs"]
+        del settings["rollout"]["batch_size"], settings["rollout"]["graphs"]
         return settings
