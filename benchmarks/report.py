@@ -1,4 +1,6 @@
-"""Tables and plots of recorded rows: `python -m benchmarks.report` writes them into README.md and docs/.
+"""Tables and plots of recorded rows, and the support matrix.
+
+`python -m benchmarks.report` writes them into README.md and docs/.
 
 Rows come from `benchmarks/data/suites.jsonl`; of each suite, setting and pass on a device the newest one counts, as
 long as the suite still has the setting.
@@ -16,6 +18,7 @@ from benchmarks.cases import OURS, PASSES, setting_name
 from benchmarks.records import ROOT, read
 from benchmarks.rivals import rivals_of
 from benchmarks.suites import cases
+from fastvar.ops import support
 from fastvar.ops._dispatch import REGISTRY
 
 if TYPE_CHECKING:
@@ -190,7 +193,7 @@ def between(text: str, marker: str, content: str) -> str:
 
 
 def texts(root: Path, rows: Sequence[Row]) -> dict[Path, str]:
-    """README.md and docs/benchmarks.md with the tables of the rows in them."""
+    """README.md, with the support matrix, and docs/benchmarks.md, both with the tables of the rows in them."""
     readme, page = root / "README.md", root / "docs" / "benchmarks.md"
     found = {readme: readme.read_text(), page: page.read_text()}
     for place in PLACES:
@@ -203,6 +206,7 @@ def texts(root: Path, rows: Sequence[Row]) -> dict[Path, str]:
             long.append(f"{over}{under}\n{tables(own)}\n![Times of the rivals]({picture(place, device)})\n")
         found[readme] = between(found[readme], f"benchmarks {place}", "\n".join(short) or "No rows yet.\n")
         found[page] = between(found[page], f"suites {place}", "\n".join(long) or "No rows yet.\n")
+    found[readme] = between(found[readme], "support matrix", support().markdown())
     counted = read(INSTRUCTIONS) if INSTRUCTIONS.is_file() else []
     found[page] = between(found[page], "instructions", instructions(counted))
     return found

@@ -48,10 +48,10 @@ class _WithGradients(torch.autograd.Function):
         the factor is not rounded to the gradients' dtype."""
         factor = incoming.reshape(1)
         keep = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
-        found: list[torch.Tensor | None] = []
+        gradients: list[torch.Tensor | None] = []
         for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
             if gradient is None:
-                found.append(None)
+                gradients.append(None)
                 continue
             if keep:
                 gradient = gradient * factor
@@ -60,5 +60,5 @@ class _WithGradients(torch.autograd.Function):
                     ctx.multiply(gradient, factor)
             else:
                 gradient.mul_(factor)
-            found.append(gradient.to(dtype))
-        return None, None, *[None] * len(found), *found
+            gradients.append(gradient.to(dtype))
+        return None, None, *[None] * len(gradients), *gradients

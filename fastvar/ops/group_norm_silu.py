@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
+from fastvar.ops._choices import Choice
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
 from fastvar.ops._triton import triton_implementation
@@ -29,9 +30,10 @@ _NORM = Operator(
     GroupNormCall,
     fake=lambda call: torch.empty(call.x.shape, dtype=call.x.dtype, device=call.x.device),
     implementations=[
-        triton_implementation("group_norm_silu"),
-        Implementation("reference", "fastvar.kernels.group_norm_silu.reference", verified=("CPU",)),
+        triton_implementation("group_norm_silu", verified=("H200",)),
+        Implementation("reference", "fastvar.kernels.group_norm_silu.reference", verified=("CPU", "H200")),
     ],
+    choices=[Choice("triton")],
 )
 
 
