@@ -1,4 +1,4 @@
-"""Metadata lives in pyproject.toml; here the C++ and CUDA extension is added to a build, as FASTVAR_BUILD wishes.
+"""Metadata lives in pyproject.toml; here packages are listed and, as FASTVAR_BUILD asks, C++ and CUDA are compiled.
 
 Without torch in the build's environment, as in an isolated build, the package is pure Python.
 """
@@ -13,7 +13,11 @@ from types import ModuleType
 import setuptools
 from setuptools.command.build_py import build_py
 
-PACKAGE = Path(__file__).resolve().parent / "fastvar"
+ROOT = Path(__file__).resolve().parent
+PACKAGE = ROOT / "fastvar"
+# kernels/ is installed as fastvar.kernels. It has no __init__.py of its own, which would shadow the package `kernels`
+# that transformers imports, and its folders need none.
+KERNELS = sorted({f"fastvar.kernels.{path.parent.name}" for path in ROOT.glob("kernels/*/*.py")})
 
 
 def load_build() -> ModuleType:
@@ -27,10 +31,10 @@ def load_build() -> ModuleType:
 
 build = load_build()
 try:
-    WISH = build.wish_of_environment()
+    REQUEST = build.requested()
 except build.BuildError as error:
     raise SystemExit(str(error)) from None
-REASONS = build.plan(WISH)
+REASONS = build.plan(REQUEST)
 TARGETS = [target for target, reason in REASONS.items() if not reason]
 
 
@@ -43,12 +47,12 @@ class Distribution(setuptools.Distribution):
 
 
 class BuildPython(build_py):
-    """Adds the libraries, and a record of what was decided. An explicit wish that fails ends the build."""
+    """Adds the libraries, and a record of what was decided. An explicit request that fails ends the build."""
 
     def run(self) -> None:
         super().run()
         package = PACKAGE if self.editable_mode else Path(self.build_lib) / "fastvar"
-        if not self.editable_mode:  # what an earlier build left there is not of these sources, or not wished for
+        if not self.editable_mode:  # what an earlier build left there is of other sources, or not asked for
             for path in (package / build.RECORD, *package.glob("_*.abi3.so")):
                 path.unlink(missing_ok=True)
         reasons = dict(REASONS)
@@ -56,8 +60,8 @@ class BuildPython(build_py):
             try:
                 build.build([target], package)
             except build.BuildError as error:
-                if WISH != "auto":
-                    raise SystemExit(f"FASTVAR_BUILD={WISH}: {error}") from None
+                if REQUEST != "auto":
+                    raise SystemExit(f"FASTVAR_BUILD={REQUEST}: {error}") from None
                 print(f"fastvar is installed without its {target} extension: {error}", file=sys.stderr)
                 reasons[target] = str(error).splitlines()[0]
         if not self.editable_mode:  # a checkout may have libraries that somebody built before
@@ -66,6 +70,7 @@ class BuildPython(build_py):
 
 
 setuptools.setup(
+    packages=[*setuptools.find_packages(ROOT, include=["fastvar", "fastvar.*"]), "fastvar.csrc", *KERNELS],
     distclass=Distribution,
     cmdclass={"build_py": BuildPython},
     # the libraries do not depend on Python's ABI

@@ -1,4 +1,6 @@
-"""Tables and plots of recorded rows: `python -m benchmarks.report` writes them into README.md and docs/.
+"""Tables and plots of recorded rows, and the support matrix.
+
+`python -m benchmarks.report` writes them into README.md and docs/.
 
 Rows come from `benchmarks/data/suites.jsonl`; of each suite, setting and pass on a device the newest one counts, as
 long as the suite still has the setting.
@@ -16,6 +18,7 @@ from benchmarks.cases import OURS, PASSES, setting_name
 from benchmarks.records import ROOT, read
 from benchmarks.rivals import rivals_of
 from benchmarks.suites import cases
+from fastvar.ops import support
 from fastvar.ops._dispatch import REGISTRY
 
 if TYPE_CHECKING:
@@ -209,7 +212,7 @@ def between(text: str, marker: str, content: str) -> str:
 
 
 def texts(root: Path, rows: Sequence[Row]) -> dict[Path, str]:
-    """README.md and docs/benchmarks.md with the tables of the rows in them."""
+    """README.md, with the support matrix, and docs/benchmarks.md, both with the tables of the rows in them."""
     readme, page = root / "README.md", root / "docs" / "benchmarks.md"
     pages = {readme: readme.read_text(), page: page.read_text()}
     by_device: dict[str, Sequence[Row]] = {}
@@ -224,6 +227,7 @@ def texts(root: Path, rows: Sequence[Row]) -> dict[Path, str]:
         pages[page] = between(pages[page], f"summary {place}", "\n".join(short) or "No rows yet.\n")
         pages[page] = between(pages[page], f"suites {place}", "\n".join(long) or "No rows yet.\n")
     pages[readme] = between(pages[readme], "benchmarks", overview(by_device))
+    pages[readme] = between(pages[readme], "support matrix", support().markdown())
     counted = read(INSTRUCTIONS) if INSTRUCTIONS.is_file() else []
     pages[page] = between(pages[page], "instructions", instructions(counted))
     return pages

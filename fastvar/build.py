@@ -30,7 +30,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 TARGETS = ("cpu", "cuda")
-WISHES = ("auto", "none", "all", *TARGETS)
+REQUESTS = ("auto", "none", "all", *TARGETS)
 RECORD = "_build.json"  # in the package: what a build decided and why, for people to read
 
 _SUFFIXES = {"cpu": ".cpp", "cuda": ".cu"}
@@ -95,9 +95,9 @@ def cache_folder() -> Path:
     Raises:
         BuildError: there is neither an absolute XDG_CACHE_HOME nor a home.
     """
-    wish = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        return (wish if wish.is_absolute() else Path.home() / ".cache") / "fastvar"
+        return (base if base.is_absolute() else Path.home() / ".cache") / "fastvar"
     except RuntimeError as error:
         raise BuildError(f"no cache folder: {error}; set XDG_CACHE_HOME") from None
 
@@ -134,25 +134,25 @@ def record() -> dict[str, dict[str, str]]:
     return _read_record(PACKAGE)
 
 
-def wish_of_environment() -> str:
-    """FASTVAR_BUILD.
+def requested() -> str:
+    """FASTVAR_BUILD, "auto" where it is not set.
 
     Raises:
-        BuildError: it is none of WISHES.
+        BuildError: it is none of REQUESTS.
     """
-    wish = os.environ.get("FASTVAR_BUILD") or "auto"
-    if wish not in WISHES:
-        raise BuildError(f"FASTVAR_BUILD: expected one of {WISHES}, got {wish!r}")
-    return wish
+    request = os.environ.get("FASTVAR_BUILD") or "auto"
+    if request not in REQUESTS:
+        raise BuildError(f"FASTVAR_BUILD: expected one of {REQUESTS}, got {request!r}")
+    return request
 
 
-def plan(wish: str) -> dict[str, str]:
-    """For each target an empty string if it is to be built for that wish, otherwise the reason why not."""
+def plan(request: str) -> dict[str, str]:
+    """For each target an empty string if that request builds it, otherwise the reason why not."""
     reasons = {}
     for target in TARGETS:
-        if wish != "auto":
+        if request != "auto":
             # a CUDA library is of little use without its sibling, but whoever asks for one target gets that one
-            reasons[target] = "" if wish in ("all", target) else f"FASTVAR_BUILD={wish}"
+            reasons[target] = "" if request in ("all", target) else f"FASTVAR_BUILD={request}"
             continue
         try:
             torch = find_torch()
@@ -176,9 +176,9 @@ def find_torch() -> Torch:
             "(pip install --no-build-isolation .) or run `fastvar build`"
         )
     folder = Path(spec.origin).parent
-    found = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", (folder / "version.py").read_text())
-    version = found[1] if found else "of unknown version"
-    if found and (int(found[2]), int(found[3])) < _OLDEST_TORCH:
+    match = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", (folder / "version.py").read_text())
+    version = match[1] if match else "of unknown version"
+    if match and (int(match[2]), int(match[3])) < _OLDEST_TORCH:
         raise BuildError(f"torch {version} in {folder} is too old; the extension needs torch 2.11 or newer")
     include = folder / "include"
     if not (include / "torch/csrc/stable/library.h").is_file():
@@ -192,11 +192,11 @@ def find_cxx() -> list[str]:
     Raises:
         BuildError: there is none.
     """
-    wish = shlex.split(os.environ.get("CXX", ""))
-    for command in [wish] if wish else [["g++"], ["c++"]]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [["g++"], ["c++"]]:
         if shutil.which(command[0]):
             return command
-    if wish:
+    if named:
         raise BuildError(f"CXX: expected a C++ compiler, got {os.environ['CXX']!r}, which is not there")
     raise BuildError("no C++ compiler: install g++ (12 or newer) or name one in CXX")
 
@@ -208,16 +208,13 @@ def find_nvcc() -> str:
         BuildError: there is none.
     """
     home = os.environ.get("CUDA_HOME")
-    for folder in [home] if home else ["/usr/local/cuda"]:
-        found = shutil.which("nvcc", path=str(Path(folder, "bin")))
-        if found:
-            return found
-    if home:
+    nvcc = shutil.which("nvcc", path=str(Path(home or "/usr/local/cuda", "bin")))
+    if home and nvcc is None:
         raise BuildError(f"CUDA_HOME: expected a CUDA toolkit, {home!r} has no bin/nvcc")
-    found = shutil.which("nvcc")
-    if found is None:
+    nvcc = nvcc or shutil.which("nvcc")
+    if nvcc is None:
         raise BuildError("no nvcc: install the CUDA toolkit or name its folder in CUDA_HOME")
-    return found
+    return nvcc
 
 
 def build(targets: Sequence[str], output: Path | None = None, *, verbose: bool = False) -> dict[str, Path]:
@@ -264,10 +261,10 @@ def write_record(folder: Path, entries: dict[str, dict[str, str]]) -> None:
 
 def _read_record(folder: Path) -> dict[str, dict[str, str]]:
     try:
-        found = json.loads((folder / RECORD).read_text())
+        written = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
         return {}
-    entries = found.items() if isinstance(found, dict) else ()
+    entries = written.items() if isinstance(written, dict) else ()
     return {target: entry for target, entry in entries if isinstance(entry, dict) and {"state", "reason"} <= set(entry)}
 
 
@@ -370,15 +367,15 @@ def _sources(target: str) -> list[Path]:
 
 def _headers(source: Path) -> list[Path]:
     """The headers of the project that a source includes, directly or not, in order of discovery."""
-    found: list[Path] = []
-    waiting = [source]
-    while waiting:
-        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', waiting.pop().read_text(), re.MULTILINE):
+    headers: list[Path] = []
+    unread = [source]
+    while unread:
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', unread.pop().read_text(), re.MULTILINE):
             header = source_folder() / name
-            if header not in found and header.is_file():
-                found.append(header)
-                waiting.append(header)
-    return found
+            if header not in headers and header.is_file():
+                headers.append(header)
+                unread.append(header)
+    return headers
 
 
 def _tools(target: str) -> str:

@@ -14,15 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import import_module
-from importlib.util import find_spec
 from itertools import product
-from pkgutil import iter_modules
 from statistics import median
 
 import torch
 
-import fastvar.kernels
 from fastvar.files import write_json
 from fastvar.kernels.common.tiling import (
     TABLES,
@@ -36,17 +32,15 @@ from fastvar.kernels.common.tiling import (
     own_tiles,
     triton_version,
 )
+from fastvar.ops._triton import triton_modules
 from fastvar.workloads import Call, tensors
 
 NOISE = 1.03  # a tile has to be this many times as fast as the package's
 
 
 def load_tables() -> Mapping[str, Table]:
-    """All tables of the package."""
-    for module in iter_modules(fastvar.kernels.__path__):
-        name = f"fastvar.kernels.{module.name}.tiles"
-        if module.ispkg and module.name != "common" and find_spec(name):
-            import_module(name)
+    """All tables of the package; none where Triton is not installed."""
+    triton_modules()  # each registers its tables
     return TABLES
 
 

@@ -154,12 +154,12 @@ def test_compilers_behind_wrappers(tree: ModuleType, steps: list[str], monkeypat
     plain = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout.strip()
     assert tree._versions("cpu") == [plain]
     monkeypatch.setattr(tree, "find_nvcc", lambda: "nvcc")
-    for wish in (lambda: tree._compiler("cuda"), lambda: tree.build(["cuda"])):
+    for call in (lambda: tree._compiler("cuda"), lambda: tree.build(["cuda"])):
         (tree.source_folder() / "common/tiny.cu").write_text("")
         with pytest.raises(
             tree.BuildError, match=r"CXX: nvcc takes the name of a compiler alone, .* got 'env g\+\+ -O1'"
         ):
-            wish()
+            call()
     reasons = tree.plan("auto")
     assert reasons["cpu"] == "" and "CXX: nvcc takes" in reasons["cuda"]
     monkeypatch.setenv("CXX", "g++")
@@ -210,7 +210,7 @@ def test_plans(tree: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all("torch is not importable" in reason for reason in tree.plan("auto").values())
     monkeypatch.setenv("FASTVAR_BUILD", "everything")
     with pytest.raises(tree.BuildError, match=r"FASTVAR_BUILD: expected one of .* got 'everything'"):
-        tree.wish_of_environment()
+        tree.requested()
 
 
 def wheel(tree: ModuleType, target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -237,7 +237,7 @@ def wheel(tree: ModuleType, target: Path, **environment: str) -> subprocess.Comp
         ({"FASTVAR_BUILD": "no"}, "FASTVAR_BUILD: expected one of ('auto', 'none', 'all', 'cpu', 'cuda'), got 'no'"),
     ],
 )
-def test_an_explicit_wish_fails_hard(
+def test_an_explicit_request_fails_hard(
     tree: ModuleType, tmp_path: Path, environment: dict[str, str], message: str
 ) -> None:
     if "CUDA_HOME" in environment:
@@ -472,10 +472,10 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     monkeypatch.setattr(build, "build", fake)
     main(["build", "--cuda"])
     assert built == ["cuda"] and "cuda: there/_cuda.abi3.so" in capsys.readouterr().out
-    monkeypatch.setattr(build, "plan", lambda wish: {"cpu": "", "cuda": "no nvcc"})
+    monkeypatch.setattr(build, "plan", lambda request: {"cpu": "", "cuda": "no nvcc"})
     main(["build"])
     assert built == ["cuda", "cpu"] and "cuda: not built: no nvcc" in capsys.readouterr().out
-    monkeypatch.setattr(build, "plan", lambda wish: {"cpu": "no compiler", "cuda": "no nvcc"})
+    monkeypatch.setattr(build, "plan", lambda request: {"cpu": "no compiler", "cuda": "no nvcc"})
     with pytest.raises(SystemExit) as stop:
         main(["build"])
     assert stop.value.code == 2

@@ -21,21 +21,8 @@ def python(code: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, **options)  # type: ignore[call-overload]
 
 
-def test_package_list_matches_the_disk() -> None:
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    on_disk = {
-        ".".join(p.parent.relative_to(ROOT).parts)
-        for p in (ROOT / "fastvar").rglob("__init__.py")
-        if "__pycache__" not in p.parts
-    }
-    on_disk |= {
-        "fastvar." + ".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "kernels").rglob("__init__.py")
-    }
-    assert listed == on_disk | {"fastvar.csrc"}
-
-
 def test_kernels_has_no_init_of_its_own() -> None:
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not list((ROOT / "kernels").rglob("__init__.py"))
 
 
 def test_sources_travel() -> None:

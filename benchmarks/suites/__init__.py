@@ -1,69 +1,32 @@
-"""All suites, the most important one first: where time is short, the last ones are left out."""
+"""All suites of this folder, the most important one first: where time is short, the last ones are left out."""
 
 from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
 
 from benchmarks.cases import PASSES, Setting, Suite
-from benchmarks.suites import (
-    accumulate_bits,
-    accumulate_scale,
-    adaptive_layer_norm,
-    bitwise_residual_quantize,
-    block_causal_attention,
-    cached_attention,
-    cross_entropy,
-    gated_residual,
-    gated_residual_norm,
-    generate,
-    group_norm_silu,
-    policy_loss,
-    propagate_mask,
-    qk_norm_rope,
-    qk_norm_rope_into_cache,
-    residual_quantize,
-    sample_bits,
-    sample_tokens,
-    subject_step,
-    token_log_probs,
-    tokenizer_decode,
-    tokenizer_encode,
-    training_step,
-    vmr_grpo_step,
-)
 
-SUITES = (
-    block_causal_attention.SUITE,
-    policy_loss.SUITE,
-    residual_quantize.SUITE,
-    sample_tokens.SUITE,
-    generate.SUITE,
-    training_step.SUITE,
-    subject_step.SUITE,
-    vmr_grpo_step.SUITE,
-    cached_attention.SUITE,
-    token_log_probs.SUITE,
-    cross_entropy.SUITE,
-    tokenizer_decode.SUITE,
-    tokenizer_encode.SUITE,
-    bitwise_residual_quantize.SUITE,
-    qk_norm_rope.SUITE,
-    qk_norm_rope_into_cache.SUITE,
-    adaptive_layer_norm.SUITE,
-    gated_residual.SUITE,
-    gated_residual_norm.SUITE,
-    group_norm_silu.SUITE,
-    accumulate_scale.SUITE,
-    accumulate_bits.SUITE,
-    sample_bits.SUITE,
-    propagate_mask.SUITE,
+# Those that are not named here come last.
+_FIRST = (
+    "block_causal_attention", "policy_loss", "residual_quantize", "sample_tokens", "generate", "training_step",
+    "subject_step", "vmr_grpo_step", "cached_attention", "token_log_probs", "cross_entropy", "tokenizer_decode",
+    "tokenizer_encode", "bitwise_residual_quantize", "qk_norm_rope", "qk_norm_rope_into_cache", "adaptive_layer_norm",
+    "gated_residual", "gated_residual_norm", "group_norm_silu", "accumulate_scale", "accumulate_bits", "sample_bits",
+    "propagate_mask",
+)  # fmt: skip
+_NAMES = [module.name for module in iter_modules(__path__)]
+SUITES: tuple[Suite, ...] = tuple(
+    import_module(f"{__name__}.{name}").SUITE
+    for name in sorted(_NAMES, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
 )
 
 
-def size_of(wish: str) -> str:
+def size_of(asked: str) -> str:
     """The size that "auto" or a size stands for here."""
-    return ("gpu" if torch.cuda.is_available() else "cpu") if wish == "auto" else wish
+    return ("gpu" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
 def device_of(size: str) -> torch.device:

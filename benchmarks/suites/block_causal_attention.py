@@ -8,7 +8,7 @@ results are then of one size whatever the number of keys, and a key too many or 
 
 torch.compile has no row of its own: FlexAttention is what it makes of attention, and around the calls by scale only
 copies are left for it to fuse. flash-attn's and xformers' masks for several sequences do not let two of them overlap in
-their keys, so a call a scale is what remains.
+their keys, so one call per scale is what remains.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ namespace fastvar::bitwise {
 namespace {
 
 __global__ void __launch_bounds__(kThreads, 1)
-    accumulate_kernel(const __grid_constant__ AccumulateCall call, const BlockMemory memory) {
+    accumulate_bits_fwd_kernel(const __grid_constant__ AccumulateCall call, const BlockMemory memory) {
   extern __shared__ float4 dynamic[];
   const Scratch<float> scratch(memory.of_block(dynamic), call.finest);
   accumulate(Block{}, call, blockIdx.x / call.depth, int32_t(blockIdx.x % call.depth), 1, scratch);
@@ -18,7 +18,7 @@ void accumulate_bits(const Tensor feature_map, const Tensor bits, int64_t height
                      int64_t next_width, bool area, Tensor accumulated, Tensor next_input) {
   const AccumulateCall call =
       accumulate_call(feature_map, bits, height, width, next_height, next_width, area, accumulated, next_input);
-  launch_blocks(accumulate_kernel, feature_map, feature_map.size(0) * call.depth, block_threads(call.finest),
+  launch_blocks(accumulate_bits_fwd_kernel, feature_map, feature_map.size(0) * call.depth, block_threads(call.finest),
                 Scratch<float>::bytes(call.finest, kAccumulatePlanes), call);
 }
 

@@ -12,8 +12,8 @@ struct Grids {
 };
 
 __global__ void __launch_bounds__(kThreads, 2)
-    quantize_kernel(const __grid_constant__ QuantizeCall call, const __grid_constant__ Grids grids,
-                    const BlockMemory memory) {
+    bitwise_residual_quantize_fwd_kernel(const __grid_constant__ QuantizeCall call, const __grid_constant__ Grids grids,
+                                         const BlockMemory memory) {
   extern __shared__ float4 dynamic[];
   QuantizeCall own = call;
   own.grids = grids.size;
@@ -31,7 +31,7 @@ void bitwise_residual_quantize(const Tensor features, const Tensor flip_probabil
   Grids grids{};
   for (size_t k = 0; k < sides.size(); k += 2) grids.size[k / 2] = {int32_t(sides[k]), int32_t(sides[k + 1])};
   const Size finest = grids.size[call.scales - 1];
-  launch_blocks(quantize_kernel, features, features.size(0) * call.depth, block_threads(finest),
+  launch_blocks(bitwise_residual_quantize_fwd_kernel, features, features.size(0) * call.depth, block_threads(finest),
                 Scratch<float>::bytes(finest, kQuantizePlanes), call, grids);
 }
 

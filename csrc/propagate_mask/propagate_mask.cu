@@ -17,7 +17,8 @@ struct Schedule {
 // mask [B, H, W], out [B, L]. A block's memory holds the integral image, then the intervals.
 template <typename Sum, typename Cell, typename Out>
 __global__ void __launch_bounds__(THREADS)
-    image(const Cell* mask, const Schedule schedule, bool support, int64_t tokens, Out* out, const BlockMemory memory) {
+    propagate_mask_fwd_kernel(const Cell* mask, const Schedule schedule, bool support, int64_t tokens, Out* out,
+                              const BlockMemory memory) {
   extern __shared__ double shared[];
   const int64_t b = blockIdx.x;
   const int32_t* grids = schedule.grids;
@@ -34,8 +35,8 @@ template <typename Sum, typename Cell, typename Out>
 void launch(const Tensor& mask, const Schedule& schedule, bool support, const Tensor& out) {
   int64_t bytes = sizeof(Sum) * (mask.size(1) + 1) * (mask.size(2) + 1);
   for (int32_t i = 0; i < 2 * schedule.scales; ++i) bytes += sizeof(Interval) * schedule.grids[i];
-  launch_blocks(image<Sum, Cell, Out>, mask, mask.size(0), THREADS, (bytes + 7) / 8 * 8, input<Cell>(mask), schedule,
-                support, out.size(1), output<Out>(out));
+  launch_blocks(propagate_mask_fwd_kernel<Sum, Cell, Out>, mask, mask.size(0), THREADS, (bytes + 7) / 8 * 8,
+                input<Cell>(mask), schedule, support, out.size(1), output<Out>(out));
 }
 
 // See checked.

@@ -65,7 +65,7 @@ struct Images {
 };
 
 __global__ void __launch_bounds__(PACK_THREADS)
-    pack_kernel(const Tokenizer tokenizer, const __grid_constant__ Codes codes) {
+    residual_quantize_fwd_pack_kernel(const Tokenizer tokenizer, const __grid_constant__ Codes codes) {
   __shared__ float bounds[2];
   pack(Block{}, tokenizer, codes, int32_t(blockIdx.x), bounds);
 }
@@ -81,20 +81,22 @@ __device__ void image_of_block(const Team& team, const Call& call, const Schedul
 }
 
 __global__ void __launch_bounds__(IMAGE_THREADS, 1)
-    image_kernel(const Images images, const __grid_constant__ Call call, const __grid_constant__ Schedule schedule,
-                 const __grid_constant__ Sharing sharing) {
+    residual_quantize_fwd_image_kernel(const Images images, const __grid_constant__ Call call,
+                                       const __grid_constant__ Schedule schedule,
+                                       const __grid_constant__ Sharing sharing) {
   image_of_block(Alone<Block>(Block{}), call, schedule, sharing, images.index());
 }
 
 __global__ void __launch_bounds__(IMAGE_THREADS, 1)
-    cluster_kernel(const Images images, const __grid_constant__ Call call, const __grid_constant__ Schedule schedule,
-                   const __grid_constant__ Sharing sharing) {
+    residual_quantize_fwd_cluster_kernel(const Images images, const __grid_constant__ Call call,
+                                         const __grid_constant__ Schedule schedule,
+                                         const __grid_constant__ Sharing sharing) {
   image_of_block(ClusterBlock{}, call, schedule, sharing, images.index());
 }
 
 __global__ void __launch_bounds__(TILE_THREADS, 1)
-    search_kernel(const Images images, const __grid_constant__ TiledCall tiled,
-                  const __grid_constant__ Schedule schedule) {
+    residual_quantize_fwd_search_kernel(const Images images, const __grid_constant__ TiledCall tiled,
+                                        const __grid_constant__ Schedule schedule) {
   extern __shared__ Four dynamic[];
   TiledCall own = tiled;
   own.call.grids = schedule.grids;
@@ -102,8 +104,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
 }
 
 __global__ void __launch_bounds__(TILE_THREADS, 1)
-    add_kernel(const Images images, const __grid_constant__ TiledCall tiled,
-               const __grid_constant__ Schedule schedule) {
+    residual_quantize_fwd_add_kernel(const Images images, const __grid_constant__ TiledCall tiled,
+                                     const __grid_constant__ Schedule schedule) {
   extern __shared__ Four dynamic[];
   TiledCall own = tiled;
   own.call.grids = schedule.grids;
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 1)
 }
 
 __global__ void __launch_bounds__(TILE_THREADS, 1)
-    step_kernel(const Images images, const __grid_constant__ AccumulateCall call) {
+    accumulate_scale_fwd_kernel(const Images images, const __grid_constant__ AccumulateCall call) {
   extern __shared__ Four dynamic[];
   accumulate(Alone<Block>(Block{}), call, images.index(), images.block(), dynamic[0].at);
 }
@@ -252,7 +254,7 @@ void residual_quantize(const Tensor features, const Tensor codebook, const std::
   const auto packs = int32_t(std::min<int64_t>((codebook.size(0) + PACK_THREADS - 1) / PACK_THREADS, MOST_PACKS));
   const Tensor packed = torch::stable::new_empty(features, {Codes::floats(call.tokenizer, cosine, packs)});
   call.codes = Codes::in(output<float>(packed), call.tokenizer, cosine, packs);
-  pack_kernel<<<packs, PACK_THREADS, 0, device.stream>>>(call.tokenizer, call.codes);
+  residual_quantize_fwd_pack_kernel<<<packs, PACK_THREADS, 0, device.stream>>>(call.tokenizer, call.codes);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   const auto fits = [&](int32_t parts) {
     const Sharing sharing = fewest_strips(device, call, parts);
@@ -266,17 +268,19 @@ void residual_quantize(const Tensor features, const Tensor codebook, const std::
   while (parts < most_parts && !fits(parts)) parts *= 2;
   for (; parts > 0 && fits(parts); parts /= 2) {
     const Sharing sharing = fewest_strips(device, call, parts);
-    Launch launch(parts > 1 ? cluster_kernel : image_kernel, device, IMAGE_THREADS, sharing.floats(size), parts);
+    const auto kernel = parts > 1 ? residual_quantize_fwd_cluster_kernel : residual_quantize_fwd_image_kernel;
+    Launch launch(kernel, device, IMAGE_THREADS, sharing.floats(size), parts);
     if (launch(batch, parts, call, schedule, sharing)) return;
   }
   const Tensor residual = torch::stable::new_empty(features, {batch, channels, size.height, size.width});
   TiledCall tiled{call, output<float>(residual), 0, 0, SEARCH_ROWS, 0};
-  Launch search(search_kernel, device, TILE_THREADS, tiled_search_floats(channels, SEARCH_ROWS));
+  Launch search(residual_quantize_fwd_search_kernel, device, TILE_THREADS, tiled_search_floats(channels, SEARCH_ROWS));
   for (; tiled.scale < call.scales; ++tiled.scale) {
     const Grid grid = schedule.grids[tiled.scale];
     tiled.lines = strip_lines(device.half(), channels, channels, size, grid);
     search(batch, (grid.tokens() + SEARCH_ROWS - 1) / SEARCH_ROWS, tiled, schedule);
-    Launch add(add_kernel, device, TILE_THREADS, strip_floats(channels, channels, size, grid, tiled.lines));
+    Launch add(residual_quantize_fwd_add_kernel, device, TILE_THREADS,
+               strip_floats(channels, channels, size, grid, tiled.lines));
     add(batch, (size.height + tiled.lines - 1) / tiled.lines, tiled, schedule);
     tiled.start += grid.tokens();
   }
@@ -304,7 +308,7 @@ void accumulate_scale(const Tensor feature_map, const Tensor tokens, const Tenso
                       output<float>(inputs)};
   const auto channels = int32_t(feature_map.size(1));
   call.lines = strip_lines(device.half(), channels, STEP_CHANNELS, call.finest, call.grid);
-  Launch step(step_kernel, device, TILE_THREADS,
+  Launch step(accumulate_scale_fwd_kernel, device, TILE_THREADS,
               strip_floats(channels, STEP_CHANNELS, call.finest, call.grid, call.lines));
   step(batch, (channels + STEP_CHANNELS - 1) / STEP_CHANNELS, call);
 }

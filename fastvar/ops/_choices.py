@@ -1,4 +1,4 @@
-"""What "auto" takes on a GPU, and what has run on one: the data.
+"""What "auto" takes on a GPU: rows that stand in each operator's file beside its implementations.
 
 The rows of an operator are tried in order: the first one that is for a call and whose implementation can run is taken,
 then what PyTorch does fast or in bounded memory, then the reference.
@@ -18,6 +18,7 @@ from fastvar.kernels.common.tiling import card
 
 ANY = 2**63 - 1
 HALF = (torch.float16, torch.bfloat16)
+HOPPER = ("sm90",)
 
 
 class Traits(NamedTuple):
@@ -79,53 +80,8 @@ class Choice(NamedTuple):
         )
 
 
-HOPPER = ("sm90",)
-CHOICES: dict[str, tuple[Choice, ...]] = {
-    "block_causal_attention": (
-        # Wide heads and long rows: cuDNN, which PyTorch calls there, needs five products where our kernels do seven,
-        # and twice their memory. Measured at 128 channels and 10,521 tokens.
-        Choice(
-            "sdpa",
-            HOPPER,
-            HOPPER,
-            dtypes=HALF,
-            width=(97, 128),
-            length=(4096, ANY),
-            ragged=False,
-            gradient=True,
-            cudnn=True,
-        ),
-        Choice("triton", HOPPER),
-    ),
-    "cached_attention": (Choice("triton"),),
-    "qk_norm_rope": (Choice("triton", HOPPER),),
-    "qk_norm_rope_into_cache": (Choice("triton"),),
-    "adaptive_layer_norm": (Choice("triton", HOPPER),),
-    "gated_residual": (Choice("triton", HOPPER),),
-    "gated_residual_norm": (Choice("triton"),),
-    "group_norm_silu": (Choice("triton"),),
-    "residual_quantize": (Choice("cuda", HOPPER), Choice("triton")),
-    "accumulate_scale": (Choice("cuda"), Choice("triton")),
-    "bitwise_residual_quantize": (Choice("cuda", HOPPER),),
-    "accumulate_bits": (Choice("cuda"),),
-    "sample_tokens": (Choice("triton", HOPPER),),
-    "sample_bits": (Choice("triton"),),
-    "token_log_probs": (Choice("triton"),),
-    "cross_entropy": (Choice("triton"),),
-    "policy_loss": (Choice("triton", HOPPER),),
-    "propagate_mask": (Choice("triton"), Choice("cuda")),
-}
-
-
-# On which GPUs an implementation has been seen to agree with the reference, for the support matrix.
-_H200 = "H200"
-RAN: dict[tuple[str, str], str] = {
-    **{(op, choice.backend): _H200 for op, choices in CHOICES.items() for choice in choices},
-    **{(op, "reference"): _H200 for op in CHOICES},
-    ("block_causal_attention", "flex"): _H200,
-    ("block_causal_attention", "flash_attn"): "H200: tests of flash-attn-4 failed",
-    ("residual_quantize", "cuda"): "H200 (in part since its last change)",
-}
+# By operator, in order of registration: what the operators' own files say.
+CHOICES: dict[str, tuple[Choice, ...]] = {}
 
 
 def cudnn_attention() -> bool:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastvar.ops._choices import CHOICES, RAN, Traits, cudnn_attention, generation
+from fastvar.ops._choices import CHOICES, Traits, cudnn_attention, generation
 
 logger = logging.getLogger("fastvar")
 
@@ -65,11 +65,11 @@ def check_preference() -> None:
                 raise ValueError(f"FASTVAR_BACKEND: {op}: expected one of {_names(op)}, got {backend!r}")
 
 
-def _always(tensor: torch.Tensor) -> str | None:
+def _no_obstacle(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def _there() -> str | None:
+def _nothing_missing() -> str | None:
     return None
 
 
@@ -84,19 +84,19 @@ class Implementation:
         devices: device types it runs on; empty means any.
         obstacle: called with the lead tensor, says why it cannot run (with the remedy), or None if it can.
         missing: says what of it is not installed (with the remedy), or None. Unlike an obstacle this is somebody's
-            choice: "auto" passes over it without a word.
+            choice: "auto" passes over it and logs nothing.
         ragged: whether it takes prefixes with lengths of their own; "auto" and preferences pass over it where there are
             such, an explicit call gets its error.
-        verified: where it has been seen to run and agree with the reference, for the support matrix; GPUs are in
-            `_choices.RAN`.
+        verified: where it has been seen to run and agree with the reference, for the support matrix: "CPU", or a GPU's
+            name.
         saves: places of the results that its backward pass gets, as `saved`.
     """
 
     backend: str
     module: str
     devices: tuple[str, ...] = ()
-    obstacle: Callable[[torch.Tensor], str | None] = _always
-    missing: Callable[[], str | None] = _there
+    obstacle: Callable[[torch.Tensor], str | None] = _no_obstacle
+    missing: Callable[[], str | None] = _nothing_missing
     ragged: bool = True
     verified: tuple[str, ...] = ()
     saves: tuple[int, ...] = ()
@@ -145,15 +145,15 @@ class Chosen(NamedTuple):
 # Operators by public name, in order of registration: the implementations, the preferred one first.
 REGISTRY: dict[str, tuple[Implementation, ...]] = {}
 _warned: set[tuple[str, str]] = set()
-# What calls came to: an obstacle looks at device, dtype and shape alone.
+# The implementation that was chosen for calls that are alike: an obstacle looks at device, dtype and shape alone.
 _answers: dict[tuple[object, ...], Chosen] = {}
 _MOST_ANSWERS = 4096
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # others may have shapes that are symbols
 
 
 def choose(op: str, backend: str, tensor: torch.Tensor, shared: tuple[bool, bool], gradient: bool) -> Chosen:
-    """What `resolve` answers for a lead tensor, whether rows share a prefix and whether that is ragged, and whether a
-    gradient is wanted, with its functions. Asked once for calls that are alike."""
+    """What `resolve` chooses for a lead tensor, whether rows share a prefix and whether that is ragged, and whether a
+    gradient is wanted; with its functions. The choice is made once for calls that are alike."""
     key = (op, backend, tensor.device, tensor.dtype, tensor.shape, shared, gradient, cudnn_attention())
     answer = _answers.get(key)
     if answer is None:
@@ -177,8 +177,8 @@ def saved_results(op: str, chosen: Chosen | str) -> tuple[int, ...]:
 
 
 def resolve(op: str, backend: str, traits: Traits, *, log: bool = True) -> Implementation:
-    """The implementation that runs operator `op` for a call, given what the caller asks for. That something which would
-    be taken cannot run is logged once.
+    """The implementation that runs operator `op` for a call, given what the caller asks for. If one that would be taken
+    cannot run, that is logged once.
 
     Raises:
         ValueError: unknown backend.
@@ -187,14 +187,14 @@ def resolve(op: str, backend: str, traits: Traits, *, log: bool = True) -> Imple
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend: expected one of {BACKENDS}, got {backend!r}")
     if backend != "auto":
-        wanted = _find(op, backend)
-        if wanted is None:
-            there = ", ".join(_names(op))
-            raise RuntimeError(f"{op}: backend={backend!r} does not exist for this operator; there is {there}")
-        obstacle = wanted.why_not(traits.tensor)
+        asked = _find(op, backend)
+        if asked is None:
+            known = ", ".join(_names(op))
+            raise RuntimeError(f"{op}: backend={backend!r} does not exist for this operator; there is {known}")
+        obstacle = asked.why_not(traits.tensor)
         if obstacle is not None:
             raise RuntimeError(f"{op}: backend={backend!r} cannot run: {obstacle}")
-        return wanted
+        return asked
     for implementation in _in_order(op, traits):
         obstacle = implementation.why_not(traits.tensor)
         if obstacle is None:
@@ -205,7 +205,7 @@ def resolve(op: str, backend: str, traits: Traits, *, log: bool = True) -> Imple
 
 
 def forget_answers() -> None:
-    """After a change of what there is, such as a build."""
+    """Choose anew from now on, as after a build."""
     _answers.clear()
 
 
@@ -224,15 +224,15 @@ def _in_order(op: str, traits: Traits) -> Iterator[Implementation]:
 
 
 def _is_downgrade(op: str, implementation: Implementation, tensor: torch.Tensor) -> bool:
-    """Whether somebody may have counted on an implementation that cannot run: it is for this device, and it is there or
-    was preferred by name."""
+    """Whether somebody may have counted on an implementation that cannot run: it is for this device, and it is
+    installed or was preferred by name."""
     if implementation.devices and tensor.device.type not in implementation.devices:
         return False
     return implementation.missing() is None or implementation.backend in _preferred(op)
 
 
 def _preferred(op: str) -> tuple[str, ...]:
-    """An operator's own come first; its "auto" means nothing but these."""
+    """The preferred backends of an operator: its own, then those of all operators unless its own end with "auto"."""
     own = PREFERENCE.get(op, ())
     return own[:-1] if own and own[-1] == "auto" else own + PREFERENCE.get(_EVERY, ())
 
@@ -302,7 +302,7 @@ def explain(
 
 
 def _because(op: str, chosen: str, backend: str, traits: Traits) -> str:
-    """What speaks for a backend that was chosen, if it has to be said."""
+    """Why a backend was chosen, where that does not follow from the order of implementations."""
     if backend != "auto":
         return ""
     if chosen in _preferred(op):
@@ -333,7 +333,7 @@ class SupportMatrix:
         cells: dict[str, list[str]] = {}
         for op, backend, _, tested in self.rows:
             cells.setdefault(op, []).append(f"{backend} ({tested})")
-        lines = (f"| {op} | {', '.join(found)} |\n" for op, found in cells.items())
+        lines = (f"| {op} | {', '.join(implementations)} |\n" for op, implementations in cells.items())
         return "| operator | implementations, tested on |\n| --- | --- |\n" + "".join(lines)
 
     def __str__(self) -> str:
@@ -348,16 +348,11 @@ class SupportMatrix:
         return self.markdown()
 
 
-def _verified(op: str, implementation: Implementation) -> tuple[str, ...]:
-    ran = RAN.get((op, implementation.backend))
-    return implementation.verified if ran is None else (*implementation.verified, ran)
-
-
 def support() -> SupportMatrix:
     """Every operator, its implementations, the devices they are for and where they have been seen to run."""
     return SupportMatrix(
         tuple(
-            (op, i.backend, ", ".join(i.devices) or "any", ", ".join(_verified(op, i)) or "not yet run")
+            (op, i.backend, ", ".join(i.devices) or "any", ", ".join(i.verified) or "not yet run")
             for op, implementations in REGISTRY.items()
             for i in implementations
         )

@@ -1,7 +1,7 @@
 """One declaration per operator: the record of its arguments, a fake and its implementations.
 
 An `Operator` registers `fastvar::<name>` and, if it is differentiable, `fastvar::<name>_backward` with torch.library,
-and wraps both in one autograd.Function. Where nobody wants to see the op, in eager mode, the implementation is called
+and wraps both in one autograd.Function. In eager mode, where nothing has to see the op, the implementation is called
 directly: the way through torch.library costs more than a small kernel. An implementation is a function `forward(call)`
 and, if it has one of its own, `backward(call, saved, grads, needs)`; without it the gradient is that of `forward`
 recomputed under autograd. That is what references do: their gradient is right by construction.
@@ -19,7 +19,7 @@ from torch import _C
 from torch.autograd import profiler
 
 from fastvar.kernels.common.recording import recording
-from fastvar.ops._choices import Traits
+from fastvar.ops._choices import CHOICES, Choice, Traits
 from fastvar.ops._dispatch import PLAIN, REGISTRY, Chosen, Implementation, choose, resolve, saved_results
 from fastvar.ops._record import Record
 from fastvar.profiling import ENABLED, annotate
@@ -42,6 +42,7 @@ class Operator(Generic[C]):
         results: how many tensors a call returns.
         fake: from a call to empty results of the right shape, dtype and contiguous layout.
         implementations: the preferred one first.
+        choices: what "auto" takes on a GPU, in the order in which it is tried; see `_choices`.
         differentiable: False for operators whose results carry no gradient.
     """
 
@@ -53,11 +54,13 @@ class Operator(Generic[C]):
         *,
         fake: Callable[[C], Any],
         implementations: Sequence[Implementation],
+        choices: Sequence[Choice] = (),
         differentiable: bool = True,
     ) -> None:
         self.name = name
         self.record = Record(call)
         REGISTRY[name] = tuple(implementations)
+        CHOICES[name] = tuple(choices)
         record = self.record
         self._needs: Any = namedtuple("needs", [record.names[i] for i in record.tensors])  # type: ignore[misc]
         self._has_shared = hasattr(call, "shared")
@@ -85,7 +88,7 @@ class Operator(Generic[C]):
         return self.run(call, backend)[0]
 
     def run(self, call: C, backend: str) -> tuple[Any, Chosen | str]:
-        """The results and the implementation that gave them; where somebody wants to see the op, its backend's name."""
+        """The results and the implementation that gave them, or its backend's name if it was called as an op."""
         values = self.record.values(call)
         tensors = self._tensors(values)
         tracked = False  # whether autograd would follow
@@ -95,7 +98,7 @@ class Operator(Generic[C]):
                     tracked = True
         gradient = tracked and self._function is not None
         shared = call.shared if self._has_shared else (False, False)  # type: ignore[attr-defined]
-        if not _unseen(tensors):
+        if not _runs_directly(tensors):
             name = resolve(self.name, backend, Traits(values[0], shared[0], shared[1], gradient)).backend
             return self._function.apply(*values, name, None) if gradient else self.op(*values, name), name
         chosen = choose(self.name, backend, values[0], shared, gradient)
@@ -109,11 +112,11 @@ class Operator(Generic[C]):
         """The gradient of each tensor of a call, None where it is not needed; values: those of its record."""
         if not any(needs):
             return [None] * len(needs)
-        if isinstance(chosen, Chosen) and _unseen((*self._tensors(values), *grads)):
+        if isinstance(chosen, Chosen) and _runs_directly((*self._tensors(values), *grads)):
             return self._backward(values, saved, grads, needs, chosen)
         backend = chosen if isinstance(chosen, str) else chosen.backend
-        found = iter(self.backward_op(list(grads), *values, list(saved), list(needs), backend))
-        return [next(found) if need else None for need in needs]
+        gradients = iter(self.backward_op(list(grads), *values, list(saved), list(needs), backend))
+        return [next(gradients) if need else None for need in needs]
 
     def _tensors(self, values: Sequence[Any]) -> list[torch.Tensor | None]:
         return [values[i] for i in self.record.tensors]
@@ -129,16 +132,16 @@ class Operator(Generic[C]):
     def _backward(
         self, values: Sequence[Any], saved: Sequence[torch.Tensor], grads: Grads, needs: Sequence[bool], chosen: Chosen
     ) -> list[torch.Tensor | None]:
-        found: dict[str, torch.Tensor | None] = {}
+        gradients: dict[str, torch.Tensor | None] = {}
         if any(grad is not None for grad in grads):
             with surroundings(f"{self.name} backward", chosen.device):
                 if chosen.backward is None:
-                    found = self._recomputed(values, grads, needs, chosen)
+                    gradients = self._recomputed(values, grads, needs, chosen)
                 else:
-                    found = chosen.backward(self.record.restore(values), saved, grads, self._needs(*needs))
+                    gradients = chosen.backward(self.record.restore(values), saved, grads, self._needs(*needs))
         results: list[torch.Tensor | None] = []
         for name, tensor, need in zip(self._needs._fields, self._tensors(values), needs, strict=True):
-            gradient = found.get(name) if need else None
+            gradient = gradients.get(name) if need else None
             if need and tensor is not None and gradient is None:
                 gradient = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
             results.append(gradient)
@@ -161,8 +164,8 @@ class Operator(Generic[C]):
             if not pairs:
                 return {}
             outputs, weights = zip(*pairs, strict=True)
-            found = torch.autograd.grad(outputs, list(leaves.values()), weights, allow_unused=True)
-        return {n: None if g is None else g.contiguous() for n, g in zip(leaves, found, strict=True)}
+            gradients = torch.autograd.grad(outputs, list(leaves.values()), weights, allow_unused=True)
+        return {n: None if g is None else g.contiguous() for n, g in zip(leaves, gradients, strict=True)}
 
     def _run(self, *args: Any) -> Any:
         *values, backend = args
@@ -172,11 +175,11 @@ class Operator(Generic[C]):
     def _run_backward(self, grads: Grads, *args: Any) -> list[torch.Tensor]:
         *values, saved, needs, backend = args
         chosen = choose(self.name, backend, values[0], (False, False), False)
-        found = self._backward(values, saved, grads, needs, chosen)
+        gradients = self._backward(values, saved, grads, needs, chosen)
         # Results of an op may be neither its arguments nor one tensor twice, which autograd itself does not mind.
         taken = {grad.data_ptr() for grad in grads if grad is not None}
         results = []
-        for gradient in found:
+        for gradient in gradients:
             if gradient is not None:
                 if gradient.data_ptr() in taken:
                     gradient = gradient.clone(memory_format=torch.contiguous_format)
@@ -192,8 +195,9 @@ class Operator(Generic[C]):
         return [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in wanted]
 
 
-def _unseen(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Whether nobody wants to see the op: no compiler, exporter, mode, transform, profiler or tensor subclass."""
+def _runs_directly(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether an implementation is called without torch.library: there is no compiler, exporter, mode, transform,
+    profiler or tensor subclass that has to see the op."""
     if torch.compiler.is_compiling() or (
         _C._len_torch_dispatch_stack()
         or _C._len_torch_function_stack()
@@ -255,9 +259,9 @@ def _autograd_function(operator: Operator[Any]) -> Any:
             for i, tensor in zip(tensors_at, saved, strict=False):
                 values[i] = tensor
             needs = [ctx.needs_input_grad[i] for i in tensors_at]
-            found = operator.gradients(values, saved[len(tensors_at) :], grads, needs, ctx.chosen)
+            gradients = operator.gradients(values, saved[len(tensors_at) :], grads, needs, ctx.chosen)
             result: list[Any] = [None] * (len(values) + 2)
-            for i, gradient in zip(tensors_at, found, strict=True):
+            for i, gradient in zip(tensors_at, gradients, strict=True):
                 result[i] = gradient
             return tuple(result)
 

@@ -34,10 +34,10 @@ def package_implementation(
         verified, saves: see `Implementation`.
     """
     # looked for once: dispatch must stay traceable
-    there = not packages or any(installed(package) for package in packages)
+    is_installed = not packages or any(installed(package) for package in packages)
 
     def missing() -> str | None:
-        return None if there else f"{packages[0]} is not installed (pip install {packages[0]})"
+        return None if is_installed else f"{packages[0]} is not installed (pip install {packages[0]})"
 
     def obstacle(tensor: torch.Tensor) -> str | None:
         if tensor.device.type != "cuda":

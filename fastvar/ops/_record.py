@@ -94,34 +94,34 @@ class Record(Generic[C]):
         own = call if isinstance(call, tuple) else [getattr(call, field.name) for field in self._fields]
         if self._plain:
             return own
-        found: list[Any] = []
+        values: list[Any] = []
         for field, value in zip(self._fields, own, strict=True):
             if field.inner is None:
-                found.append(value.flat if isinstance(value, ScaleSchedule) else value)
+                values.append(value.flat if isinstance(value, ScaleSchedule) else value)
             elif value is None:
-                found += [None] * len(field.inner.names)
+                values += [None] * len(field.inner.names)
             else:
-                found += field.inner.values(value)
-        return found
+                values += field.inner.values(value)
+        return values
 
     def restore(self, values: Sequence[Any]) -> C:
         """The call of the schema's arguments."""
         if self._plain:
             return self.call(*values)
-        found: list[Any] = []
+        fields: list[Any] = []
         start = 0
         for field in self._fields:
             if field.inner is None:
                 value = values[start]
-                found.append(value if field.restored is None or value is None else field.restored(value))
+                fields.append(value if field.restored is None or value is None else field.restored(value))
                 start += 1
                 continue
             end = start + len(field.inner.names)
             # the first of an inner record's values is never None
             absent = field.optional and values[start] is None
-            found.append(None if absent else field.inner.restore(values[start:end]))
+            fields.append(None if absent else field.inner.restore(values[start:end]))
             start = end
-        return self.call(*found)
+        return self.call(*fields)
 
 
 def _field(name: str, hint: Any) -> _Field:

@@ -1,14 +1,16 @@
-"""When an implementation in Triton can run."""
+"""When an implementation in Triton can run, and where all of them are."""
 
 from __future__ import annotations
 
 import os
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 
-from fastvar.ops._dispatch import Implementation
+from fastvar.ops._dispatch import REGISTRY, Implementation
 
 # Read once: dispatch must stay traceable.
 _INSTALLED = find_spec("triton") is not None
@@ -20,6 +22,7 @@ def triton_implementation(
     op: str,
     *,
     function: str = "",
+    verified: tuple[str, ...] = (),
     saves: tuple[int, ...] = (),
     dtypes: tuple[torch.dtype, ...] = _DTYPES,
     largest: int | None = None,
@@ -32,8 +35,16 @@ def triton_implementation(
         f"fastvar.kernels.{op}.impl_triton:{function}",
         devices=("cuda", "cpu") if _INTERPRETED else ("cuda",),
         obstacle=partial(_obstacle, dtypes, largest),
+        verified=verified,
         saves=saves,
     )
+
+
+def triton_modules() -> list[ModuleType]:
+    """The modules of all implementations in Triton, imported; none where Triton is not installed."""
+    rows = (row for implementations in REGISTRY.values() for row in implementations if row.backend == "triton")
+    names = dict.fromkeys(row.module.partition(":")[0] for row in rows) if _INSTALLED else ()
+    return [import_module(name) for name in names]
 
 
 def _obstacle(dtypes: tuple[torch.dtype, ...], largest: int | None, tensor: torch.Tensor) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvar.ops import _checks
+from fastvar.ops._choices import HOPPER, Choice
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Grads, Operator
 from fastvar.ops._triton import triton_implementation
@@ -47,18 +48,18 @@ class _Gate(Operator[GateCall]):
     def gradients(
         self, values: Sequence[Any], saved: Sequence[torch.Tensor], grads: Grads, needs: Sequence[bool], chosen: Any
     ) -> list[torch.Tensor | None]:
-        found = super().gradients(values, saved, grads, [False, *needs[1:]], chosen)
+        gradients = super().gradients(values, saved, grads, [False, *needs[1:]], chosen)
         if needs[0] and grads[0] is not None:
-            found[0] = grads[0].contiguous()
-        return found
+            gradients[0] = grads[0].contiguous()
+        return gradients
 
 
 def _implementations(function: str, saves: tuple[int, ...] = ()) -> list[Implementation]:
     folder = "fastvar.kernels.adaptive_layer_norm"
     return [
-        triton_implementation("adaptive_layer_norm", function=function, saves=saves),
+        triton_implementation("adaptive_layer_norm", function=function, verified=("H200",), saves=saves),
         Implementation("torch", f"{folder}.impl_torch:{function}", devices=("cpu",), verified=("CPU",), saves=saves),
-        Implementation("reference", f"{folder}.reference:{function}", verified=("CPU",)),
+        Implementation("reference", f"{folder}.reference:{function}", verified=("CPU", "H200")),
     ]
 
 
@@ -66,14 +67,27 @@ def _like_x(call: NormCall | GateCall | GateNormCall) -> torch.Tensor:
     return torch.empty(call.x.shape, dtype=call.x.dtype, device=call.x.device)
 
 
-_NORM = Operator("adaptive_layer_norm", NormCall, fake=_like_x, implementations=_implementations("norm"))
-_GATE = _Gate("gated_residual", GateCall, fake=_like_x, implementations=_implementations("gate"))
+_NORM = Operator(
+    "adaptive_layer_norm",
+    NormCall,
+    fake=_like_x,
+    implementations=_implementations("norm"),
+    choices=[Choice("triton", HOPPER)],
+)
+_GATE = _Gate(
+    "gated_residual",
+    GateCall,
+    fake=_like_x,
+    implementations=_implementations("gate"),
+    choices=[Choice("triton", HOPPER)],
+)
 _GATE_NORM = Operator(
     "gated_residual_norm",
     GateNormCall,
     results=2,
     fake=lambda call: (_like_x(call), _like_x(call)),
     implementations=_implementations("gate_norm", saves=(0,)),
+    choices=[Choice("triton")],
 )
 
 

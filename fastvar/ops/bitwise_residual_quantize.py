@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
+from fastvar.ops._choices import HOPPER, Choice
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._extension import extension_implementation
 from fastvar.ops._numbers import on_device
@@ -19,9 +20,9 @@ from fastvar.schedule import ScaleSchedule
 def _implementations(op: str, function: str = "") -> list[Implementation]:
     folder = "fastvar.kernels.residual_quantize"
     return [
-        extension_implementation("cuda", f"{folder}.bitwise_extension:{function}", op=op),
+        extension_implementation("cuda", f"{folder}.bitwise_extension:{function}", op=op, verified=("H200",)),
         extension_implementation("cpu", f"{folder}.bitwise_extension:{function}", op=op, verified=("CPU",)),
-        Implementation("reference", f"{folder}.bitwise:{function}", verified=("CPU",)),
+        Implementation("reference", f"{folder}.bitwise:{function}", verified=("CPU", "H200")),
     ]
 
 
@@ -80,6 +81,7 @@ _QUANTIZE = Operator(
     results=3,
     fake=_fake_quantize,
     implementations=_implementations("bitwise_residual_quantize"),
+    choices=[Choice("cuda", HOPPER)],
     differentiable=False,
 )
 _ACCUMULATE = Operator(
@@ -88,6 +90,7 @@ _ACCUMULATE = Operator(
     results=2,
     fake=fake_accumulated,
     implementations=_implementations("accumulate_bits", "accumulate_bits"),
+    choices=[Choice("cuda")],
 )
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
+from fastvar.ops._choices import Choice
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
 from fastvar.ops._triton import triton_implementation
@@ -38,10 +39,11 @@ _OPERATOR = Operator(
     CachedAttentionCall,
     fake=lambda call: torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device),
     implementations=[
-        triton_implementation("cached_attention"),
+        triton_implementation("cached_attention", verified=("H200",)),
         Implementation("torch", "fastvar.kernels.cached_attention.impl_torch", devices=("cpu",), verified=("CPU",)),
-        Implementation("reference", "fastvar.kernels.cached_attention.reference", verified=("CPU",)),
+        Implementation("reference", "fastvar.kernels.cached_attention.reference", verified=("CPU", "H200")),
     ],
+    choices=[Choice("triton")],
     differentiable=False,
 )
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
+from fastvar.ops._choices import Choice
 from fastvar.ops._one_pass import needed, with_gradients
 from fastvar.ops._operator import Operator
 from fastvar.ops.token_log_probs import Head, checked, detached, fake_gradients, implementations
@@ -50,6 +51,7 @@ _CROSS_ENTROPY = Operator(
     results=6,  # loss, losses, entropy; the loss's gradients of hidden, weight and bias, empty where not needed
     fake=_fake,
     implementations=implementations("cross_entropy"),
+    choices=[Choice("triton")],
     differentiable=False,  # see `with_gradients`
 )
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
+from fastvar.ops._choices import Choice
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
 from fastvar.ops._triton import triton_implementation
@@ -29,10 +30,11 @@ _NORM = Operator(
     GroupNormCall,
     fake=lambda call: torch.empty(call.x.shape, dtype=call.x.dtype, device=call.x.device),
     implementations=[
-        triton_implementation("group_norm_silu"),
+        triton_implementation("group_norm_silu", verified=("H200",)),
         Implementation("torch", "fastvar.kernels.group_norm_silu.impl_torch", devices=("cpu",), verified=("CPU",)),
-        Implementation("reference", "fastvar.kernels.group_norm_silu.reference", verified=("CPU",)),
+        Implementation("reference", "fastvar.kernels.group_norm_silu.reference", verified=("CPU", "H200")),
     ],
+    choices=[Choice("triton")],
 )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, NamedTuple
 import torch
 
 from fastvar.ops import _checks
+from fastvar.ops._choices import HOPPER, Choice
 from fastvar.ops._one_pass import needed, with_gradients
 from fastvar.ops._operator import Operator
 from fastvar.ops.token_log_probs import (
@@ -125,6 +126,7 @@ _LOSS = Operator(
     results=12,
     fake=_fake,
     implementations=implementations("policy_loss"),
+    choices=[Choice("triton", HOPPER)],
     differentiable=False,  # see `with_gradients`
 )
 

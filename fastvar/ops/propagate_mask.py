@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
+from fastvar.ops._choices import Choice
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._extension import extension_implementation
 from fastvar.ops._operator import Operator
@@ -34,13 +35,18 @@ _OPERATOR = Operator(
     PropagateMaskCall,
     fake=_fake,
     implementations=[
-        triton_implementation("propagate_mask", dtypes=(torch.float32, torch.float16, torch.bfloat16, torch.bool)),
+        triton_implementation(
+            "propagate_mask", dtypes=(torch.float32, torch.float16, torch.bfloat16, torch.bool), verified=("H200",)
+        ),
         extension_implementation(
             "cpu", "fastvar.kernels.propagate_mask.impl_cpp", op="propagate_mask", verified=("CPU",)
         ),
-        extension_implementation("cuda", "fastvar.kernels.propagate_mask.impl_cuda", op="propagate_mask"),
-        Implementation("reference", "fastvar.kernels.propagate_mask.reference", verified=("CPU",)),
+        extension_implementation(
+            "cuda", "fastvar.kernels.propagate_mask.impl_cuda", op="propagate_mask", verified=("H200",)
+        ),
+        Implementation("reference", "fastvar.kernels.propagate_mask.reference", verified=("CPU", "H200")),
     ],
+    choices=[Choice("triton"), Choice("cuda")],
     differentiable=False,
 )
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
+from fastvar.ops._choices import HOPPER, Choice
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
 from fastvar.ops._record import Written
@@ -48,9 +49,9 @@ class IntoCacheCall(NamedTuple):
 def _implementations(function: str = "") -> list[Implementation]:
     folder = "fastvar.kernels.qk_norm_rope"
     return [
-        triton_implementation("qk_norm_rope", function=function),
+        triton_implementation("qk_norm_rope", function=function, verified=("H200",)),
         Implementation("torch", f"{folder}.impl_torch:{function}", devices=("cpu",), verified=("CPU",)),
-        Implementation("reference", f"{folder}.reference:{function}", verified=("CPU",)),
+        Implementation("reference", f"{folder}.reference:{function}", verified=("CPU", "H200")),
     ]
 
 
@@ -64,12 +65,14 @@ _OPERATOR = Operator(
     results=2,
     fake=lambda call: (_like(call.q), _like(call.k)),
     implementations=_implementations(),
+    choices=[Choice("triton", HOPPER)],
 )
 _INTO_CACHE = Operator(
     "qk_norm_rope_into_cache",
     IntoCacheCall,
     fake=lambda call: _like(call.q),
     implementations=_implementations("into_cache"),
+    choices=[Choice("triton")],
     differentiable=False,
 )
 

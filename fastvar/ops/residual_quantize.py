@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvar.ops import _checks
+from fastvar.ops._choices import HOPPER, Choice
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._extension import extension_implementation
 from fastvar.ops._operator import Operator
@@ -96,9 +97,9 @@ def residual_conv_index(num_scales: int, num_convs: int) -> tuple[int, ...]:
     # Ties do occur (2 / 9 lies midway between two of four ticks) and rounding decides them: these are the roundings of
     # numpy.linspace, with which the public checkpoints were trained.
     margin = 1 / 3 / num_convs if num_convs == 4 else 1 / 2 / num_convs
-    first, last = margin, 1 - margin
-    step = (last - first) / max(num_convs - 1, 1)
-    ticks = [*(i * step + first for i in range(num_convs - 1)), last]
+    begin, end = margin, 1 - margin
+    step = (end - begin) / max(num_convs - 1, 1)
+    ticks = [*(i * step + begin for i in range(num_convs - 1)), end]
     index = []
     for k in range(num_scales):
         distances = [abs(tick - k / max(num_scales - 1, 1)) for tick in ticks]
@@ -151,13 +152,13 @@ def fake_accumulated(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return accumulated, feature_map.new_empty(batch, call.next_height * call.next_width, channels, dtype=compute)
 
 
-def _implementations(op: str, function: str = "") -> list[Implementation]:
+def _implementations(op: str, function: str = "", ran: str = "H200") -> list[Implementation]:
     folder = "fastvar.kernels.residual_quantize"
     return [
-        extension_implementation("cuda", f"{folder}.impl_cuda:{function}", op=op),
-        triton_implementation("residual_quantize", function=function),
+        extension_implementation("cuda", f"{folder}.impl_cuda:{function}", op=op, verified=(ran,)),
+        triton_implementation("residual_quantize", function=function, verified=("H200",)),
         extension_implementation("cpu", f"{folder}.impl_cpp:{function}", op=op, verified=("CPU",)),
-        Implementation("reference", f"{folder}.reference:{function}", verified=("CPU",)),
+        Implementation("reference", f"{folder}.reference:{function}", verified=("CPU", "H200")),
     ]
 
 
@@ -166,7 +167,8 @@ _QUANTIZE = Operator(
     QuantizeCall,
     results=4,
     fake=_fake_quantize,
-    implementations=_implementations("residual_quantize"),
+    implementations=_implementations("residual_quantize", ran="H200 (in part since its last change)"),
+    choices=[Choice("cuda", HOPPER), Choice("triton")],
     differentiable=False,
 )
 _ACCUMULATE = Operator(
@@ -175,6 +177,7 @@ _ACCUMULATE = Operator(
     results=2,
     fake=fake_accumulated,
     implementations=_implementations("accumulate_scale", "accumulate_scale"),
+    choices=[Choice("cuda"), Choice("triton")],
 )
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
+from fastvar.ops._choices import HOPPER, Choice
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
 from fastvar.ops._record import Scalar
@@ -57,10 +58,12 @@ _TOKENS = Operator(
     results=3,
     fake=lambda call: _fake(call, call.logits.new_empty(call.logits.shape[:2], dtype=torch.int64)),
     implementations=[
-        triton_implementation("sample_tokens", function="tokens", largest=2**15),  # a row is held in registers
+        # a row is held in registers
+        triton_implementation("sample_tokens", function="tokens", largest=2**15, verified=("H200",)),
         Implementation("torch", f"{_KERNELS}.impl_torch:tokens", devices=("cpu",), verified=("CPU",)),
-        Implementation("reference", f"{_KERNELS}.reference:tokens", verified=("CPU",)),
+        Implementation("reference", f"{_KERNELS}.reference:tokens", verified=("CPU", "H200")),
     ],
+    choices=[Choice("triton", HOPPER)],
     differentiable=False,
 )
 _BITS = Operator(
@@ -69,9 +72,10 @@ _BITS = Operator(
     results=3,
     fake=lambda call: _fake(call, call.logits.new_empty(call.logits.shape, dtype=torch.bool)),
     implementations=[
-        triton_implementation("sample_tokens", function="bits", largest=2**15),
-        Implementation("reference", f"{_KERNELS}.reference:bits", verified=("CPU",)),
+        triton_implementation("sample_tokens", function="bits", largest=2**15, verified=("H200",)),
+        Implementation("reference", f"{_KERNELS}.reference:bits", verified=("CPU", "H200")),
     ],
+    choices=[Choice("triton")],
     differentiable=False,
 )
 
@@ -185,7 +189,7 @@ def sample_bits(
 
 def _check(
     op: str,
-    last: str,
+    size_name: str,
     logits: torch.Tensor,
     unconditional: torch.Tensor | None,
     guidance: float,
@@ -194,10 +198,10 @@ def _check(
     seeds: torch.Tensor,
     position: int,
 ) -> None:
-    _checks.shape(op, "logits", logits, "B", "n", last)
+    _checks.shape(op, "logits", logits, "B", "n", size_name)
     _checks.floating(op, "logits", logits)
     if logits.shape[2] == 0:
-        _checks.fail(op, "logits", f"{last} of at least 1", tuple(logits.shape))
+        _checks.fail(op, "logits", f"{size_name} of at least 1", tuple(logits.shape))
     if unconditional is not None:
         _checks.shape(op, "unconditional", unconditional, *logits.shape)
         _checks.same_dtype_and_device(op, "logits", logits, unconditional=unconditional)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
+from fastvar.ops._choices import Choice
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
 from fastvar.ops._triton import triton_implementation
@@ -65,9 +66,9 @@ def implementations(function: str = "", saves: tuple[int, ...] = ()) -> list[Imp
     """The implementations of this operator, or the functions of that name beside them, which are a loss."""
     folder = "fastvar.kernels.token_log_probs"
     return [
-        triton_implementation("token_log_probs", function=function),
+        triton_implementation("token_log_probs", function=function, verified=("H200",)),
         Implementation("torch", f"{folder}.impl_torch:{function}", verified=("CPU",), saves=saves),
-        Implementation("reference", f"{folder}.reference:{function}", verified=("CPU",)),
+        Implementation("reference", f"{folder}.reference:{function}", verified=("CPU", "H200")),
     ]
 
 
@@ -77,6 +78,7 @@ _LOG_PROBS = Operator(
     results=4,  # log_probs, entropy, kl, sums for the backward pass
     fake=_fake,
     implementations=implementations(saves=(0, 1, 2, 3)),
+    choices=[Choice("triton")],
 )
 
 

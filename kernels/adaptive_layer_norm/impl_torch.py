@@ -51,18 +51,18 @@ def norm_backward(
     compute = torch.promote_types(x.dtype, torch.float32)
     wide, g = x.to(compute).contiguous(), grad.to(compute).contiguous()
     normed, mean, rstd = torch.native_layer_norm(wide, width, None, None, call.eps)
-    found = {}
+    gradients = {}
     if needs.x:
         slope = g * (call.scale.to(compute) + 1)[:, None]
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(
             slope, wide, width, mean, rstd, None, None, (True, False, False)
         )
-        found["x"] = dx.to(x.dtype)
+        gradients["x"] = dx.to(x.dtype)
     if needs.scale:
-        found["scale"] = (g * normed).sum(1).to(call.scale.dtype)
+        gradients["scale"] = (g * normed).sum(1).to(call.scale.dtype)
     if needs.shift:
-        found["shift"] = g.sum(1).to(call.shift.dtype)
-    return found
+        gradients["shift"] = g.sum(1).to(call.shift.dtype)
+    return gradients
 
 
 def gate(call: GateCall | GateNormCall) -> torch.Tensor:
@@ -81,12 +81,12 @@ def gate_backward(
     assert grad is not None
     compute = torch.promote_types(call.x.dtype, torch.float32)
     g = grad.to(compute).contiguous()
-    found = {"x": grad}
+    gradients = {"x": grad}
     if needs.y:
-        found["y"] = (g * call.gate.to(compute)[:, None]).to(call.y.dtype)
+        gradients["y"] = (g * call.gate.to(compute)[:, None]).to(call.y.dtype)
     if needs.gate:
-        found["gate"] = (g * call.y.to(compute).contiguous()).sum(1).to(call.gate.dtype)
-    return found
+        gradients["gate"] = (g * call.y.to(compute).contiguous()).sum(1).to(call.gate.dtype)
+    return gradients
 
 
 def gate_norm(call: GateNormCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,9 +101,9 @@ def gate_norm_backward(
     """Gradients of x, y, gate, scale and shift, as far as they are needed: of the norm, then of the residual."""
     (stream,), (along, grad) = saved, grads
     through = needs.x or needs.y or needs.gate
-    found: dict[str, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
     if grad is not None:
-        found = norm_backward(call._replace(x=stream), (), (grad,), needs._replace(x=through))
+        gradients = norm_backward(call._replace(x=stream), (), (grad,), needs._replace(x=through))
         if through:
-            along = found["x"] if along is None else found["x"].add_(along)
-    return found | gate_backward(call, (), (along,), needs) if through else found
+            along = gradients["x"] if along is None else gradients["x"].add_(along)
+    return gradients | gate_backward(call, (), (along,), needs) if through else gradients

@@ -49,7 +49,7 @@ def _normalised(x, seen, C: tl.constexpr, eps):
 
 
 @triton.jit(do_not_specialize=["L"])
-def _norm_forward(
+def adaptive_layer_norm_fwd_kernel(
     x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, stream_ptr, out_ptr,
     x_b, x_l, y_b, y_l, gate_b, scale_b, shift_b, L, eps,
     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, GATED: tl.constexpr,
@@ -74,7 +74,7 @@ def _norm_forward(
 
 
 @triton.jit(do_not_specialize=["L"])
-def _norm_backward(
+def adaptive_layer_norm_bwd_kernel(
     g_ptr, stream_ptr, x_ptr, y_ptr, gate_ptr, scale_ptr, dx_ptr, dy_ptr, sums_ptr,
     g_b, g_l, stream_b, stream_l, x_b, x_l, y_b, y_l, gate_b, scale_b, L, eps,
     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, STAGES: tl.constexpr,
@@ -85,7 +85,7 @@ def _norm_backward(
     residual; what is added to it is rounded, and so is the sum, as where the two operators are apart."""
     parts = tl.cdiv(L, PART)
     image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
-    first, last = part * PART, tl.minimum((part + 1) * PART, L)
+    begin, end = part * PART, tl.minimum((part + 1) * PART, L)
     column = tl.arange(0, BLOCK)[None, :]
     gain = 1 + _modulation(scale_ptr, image, scale_b, C, BLOCK, ALIGNED)
     if DY:
@@ -93,9 +93,9 @@ def _norm_backward(
     dscale = tl.zeros((ROWS, BLOCK), tl.float32)
     dshift = tl.zeros((ROWS, BLOCK), tl.float32)
     dgate = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in tl.range(first, last, ROWS, num_stages=STAGES):
+    for start in tl.range(begin, end, ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
-        seen = (row[:, None] < last) & (column < C)
+        seen = (row[:, None] < end) & (column < C)
         place = (image * L + row)[:, None] * C + column
         x = tl.load(_rows(x_ptr, image, row, x_b, x_l, ALIGNED) + column, seen, 0.0).to(tl.float32)
         g = tl.load(_rows(g_ptr, image, row, g_b, g_l, ALIGNED) + column, seen, 0.0).to(tl.float32)
@@ -132,7 +132,7 @@ def _norm_backward(
 
 
 @triton.jit(do_not_specialize=["L"])
-def _gate_forward(
+def gated_residual_fwd_kernel(
     x_ptr, y_ptr, gate_ptr, out_ptr, x_b, x_l, y_b, y_l, gate_b, L,
     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -148,20 +148,20 @@ def _gate_forward(
 
 
 @triton.jit(do_not_specialize=["L"])
-def _gate_backward(
+def gated_residual_bwd_kernel(
     g_ptr, y_ptr, gate_ptr, dy_ptr, sums_ptr, g_b, g_l, y_b, y_l, gate_b, L,
     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, STAGES: tl.constexpr,
     ALIGNED: tl.constexpr, DY: tl.constexpr, DGATE: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(L, PART)
     image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
-    first, last = part * PART, tl.minimum((part + 1) * PART, L)
+    begin, end = part * PART, tl.minimum((part + 1) * PART, L)
     column = tl.arange(0, BLOCK)[None, :]
     gate = _modulation(gate_ptr, image, gate_b, C, BLOCK, ALIGNED)
     dgate = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in tl.range(first, last, ROWS, num_stages=STAGES):
+    for start in tl.range(begin, end, ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
-        seen = (row[:, None] < last) & (column < C)
+        seen = (row[:, None] < end) & (column < C)
         g = tl.load(_rows(g_ptr, image, row, g_b, g_l, ALIGNED) + column, seen, 0.0).to(tl.float32)
         if DGATE:
             y = tl.load(_rows(y_ptr, image, row, y_b, y_l, ALIGNED) + column, seen, 0.0).to(tl.float32)
@@ -174,7 +174,7 @@ def _gate_backward(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _add_parts(
+def adaptive_layer_norm_bwd_sum_kernel(
     sums_ptr, first_ptr, second_ptr, third_ptr, images, parts, C: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
     """Up to three sums over the parts of each sample's rows, from sums_ptr (., images, parts, C)."""
@@ -212,7 +212,7 @@ def gate(call: GateCall) -> torch.Tensor:
     if out.numel():
         given = _dense(x, call.y, call.gate)
         options, strides = _options(x, tiles.FORWARD), _strides(given)
-        _gate_forward[_grid(x, options["ROWS"])](
+        gated_residual_fwd_kernel[_grid(x, options["ROWS"])](
             *given, out, *strides, x.shape[1], **options, ALIGNED=_aligned(strides)
         )
     return out
@@ -246,7 +246,7 @@ def gate_backward(
     if x.numel():
         given = _dense(grad, y, call.gate)
         strides = _strides(given)
-        _gate_backward[_grid(x, options["PART"])](
+        gated_residual_bwd_kernel[_grid(x, options["PART"])](
             *given, dy, sums, *strides, x.shape[1], **options, ALIGNED=_aligned(strides),
             DY=needs.y, DGATE=needs.gate,
         )  # fmt: skip
@@ -276,7 +276,7 @@ def _normalise(
         x = call.x
         given = _dense(x, y, gate, call.scale, call.shift)
         options, strides = _options(x, tiles.FORWARD), _strides(given)
-        _norm_forward[_grid(x, options["ROWS"])](
+        adaptive_layer_norm_fwd_kernel[_grid(x, options["ROWS"])](
             *given, stream, out, *strides, x.shape[1], call.eps, **options, ALIGNED=_aligned(strides), GATED=gated
         )
 
@@ -302,7 +302,7 @@ def _gradients(
     if x.numel():
         given = _dense(grad, x if stream is None else stream, x, y, gate, call.scale)
         strides = _strides(given)
-        _norm_backward[_grid(x, options["PART"])](
+        adaptive_layer_norm_bwd_kernel[_grid(x, options["PART"])](
             *given, dx, dy, sums, *strides, x.shape[1], call.eps, **options, ALIGNED=_aligned(strides),
             DX=needs.x, DMODULATION=modulation, STREAM=stream is not None, DY=needs.y, DGATE=needs.gate,
         )  # fmt: skip
@@ -328,10 +328,10 @@ def _dense(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 def _strides(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
     """Of samples and rows."""
-    found: list[int] = []
+    strides: list[int] = []
     for t in tensors:
-        found += t.stride()[:-1]
-    return tuple(found)
+        strides += t.stride()[:-1]
+    return tuple(strides)
 
 
 def _aligned(strides: Sequence[int]) -> int:
@@ -347,9 +347,9 @@ def _sums(x: torch.Tensor, part: int, count: int) -> tuple[int, int, int, int]:
 def _totals(sums: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The sums over samples, in a fixed order, each in a dtype of its own."""
     count, images, parts, width = sums.shape
-    found = [torch.empty(images, width, dtype=t.dtype, device=sums.device) for t in like]
+    totals = [torch.empty(images, width, dtype=t.dtype, device=sums.device) for t in like]
     if count * images * width:
-        _add_parts[(count * images * cdiv(width, ADDED),)](
-            sums, *found, *[None] * (3 - count), images, parts, C=width, BLOCK=ADDED, PARTS=32, num_warps=4
+        adaptive_layer_norm_bwd_sum_kernel[(count * images * cdiv(width, ADDED),)](
+            sums, *totals, *[None] * (3 - count), images, parts, C=width, BLOCK=ADDED, PARTS=32, num_warps=4
         )
-    return found
+    return totals

@@ -166,8 +166,8 @@ class ByScale:
                 dk[:, keys] += part_k
                 dv[:, keys] += part_v
             del part_q, part_k, part_v  # before the next call, which has as much of its own
-        found = zip(given, (dq, dk, dv, prefix_dk, prefix_dv), strict=False)
-        return {name: t.to(q.dtype).contiguous() for name, t in found if t is not None}
+        gradients = zip(given, (dq, dk, dv, prefix_dk, prefix_dv), strict=False)
+        return {name: t.to(q.dtype).contiguous() for name, t in gradients if t is not None}
 
     def _gradients(
         self, part: Part, g: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, slopes: torch.Tensor | None

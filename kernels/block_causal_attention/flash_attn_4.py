@@ -114,12 +114,12 @@ def _tiles(first: torch.Tensor, end: torch.Tensor, rows: int) -> tuple[torch.Ten
 
 def _listed(masked: torch.Tensor, whole: torch.Tensor) -> list[torch.Tensor]:
     """For each row of tiles how many are set (1, 1, M) and their columns (1, 1, M, N), rising; of both kinds."""
-    found = []
+    blocks = []
     for tiles in (masked, whole):
         tiles = tiles[None, None]
         order = tiles.int().argsort(dim=-1, descending=True, stable=True)  # those that are set come first
-        found += [tiles.sum(-1, dtype=torch.int32), order.int()]
-    return found
+        blocks += [tiles.sum(-1, dtype=torch.int32), order.int()]
+    return blocks
 
 
 def _used(lengths: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Block-causal attention by PyTorch's fused scaled dot products, one call a scale.
+"""Block-causal attention by PyTorch's fused scaled dot products, one call per scale.
 
 On GPUs PyTorch says which of its kernels suits a shape (cuDNN's on Hopper and Blackwell, FlashAttention 2's, or the
 memory-efficient one) and its users' `sdpa_kernel` is obeyed. The kernels are called by their operators, since
@@ -50,28 +50,28 @@ class _ScaledDotProducts:
         scale = part.scale
         kernel, rows, columns = _kernel(q, k, v, mask, scale), q.shape[2], k.shape[2]
         if kernel == "cpu":
-            found = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
+            gradients = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
             )
         elif kernel == "cudnn":
             lse = lse.view(lse.shape + (1,) * (_cudnn_lse_rank(q.device) - 3))
             seed = torch.empty(2, dtype=torch.int64, device=q.device)  # of the dropout that there is none of
-            found = _ATEN._scaled_dot_product_cudnn_attention_backward(
+            gradients = _ATEN._scaled_dot_product_cudnn_attention_backward(
                 grad, q, k, v, out, lse, seed[0], seed[1], None, None, None, rows, columns,
                 _NO_DROPOUT, False, scale=scale,
             )  # fmt: skip
         elif kernel == "flash":
             seed = torch.empty(2, dtype=torch.uint64, device=q.device)
-            found = _ATEN._scaled_dot_product_flash_attention_backward(
+            gradients = _ATEN._scaled_dot_product_flash_attention_backward(
                 grad, q, k, v, out, lse, None, None, rows, columns, 0.0, False, seed, seed[0], scale=scale
             )
         else:
             lse = F.pad(lse, (0, -rows % 32), value=torch.inf)  # as the forward pass pads it
             seed = torch.empty(2, dtype=torch.int64, device=q.device)
-            found = _ATEN._scaled_dot_product_efficient_attention_backward(
+            gradients = _ATEN._scaled_dot_product_efficient_attention_backward(
                 grad, q, k, v, mask, out, lse, seed[0], seed[1], 0.0, [True, True, True, False], scale=scale
             )[:3]
-        dq, dk, dv = (t.transpose(1, 2) for t in found)
+        dq, dk, dv = (t.transpose(1, 2) for t in gradients)
         return dq, dk, dv
 
 

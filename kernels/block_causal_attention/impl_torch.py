@@ -46,10 +46,10 @@ def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.empty_like(q), torch.empty(batch, heads, length, dtype=compute)
     queries, keys, values = (_heads_first(tensor, compute) for tensor in (q, call.k, call.v))
     parts = _own_parts(call.schedule, call.block_diagonal, compute)
-    found = [
+    by_rectangle = [
         tuple(t.transpose(1, 2) for t in _attend(queries, keys, values, part, call.softmax_scale)) for part in parts
     ]
-    out, lse = (t[0].contiguous() if len(t) == 1 else torch.cat(t, 1) for t in zip(*found, strict=True))
+    out, lse = (t[0].contiguous() if len(t) == 1 else torch.cat(t, 1) for t in zip(*by_rectangle, strict=True))
     if prefix is not None:
         groups = prefix.k.shape[0]
         packed = _heads_first(_packed(q, groups), compute)
@@ -107,7 +107,7 @@ def _gradients(
     )
     for part in parts:
         rows, columns = part.rows, part.keys
-        found = _BACKWARD(
+        gradients = _BACKWARD(
             grad[rows], some_q[rows], keys[columns], values[columns], out[rows], lse[rows],
             0.0, False, attn_mask=part.mask, scale=softmax_scale,
         )  # fmt: skip
@@ -115,10 +115,10 @@ def _gradients(
             scores = some_q[rows] @ keys[columns].mT * softmax_scale
             scores = scores if part.mask is None else scores + part.mask
             weights = (scores - lse[rows][..., None]).exp() * slopes[rows][..., None] * softmax_scale
-            found = (found[0] + weights @ keys[columns], found[1] + weights.mT @ some_q[rows], found[2])
+            gradients = (gradients[0] + weights @ keys[columns], gradients[1] + weights.mT @ some_q[rows], gradients[2])
         if totals is None:
-            return [t.transpose(1, 2).contiguous() for t in found]
-        for total, place, gradient in zip(totals, (rows, columns, columns), found, strict=True):
+            return [t.transpose(1, 2).contiguous() for t in gradients]
+        for total, place, gradient in zip(totals, (rows, columns, columns), gradients, strict=True):
             total.transpose(1, 2)[place].add_(gradient)
     return totals
 

@@ -74,45 +74,45 @@ def _seen(lengths_ptr, s, P):
 
 
 @triton.jit
-def _columns(firsts_ptr, lasts_ptr, start, row, L, BLOCK_M, BLOCK_N, DIAGONAL):
-    """Of a tile of rows from `start` on: which own keys each sees, from `first` to `last` [M, 1]; and `begin`, `whole`,
-    `end`: all see those from begin to whole, and none those from end on."""
-    last = tl.load(lasts_ptr + tl.minimum(row, L - 1))[:, None]
-    whole = tl.load(lasts_ptr + start) // BLOCK_N * BLOCK_N
+def _columns(begins_ptr, ends_ptr, start, row, L, BLOCK_M, BLOCK_N, DIAGONAL):
+    """For a tile of rows from `start` on: the own keys that each row sees, from `lower` to before `upper` [M, 1]; and
+    `begin`, `whole`, `end`: all rows see the keys from begin to whole, and none sees those from end on."""
+    upper = tl.load(ends_ptr + tl.minimum(row, L - 1))[:, None]
+    whole = tl.load(ends_ptr + start) // BLOCK_N * BLOCK_N
     highest = tl.minimum(start + BLOCK_M, L) - 1
-    end = tl.load(lasts_ptr + highest)
-    first, begin = 0, 0
+    end = tl.load(ends_ptr + highest)
+    lower, begin = 0, 0
     if DIAGONAL:
-        first = tl.load(firsts_ptr + tl.minimum(row, L - 1))[:, None]
-        begin = tl.minimum(tl.cdiv(tl.load(firsts_ptr + highest), BLOCK_N) * BLOCK_N, whole)
-    return first, last, begin, whole, end
+        lower = tl.load(begins_ptr + tl.minimum(row, L - 1))[:, None]
+        begin = tl.minimum(tl.cdiv(tl.load(begins_ptr + highest), BLOCK_N) * BLOCK_N, whole)
+    return lower, upper, begin, whole, end
 
 
 @triton.jit
 def _attend(
-    acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, k_tiles, v_tiles, line, d, begin, whole, end, first, last, factor,
+    acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, k_tiles, v_tiles, line, d, begin, whole, end, lower, upper, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Softmax so far, with all keys from `begin` to `whole` and, from there to `end`, those from `first` to `last`. The
-    former come through the descriptors k_tiles and v_tiles if there are any, from row `line` and column `d` on."""
+    """Softmax so far, with all keys from `begin` to `whole` and, from there to `end`, those from `lower` to `upper`.
+    The former come through the descriptors k_tiles and v_tiles if there are any, from row `line` and column `d` on."""
     if k_tiles is not None:
         for start in range(begin, whole, BLOCK_N):
             k, v = k_tiles.load([line + start, d]), v_tiles.load([line + start, d])
             acc, total, peak = softmax_step(acc, total, peak, q, k, v, None, factor, False, PRECISION)
     else:
         acc, total, peak = attend(
-            acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, begin, whole, first, last, factor,
+            acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, begin, whole, lower, upper, factor,
             D, BLOCK_D, BLOCK_N, False, PRECISION,
         )  # fmt: skip
     return attend(
-        acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, whole, end, first, last, factor,
+        acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, whole, end, lower, upper, factor,
         D, BLOCK_D, BLOCK_N, True, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
-def _forward(
-    q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, k_tiles, v_tiles, pk_tiles, pv_tiles, lengths_ptr, firsts_ptr, lasts_ptr,
+def block_causal_attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, k_tiles, v_tiles, pk_tiles, pv_tiles, lengths_ptr, begins_ptr, ends_ptr,
     out_ptr, lse_ptr, q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, pk_b, pk_l, pk_h, pv_b, pv_l, pv_h,
     L, P, GROUP, H, bundle, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -137,16 +137,16 @@ def _forward(
         )  # fmt: skip
     k_ptr = head(k_ptr, b, h, k_b, k_h, ALIGNED)
     v_ptr = head(v_ptr, b, h, v_b, v_h, ALIGNED)
-    first, last, begin, whole, end = _columns(firsts_ptr, lasts_ptr, start, row, L, BLOCK_M, BLOCK_N, DIAGONAL)
+    lower, upper, begin, whole, end = _columns(begins_ptr, ends_ptr, start, row, L, BLOCK_M, BLOCK_N, DIAGONAL)
     if DIAGONAL:
-        low = tl.load(firsts_ptr + start) // BLOCK_N * BLOCK_N
+        low = tl.load(begins_ptr + start) // BLOCK_N * BLOCK_N
         acc, total, peak = attend(
-            acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, low, begin, first, last, factor,
+            acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, low, begin, lower, upper, factor,
             D, BLOCK_D, BLOCK_N, True, PRECISION,
         )  # fmt: skip
     acc, total, peak = _attend(
         acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, k_tiles, v_tiles, (b * L).to(tl.int32), d,
-        begin, whole, end, first, last, factor, D, BLOCK_D, BLOCK_N, PRECISION,
+        begin, whole, end, lower, upper, factor, D, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip
     store(out_ptr + b * L * H * D + h * D, row, H * D, acc / total[:, None], L, D, BLOCK_D)
     tl.store(lse_ptr + (b * H + h) * L + row, (peak + tl.log2(total)) / LOG2_E, row < L)
@@ -154,7 +154,7 @@ def _forward(
 
 @triton.jit
 def _gather_dq(
-    dq, q, g, lse, delta, k_ptr, v_ptr, k_l, v_l, begin, end, first, last, factor,
+    dq, q, g, lse, delta, k_ptr, v_ptr, k_l, v_l, begin, end, lower, upper, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The queries' gradient so far, with the keys from `begin` to `end`; as `attend`."""
@@ -164,22 +164,22 @@ def _gather_dq(
         v = tile(v_ptr, column, v_l, end, D, BLOCK_D, MASK)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor - lse[:, None])  # [M, N]
         if MASK:
-            p = tl.where((column[None, :] >= first) & (column[None, :] < last), p, 0.0)
+            p = tl.where((column[None, :] >= lower) & (column[None, :] < upper), p, 0.0)
         ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
 
 @triton.jit
-def _backward_q(
-    q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, lengths_ptr, firsts_ptr, lasts_ptr, out_ptr, g_ptr, lse_ptr, g_lse_ptr,
+def block_causal_attention_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, lengths_ptr, begins_ptr, ends_ptr, out_ptr, g_ptr, lse_ptr, g_lse_ptr,
     delta_ptr, dq_ptr, q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, pk_b, pk_l, pk_h, pv_b, pv_l, pv_h, g_b, g_l, g_h,
     L, P, GROUP, H, bundle, factor, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ALIGNED: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As `_forward`, for the gradient of a tile of queries. On the way what is subtracted from every score's gradient:
-    a row's sum(out * gradient), less the gradient of its lse."""
+    """As the forward kernel, for the gradient of a tile of queries. On the way `delta`, which is subtracted from every
+    score's gradient: a row's sum(out * gradient), less the gradient of its lse."""
     t, b, h = _place(L, H, bundle, BLOCK_M)
     start = (tl.cdiv(L, BLOCK_M) - 1 - t) * BLOCK_M
     row = start + tl.arange(0, BLOCK_M)
@@ -210,19 +210,19 @@ def _backward_q(
             )  # fmt: skip
         k_ptr = head(k_ptr, b, h, k_b, k_h, ALIGNED)
         v_ptr = head(v_ptr, b, h, v_b, v_h, ALIGNED)
-        first, last, begin, whole, end = _columns(firsts_ptr, lasts_ptr, start, row, L, BLOCK_M, BLOCK_N, DIAGONAL)
+        lower, upper, begin, whole, end = _columns(begins_ptr, ends_ptr, start, row, L, BLOCK_M, BLOCK_N, DIAGONAL)
         if DIAGONAL:
-            low = tl.load(firsts_ptr + start) // BLOCK_N * BLOCK_N
+            low = tl.load(begins_ptr + start) // BLOCK_N * BLOCK_N
             dq = _gather_dq(
-                dq, q, g, lse, delta, k_ptr, v_ptr, k_l, v_l, low, begin, first, last, factor,
+                dq, q, g, lse, delta, k_ptr, v_ptr, k_l, v_l, low, begin, lower, upper, factor,
                 D, BLOCK_D, BLOCK_N, True, PRECISION,
             )  # fmt: skip
         dq = _gather_dq(
-            dq, q, g, lse, delta, k_ptr, v_ptr, k_l, v_l, begin, whole, first, last, factor,
+            dq, q, g, lse, delta, k_ptr, v_ptr, k_l, v_l, begin, whole, lower, upper, factor,
             D, BLOCK_D, BLOCK_N, False, PRECISION,
         )  # fmt: skip
         dq = _gather_dq(
-            dq, q, g, lse, delta, k_ptr, v_ptr, k_l, v_l, whole, end, first, last, factor,
+            dq, q, g, lse, delta, k_ptr, v_ptr, k_l, v_l, whole, end, lower, upper, factor,
             D, BLOCK_D, BLOCK_N, True, PRECISION,
         )  # fmt: skip
         store(dq_ptr + b * L * H * D + h * D, row, H * D, dq * scale, L, D, BLOCK_D)
@@ -230,10 +230,10 @@ def _backward_q(
 
 @triton.jit
 def _add_rows(
-    dk, dv, k, v, q_ptr, g_ptr, lse_ptr, delta_ptr, q_l, g_l, row, L, first, last, factor,
+    dk, dv, k, v, q_ptr, g_ptr, lse_ptr, delta_ptr, q_l, g_l, row, L, lower, upper, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The keys' and values' gradients so far, with one tile of rows; with MASK those from `first` to `last` [N, 1] see
+    """The keys' and values' gradients so far, with one tile of rows; with MASK those from `lower` to `upper` [N, 1] see
     a key."""
     inside = row < L
     q = tile(q_ptr, row, q_l, L, D, BLOCK_D, True)
@@ -242,7 +242,7 @@ def _add_rows(
     delta = tl.load(delta_ptr + row, inside, 0.0)
     p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor - lse[None, :])  # [N, M]
     if MASK:
-        p = tl.where((row[None, :] >= first) & (row[None, :] < last), p, 0.0)
+        p = tl.where((row[None, :] >= lower) & (row[None, :] < upper), p, 0.0)
     dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
     ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -250,8 +250,8 @@ def _add_rows(
 
 
 @triton.jit
-def _backward_kv(
-    q_ptr, k_ptr, v_ptr, firsts_ptr, lasts_ptr, g_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+def block_causal_attention_bwd_dk_dv_kernel(
+    q_ptr, k_ptr, v_ptr, begins_ptr, ends_ptr, g_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, g_b, g_l, g_h, L, H, bundle, factor, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ALIGNED: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -262,20 +262,20 @@ def _backward_kv(
     column = start + tl.arange(0, BLOCK_N)
     k = tile(head(k_ptr, b, h, k_b, k_h, ALIGNED), column, k_l, L, D, BLOCK_D, True)
     v = tile(head(v_ptr, b, h, v_b, v_h, ALIGNED), column, v_l, L, D, BLOCK_D, True)
-    first = tl.load(firsts_ptr + tl.minimum(column, L - 1))[:, None]  # of its scale: the first row that sees a key
-    last, end = L, L
+    lower = tl.load(begins_ptr + tl.minimum(column, L - 1))[:, None]  # of its scale: the first row that sees a key
+    upper, end = L, L
     if DIAGONAL:
-        last = tl.load(lasts_ptr + tl.minimum(column, L - 1))[:, None]
-        end = tl.load(lasts_ptr + tl.minimum(start + BLOCK_N, L) - 1)
+        upper = tl.load(ends_ptr + tl.minimum(column, L - 1))[:, None]
+        end = tl.load(ends_ptr + tl.minimum(start + BLOCK_N, L) - 1)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     q_ptr = head(q_ptr, b, h, q_b, q_h, ALIGNED)
     g_ptr = head(g_ptr, b, h, g_b, g_h, ALIGNED)
     lse_ptr += (b * H + h) * L
     delta_ptr += (b * H + h) * L
-    for begin in range(tl.load(firsts_ptr + start) // BLOCK_M * BLOCK_M, end, BLOCK_M):
+    for begin in range(tl.load(begins_ptr + start) // BLOCK_M * BLOCK_M, end, BLOCK_M):
         dk, dv = _add_rows(
-            dk, dv, k, v, q_ptr, g_ptr, lse_ptr, delta_ptr, q_l, g_l, begin + tl.arange(0, BLOCK_M), L, first, last,
+            dk, dv, k, v, q_ptr, g_ptr, lse_ptr, delta_ptr, q_l, g_l, begin + tl.arange(0, BLOCK_M), L, lower, upper,
             factor, D, BLOCK_D, True, PRECISION,
         )  # fmt: skip
     store(dk_ptr + b * L * H * D + h * D, column, H * D, dk * scale, L, D, BLOCK_D)
@@ -283,7 +283,7 @@ def _backward_kv(
 
 
 @triton.jit
-def _backward_prefix(
+def block_causal_attention_bwd_prefix_kernel(
     q_ptr, pk_ptr, pv_ptr, lengths_ptr, g_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_b, q_l, q_h, pk_b, pk_l, pk_h, pv_b, pv_l, pv_h, g_b, g_l, g_h, COUNT, L, P, GROUP, H, PARTS, factor, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -319,7 +319,9 @@ def _backward_prefix(
 
 
 @triton.jit
-def _add_parts(dk_parts_ptr, dv_parts_ptr, dk_ptr, dv_ptr, size, PARTS, BLOCK: tl.constexpr):
+def block_causal_attention_bwd_prefix_sum_kernel(
+    dk_parts_ptr, dv_parts_ptr, dk_ptr, dv_ptr, size, PARTS, BLOCK: tl.constexpr
+):  # fmt: skip
     """Sums over the first dimension of (PARTS, size), one after the other."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
@@ -351,7 +353,7 @@ def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     tiles = [_descriptor(x, size["BLOCK_N"]) for x in keys] if size.pop("DESCRIPTORS") else [None] * 4
     if any(tiled is None and x is not None for tiled, x in zip(tiles, keys, strict=True)):
         tiles = [None] * 4
-    _forward[(cdiv(length, size["BLOCK_M"]) * batch * heads,)](
+    block_causal_attention_fwd_kernel[(cdiv(length, size["BLOCK_M"]) * batch * heads,)](
         q, *keys, *tiles, given.lengths, *given.spans, out, lse, *_strides(q, *keys),
         length, given.tokens, given.group, heads, given.bundle, softmax_scale * LOG2_E.value,
         DIAGONAL=call.block_diagonal, **size,
@@ -382,7 +384,7 @@ def backward(
         factor = call.softmax_scale * LOG2_E.value
         delta = torch.empty_like(lse)
         size = _tile(BACKWARD_Q, *given.tensors, g)
-        _backward_q[(cdiv(length, size["BLOCK_M"]) * batch * heads,)](
+        block_causal_attention_bwd_dq_kernel[(cdiv(length, size["BLOCK_M"]) * batch * heads,)](
             q, k, v, pk, pv, given.lengths, *given.spans, out, g, lse,
             None if grad_lse is None else grad_lse.contiguous(), delta, dq, *_strides(q, k, v, pk, pv, g),
             length, given.tokens, given.group, heads, given.bundle, factor, call.softmax_scale,
@@ -390,7 +392,7 @@ def backward(
         )  # fmt: skip
         if dk is not None:
             size = _tile(BACKWARD_KV, q, k, v, g)
-            _backward_kv[(cdiv(length, size["BLOCK_N"]) * batch * heads,)](
+            block_causal_attention_bwd_dk_dv_kernel[(cdiv(length, size["BLOCK_N"]) * batch * heads,)](
                 q, k, v, *given.spans, g, lse, delta, dk, dv, *_strides(q, k, v, g), length, heads, given.bundle,
                 factor, call.softmax_scale, DIAGONAL=call.block_diagonal, **size,
             )  # fmt: skip
@@ -452,14 +454,16 @@ def _prefix_gradients(
         if parts > 1:
             shape = (parts, *dks.shape)
             dks, dvs = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in sums)
-        _backward_prefix[(programs * parts * len(sums[0]),)](
+        block_causal_attention_bwd_prefix_kernel[(programs * parts * len(sums[0]),)](
             q[rows], pk[some], pv[some], None if lengths is None else lengths[some], g[rows], lse[rows], delta[rows],
             dks, dvs, *_strides(q, pk, pv, g), len(sums[0]), length, tokens, group, heads, parts,
             given.softmax_scale * LOG2_E.value, given.softmax_scale, **size,
         )  # fmt: skip
         if parts > 1:
             numel = sums[0].numel()
-            _add_parts[(cdiv(numel, SUMMED),)](dks, dvs, *sums, numel, parts, BLOCK=SUMMED, num_warps=4)
+            block_causal_attention_bwd_prefix_sum_kernel[(cdiv(numel, SUMMED),)](
+                dks, dvs, *sums, numel, parts, BLOCK=SUMMED, num_warps=4
+            )
 
 
 def _tile(table: Table, q: torch.Tensor, *others: torch.Tensor | None) -> dict[str, Any]:
@@ -474,8 +478,8 @@ def _spans(schedule: ScaleSchedule, device: torch.device) -> tuple[torch.Tensor,
     """(L,) each: the first token of a token's scale and one past the last, made once for a schedule and a device."""
     pairs = zip(schedule.starts, schedule.ends, strict=True)
     both = torch.tensor([pair for pair in pairs for _ in range(pair[1] - pair[0])], dtype=torch.int32)
-    firsts, lasts = both.T.contiguous().to(device).unbind()
-    return firsts, lasts
+    begins, ends = both.T.contiguous().to(device).unbind()
+    return begins, ends
 
 
 def _strides(*tensors: torch.Tensor | None) -> list[int]:

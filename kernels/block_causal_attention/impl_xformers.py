@@ -1,4 +1,4 @@
-"""Block-causal attention by the package xFormers, one call a scale."""
+"""Block-causal attention by the package xFormers, one call per scale."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ MERGED = 8  # rows that a program of the merge takes
 
 
 @triton.jit
-def _part(
+def cached_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, lse_ptr,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, rows, n, SHARE, KEYS, H, split, divisions, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -72,7 +72,7 @@ def _part(
 
 
 @triton.jit
-def _merge(
+def cached_attention_fwd_merge_kernel(
     parts_ptr, lse_ptr, out_ptr, lines, COUNT,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -133,27 +133,25 @@ def forward(call: CachedAttentionCall) -> torch.Tensor:
     if not parts:
         return out.zero_()
     count = sum(part.divisions for part in parts)
-    found, merged = out, torch.empty(0, dtype=torch.float32, device=q.device)
-    if count > 1:
-        found = merged = torch.empty(count, *q.shape, dtype=torch.float32, device=q.device)
+    partial = out if count == 1 else torch.empty(count, *q.shape, dtype=torch.float32, device=q.device)
     lse = torch.empty(count, batch, n, heads, dtype=torch.float32, device=q.device)
     size = PART.choose(card(q.device), bits=8 * q.element_size(), head_dim=head_dim, queries=n)
     options = {**constants(head_dim, q.dtype), **size}
     first = 0
     for part in parts:
         share = batch // part.k.shape[0]
-        target, sums = (found, lse) if count == 1 else (found[first:], lse[first:])
+        target = out if count == 1 else partial[first:]
         tiles = cdiv(share * n, size["BLOCK_M"])
-        _part[(tiles * part.divisions * part.k.shape[0] * heads,)](
-            q, part.k, part.v, part.lengths, target, sums, *q.stride()[:3], *part.k.stride()[:3], *part.v.stride()[:3],
-            batch, n, share, part.k.shape[1], heads, part.split, part.divisions, softmax_scale * LOG2_E.value,
-            ALIGNED=common_factor(part.k, part.v), **options,
+        cached_attention_fwd_kernel[(tiles * part.divisions * part.k.shape[0] * heads,)](
+            q, part.k, part.v, part.lengths, target, lse[first:],
+            *q.stride()[:3], *part.k.stride()[:3], *part.v.stride()[:3], batch, n, share, part.k.shape[1], heads,
+            part.split, part.divisions, softmax_scale * LOG2_E.value, ALIGNED=common_factor(part.k, part.v), **options,
         )  # fmt: skip
         first += part.divisions
     if count > 1:
         lines = batch * n * heads
-        _merge[(cdiv(lines, MERGED),)](
-            merged, lse, out, lines, count, D=head_dim, BLOCK_D=power_of_2(head_dim), ROWS=MERGED,
+        cached_attention_fwd_merge_kernel[(cdiv(lines, MERGED),)](
+            partial, lse, out, lines, count, D=head_dim, BLOCK_D=power_of_2(head_dim), ROWS=MERGED,
             num_warps=4,
         )  # fmt: skip
     return out

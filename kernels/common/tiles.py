@@ -77,16 +77,16 @@ def softmax_step(acc, total, peak, q, k, v, visible, factor, MASK: tl.constexpr,
 
 @triton.jit
 def attend(
-    acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, begin, end, first, last, factor,
+    acc, total, peak, q, k_ptr, v_ptr, k_l, v_l, begin, end, lower, upper, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Softmax so far, with the keys from `begin` to `end`; with MASK those from `first` to `last`, each a number or
+    """Softmax so far, with the keys from `begin` to `end`; with MASK those from `lower` to `upper`, each a number or
     [M, 1]."""
     for start in range(begin, end, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         k = tile(k_ptr, column, k_l, end, D, BLOCK_D, MASK)
         v = tile(v_ptr, column, v_l, end, D, BLOCK_D, MASK)
-        visible = (column[None, :] >= first) & (column[None, :] < last)
+        visible = (column[None, :] >= lower) & (column[None, :] < upper)
         acc, total, peak = softmax_step(acc, total, peak, q, k, v, visible, factor, MASK, PRECISION)
     return acc, total, peak
 

@@ -208,8 +208,8 @@ class OwnTiles:
 def own_path(name: str) -> Path:
     """Where the user's own rows for a card lie: tiles/<card>.json in the cache folder ($XDG_CACHE_HOME/fastvar, by
     default ~/.cache/fastvar)."""
-    wish = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    folder = wish if wish.is_absolute() else Path.home() / ".cache"
+    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = chosen if chosen.is_absolute() else Path.home() / ".cache"
     return folder / "fastvar" / "tiles" / f"{name.replace(' ', '-').replace('/', '-')}.json"
 
 
@@ -231,12 +231,12 @@ def own_tiles(name: str) -> OwnTiles:
         given: dict[str, Any] = json.loads(text)
         kernels = {
             kernel: (
-                str(found["version"]),
+                str(table["version"]),
                 tuple(
-                    Row(_numbers(row["tile"]), None, _numbers(row["most"]), str(row["source"])) for row in found["rows"]
+                    Row(_numbers(row["tile"]), None, _numbers(row["most"]), str(row["source"])) for row in table["rows"]
                 ),
             )
-            for kernel, found in given["kernels"].items()
+            for kernel, table in given["kernels"].items()
         }
         return OwnTiles(str(given["card"]), str(given["date"]), given["triton"], kernels, path)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -14,14 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 import triton.language as tl
-from fastvar.kernels.common.tiling import card
-from fastvar.kernels.group_norm_silu.tiles import TILE
+from fastvar.kernels.common.tiling import Row, Table, card
 
 if TYPE_CHECKING:
     from fastvar.ops.group_norm_silu import GroupNormCall
 
 PARTS = 64  # the most parts of a sample's rows, for sums over them
 COLUMNS = 128  # the most channels that a program takes
+TILE = Table(  # elements that a program holds at a time
+    "group_norm_silu",
+    [Row({"TILE": 4096, "num_warps": 4})],
+    candidates={"TILE": (2048, 4096, 8192), "num_warps": (4, 8)},
+)
 
 
 @triton.jit
@@ -58,7 +62,7 @@ def _added(ptr, b, channel, valid, parts, C: tl.constexpr, G2: tl.constexpr, STE
 
 
 @triton.jit
-def _moments(
+def group_norm_silu_fwd_moments_kernel(
     x_ptr, moments_ptr, x_b, x_n, x_c, N, size, parts,
     C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -101,7 +105,7 @@ def _part_of(ptr, b, start, channel, valid, base, N, size, parts, C: tl.constexp
 
 
 @triton.jit
-def _statistics(
+def group_norm_silu_fwd_statistics_kernel(
     moments_ptr, shift_ptr, statistics_ptr, N, size, parts, eps,
     C: tl.constexpr, GROUPS: tl.constexpr, G2: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
@@ -146,7 +150,7 @@ def _normalised(x, statistics_ptr, weight_ptr, bias_ptr, b, column, C: tl.conste
 
 
 @triton.jit
-def _forward(
+def group_norm_silu_fwd_kernel(
     x_ptr, statistics_ptr, weight_ptr, bias_ptr, out_ptr, x_b, x_n, x_c, N, tiles,
     C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
@@ -170,7 +174,7 @@ def _slope(g, y, SILU: tl.constexpr):
 
 
 @triton.jit
-def _gradient_sums(
+def group_norm_silu_bwd_sums_kernel(
     g_ptr, x_ptr, statistics_ptr, weight_ptr, bias_ptr, sums_ptr,
     g_b, g_n, g_c, x_b, x_n, x_c, N, size, parts,
     C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SILU: tl.constexpr,
@@ -192,7 +196,7 @@ def _gradient_sums(
 
 
 @triton.jit
-def _gradient_statistics(
+def group_norm_silu_bwd_statistics_kernel(
     sums_ptr, statistics_ptr, weight_ptr, channels_ptr, groups_ptr, N, parts,
     C: tl.constexpr, GROUPS: tl.constexpr, G2: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -216,7 +220,7 @@ def _gradient_statistics(
 
 
 @triton.jit
-def _backward(
+def group_norm_silu_bwd_kernel(
     g_ptr, x_ptr, statistics_ptr, weight_ptr, bias_ptr, groups_ptr, dx_ptr,
     g_b, g_n, g_c, x_b, x_n, x_c, N, tiles,
     C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SILU: tl.constexpr,
@@ -239,7 +243,7 @@ def forward(call: GroupNormCall) -> torch.Tensor:
     if out.numel():
         launch = _Launch(x, call.groups)
         statistics = launch.statistics(x, call.shift, call.eps)
-        _forward[(launch.blocks * launch.tiles,)](
+        group_norm_silu_fwd_kernel[(launch.blocks * launch.tiles,)](
             x, statistics, call.weight.contiguous(), call.bias.contiguous(), out, *x.stride(), x.shape[1],
             launch.tiles, SILU=call.silu, **launch.tile,
         )  # fmt: skip
@@ -258,28 +262,28 @@ def backward(
     statistics = launch.statistics(x, call.shift, call.eps)
     affine = (call.weight.contiguous(), call.bias.contiguous())
     sums = launch.sums_of(x)
-    _gradient_sums[(launch.blocks * launch.parts,)](
+    group_norm_silu_bwd_sums_kernel[(launch.blocks * launch.parts,)](
         g, x, statistics, *affine, sums, *g.stride(), *x.stride(), length, launch.size, launch.parts,
         SILU=call.silu, **launch.tile,
     )  # fmt: skip
     by_channel = torch.empty(batch, 3, channels, dtype=torch.float32, device=x.device)
     by_group = torch.empty(batch, 2, channels, dtype=torch.float32, device=x.device)
-    _gradient_statistics[(batch * call.groups,)](
+    group_norm_silu_bwd_statistics_kernel[(batch * call.groups,)](
         sums, statistics, affine[0], by_channel, by_group, length, launch.parts, **launch.group
     )
-    found = {}
+    gradients = {}
     if needs.x:
-        found["x"] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _backward[(launch.blocks * launch.tiles,)](
-            g, x, statistics, *affine, by_group, found["x"], *g.stride(), *x.stride(), length, launch.tiles,
+        gradients["x"] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        group_norm_silu_bwd_kernel[(launch.blocks * launch.tiles,)](
+            g, x, statistics, *affine, by_group, gradients["x"], *g.stride(), *x.stride(), length, launch.tiles,
             SILU=call.silu, **launch.tile,
         )  # fmt: skip
     if needs.weight or needs.bias or needs.shift:
         dbias, dweight, dshift = by_channel.sum(0)
-        found |= {"weight": dweight.to(call.weight.dtype), "bias": dbias.to(call.bias.dtype)}
+        gradients |= {"weight": dweight.to(call.weight.dtype), "bias": dbias.to(call.bias.dtype)}
         if call.shift is not None:
-            found["shift"] = dshift.to(call.shift.dtype)
-    return found
+            gradients["shift"] = dshift.to(call.shift.dtype)
+    return gradients
 
 
 class _Launch:
@@ -306,10 +310,12 @@ class _Launch:
     def statistics(self, x: torch.Tensor, shift: torch.Tensor | None, eps: float) -> torch.Tensor:
         """(B, 3, C): what is subtracted from each channel, 1 / deviation, and the mean of the normalised channel."""
         moments, length = self.sums_of(x), x.shape[1]
-        _moments[(self.blocks * self.parts,)](x, moments, *x.stride(), length, self.size, self.parts, **self.tile)
-        found = torch.empty(x.shape[0], 3, x.shape[2], dtype=torch.float32, device=x.device)
-        shifts = found if shift is None else shift.contiguous()
-        _statistics[(x.shape[0] * self.group["GROUPS"],)](
-            moments, shifts, found, length, self.size, self.parts, eps, SHIFT=shift is not None, **self.group
+        group_norm_silu_fwd_moments_kernel[(self.blocks * self.parts,)](
+            x, moments, *x.stride(), length, self.size, self.parts, **self.tile
         )
-        return found
+        statistics = torch.empty(x.shape[0], 3, x.shape[2], dtype=torch.float32, device=x.device)
+        shifts = statistics if shift is None else shift.contiguous()
+        group_norm_silu_fwd_statistics_kernel[(x.shape[0] * self.group["GROUPS"],)](
+            moments, shifts, statistics, length, self.size, self.parts, eps, SHIFT=shift is not None, **self.group
+        )
+        return statistics

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from fastvar.kernels.common.tiling import card, cdiv
-from fastvar.kernels.propagate_mask import tiles
+from fastvar.kernels.common.tiling import Row, Table, card, cdiv
 
 from fastvar.schedule import ScaleSchedule
 
 if TYPE_CHECKING:
     from fastvar.ops.propagate_mask import PropagateMaskCall
+
+# The TOKENS of a program, and how many cells of their footprints it adds up at a time, where footprints are small (FEW)
+# and where they are not (MANY).
+TILE = Table("propagate_mask.propagate", [Row({"TOKENS": 8, "FEW": 16, "MANY": 128, "num_warps": 4})])
 
 
 @triton.jit
@@ -34,7 +37,7 @@ def _covered(mask, mask_h, mask_w, top, left, width, area, most, CELLS: tl.const
 
 
 @triton.jit
-def _propagate(
+def propagate_mask_fwd_kernel(
     mask_ptr, footprints_ptr, out_ptr, mask_b, mask_h, mask_w, L,
     TOKENS: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
@@ -68,8 +71,8 @@ def forward(call: PropagateMaskCall) -> torch.Tensor:
     out = torch.empty(batch, length, dtype=torch.float32 if call.soft else torch.bool, device=mask.device)
     if batch:
         values = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        tile = tiles.PROPAGATE.choose(card(mask.device))
-        _propagate[(batch * cdiv(length, tile["TOKENS"]),)](
+        tile = TILE.choose(card(mask.device))
+        propagate_mask_fwd_kernel[(batch * cdiv(length, tile["TOKENS"]),)](
             values, footprints(call.schedule, call.footprint, mask.device), out, *mask.stride(), length, **tile,
             SOFT=call.soft,
         )  # fmt: skip

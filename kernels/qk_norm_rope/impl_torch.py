@@ -40,7 +40,7 @@ def backward(
     compute = torch.promote_types(call.q.dtype, torch.float32)
     rotation = _rotation(call.rope, compute)
     back = None if rotation is None else rotation.conj().resolve_conj()
-    found: dict[str, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
     for name, x, grad in (("q", call.q, grads[0]), ("k", call.k, grads[1])):
         need = getattr(needs, name)
         gain = _gain(call.log_scale, compute) if name == "q" and call.log_scale is not None else None
@@ -49,7 +49,7 @@ def backward(
             continue
         g = _rotated(grad.to(compute), back)
         if call.log_scale is None:
-            found[name] = _fresh(g, x, grad)
+            gradients[name] = _fresh(g, x, grad)
             continue
         wide = x.to(compute)
         length = wide.norm(dim=-1, keepdim=True)
@@ -58,13 +58,13 @@ def backward(
         if gain is not None and wants_scale:  # over so many rows that float32 shows
             dlog_scale = (along * gain).sum((0, 1, 3), dtype=torch.float64)
             below = call.log_scale.double() <= MAX_LOG_SCALE
-            found["log_scale"] = torch.where(below, dlog_scale, 0).to(call.log_scale.dtype)
+            gradients["log_scale"] = torch.where(below, dlog_scale, 0).to(call.log_scale.dtype)
         if need:
             factor = inverse if gain is None else inverse * gain
             # a row shorter than eps is divided by a constant
             share = torch.where(length >= call.eps, along * inverse * factor, 0)
-            found[name] = (g * factor).addcmul_(wide, share, value=-1).to(x.dtype).contiguous()
-    return found
+            gradients[name] = (g * factor).addcmul_(wide, share, value=-1).to(x.dtype).contiguous()
+    return gradients
 
 
 def _gain(log_scale: torch.Tensor, compute: torch.dtype) -> torch.Tensor:

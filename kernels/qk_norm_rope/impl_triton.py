@@ -81,7 +81,7 @@ def _length(x):
 
 
 @triton.jit(do_not_specialize=["L", "position"])
-def _forward(
+def qk_norm_rope_fwd_kernel(
     q_ptr, k_ptr, v_ptr, log_scale_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, k_out_b, k_out_l, k_out_h, v_out_b, v_out_l, v_out_h,
     L, position, eps,
@@ -120,7 +120,7 @@ def _slope(g, x, gain, eps):
 
 
 @triton.jit(do_not_specialize=["L"])
-def _backward(
+def qk_norm_rope_bwd_kernel(
     gq_ptr, gk_ptr, q_ptr, k_ptr, log_scale_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dlog_scale_ptr,
     gq_b, gq_l, gq_h, gk_b, gk_l, gk_h, q_b, q_l, q_h, k_b, k_l, k_h, L, eps,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
@@ -184,16 +184,16 @@ def backward(
     if q.numel() and any(wanted):
         grad_q, grad_k, q, k = (None if t is None else _rows_adjacent(t) for t in (grad_q, grad_k, q, k))
         constants, strides = options(call.q, tiles.BACKWARD), _strides(grad_q, grad_k, q, k)
-        _backward[_grid(call.q, constants["ROWS"])](
+        qk_norm_rope_bwd_kernel[_grid(call.q, constants["ROWS"])](
             grad_q, grad_k, q, k, *_parameters(call), dq, dk, dlog_scale,
             *strides, call.q.shape[1], call.eps, **constants, ALIGNED=_aligned(strides),
             NORM=call.log_scale is not None, ROPE=call.rope is not None,
             DQ=wanted[0], DK=wanted[1], DLOG_SCALE=wanted[2],
         )  # fmt: skip
-    found = {"q": dq, "k": dk}
+    gradients = {"q": dq, "k": dk}
     if call.log_scale is not None and needs.log_scale:
-        found["log_scale"] = dlog_scale.sum((0, 1)).to(call.log_scale.dtype)
-    return found
+        gradients["log_scale"] = dlog_scale.sum((0, 1)).to(call.log_scale.dtype)
+    return gradients
 
 
 def options(q: torch.Tensor, table: Table) -> dict[str, int]:
@@ -213,7 +213,7 @@ def _launch(
     if call.q.numel():
         q, k, v = _rows_adjacent(call.q), _rows_adjacent(call.k), None if v is None else _rows_adjacent(v)
         constants, strides = options(q, tiles.FORWARD), _strides(q, k, v, k_out, v_out)
-        _forward[_grid(q, constants["ROWS"])](
+        qk_norm_rope_fwd_kernel[_grid(q, constants["ROWS"])](
             q, k, v, *_parameters(call), q_out, k_out, v_out,
             *strides, q.shape[1], position, call.eps, **constants, ALIGNED=_aligned(strides),
             NORM=call.log_scale is not None, ROPE=call.rope is not None, VALUES=v is not None,
@@ -236,10 +236,10 @@ def _parameters(call: QKNormRopeCall | IntoCacheCall) -> list[torch.Tensor | Non
 
 
 def _strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
-    found: list[int] = []
+    strides: list[int] = []
     for t in tensors:
-        found += (0, 0, 0) if t is None else t.stride()[:3]
-    return tuple(found)
+        strides += (0, 0, 0) if t is None else t.stride()[:3]
+    return tuple(strides)
 
 
 def _aligned(strides: Sequence[int]) -> int:

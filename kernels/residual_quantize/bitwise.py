@@ -38,8 +38,9 @@ def accumulate_bits(call: AccumulateBitsCall) -> tuple[torch.Tensor, torch.Tenso
     grid, following = (call.height, call.width), (call.next_height, call.next_width)
     codes = _resampled(_codes(call.bits, grid, compute), feature_map.shape[-2:], "bilinear")
     accumulated = (feature_map.to(compute) + codes).contiguous()
-    last = not all(following)
-    return accumulated, _to_rows(accumulated[:, :, :0] if last else _resampled(accumulated, following, call.next_input))
+    finest = not all(following)
+    following_map = accumulated[:, :, :0] if finest else _resampled(accumulated, following, call.next_input)
+    return accumulated, _to_rows(following_map)
 
 
 def _codes(bits: torch.Tensor, grid: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -49,17 +49,17 @@ def accumulate_bits_backward(
     grad, following = grads
     feature_map, next_grid = call.feature_map, (call.next_height, call.next_width)
     if grad is None:
-        found = torch.zeros(feature_map.shape, dtype=torch.float32, device=feature_map.device)
+        gradient = torch.zeros(feature_map.shape, dtype=torch.float32, device=feature_map.device)
     else:  # a copy, as it is added to
-        found = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        gradient = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if following is not None and following.shape[1]:
         image = following.to(torch.float64).mT.unflatten(2, next_grid)  # [B, d, h', w']
         rows, columns = (
             _axis(size, out, call.next_input, image)
             for size, out in zip(feature_map.shape[-2:], next_grid, strict=True)
         )
-        found += rows.T @ image @ columns
-    return {"feature_map": found.to(feature_map.dtype)}
+        gradient += rows.T @ image @ columns
+    return {"feature_map": gradient.to(feature_map.dtype)}
 
 
 def _axis(size: int, out: int, mode: str, like: torch.Tensor) -> torch.Tensor:

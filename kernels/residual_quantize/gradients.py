@@ -32,7 +32,7 @@ def accumulate_scale_backward(
     if following is not None and following.shape[1]:
         image = following.to(torch.float32).mT.unflatten(2, next_grid)  # [B, C, h', w']
         total += _resampled(image, [m.T for m in _axes(size, next_grid, "area", total)])
-    found, incoming = {"feature_map": total.to(feature_map.dtype)}, total  # [B, C, H, W], of what is upsampled
+    gradients, incoming = {"feature_map": total.to(feature_map.dtype)}, total  # [B, C, H, W], of what is upsampled
     upwards = _axes(grid, size, "bicubic", total)
     if phi is not None and (needs.codebook or needs.phi_weight or needs.phi_bias):
         convolution = phi.weight.to(torch.float32)
@@ -46,16 +46,16 @@ def accumulate_scale_backward(
                 [needs.codebook, needs.phi_weight, needs.phi_bias],
             )  # fmt: skip
         if needs.phi_weight:
-            found["phi_weight"] = weight.to(phi.weight.dtype).contiguous()
+            gradients["phi_weight"] = weight.to(phi.weight.dtype).contiguous()
         if needs.phi_bias:
-            found["phi_bias"] = bias.to(phi.bias.dtype).contiguous()
+            gradients["phi_bias"] = bias.to(phi.bias.dtype).contiguous()
         if needs.codebook:
             incoming = blurred.add_(total, alpha=1 - phi.ratio)
     if needs.codebook:
         rows = _resampled(incoming, [m.T for m in upwards]).flatten(2).mT  # [B, n, C]
         book = torch.ops.aten.embedding_dense_backward(rows.contiguous(), tokens, len(codebook), -1, False)
-        found["codebook"] = book.to(codebook.dtype).contiguous()
-    return found
+        gradients["codebook"] = book.to(codebook.dtype).contiguous()
+    return gradients
 
 
 def _resampled(image: torch.Tensor, axes: Sequence[torch.Tensor]) -> torch.Tensor:

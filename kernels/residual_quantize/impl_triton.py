@@ -28,8 +28,8 @@ MOST_CHANNELS = 128  # of a program that resamples, at a time
 
 
 @triton.jit
-def _nearest_codes(
-    rows_ptr, codes_ptr, norms_ptr, distances_ptr, found_ptr, N, V, size,
+def residual_quantize_fwd_search_kernel(
+    rows_ptr, codes_ptr, norms_ptr, distances_ptr, nearest_ptr, N, V, size,
     C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
@@ -38,26 +38,26 @@ def _nearest_codes(
     inside = channel[None, :] < C
     x = tl.load(rows_ptr + row[:, None] * C + channel[None, :], (row[:, None] < N) & inside, 0.0)
     best = tl.full((ROWS,), float("inf"), tl.float32)
-    at = tl.zeros((ROWS,), tl.int32)
+    nearest = tl.zeros((ROWS,), tl.int32)
     for start in range(part * size, min((part + 1) * size, V), CODES):
         code = start + tl.arange(0, CODES)
-        there = code < V
-        c = tl.load(codes_ptr + code[:, None].to(tl.int64) * C + channel[None, :], there[:, None] & inside, 0.0)
-        norm = tl.load(norms_ptr + code, there, float("inf"))
+        exists = code < V
+        c = tl.load(codes_ptr + code[:, None].to(tl.int64) * C + channel[None, :], exists[:, None] & inside, 0.0)
+        norm = tl.load(norms_ptr + code, exists, float("inf"))
         distance = norm[None, :] - 2 * tl.dot(x, tl.trans(c), input_precision="ieee")  # [ROWS, CODES]
         distance = tl.where(distance == distance, distance, float("inf"))  # what is not a number is never taken
         low = tl.min(distance, 1)
         first = tl.min(tl.where(distance == low[:, None], code[None, :], V), 1)
         closer = low < best
         best = tl.where(closer, low, best)
-        at = tl.where(closer, first, at)
+        nearest = tl.where(closer, first, nearest)
     place = part.to(tl.int64) * N + row
     tl.store(distances_ptr + place, best, row < N)
-    tl.store(found_ptr + place, at, row < N)
+    tl.store(nearest_ptr + place, nearest, row < N)
 
 
 @triton.jit
-def _bin_means(
+def residual_quantize_fwd_means_kernel(
     image_ptr, rows_ptr, height, width, H, W, C: tl.constexpr, CHANNELS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """One bin of an image (C, H, W): rows (B, h w, C)."""
@@ -90,7 +90,7 @@ def _cubic_weight(tap: tl.constexpr, t):
 
 
 @triton.jit
-def _upsample(
+def residual_quantize_fwd_upsample_kernel(
     tokens_ptr, codes_ptr, image_ptr, V, height, width, H, W, down, across, tiles,
     C: tl.constexpr, CHANNELS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -139,11 +139,11 @@ def forward(call: QuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
         codes = _upsampled(tokens[k], codebook, grid, call.schedule.finest, phi)
         feature_map += codes
         residual -= codes
-    found = torch.cat(tokens, 1)
-    flat = found.flatten()
+    all_tokens = torch.cat(tokens, 1)
+    flat = all_tokens.flatten()
     # unlike bincount this waits for nothing
     usage = flat.new_zeros(len(codebook)).scatter_add_(0, flat, torch.ones_like(flat))
-    return found, feature_map, torch.cat(inputs, 1), usage
+    return all_tokens, feature_map, torch.cat(inputs, 1), usage
 
 
 def accumulate_scale(call: AccumulateCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,7 +164,7 @@ def _means(image: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
     rows = image.new_empty(batch, h * w, channels)
     if rows.numel():
         most = 1 if (h, w) == (height, width) else (-(-height // h) + 1) * (-(-width // w) + 1)
-        _bin_means[(batch * h * w,)](
+        residual_quantize_fwd_means_kernel[(batch * h * w,)](
             image, rows, h, w, height, width,
             C=channels, CHANNELS=_power(channels), **MEANS.choose(card(image.device), cells=most),
         )  # fmt: skip
@@ -181,7 +181,7 @@ def _upsampled(
         return codes
     tile = UPSAMPLED.choose(card(tokens.device))
     tiles = cdiv(height * width, tile["CELLS"])
-    _upsample[(batch * tiles,)](
+    residual_quantize_fwd_upsample_kernel[(batch * tiles,)](
         tokens, codebook, codes, vocabulary, *grid, height, width, grid[0] / height, grid[1] / width, tiles,
         C=channels, CHANNELS=_power(channels), **tile,
     )  # fmt: skip
@@ -208,10 +208,10 @@ def _search(rows: torch.Tensor, codes: torch.Tensor, norms: torch.Tensor) -> tor
     each = cdiv(blocks, min(blocks, cdiv(PROGRAMS, tiles)))
     parts = cdiv(blocks, each)
     distances = torch.empty(parts, count, dtype=torch.float32, device=rows.device)
-    found = torch.empty(parts, count, dtype=torch.int32, device=rows.device)
-    _nearest_codes[(tiles, parts)](
-        rows, codes, norms, distances, found, count, size, each * tile["CODES"], C=channels, WIDTH=width, **tile
+    nearest = torch.empty(parts, count, dtype=torch.int32, device=rows.device)
+    residual_quantize_fwd_search_kernel[(tiles, parts)](
+        rows, codes, norms, distances, nearest, count, size, each * tile["CODES"], C=channels, WIDTH=width, **tile
     )
     if parts > 1:
-        found = torch.where(distances == distances.amin(0), found, size).amin(0)
-    return found.view(batch, length).to(torch.int64)
+        nearest = torch.where(distances == distances.amin(0), nearest, size).amin(0)
+    return nearest.view(batch, length).to(torch.int64)

@@ -30,8 +30,8 @@ def forward(call: QuantizeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
         residual = residual - codes
         if k + 1 < len(schedule):
             inputs.append(_to_rows(_area(feature_map, schedule[k + 1])))
-    found = torch.cat(tokens, 1)
-    return found, feature_map, torch.cat(inputs, 1), _uses(found, len(codebook))
+    all_tokens = torch.cat(tokens, 1)
+    return all_tokens, feature_map, torch.cat(inputs, 1), _uses(all_tokens, len(codebook))
 
 
 def accumulate_scale(call: AccumulateCall) -> tuple[torch.Tensor, torch.Tensor]:

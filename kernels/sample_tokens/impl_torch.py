@@ -27,11 +27,11 @@ def tokens(call: SampleCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         others = call.unconditional.reshape(-1, size)
     counters = torch.arange(call.position, call.position + count)
     draws = uniform(call.seeds[:, None], torch.full_like(counters[:1], _STREAM), counters).view(-1, 1)
-    found = []
+    drawn_parts = []
     for part in torch.arange(max(1, len(rows))).split(max(1, _CHUNK // size)):
         some = slice(int(part[0]), int(part[-1]) + 1)
-        found.append(_draw(call, rows[some], None if others is None else others[some], draws[some]))
-    drawn, own, sampled = (torch.cat(parts).view(batch, count) for parts in zip(*found, strict=True))
+        drawn_parts.append(_draw(call, rows[some], None if others is None else others[some], draws[some]))
+    drawn, own, sampled = (torch.cat(parts).view(batch, count) for parts in zip(*drawn_parts, strict=True))
     return (drawn, own, sampled) if call.log_probs else (drawn, own.new_empty(0), own.new_empty(0))
 
 
@@ -89,8 +89,8 @@ def _threshold(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor |
     masses = (values - values[..., -1:]).exp().cumsum(-1)  # of all kept logits up to each
     if k < size:
         # Top-k keeps every logit equal to the k-th value: add the copies that are not among them.
-        last = values[..., :1]
-        missing = (logits == last).sum(-1, keepdim=True) - (values == last).sum(-1, keepdim=True)
+        smallest = values[..., :1]
+        missing = (logits == smallest).sum(-1, keepdim=True) - (values == smallest).sum(-1, keepdim=True)
         masses += missing * masses[..., :1]
     # The first mass above 1 - p is that of the smallest survivor, or of an equal one. The largest always survives.
     survivor = torch.searchsorted(masses, (1 - top_p) * masses[..., -1:], right=True).clamp_(max=k - 1)

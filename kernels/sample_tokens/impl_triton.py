@@ -76,14 +76,14 @@ def _search(z, weights, low, high, under, upto, target, MASS: tl.constexpr):
         if (step % HALVE == 0) | ~((middle > low) & (middle < high)):
             middle = _value((_key(low) + _key(high)) >> 1)
             between = (middle > low) & (middle < high)  # else neighbours: the last step
-        found = _below(z, weights, middle, MASS)
-        empty = (found == under) | (found == upto)
-        if found <= target:
-            low, under = middle, found
+        below = _below(z, weights, middle, MASS)
+        empty = (below == under) | (below == upto)
+        if below <= target:
+            low, under = middle, below
             low_share, high_share = unit, tl.where(side > 0, high_share * 0.5, unit)
             side = 1
         else:
-            high, upto = middle, found
+            high, upto = middle, below
             low_share, high_share = tl.where(side < 0, low_share * 0.5, unit), unit
             side = -1
         if empty:  # equal logits perhaps: draw the bounds together around what lies between them
@@ -138,7 +138,7 @@ def _scores(
 
 
 @triton.jit(do_not_specialize=["count", "position", "top_k"])
-def _tokens(
+def sample_tokens_fwd_kernel(
     logits_ptr, others_ptr, seeds_ptr, tokens_ptr, own_ptr, sampled_ptr,
     logits_b, logits_n, logits_v, others_b, others_n, others_v, seeds_b, count, position,
     gain, guidance, temperature, top_k, rest,
@@ -173,8 +173,8 @@ def _tokens(
     weights = tl.where(z < bound, 0.0, tl.exp(z - peak))
     sums = start + tl.cumsum(weights.to(tl.float64), 0)  # [WIDTH]
     # Here sums are of float64, so that rounding may leave the last of them at the target.
-    last = tl.max(tl.where(weights > 0, column, 0))
-    chosen_column = tl.minimum(tl.sum((sums <= target).to(tl.int32)), last)
+    last_kept = tl.max(tl.where(weights > 0, column, 0))
+    chosen_column = tl.minimum(tl.sum((sums <= target).to(tl.int32)), last_kept)
     tl.store(tokens_ptr + row, (chosen * WIDTH + chosen_column).to(tl.int64))
     if LOG_PROBS:
         own = tl.sum(tl.where(column == chosen_column, own, 0.0))
@@ -196,7 +196,7 @@ def _log_sigmoid(x):
 
 
 @triton.jit(do_not_specialize=["count", "position", "rows"])
-def _bits(
+def sample_bits_fwd_kernel(
     logits_ptr, others_ptr, seeds_ptr, bits_ptr, own_ptr, sampled_ptr,
     logits_b, logits_n, logits_v, others_b, others_n, others_v, seeds_b, rows, count, position,
     gain, guidance, temperature, cutoff,
@@ -235,7 +235,7 @@ def tokens(call: SampleCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if drawn.numel():
         block = max(triton.next_power_of_2(size), 32)
         tile = tiles.TOKENS.choose(card(call.logits.device), vocabulary=block)
-        _tokens[(batch * count,)](
+        sample_tokens_fwd_kernel[(batch * count,)](
             *_arguments(call, drawn, own, sampled), count, call.position, *_settings(call), call.top_k, 1 - call.top_p,
             V=size, BLOCKS=max(block // tile["WIDTH"], 1), WIDTH=min(block, tile["WIDTH"]), **_flags(call),
             ONE=call.top_k == 1 or size == 1, FEW=1 < call.top_k < size, SHARE=0 < call.top_p < 1,
@@ -254,7 +254,7 @@ def bits(call: SampleCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         width = triton.next_power_of_2(size)
         tile = tiles.BITS.choose(card(call.logits.device))
         rows = max(1, tile["TILE"] // width)
-        _bits[(triton.cdiv(batch * count, rows),)](
+        sample_bits_fwd_kernel[(triton.cdiv(batch * count, rows),)](
             *_arguments(call, drawn, own, sampled), batch * count, count, call.position, *_settings(call), cutoff,
             D=size, ROWS=rows, WIDTH=width, **_flags(call), num_warps=tile["num_warps"], enable_fp_fusion=False,
         )  # fmt: skip

@@ -159,7 +159,7 @@ def _lay_out(like_ptr, place, values, never, V: tl.constexpr, BLOCK_V: tl.conste
 
 
 @triton.jit(do_not_specialize=["first", "count"])  # a lone row is summed as others are
-def _tokens(
+def token_log_probs_fwd_kernel(
     z_ptr, b_ptr, y_ptr, c_ptr, token_ptr, own_ptr, entropy_ptr, kl_ptr, mean_ptr, sum_ptr,
     of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr, reference_ptr,
     slope_ptr, scale_ptr, h_ptr, state_ptr, like_ptr,
@@ -320,7 +320,7 @@ def _bit_logits(z_ptr, b_ptr, place, column, z_m, z_v, factor, V: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["first", "count"])  # a lone row is summed as others are
-def _bits(
+def token_log_probs_fwd_bits_kernel(
     z_ptr, b_ptr, y_ptr, c_ptr, bit_ptr, own_ptr, entropy_ptr, kl_ptr, mean_ptr,
     of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr, reference_ptr,
     slope_ptr, scale_ptr, h_ptr, state_ptr, like_ptr,
@@ -393,7 +393,7 @@ def _bits(
 
 
 @triton.jit
-def _multiply(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
+def token_log_probs_bwd_multiply_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -403,7 +403,8 @@ def _multiply(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
 def multiply(x: torch.Tensor, factor: torch.Tensor) -> None:
     """x *= factor (1), rounded once. Where the factor is 1, as that of a loss itself, x is not even read."""
     if x.numel():
-        _multiply[(triton.cdiv(x.numel(), 4096),)](x, factor, x.numel(), BLOCK=4096, num_warps=8)
+        grid = (triton.cdiv(x.numel(), 4096),)
+        token_log_probs_bwd_multiply_kernel[grid](x, factor, x.numel(), BLOCK=4096, num_warps=8)
 
 
 def score(scoring: Scoring) -> tuple[torch.Tensor, ...]:
@@ -682,9 +683,13 @@ class _Pass:
         )
         grid = (-(-(stop - first) // self.options["BLOCK_M"]),)
         if self.bits:
-            _bits[grid](*tensors, *self.tokens.stride(), first, stop - first, *self.settings, **self.options)
+            token_log_probs_fwd_bits_kernel[grid](
+                *tensors, *self.tokens.stride(), first, stop - first, *self.settings, **self.options
+            )
         else:
-            _tokens[grid](*tensors, first, stop - first, len(head.rows), *self.settings, **self.options)
+            token_log_probs_fwd_kernel[grid](
+                *tensors, first, stop - first, len(head.rows), *self.settings, **self.options
+            )
 
 
 def tile_options(size: int, width: int, stride: int, device: torch.device) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def _over_batch(ptr, B, K: tl.constexpr, BLOCK_K: tl.constexpr, SAMPLES: tl.cons
 
 
 @triton.jit
-def _mask_sums(mask_ptr, end_ptr, span_ptr, L, first_scale, K: tl.constexpr, BLOCK: tl.constexpr):
+def policy_loss_fwd_mask_sums_kernel(mask_ptr, end_ptr, span_ptr, L, first_scale, K: tl.constexpr, BLOCK: tl.constexpr):
     """Sums of the mask over a scale of a sample: span_ptr (B, K)."""
     b, k, begin, end = _place(end_ptr, K)
     masks = tl.zeros((BLOCK,), tl.float32)
@@ -107,7 +107,7 @@ def _mask_sums(mask_ptr, end_ptr, span_ptr, L, first_scale, K: tl.constexpr, BLO
 
 
 @triton.jit
-def _shares(
+def policy_loss_fwd_shares_kernel(
     mask_ptr, end_ptr, span_ptr, total_ptr, factor_ptr, weight_ptr, share_ptr, B, L, first_scale,
     K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SAMPLES: tl.constexpr, NORMALISATION: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +138,7 @@ def _shares(
 
 
 @triton.jit
-def _ratio_sums(
+def policy_loss_fwd_ratio_sums_kernel(
     log_prob_ptr, old_ptr, mask_ptr, end_ptr, ratio_ptr, L, first_scale, K: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Sums of the mask times the log-ratio over a scale of a sample: ratio_ptr (B, K)."""
@@ -152,7 +152,7 @@ def _ratio_sums(
 
 
 @triton.jit
-def _terms(
+def policy_loss_fwd_terms_kernel(
     log_prob_ptr, entropy_ptr, exact_kl_ptr, old_ptr, reference_ptr, advantage_ptr, mask_ptr,
     end_ptr, span_ptr, ratio_ptr, weight_ptr, slope_ptr, sum_ptr,
     B, L, first_scale, low, high, kl_weight, entropy_weight,
@@ -225,7 +225,7 @@ def _terms(
 
 
 @triton.jit
-def _results(
+def policy_loss_fwd_results_kernel(
     weight_ptr, span_ptr, sum_ptr,
     loss_ptr, kl_ptr, clip_ptr, entropy_ptr, ratio_ptr, share_ptr, scale_entropy_ptr, scale_ratio_ptr, B,
     K: tl.constexpr, BLOCK_K: tl.constexpr, SAMPLES: tl.constexpr,
@@ -272,10 +272,10 @@ class Policy:
         self.share = self._empty(self.batch, self.length)
         self._spans, self._weights = self._empty(self.batch, self.scales), self._empty(self.scales + 1)
         if self.batch:
-            _mask_sums[self._grid](
+            policy_loss_fwd_mask_sums_kernel[self._grid](
                 self.mask, self.ends, self._spans, self.length, self.first_scale, K=self.scales, BLOCK=BLOCK
             )
-        _shares[(max(self.batch * self.scales, 1),)](
+        policy_loss_fwd_shares_kernel[(max(self.batch * self.scales, 1),)](
             self.mask, self.ends, self._spans, totals, factors(grids, options.panw_alpha, torch.float32, device),
             self._weights, self.share, self.batch, self.length, self.first_scale, BLOCK=BLOCK, SAMPLES=SAMPLES,
             NORMALISATION=options.panw_normalisation, **self.constants,
@@ -297,18 +297,20 @@ class Policy:
         ratios = None
         if self.batch and self.level != "token":
             ratios = self._empty(self.batch, self.scales)
-            _ratio_sums[self._grid](
+            policy_loss_fwd_ratio_sums_kernel[self._grid](
                 log_probs, self.old, self.mask, self.ends, ratios, self.length, self.first_scale, K=self.scales,
                 BLOCK=BLOCK,
             )  # fmt: skip
         if self.batch:
-            _terms[self._grid](
+            policy_loss_fwd_terms_kernel[self._grid](
                 log_probs, entropy, exact_kl, self.old, self.reference, self.advantages, self.mask, self.ends,
                 self._spans, ratios, self._weights, slope, sums, self.batch, self.length, self.first_scale,
                 self.low, self.high, self.kl_weight, self.entropy_weight, BLOCK=BLOCK, LEVEL=self.level,
                 ESTIMATOR=self.estimator, **self.constants,
             )  # fmt: skip
-        _results[(1,)](self._weights, self._spans, sums, *measured, self.batch, SAMPLES=SAMPLES, **self.constants)
+        policy_loss_fwd_results_kernel[(1,)](
+            self._weights, self._spans, sums, *measured, self.batch, SAMPLES=SAMPLES, **self.constants
+        )
         return measured
 
 

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvar import ops  # noqa: F401  (registers the operators)
 from fastvar.ops._dispatch import REGISTRY
+from fastvar.ops._triton import triton_modules
 
 TYPES = {
     torch.float32: "fp32",
@@ -36,14 +36,7 @@ TYPES = {
     torch.uint8: "u8",
 }
 # All that ask for the card, imported before it is replaced there.
-MODULES = [
-    module
-    for name in {
-        each.module.partition(":")[0] for every in REGISTRY.values() for each in every if each.backend == "triton"
-    }
-    for module in [import_module(name)]
-    if hasattr(module, "card")
-]
+MODULES = [module for module in triton_modules() if hasattr(module, "card")]
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 

@@ -1,7 +1,9 @@
-"""Small valid calls of every operator, for the checks that all of them must pass (test_contract.py).
+"""Small valid calls of every operator, for the checks that all of them must pass.
 
-`SAMPLES[name]()` yields (public function, keyword arguments, names of the differentiable tensors). A new operator adds
-an entry here and gets the whole contract; test_contract.py fails for an operator that has none.
+`SAMPLES[name](dtype)` yields (public function, keyword arguments, names of the differentiable tensors). A new operator
+adds an entry here and gets the whole contract (test_contract.py), and what all kernels in Triton must pass: the
+interpreter (tests/interpreted), the compiler (test_ahead_of_time.py) and a GPU (test_gpu.py). test_contract.py fails
+for an operator that has none.
 """
 
 from __future__ import annotations
@@ -33,6 +35,15 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tor
     """Normal noise that depends on shape and seed alone."""
     generator = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def moved(value: Any, device: str) -> Any:
+    """The same on another device, in named and plain tuples too."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(moved(part, device) for part in value))
+    return tuple(moved(part, device) for part in value) if isinstance(value, tuple) else value
 
 
 @sample("adaptive_layer_norm")

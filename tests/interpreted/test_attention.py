@@ -161,14 +161,14 @@ def test_parts_of_a_group(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = few() | {"lengths": torch.tensor([20, 17])}
     monkeypatch.setattr(impl_triton, "SHORTEST", 1)
     launches: list[int] = []
-    add = impl_triton._add_parts
+    add = impl_triton.block_causal_attention_bwd_prefix_sum_kernel
 
     class Counted:
         def __getitem__(self, grid: tuple[int]) -> Any:
             launches.append(grid[0])
             return add[grid]
 
-    monkeypatch.setattr(impl_triton, "_add_parts", Counted())
+    monkeypatch.setattr(impl_triton, "block_causal_attention_bwd_prefix_sum_kernel", Counted())
     for programs, parts in ((1, False), (5, True)):
         monkeypatch.setattr(impl_triton, "PROGRAMS", programs)
         launches.clear()

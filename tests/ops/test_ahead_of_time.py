@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from fastvar.kernels.common.tiling import SHARED, family_of
 
 from fastvar import ScaleSchedule, ops
 from fastvar.ops import PrefixKV
+from fastvar.ops._dispatch import REGISTRY
 from tests.helpers.ahead_of_time import Compiled, Launch, accesses, compile_for, launches_of
+from tests.helpers.samples import SAMPLES, moved
 
 pytestmark = pytest.mark.slow
 VAR_256 = ScaleSchedule.parse("var-256")
@@ -45,6 +48,29 @@ def fits(launch: Launch, capability: int, *, stack: int = 0, shared: int | None 
 def multiplies(found: Compiled, instruction: str) -> bool:
     """Whether all products are that instruction's."""
     return instruction in found.ptx and not any(each in found.ptx for each in {*MATRIX.values()} - {instruction})
+
+
+# Operators with cases of their own below, and all others.
+OWN_CASES = (
+    "block_causal_attention", "cached_attention", "adaptive_layer_norm", "gated_residual", "gated_residual_norm",
+    "qk_norm_rope", "qk_norm_rope_into_cache", "group_norm_silu", "sample_tokens", "token_log_probs", "cross_entropy",
+    "policy_loss", "residual_quantize", "accumulate_scale",
+)  # fmt: skip
+OTHERS = [name for name in REGISTRY if name not in OWN_CASES and "triton" in {row.backend for row in REGISTRY[name]}]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", OTHERS)
+def test_calls_of_the_contract(name: str, capability: int) -> None:
+    launches = []
+    for function, arguments, differentiable in SAMPLES[name](BF16):
+        given = {key: moved(value, "meta") for key, value in arguments.items()}
+        for key in differentiable:
+            given[key].requires_grad_()
+        launches += launches_of(partial(function, **given, backend="triton"), capability)
+    assert launches
+    for launch in launches:
+        fits(launch, capability)
 
 
 def attention(
@@ -78,8 +104,8 @@ def attention(
 def test_attention(capability: int, head_dim: int, dtype: torch.dtype, block_diagonal: bool) -> None:
     """Halves are loaded 16 bytes at a time whatever the head dimension."""
     launches = attention(head_dim, dtype, capability, block_diagonal=block_diagonal)
-    names = ["_forward", "_backward_q", "_backward_kv", "_backward_prefix", "_add_parts"]
-    assert [launch.kernel.__name__ for launch in launches] == names
+    kernels = ("fwd", "bwd_dq", "bwd_dk_dv", "bwd_prefix", "bwd_prefix_sum")
+    assert [launch.kernel.__name__ for launch in launches] == [f"block_causal_attention_{k}_kernel" for k in kernels]
     for launch in launches[:4]:
         found = fits(launch, capability, stack=64)
         assert multiplies(found, MATRIX[80 if dtype == F32 else capability])
@@ -111,11 +137,12 @@ def test_cached_attention(capability: int, n: int, head_dim: int) -> None:
         return ops.cached_attention(q, keys, keys, prefix=prefix, trunk=trunk, backend="triton")
 
     launches = launches_of(call, capability)
-    assert {launch.kernel.__name__ for launch in launches} == {"_part", "_merge"}
+    merge = "cached_attention_fwd_merge_kernel"
+    assert {launch.kernel.__name__ for launch in launches} == {"cached_attention_fwd_kernel", merge}
     for launch in launches:
         found = fits(launch, capability, stack=64)
         # Hopper's and Blackwell's own instructions take 64 rows and more
-        assert launch.kernel.__name__ == "_merge" or multiplies(found, MATRIX[80 if n < 64 else capability])
+        assert launch.kernel.__name__ == merge or multiplies(found, MATRIX[80 if n < 64 else capability])
 
 
 def moves(launch: Launch, found: Compiled, loads: int, stores: int) -> None:
@@ -164,10 +191,12 @@ def test_rows_of_channels(capability: int, dtype: torch.dtype, width: int, modul
         x, y, gate, *_ = made()
         return ops.gated_residual(x, y, gate, backend="triton")
 
-    hold(launches_of(norm, capability), capability, {"_norm_forward": (1, 1), "_norm_backward": (2, 1)})
-    hold(launches_of(residual, capability), capability, {"_gate_forward": (2, 1), "_gate_backward": (2, 1)})
+    norms = [f"adaptive_layer_norm_{way}_kernel" for way in ("fwd", "bwd")]
+    gates = [f"gated_residual_{way}_kernel" for way in ("fwd", "bwd")]
+    hold(launches_of(norm, capability), capability, dict(zip(norms, [(1, 1), (2, 1)], strict=True)))
+    hold(launches_of(residual, capability), capability, dict(zip(gates, [(2, 1), (2, 1)], strict=True)))
     both = launches_of(lambda: ops.gated_residual_norm(*made(), backend="triton"), capability)
-    hold(both, capability, {"_norm_forward": (2, 2), "_norm_backward": (4, 2)})
+    hold(both, capability, dict(zip(norms, [(2, 2), (4, 2)], strict=True)))
 
 
 @pytest.mark.parametrize(
@@ -200,13 +229,14 @@ def test_heads(capability: int, dtype: torch.dtype, head_dim: int, norm: bool, t
         heads = empty(2, 9, 3, 6, head_dim, dtype=dtype).unbind(2)
         return ops.qk_norm_rope_into_cache(*heads, *caches, 3, **options(), backend="triton")
 
-    hold(launches_of(plain, capability), capability, {"_forward": (2, 2), "_backward": (4, 2)})
-    hold(launches_of(into_cache, capability), capability, {"_forward": (3, 3)})
+    forward, backward = (f"qk_norm_rope_{way}_kernel" for way in ("fwd", "bwd"))
+    hold(launches_of(plain, capability), capability, {forward: (2, 2), backward: (4, 2)})
+    hold(launches_of(into_cache, capability), capability, {forward: (3, 3)})
 
 
 def test_narrow_accesses_are_seen() -> None:
     """Rows that do not begin at multiples of 16 bytes cannot be loaded so."""
-    with pytest.raises(AssertionError, match="_forward"):
+    with pytest.raises(AssertionError, match="qk_norm_rope_fwd_kernel"):
         test_heads(90, BF16, 12, True, False)
 
 
@@ -221,7 +251,8 @@ def test_group_norm(capability: int, channels: int, dtype: torch.dtype) -> None:
         return ops.group_norm_silu(x, weight, weight, groups=32, shift=weight, backend="triton")
 
     launches = launches_of(call, capability)
-    rows = {"_moments", "_forward", "_gradient_sums", "_backward"}
+    results = {"group_norm_silu_fwd_kernel", "group_norm_silu_bwd_kernel"}
+    rows = {*results, "group_norm_silu_fwd_moments_kernel", "group_norm_silu_bwd_sums_kernel"}
     assert rows <= {launch.kernel.__name__ for launch in launches}
     for launch in launches:
         found, name = fits(launch, capability), launch.kernel.__name__
@@ -230,7 +261,7 @@ def test_group_norm(capability: int, channels: int, dtype: torch.dtype) -> None:
             wide = sum(count for (_, size), count in moved.items() if size >= WIDE)
             # narrow is only what there is one of for each channel
             assert wide >= 4 and sum(moved.values()) - wide <= 6, (name, moved)
-            assert all(size >= WIDE for way, size in moved if name in ("_forward", "_backward") and way == "st"), moved
+            assert all(size >= WIDE for way, size in moved if name in results and way == "st"), moved
 
 
 def sampling(dtype: torch.dtype, size: int, capability: int, **options: Any) -> Launch:
@@ -328,9 +359,10 @@ def over_logits(
     launches = [(each, kl) for call, kl in calls for each in launches_of(lambda call=call, kl=kl: call(kl), capability)]
     entropy = launches_of(lambda: ops.cross_entropy(*problem(), label_smoothing=0.1, backend="triton"), capability)
     launches = [(each, kl) for each, kl in [*launches, *((each, False) for each in entropy)]]
-    found = [(each, kl) for each, kl in launches if each.kernel.__name__ in ("_tokens", "_bits")]
-    assert len(found) == 5 + 2 * policy
-    return found
+    kernels = ("token_log_probs_fwd_kernel", "token_log_probs_fwd_bits_kernel")
+    chosen = [(each, kl) for each, kl in launches if each.kernel.__name__ in kernels]
+    assert len(chosen) == 5 + 2 * policy
+    return chosen
 
 
 def orders(found: Compiled) -> set[str]:
@@ -400,9 +432,10 @@ def test_quantiser(capability: int, channels: int) -> None:
         return ops.residual_quantize(features, codebook, ScaleSchedule((1, (5, 7), 16)), backend="triton")
 
     launches = launches_of(call, capability)
-    assert {launch.kernel.__name__ for launch in launches} == {"_bin_means", "_nearest_codes", "_upsample"}
+    search, means, upsample = (f"residual_quantize_fwd_{part}_kernel" for part in ("search", "means", "upsample"))
+    assert {launch.kernel.__name__ for launch in launches} == {search, means, upsample}
     for launch in launches:
-        most = 80 if channels == 64 and launch.kernel.__name__ == "_bin_means" else 0  # of the coarsest grid
+        most = 80 if channels == 64 and launch.kernel.__name__ == means else 0  # of the coarsest grid
         found = fits(launch, capability, stack=most, shared=SHARED["sm80"])
         assert "tf32" not in found.ptx
-        assert launch.kernel.__name__ != "_nearest_codes" or "fma.rn.f32" in found.ptx
+        assert launch.kernel.__name__ != search or "fma.rn.f32" in found.ptx

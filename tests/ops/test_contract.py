@@ -206,7 +206,7 @@ def test_arrays_of_numpy_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(SAMPLES))
-def test_wishes(name: str) -> None:
+def test_requests_for_backends(name: str) -> None:
     function, arguments, _ = next(iter(SAMPLES[name](torch.float32)))
     function(**arguments, backend="reference")
     with pytest.raises(RuntimeError, match=f"{name}: backend='cuda' (does not exist|cannot run: runs on cuda)"):

@@ -41,13 +41,13 @@ def test_divisions_and_roots_are_rounded_as_on_a_cpu() -> None:
 
 def test_the_search_is_on_matrix_units() -> None:
     """On every GPU it reads codes in 16 bytes a lane; codes of tokens are copied so."""
-    functions = re.findall(r"Function : (\S+)\n([\s\S]*?)(?=Function : |\Z)", dumped("-sass"))
+    functions = [part.split("\n", 1) for part in dumped("-sass").split("Function : ")[1:]]
     for kernel, needed in {
-        "search_kernel": ("HMMA.16816.F32.BF16", "LDG.E.128.CONSTANT"),
-        "image_kernel": ("HMMA.16816.F32.BF16", "LDG.E.128.CONSTANT", "LDGSTS.E.BYPASS.128"),
-        "cluster_kernel": ("HMMA.16816.F32.BF16", "LDG.E.128.CONSTANT", "LDGSTS.E.BYPASS.128"),
-        "add_kernel": ("LDGSTS.E.BYPASS.128",),
-        "step_kernel": ("LDGSTS.E.BYPASS.128",),
+        "residual_quantize_fwd_search_kernel": ("HMMA.16816.F32.BF16", "LDG.E.128.CONSTANT"),
+        "residual_quantize_fwd_image_kernel": ("HMMA.16816.F32.BF16", "LDG.E.128.CONSTANT", "LDGSTS.E.BYPASS.128"),
+        "residual_quantize_fwd_cluster_kernel": ("HMMA.16816.F32.BF16", "LDG.E.128.CONSTANT", "LDGSTS.E.BYPASS.128"),
+        "residual_quantize_fwd_add_kernel": ("LDGSTS.E.BYPASS.128",),
+        "accumulate_scale_fwd_kernel": ("LDGSTS.E.BYPASS.128",),
     }.items():
         bodies = [body for name, body in functions if "8quantize" in name and kernel in name]
         assert len(bodies) >= 3

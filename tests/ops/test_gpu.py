@@ -19,7 +19,7 @@ from fastvar.random import uniform
 from fastvar.schedule import VAR_256, VAR_512, VAR_1024, ScaleSchedule
 from tests.helpers.draws import distance
 from tests.helpers.replay import replayed
-from tests.helpers.samples import SAMPLES, noise
+from tests.helpers.samples import SAMPLES, moved, noise
 from tests.ops.test_residual_quantize import make_phi
 
 PACKAGES = ("sdpa", "flex", "flash_attn", "xformers")  # take less than all calls: test_attention_packages.py
@@ -39,15 +39,6 @@ pytestmark = [
 def _float32_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN rounds the inputs of float32 convolutions to TF32 unless told not to."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
-def moved(value: Any, device: str) -> Any:
-    """The same on another device, in named and plain tuples too."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(part, device) for part in value))
-    return tuple(moved(part, device) for part in value) if isinstance(value, tuple) else value
 
 
 def tensors(result: Any) -> list[torch.Tensor]:

@@ -1,1 +1,0 @@
-"""Implementations behind fastvar/ops/adaptive_layer_norm.py, where the contract stands."""

@@ -1,1 +1,0 @@
-"""Implementations behind fastvar/ops/cached_attention.py, where the contract stands."""

@@ -1,1 +1,0 @@
-"""What implementations of several operators share."""

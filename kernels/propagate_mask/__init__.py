@@ -1,1 +1,0 @@
-"""Implementations behind fastvar/ops/propagate_mask.py, where the contract stands."""

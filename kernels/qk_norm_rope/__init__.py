@@ -1,1 +1,0 @@
-"""Implementations behind fastvar/ops/qk_norm_rope.py, where the contract stands."""

@@ -1,1 +1,0 @@
-"""Implementations behind fastvar/ops/residual_quantize.py, where the contract stands."""

@@ -1,1 +1,0 @@
-"""Implementations behind fastvar/ops/sample_tokens.py, where the contract stands."""
