@@ -152,9 +152,9 @@ class Infinity(WithTokenizer[BSQTokenizer]):
         with torch.autocast(self.device.type, enabled=False):
             activated = F.silu(condition)
             shared = self.shared_modulation(activated).unflatten(1, (6, -1))
-            rows = [block.modulate(activated, shared)[0] for block in self.blocks]
             head = self.head_modulation(activated).unflatten(1, (2, -1))
-        return Modulations(rows, [block.qkv_bias() for block in self.blocks], head)
+        rows, biases = zip(*(block.modulate(activated, shared) for block in self.blocks), strict=True)
+        return Modulations(list(rows), list(biases), head)
 
     # -- teacher forcing ---------------------------------------------------------------------------------------------
 
