@@ -9,13 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvar.cli import main
+from fastvar.cli import infinity, main
 from fastvar.models import VAR, EncodedTexts, Infinity, VARConfig
 from fastvar.schedule import infinity_schedule
+from fastvar.training import train as train_it
 from tests.data.test_text_images import write
 from tests.helpers.tiny import tiny_bits, tiny_infinity, tiny_tokenizer
 from tests.models.test_infinity_checkpoints import public_tokenizer, public_transformer
 
+CHECKPOINTING = ["--gradient-checkpointing", "--steps", "1"]
 SHAPE = ["--depth", "1", "--width", "16", "--heads", "2", "--steps", "2", "--batch-size", "2", "--log-every", "1"]
 
 
@@ -83,10 +85,19 @@ def test_ratios(work: Path) -> None:
     assert Infinity.from_pretrained(work / "run/model").schedule == small
 
 
-def test_handwriting(work: Path) -> None:
+def test_handwriting(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def watched(task: Any, *arguments: Any) -> Any:
+        trained.append((task.model.gradient_checkpointing, task.flip_strength))
+        return train_it(task, *arguments)
+
+    monkeypatch.setattr(infinity, "train", watched)
     tiny_bits(((1, 1), (2, 2), (16, 16))).save_pretrained(work / "scenes")
     train = ["train", "--task", "infinity", "--data", "handwriting", "--scenes", 8, *SHAPE, "--output", work / "run"]
     run(*train, "--tokenizer", work / "scenes", "--text-encoder", "characters", "--flip-strength", 0)
+    run(*train[:-1], work / "again", "--tokenizer", work / "scenes", "--text-encoder", "characters", *CHECKPOINTING)
+    assert trained == [(False, 0), (True, 0.3)]
     assert Infinity.from_pretrained(work / "run/model").config.text_channels == 64
 
 

@@ -81,8 +81,12 @@ def test_flips_and_dropped_texts() -> None:
     seen = []
     quantize = net.tokenizer.quantize
     net.tokenizer.quantize = lambda images, **more: seen.append(more) or quantize(images, **more)  # type: ignore
-    InfinityTask(net, flip_strength=0.2, flip_scales=2).loss(net, batch)
+    for state in (1, None, 1):
+        if state is not None:
+            torch.manual_seed(state)
+        InfinityTask(net, flip_strength=0.2, flip_scales=2).loss(net, batch)
     assert all(0 <= p <= 0.2 for p in seen[0]["flip_probability"]) and seen[0]["flip_probability"][2] == 0
+    assert seen[0]["seed"] == seen[2]["seed"] != seen[1]["seed"]
     net = infinity(condition_dropout=1.0).train()
     task = InfinityTask(net, flip_strength=0.0)
     other = batch | {"text": ["x", "", "yz"]}
@@ -128,10 +132,10 @@ def test_a_tiny_set_is_learned(tmp_path: Path) -> None:
     """Texts decide what is drawn; the model that is saved draws it too."""
     net = infinity(condition_dropout=0.0)
     data = Pictures(2)
-    config = options(steps=120, batch_size=2, learning_rate=1e-2, ema_decay=0.5, save_every=120, weight_decay=0.0)
+    often = {"log_every": 120, "save_every": 120}
+    config = options(steps=120, batch_size=2, learning_rate=1e-2, ema_decay=0.5, weight_decay=0.0, **often)
     result = train(InfinityTask(net, flip_strength=0.0), data, config, tmp_path)
-    found = losses(tmp_path)
-    assert found[0] > 0.6 and found[-1] < 0.2
+    assert losses(tmp_path)[-1] < 0.1  # chance is 0.69
     saved = Infinity.from_pretrained(tmp_path / "model")
     saved.text_encoder = net.text_encoder
     bits = net.tokenizer.encode(data.images)
@@ -153,13 +157,14 @@ def test_ratios_in_buckets(tmp_path: Path) -> None:
     net.text_encoder = EncodedTexts(tmp_path / "texts")
     with pytest.raises(ValueError, match=r"EncodedTexts: texts: expected texts that were encoded .*, got 'red'"):
         train(InfinityTask(net, schedules=[net.schedule, TALL]), data, options(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     encode_texts(CharacterTextEncoder(12, max_length=9), TEXTS, tmp_path / "texts")
     net.text_encoder = EncodedTexts(tmp_path / "texts")
     task = InfinityTask(net, schedules=[net.schedule, TALL])
     seen, loss = [], task.loss
     task.loss = lambda model, batch: seen.append(batch["image"].shape[2:]) or loss(model, batch)  # type: ignore
     train(task, data, options(steps=8, batch_size=2), tmp_path / "run")
-    assert set(seen) == {(6, 6), (8, 4)} and not (tmp_path / "run/nothing").exists()
+    assert set(seen) == {(6, 6), (8, 4)}
     with pytest.raises(
         ValueError, match=r"InfinityTask: data: expected images of \[\(6, 6\)\] pixels, got \[\(8, 4\)\]"
     ):
