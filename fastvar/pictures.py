@@ -19,7 +19,7 @@ _PADDING = 2  # white pixels around each image of a grid
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
 
-def read_picture(file: str | Path | BinaryIO, owner: str) -> Image:
+def read_picture(file: str | Path | BinaryIO, owner: str, *, name: str | None = None) -> Image:
     """A picture as a PIL RGB image of 8 bits a channel, turned as its orientation tag says.
 
     16 bits a channel (PNG, TIFF, PGM) are scaled to 8. Broken metadata of a good picture is passed over.
@@ -27,6 +27,7 @@ def read_picture(file: str | Path | BinaryIO, owner: str) -> Image:
     Args:
         file: a path, or an open file.
         owner: "class: argument", as it opens the message.
+        name: of the file in messages, where it is no path.
 
     Raises:
         ValueError: whatever else the file is: no picture, a damaged one, one too large (Pillow's MAX_IMAGE_PIXELS), or
@@ -41,12 +42,35 @@ def read_picture(file: str | Path | BinaryIO, owner: str) -> Image:
                 raise
             return _decoded(bare)
     except Exception as error:  # what a damaged file makes of Pillow is anything
-        name = file if isinstance(file, str | Path) else "something else"
-        raise ValueError(f"{owner}: expected a readable image, got {name} ({error})") from error
+        shown = file if isinstance(file, str | Path) else name or "something else"
+        raise ValueError(f"{owner}: expected a readable image, got {shown} ({error})") from error
+
+
+def picture_size(file: str | Path | BinaryIO) -> tuple[int, int]:
+    """(H, W) of a picture in pixels, turned as its orientation tag says; only the file's head is read.
+
+    Raises:
+        OSError, ValueError: no picture that Pillow knows.
+    """
+    from PIL import Image as pil
+
+    with pil.open(file) as opened:
+        width, height = opened.size
+        # of a PNG Pillow would decode all pixels to look for a tag behind them
+        tagged = opened.format != "PNG" or "exif" in opened.info
+        return (width, height) if tagged and _orientation(opened) >= 5 else (height, width)
+
+
+def _orientation(image: Image) -> int:
+    from PIL import ExifTags
+
+    try:  # not ImageOps.exif_transpose: that writes the other tags anew, and fails where these are broken
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:
+        return 1
 
 
 def _decoded(file: str | Path | BinaryIO) -> Image:
-    from PIL import ExifTags
     from PIL import Image as pil
 
     turn = pil.Transpose
@@ -61,10 +85,7 @@ def _decoded(file: str | Path | BinaryIO) -> Image:
     }
     with pil.open(file) as opened:
         opened.load()
-        try:  # not ImageOps.exif_transpose: that writes the other tags anew, and fails where these are broken
-            orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
-        except Exception:
-            orientation = 1
+        orientation = _orientation(opened)
         image = _eight_bits(opened).convert("RGB")
     return image.transpose(turns[orientation]) if orientation in turns else image
 

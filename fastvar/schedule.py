@@ -178,6 +178,7 @@ _INFINITY_GRIDS: dict[str, str] = {
     "3.000": "1,2,6x2,9x3,15x5,21x7,27x9,36x12,45x15,54x18,72x24,90x30,111x37",
 }
 _INFINITY_SCALES = {"0.06M": 7, "0.25M": 10, "0.60M": 12, "1M": 13}
+INFINITY_BUDGETS = tuple(_INFINITY_SCALES)
 
 
 def infinity_schedule(budget: str = "1M", ratio: str = "1.000") -> ScaleSchedule:
@@ -193,12 +194,16 @@ def infinity_schedule(budget: str = "1M", ratio: str = "1.000") -> ScaleSchedule
     """
     name = f"infinity-{budget}-{ratio}"
     if name not in PRESETS:
-        known = sorted(n.rsplit("-", 1)[1] for n in PRESETS if n.startswith("infinity-1M-"))
         raise ValueError(
-            f"infinity_schedule: budget, ratio: expected one of {tuple(_INFINITY_SCALES)} and one of {tuple(known)}, "
+            f"infinity_schedule: budget, ratio: expected one of {INFINITY_BUDGETS} and one of {infinity_ratios()}, "
             f"got {budget!r} and {ratio!r}"
         )
     return PRESETS[name]
+
+
+def infinity_ratios() -> tuple[str, ...]:
+    """The ratios of height to width that `infinity_schedule` knows, from wide to tall."""
+    return tuple(sorted(name.rsplit("-", 1)[1] for name in PRESETS if name.startswith("infinity-1M-")))
 
 
 def _infinity_presets() -> dict[str, ScaleSchedule]:

@@ -17,12 +17,13 @@ _OUTER = re.compile(r"(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wr
 _INNER = re.compile(r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
-def read_weights(path: str | Path, owner: str) -> Any:
+def read_weights(path: str | Path, owner: str, *, mapped: bool = False) -> Any:
     """What safetensors or torch.save wrote into a file, on the CPU. No code of the file is run.
 
     Args:
         path: the file; which of the two it is is read off its content.
         owner: "class: argument", as it opens messages.
+        mapped: leave tensors in the file, mapped into memory, where its format allows that: to look at what there is.
 
     Raises:
         OSError: a file that cannot be read.
@@ -33,12 +34,13 @@ def read_weights(path: str | Path, owner: str) -> Any:
     try:
         with open(path, "rb") as file:
             start = file.read(9)
+        mapped = mapped and start.startswith(b"PK")  # the format before torch 1.6 cannot be mapped
     except OSError as error:
         raise type(error)(f"{owner}: {error}") from error
     try:
         if start[8:] == b"{" or str(path).endswith(".safetensors"):
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # each way of being something else raises another one
         raise ValueError(
             f"{owner}: expected a file of safetensors or torch.save, got {path}: {reason(error)}"

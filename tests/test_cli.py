@@ -23,6 +23,7 @@ from fastvar.cli.info import Info
 from fastvar.cli.models import Sample, Train, TrainTokenizer
 from fastvar.cli.reinforcement import RL, Ablate, ChooseMiddle, Evaluate, RewardOptions
 from fastvar.cli.sources import DataOptions, PromptOptions
+from fastvar.cli.texts import EncodeText
 from fastvar.handwriting.demo import DemoConfig
 from fastvar.models import VAR, SamplingOptions, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.ops.policy_loss import KL_ESTIMATORS, NORMALISATIONS, PANW_NORMALISATIONS, RATIO_LEVELS
@@ -33,7 +34,10 @@ from fastvar.training import TrainConfig
 from fastvar.training.interrupts import Interrupted
 
 DATA = ["--data", "handwriting"]
-COMMANDS = ("train-tokenizer", "train", "sample", "evaluate", "demo", "info", "build", "rl", "choose-middle", "ablate")
+COMMANDS = (
+    *("train-tokenizer", "train", "encode-text", "sample", "evaluate", "demo", "info", "build"),
+    *("rl", "choose-middle", "ablate"),
+)
 SMALL = ["--grids", "1,3x4,6x8", "--vocab-size", "16", "--code-channels", "8", "--channels", "8", "--norm-groups", "4"]
 FEW = ["--steps", "3", "--batch-size", "4", "--scenes", "16", "--log-every", "1", *DATA]
 
@@ -70,7 +74,17 @@ def test_help_names_choices(capsys: pytest.CaptureFixture[str]) -> None:
     "config",
     [
         *(TrainTokenizer, Train, Sample, Evaluate, Info, Build, DemoConfig, TrainConfig, DataOptions),
-        *(RL, ChooseMiddle, Ablate, RewardOptions, PromptOptions, RLConfig, PolicyLossOptions, SamplingOptions),
+        *(
+            EncodeText,
+            RL,
+            ChooseMiddle,
+            Ablate,
+            RewardOptions,
+            PromptOptions,
+            RLConfig,
+            PolicyLossOptions,
+            SamplingOptions,
+        ),
     ],
 )
 def test_every_option_is_documented(config: type) -> None:

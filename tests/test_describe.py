@@ -22,6 +22,8 @@ from fastvar.models import (
     VQTokenizerConfig,
 )
 from tests.golden.golden import load_case
+from tests.helpers.tiny import tiny_infinity
+from tests.models.test_infinity_checkpoints import public_transformer
 
 GRIDS = ((1, 1), (2, 3))
 
@@ -98,8 +100,10 @@ def test_files(run: Path) -> None:
             said(path)
 
 
-def test_infinity(tmp_path: Path) -> None:
-    """A saved one, and public files of the transformer and of the tokenizer."""
+def test_infinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A saved one, and public files of the transformer and of the tokenizer, which are not read for it."""
+    mapped, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **options: mapped.append(options["mmap"]) or load(*a, **options))
     bsq = BSQTokenizer(BSQTokenizerConfig(GRIDS, bits=8, channels=8, channel_multipliers=(1, 2), norm_groups=4))
     bsq.save_pretrained(tmp_path / "tokenizer")
     assert "a BSQTokenizer, grids 1,2x3, 8 bits a token\n  images of 4 x 6 pixels" in said(tmp_path / "tokenizer")
@@ -117,3 +121,22 @@ def test_infinity(tmp_path: Path) -> None:
     assert "a public Infinity tokenizer, for fastvar.models.load_infinity under vae; 216 par" in said(
         tmp_path / "vae.pth"
     )
+    assert mapped == [True, True]
+    old = tmp_path / "old.pth"
+    torch.save({"a": torch.zeros(3)}, old, _use_new_zipfile_serialization=False)
+    assert said(old).endswith("a state dict; 3 parameters in float32") and mapped[-1] is False
+
+
+def test_shards(tmp_path: Path) -> None:
+    """A folder of them, as the public 8B comes."""
+    net = tiny_infinity()
+    state = public_transformer(net)
+    names = sorted(state)
+    parts = {"a.pth": names[:9], "b.pth": names[9:]}
+    for file, own in parts.items():
+        torch.save({name: state[name] for name in own}, tmp_path / file)
+    places = {name: file for file, own in parts.items() for name in own}
+    (tmp_path / "x.index.json").write_text(json.dumps({"weight_map": places}))
+    shown = said(tmp_path)
+    assert shown.startswith(f"{tmp_path}: a public Infinity transformer, for fastvar.models.load_infinity; ")
+    assert "  depth 3, width 32, 2 heads, 8 bits a token\n  condition: texts of up to 6 rows of 12" in shown

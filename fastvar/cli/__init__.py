@@ -17,6 +17,7 @@ from fastvar.ranges import check_fields
 COMMANDS = {
     "train-tokenizer": "fastvar.cli.models:TrainTokenizer",
     "train": "fastvar.cli.models:Train",
+    "encode-text": "fastvar.cli.texts:EncodeText",
     "sample": "fastvar.cli.models:Sample",
     "evaluate": "fastvar.cli.reinforcement:Evaluate",
     "rl": "fastvar.cli.reinforcement:RL",

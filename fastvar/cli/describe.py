@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import torch
 from fastvar.data.folder import EXTENSIONS, ImageFolder
 from fastvar.files import read_json_object, read_text
 from fastvar.models import BSQTokenizerConfig, InfinityConfig, VARConfig
+from fastvar.models.encoded_texts import ABOUT, EncodedTexts
+from fastvar.models.infinity_checkpoints import public_infinity_config
 from fastvar.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, load_config, saved_class, with_article
+from fastvar.models.public_state import read_state
 from fastvar.models.with_tokenizer import TOKENIZER_FOLDER, WithTokenizer
 from fastvar.pictures import read_picture
 from fastvar.training.checkpoints import saved_steps
@@ -55,6 +59,11 @@ def _folder(path: Path) -> Iterator[str]:
         yield from _run(path)
     elif re.fullmatch(r"step-\d{8}", path.name):
         yield f"{path}: a checkpoint of the run in {path.parent.parent}; the same command goes on from it"
+    elif list(path.glob("*.index.json")):
+        yield from _states(path, read_state(path, _OWNER, "trainer", "gpt_fsdp", mapped=True))
+    elif (path / ABOUT).is_file():
+        texts = EncodedTexts(path)
+        yield f"{path}: features of {len(texts)} texts, {texts.channels} channels of {texts.name}"
     else:
         try:
             images = ImageFolder(path, size=1, transform=torch.as_tensor)
@@ -79,7 +88,7 @@ def _model(path: Path) -> Iterator[str]:
         subject = f", subject {config.subject}" if isinstance(config, VARConfig) else ""
         yield f"  depth {config.depth}, width {config.embed_dim}, {config.num_heads} heads{subject}"
         if isinstance(config, InfinityConfig):
-            yield f"  condition: texts of up to {config.text_length} rows of {config.text_channels} channels"
+            yield f"  {_texts(config)}"
         elif config.text_length:
             yield f"  condition: texts of up to {config.text_length} characters out of {config.alphabet!r}"
         else:
@@ -114,7 +123,11 @@ def _metrics(path: Path) -> Iterator[str]:
 
 
 def _weights(path: Path) -> Iterator[str]:
-    state = read_weights(path, _OWNER)
+    yield from _states(path, read_weights(path, _OWNER, mapped=True))
+
+
+def _states(path: Path, state: Any) -> Iterator[str]:
+    """What a file's or a folder's tensors are, without reading them."""
     nested = state.get("trainer") if isinstance(state, Mapping) else None
     if isinstance(state, Mapping) and isinstance(state.get("vae"), Mapping):
         nested = {"vae": state["vae"]}
@@ -134,8 +147,18 @@ def _weights(path: Path) -> Iterator[str]:
         where = f" under {name}" if name else ""
         if tensors:
             yield f"{path}: {kind}{where}; {_counted(tensors)}"
+            with suppress(ValueError):  # what is no Infinity's, or not all of it
+                config = public_infinity_config(tensors, str(path))
+                shape = f"depth {config.depth}, width {config.embed_dim}, {config.num_heads} heads"
+                yield f"  {shape}, {config.bits} bits a token"
+                yield f"  {_texts(config)}"
         else:
             yield f"{path}: no tensors{where}"
+
+
+def _texts(config: InfinityConfig) -> str:
+    encoder = f" ({config.text_encoder})" if config.text_encoder else ""
+    return f"condition: texts of up to {config.text_length} rows of {config.text_channels} channels{encoder}"
 
 
 def _counted(tensors: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from fastvar.files import read_text
 from fastvar.ranges import Count, OneOf
 
 if TYPE_CHECKING:
-    from fastvar.data import ImageFolder
+    from fastvar.data import ImageFolder, TextImages
     from fastvar.handwriting import HandwritingScenes
     from fastvar.models import VAR, SamplingOptions, VARConfig
     from fastvar.rl import Prompts
@@ -26,7 +26,9 @@ class DataOptions:
     """What to train on."""
 
     data: str
-    """"handwriting" (scenes of scanned digits, no download) or a folder of images, one subfolder per class."""
+    """"handwriting" (scenes of scanned digits, no download) or a folder of images, one subfolder per class. With texts
+    (--task infinity): a folder of images, each beside a .txt of its name; a .jsonl with "image" and "text" in each
+    line; or tars ("shards/*.tar") of such pairs."""
     scenes: Count = 16000
     """Handwriting: number of scenes."""
     digits: Count = 2
@@ -34,7 +36,9 @@ class DataOptions:
     reference_place: Annotated[str, OneOf("own", "scene")] = "own"
     """Handwriting: where a reference shows its digit, at a place of its "own" or as in the "scene", which is easier."""
     flip: bool = True
-    """Folder: mirror images at random; switch it off for text."""
+    """Folder: mirror images at random; switch it off for text. Images with texts are never mirrored."""
+    skip_bad: bool = False
+    """Images with texts: leave out those that have none or cannot be read, with a warning, instead of stopping."""
 
     def load(
         self, size: tuple[int, int], *, train: bool, seed: int, classes: Sequence[str] | None = None
@@ -57,6 +61,21 @@ class DataOptions:
             seed=seed,
             reference_place=self.reference_place,
         )
+
+    def load_with_texts(self, sizes: Sequence[tuple[int, int]], *, seed: int) -> HandwritingScenes | TextImages:
+        """The images with texts to train on, at image sizes (height, width), each of them at the nearest.
+
+        Raises:
+            ValueError: as `TextImages`; handwriting at several sizes.
+        """
+        from fastvar.data import TextImages
+        from fastvar.handwriting import HandwritingScenes
+
+        if self.data != "handwriting":
+            return TextImages(self.data, sizes=sizes, skip_bad=self.skip_bad)
+        if len(sizes) > 1:
+            raise ValueError(f"data: expected images of several sizes, as {len(sizes)} are asked for, got handwriting")
+        return HandwritingScenes(length=self.scenes, size=sizes[0], digits=self.digits, split="train", seed=seed)
 
 
 def examples(config: VARConfig, count: int) -> Any:

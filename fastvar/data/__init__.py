@@ -1,4 +1,4 @@
-"""Data: folders of images, what readers give, and metrics.
+"""Data: folders of images, images with texts, what readers give, and metrics.
 
 Importing this package does not import torchvision: it is asked for on first use.
 """
@@ -6,11 +6,13 @@ Importing this package does not import torchvision: it is asked for on first use
 from fastvar.data.folder import ImageFolder
 from fastvar.data.metrics import diversity, mean_interval, normalised_edit_distance, wilson_interval, word_accuracy
 from fastvar.data.reader import Reader, Reading
+from fastvar.data.text_images import TextImages
 
 __all__ = [
     "ImageFolder",
     "Reader",
     "Reading",
+    "TextImages",
     "diversity",
     "mean_interval",
     "normalised_edit_distance",

@@ -95,8 +95,11 @@ class _Cover:
         return resize(image, target, interpolation=InterpolationMode.BICUBIC, antialias=True)
 
 
-def image_transform(size: tuple[int, int], *, train: bool, flip: bool = True) -> Callable[[Any], Tensor]:
-    """From a PIL RGB image to a (3, H, W) float32 tensor in [-1, 1]; see `ImageFolder`.
+def image_transform(
+    size: tuple[int, int], *, train: bool, flip: bool = True, margin: float = _MARGIN
+) -> Callable[[Any], Tensor]:
+    """From a PIL RGB image to a (3, H, W) float32 tensor in [-1, 1]; see `ImageFolder`. `margin`: how much larger than
+    the crop it is resized.
 
     Raises ImportError, with the remedy, if torchvision is missing.
     """
@@ -108,7 +111,7 @@ def image_transform(size: tuple[int, int], *, train: bool, flip: bool = True) ->
     flips = [v2.RandomHorizontalFlip()] if train and flip else []
     return v2.Compose(
         [
-            _Cover((round(_MARGIN * size[0]), round(_MARGIN * size[1]))),
+            _Cover((round(margin * size[0]), round(margin * size[1]))),
             crop,
             *flips,
             v2.PILToTensor(),
@@ -118,7 +121,8 @@ def image_transform(size: tuple[int, int], *, train: bool, flip: bool = True) ->
     )
 
 
-def _images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path) -> list[Path]:
+    """The images of a folder and the folders in it, sorted; names that begin with a dot are skipped."""
     images = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -132,7 +136,7 @@ def _find(root: Path, wanted: Sequence[str] | None) -> tuple[list[str], list[tup
     """The class names and the (path, label) of every image."""
     if not root.is_dir():
         raise ValueError(f"ImageFolder: root: expected a folder, got {root}")
-    images = _images_below(root)
+    images = images_below(root)
     if not images:
         raise ValueError(f"ImageFolder: root: expected images ({', '.join(EXTENSIONS)}), got none below {root}")
     beside = [path for path in images if path.parent == root]

@@ -2,7 +2,9 @@
 
 from fastvar.models.bitwise_loss import bitwise_loss, scale_weights
 from fastvar.models.bsq_tokenizer import BSQTokenizer, BSQTokenizerConfig, self_correction
+from fastvar.models.character_encoder import CharacterTextEncoder
 from fastvar.models.checkpoints import load_var
+from fastvar.models.encoded_texts import EncodedTexts, encode_texts
 from fastvar.models.graphs import clear_graphs
 from fastvar.models.infinity import Infinity
 from fastvar.models.infinity_block import rotation_grid
@@ -13,6 +15,7 @@ from fastvar.models.next_scale import NextScaleModel
 from fastvar.models.sampling import Generation, SamplingOptions, SamplingState
 from fastvar.models.t5 import T5TextEncoder
 from fastvar.models.text import TextEncoder, TextFeatures
+from fastvar.models.text_encoders import load_text_encoder
 from fastvar.models.var import VAR
 from fastvar.models.var_config import VARConfig
 from fastvar.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
@@ -21,6 +24,8 @@ __all__ = [
     "VAR",
     "BSQTokenizer",
     "BSQTokenizerConfig",
+    "CharacterTextEncoder",
+    "EncodedTexts",
     "Generation",
     "Infinity",
     "InfinityConfig",
@@ -36,7 +41,9 @@ __all__ = [
     "VQTokenizerConfig",
     "bitwise_loss",
     "clear_graphs",
+    "encode_texts",
     "load_infinity",
+    "load_text_encoder",
     "load_var",
     "rotation_grid",
     "scale_weights",

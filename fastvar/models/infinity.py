@@ -26,7 +26,7 @@ from fastvar.schedule import ScaleSchedule
 Texts = TextFeatures | Sequence[str]
 
 
-class EncodedTexts(NamedTuple):
+class TextsAndOpposites(NamedTuple):
     """Features of texts, and of those to keep away from; None for the learned ones that say nothing."""
 
     texts: TextFeatures
@@ -152,21 +152,21 @@ class Infinity(NextScaleModel[BSQTokenizer]):
         _, place = row_indices(tuple(lengths), self.device)
         return TextFeatures(self.null_text[place], tuple(lengths))
 
-    def encode(self, prompts: Texts, against: Texts | None = None) -> EncodedTexts:
+    def encode(self, prompts: Texts, against: Texts | None = None) -> TextsAndOpposites:
         features = self.features(prompts)
         other = None if against is None else self.features(against)
         if other is not None and len(other.lengths) != len(features.lengths):
             raise ValueError(f"generate: negative: expected {len(features.lengths)} texts, got {len(other.lengths)}")
-        return EncodedTexts(features, other)
+        return TextsAndOpposites(features, other)
 
-    def count(self, encoded: EncodedTexts) -> int:
+    def count(self, encoded: TextsAndOpposites) -> int:
         return len(encoded.texts.lengths)
 
     def batches(self, prompts: Texts, size: int) -> list[TextFeatures]:
         features = self.features(prompts)
         return [features.some(slice(i, i + size)) for i in range(0, len(features.lengths), size)]
 
-    def begin(self, encoded: EncodedTexts, *, guided: bool) -> tuple[torch.Tensor, Modulations]:
+    def begin(self, encoded: TextsAndOpposites, *, guided: bool) -> tuple[torch.Tensor, Modulations]:
         texts, against = encoded
         if guided:
             texts = TextFeatures.joined([texts, self.no_text(texts.lengths) if against is None else against])
@@ -182,10 +182,10 @@ class Infinity(NextScaleModel[BSQTokenizer]):
             packed = self.text_out(self.text_in(packed, gelu=True))
             activated = F.silu(condition)
             shared = self.shared_modulation(activated).unflatten(1, (6, -1))
-            rows = [block.modulate(activated, shared)[0] for block in self.blocks]
             head = self.head_modulation(activated).unflatten(1, (2, -1))
+            rows, biases = zip(*(block.modulate(activated, shared) for block in self.blocks), strict=True)
         seen = [block.read_text(packed, where) for block in self.blocks]
-        return condition, Modulations(rows, [block.qkv_bias() for block in self.blocks], head, seen)
+        return condition, Modulations(list(rows), list(biases), head, seen)
 
     def token_positions(self, schedule: ScaleSchedule) -> Positions:
         indices = scale_indices(schedule, self.device)

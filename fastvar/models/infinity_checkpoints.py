@@ -118,6 +118,21 @@ def load_infinity(
     return net.eval(), bsq
 
 
+def public_infinity_config(transformer: State, source: str) -> InfinityConfig:
+    """The shape of a public transformer's weights, as `load_infinity` reads it off them, with grids of 1024 x 1024
+    pixels.
+
+    Args:
+        transformer: the state dict.
+        source: what messages call it.
+
+    Raises:
+        ValueError: keys are missing that the shape is read off.
+    """
+    blocks, _ = _with_blocks_in_one_list(PublicState(transformer, source, source))
+    return _transformer_config(blocks, infinity_schedule("1M"))
+
+
 def _with_blocks_in_one_list(state: PublicState) -> tuple[PublicState, int]:
     """The state with names blocks.{i} whether it has chunks of blocks or none, and the blocks of a chunk (0: none)."""
     per_chunk = count(state, _CHUNKED.pattern.replace(r"(\d+)", r"\d+", 1))

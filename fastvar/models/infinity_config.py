@@ -29,6 +29,8 @@ class InfinityConfig:
     """Channels of the text encoder's features."""
     text_length: Count = 512
     """The most rows of a text."""
+    text_encoder: str = ""
+    """What made the features that it was trained on, see `load_text_encoder`; empty if nobody has said."""
     pool_heads: Count = 16
     """Heads of the attention that pools a text to one row."""
     gate_init: Number = 0.0

@@ -40,13 +40,14 @@ class PublicState(dict[str, torch.Tensor]):
             raise ValueError(f"{self.owner}: {'; '.join(problems)}; {len(self)} keys are there: {there}")
 
 
-def read_state(source: StateOrPath, owner: str, *nested: str) -> PublicState:
+def read_state(source: StateOrPath, owner: str, *nested: str, mapped: bool = False) -> PublicState:
     """A state dict, or that of a file or of a folder of shards.
 
     Args:
         source: the state dict or a path. No code of a file is run.
         owner: "function: argument", as it opens messages.
         nested: keys under which it may lie, each within the former.
+        mapped: leave tensors in the file, see `fastvar.weights.read_weights`.
 
     Raises:
         OSError: a file that cannot be read.
@@ -55,7 +56,7 @@ def read_state(source: StateOrPath, owner: str, *nested: str) -> PublicState:
     state: Any = source
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        state = _read_folder(path, owner) if path.is_dir() else read_weights(path, owner)
+        state = _read_folder(path, owner, mapped) if path.is_dir() else read_weights(path, owner, mapped=mapped)
     for name in nested:
         state = state.get(name, state) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping):
@@ -66,7 +67,7 @@ def read_state(source: StateOrPath, owner: str, *nested: str) -> PublicState:
     return PublicState(state, owner, "a state dict" if isinstance(source, Mapping) else str(source))
 
 
-def _read_folder(folder: Path, owner: str) -> dict[str, Any]:
+def _read_folder(folder: Path, owner: str, mapped: bool) -> dict[str, Any]:
     """The tensors of a folder's shards: those that its index names, or of the only file of weights that it has."""
     indices = sorted(folder.glob("*.index.json"))
     files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS)
@@ -74,7 +75,7 @@ def _read_folder(folder: Path, owner: str) -> dict[str, Any]:
         there = ", ".join(path.name for path in indices or files) or "none"
         raise ValueError(f"{owner}: {folder}: expected one index or one file of weights, got {there}")
     if not indices:
-        return read_weights(files[0], owner)
+        return read_weights(files[0], owner, mapped=mapped)
     places = read_json_object(indices[0], owner).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{owner}: {indices[0]}: expected a weight_map from tensors to files")
@@ -82,7 +83,7 @@ def _read_folder(folder: Path, owner: str) -> dict[str, Any]:
         raise ValueError(f"{owner}: {indices[0]}: expected files of this folder, got others")
     state: dict[str, Any] = {}
     for name in sorted(set(places.values())):
-        shard = read_weights(folder / name, owner)
+        shard = read_weights(folder / name, owner, mapped=mapped)
         state.update(shard if isinstance(shard, Mapping) else {name: shard})
     missing = [name for name in places if name not in state]
     if missing:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 
 from fastvar.installation import install_command
-from fastvar.models.text import TextFeatures
+from fastvar.models.text import TextFeatures, checked_texts
 
 logger = logging.getLogger("fastvar")
 
@@ -48,7 +48,7 @@ class T5TextEncoder:
             raise ImportError(f"T5TextEncoder: needs transformers: {install_command('text')}") from error
         if max_length < 1:
             raise ValueError(f"T5TextEncoder: max_length: expected at least 1, got {max_length}")
-        self.max_length = max_length
+        self.name, self.max_length = str(source), max_length
         self.tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
         self.model = T5EncoderModel.from_pretrained(str(source), dtype=dtype, **options).eval().requires_grad_(False)
         self.to(device)
@@ -63,6 +63,11 @@ class T5TextEncoder:
         """C, the width of the features."""
         return self.model.config.d_model
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, in which the features were computed."""
+        return self.model.dtype
+
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> TextFeatures:
         """Features of texts, float32.
@@ -70,9 +75,7 @@ class T5TextEncoder:
         Raises:
             ValueError: something else than a list of texts.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"T5TextEncoder: texts: expected a list of texts, got {texts!r}")
-        tokens = [self._tokens(text) for text in texts]
+        tokens = [self._tokens(text) for text in checked_texts("T5TextEncoder", texts)]
         device = self.model.device
         if not tokens:
             return TextFeatures(torch.empty(0, self.channels, device=device), ())
@@ -86,7 +89,7 @@ class T5TextEncoder:
         return TextFeatures(torch.cat(rows), lengths)
 
     def _tokens(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text.encode("utf-8", "replace").decode(), verbose=False)["input_ids"]
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         if len(ids) <= self.max_length:
             return ids
         logger.warning("T5TextEncoder: a text of %d tokens is cut to %d: %.60r...", len(ids), self.max_length, text)

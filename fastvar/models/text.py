@@ -65,14 +65,49 @@ class TextFeatures(NamedTuple):
 
 
 class TextEncoder(Protocol):
-    """Texts to features; `fastvar.models.T5TextEncoder` is one."""
+    """Texts to features: `T5TextEncoder`, `CharacterTextEncoder`, and `EncodedTexts` for features that were kept.
+
+    A text may have any length and any characters. The empty one has a row too; of one that is too long its end is left
+    out, with a warning; what is no Unicode, a lone surrogate, counts as a question mark.
+    """
+
+    @property
+    def name(self) -> str:
+        """What `load_text_encoder` finds it by, and features that are kept belong to."""
 
     @property
     def channels(self) -> int:
         """C."""
 
+    @property
+    def max_length(self) -> int:
+        """The most rows of a text."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What features lose nothing in; they are float32."""
+
     def __call__(self, texts: Sequence[str]) -> TextFeatures:
-        """Features of texts of any length and any characters; they carry no gradient."""
+        """Features of texts; they carry no gradient.
+
+        Raises:
+            ValueError: something else than a list of texts.
+        """
+
+
+def checked_texts(owner: str, texts: Sequence[str]) -> list[str]:
+    """The texts, each in Unicode: a lone surrogate becomes a question mark.
+
+    Args:
+        owner: the class, as it opens the message.
+        texts: a list of them.
+
+    Raises:
+        ValueError: something else, such as a single text.
+    """
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{owner}: texts: expected a list of texts, got {texts!r}")
+    return [text.encode("utf-8", "replace").decode() for text in texts]
 
 
 class Places(NamedTuple):

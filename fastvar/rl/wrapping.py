@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastvar.models import VAR
+from fastvar.training.sharded import gather_for_methods as gather_for_methods
 
 
 class CalledPolicy(nn.Module):
@@ -24,15 +25,3 @@ class CalledPolicy(nn.Module):
     def forward(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """`function(policy, *arguments, **options)`."""
         return function(self.policy, *arguments, **options)
-
-
-def gather_for_methods(model: nn.Module) -> None:
-    """Let blocks that FSDP2 (`fully_shard`) has sharded gather their weights for the methods that a VAR calls on them
-    besides forward. Other models are left alone."""
-    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            for method in ("modulate", "keys_and_values", "mix"):
-                if hasattr(module, method):
-                    register_fsdp_forward_method(module, method)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fastvar.random import uniform
 from fastvar.training.interrupts import outlive_the_first_signal
 
 
@@ -48,17 +49,69 @@ class StepSampler:
         return max(self.last_step - self.first_step, 0)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, permutation = -1, torch.empty(0, dtype=torch.int64)
+        order = _Order(self.length, self.seed)
         for step in range(self.first_step, self.last_step):
-            first = (step * self.world_size + self.rank) * self.batch_size
-            pairs = []
-            for position in range(first, first + self.batch_size):
-                if position // self.length != epoch:
-                    epoch = position // self.length
-                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                    permutation = torch.randperm(self.length, generator=generator)
-                pairs.append((position, int(permutation[position % self.length])))
-            yield pairs
+            positions = self._positions(step)
+            yield [(position, order[position]) for position in positions]
+
+    def _positions(self, step: int) -> range:
+        """This process's part of a step, which has `world_size` batches."""
+        first = (step * self.world_size + self.rank) * self.batch_size
+        return range(first, first + self.batch_size)
+
+
+class _Order:
+    """What comes at each position: a new permutation of `length` items every epoch."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed = length, seed
+        self.epoch, self.permutation = -1, torch.empty(0, dtype=torch.int64)
+
+    def __getitem__(self, position: int) -> int:
+        epoch, place = divmod(position, self.length)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.epoch, self.permutation = epoch, torch.randperm(self.length, generator=generator)
+        return int(self.permutation[place])
+
+
+class BucketSampler(StepSampler):
+    """As `StepSampler`, with batches of one bucket each.
+
+    The bucket of a step is drawn, with a chance in proportion to its items, and is the same in all processes. Each
+    bucket goes through a new permutation of its items again and again; one that is smaller than a batch repeats them.
+
+    Args:
+        buckets: the bucket of each item, 0 and up.
+        options: those of `StepSampler` but for the length.
+    """
+
+    def __init__(self, buckets: Sequence[int], batch_size: int, **options: Any) -> None:
+        super().__init__(len(buckets), batch_size, **options)
+        self.buckets = torch.as_tensor(buckets)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        counts = self.buckets.bincount()
+        items = [(self.buckets == bucket).nonzero()[:, 0].tolist() for bucket in range(len(counts))]
+        orders = [_Order(len(own), self.seed) for own in items]
+        steps = torch.arange(self.last_step)
+        # by counters, so that a step's bucket does not depend on how many steps there are
+        drawn = uniform(torch.tensor(self.seed), torch.tensor(0), steps).double() * self.length
+        chosen = torch.searchsorted(counts.cumsum(0).double(), drawn, right=True)
+        done = chosen[: self.first_step].bincount(minlength=len(counts)).tolist()
+        for step in range(self.first_step, self.last_step):
+            bucket = int(chosen[step])
+            own = self._positions(done[bucket])
+            done[bucket] += 1
+            indices = [items[bucket][orders[bucket][position]] for position in own]
+            yield list(zip(self._positions(step), indices, strict=True))
+
+
+def step_sampler(dataset: Any, batch_size: int, **options: Any) -> StepSampler:
+    """The sampler of a data set: by its `buckets`, if it has them, else over all of it."""
+    if hasattr(dataset, "buckets"):
+        return BucketSampler(dataset.buckets, batch_size, **options)
+    return StepSampler(len(dataset), batch_size, **options)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from fastvar.ranges import (
     ShareBelowOne,
     check_fields,
 )
-from fastvar.training.batches import StepSampler, step_loader
+from fastvar.training.batches import step_loader, step_sampler
 from fastvar.training.checkpoints import Checkpoints
 from fastvar.training.ema import EMA
 from fastvar.training.graphed import GraphedStep, check_alone
@@ -39,6 +39,7 @@ from fastvar.training.interrupts import Interrupted, Interrupts, SharedRequests
 from fastvar.training.lock import locked
 from fastvar.training.log import RunLog
 from fastvar.training.settings import check_enough_steps, check_same_settings, write_settings
+from fastvar.training.sharded import gather_for_methods
 from fastvar.training.space import check_space
 
 if TYPE_CHECKING:
@@ -208,7 +209,8 @@ def train(task: Task[_Model], dataset: Any, config: TrainConfig, output: Path) -
 
     Args:
         task: the model and its loss.
-        dataset: a map-style data set whose items (or `batch(indices)`) are dictionaries with what the task reads.
+        dataset: a map-style data set whose items (or `batch(indices)`) are dictionaries with what the task reads. If it
+            has `buckets`, a number for each item, a batch has items of one of them.
         config: how.
         output: the run's folder.
 
@@ -247,6 +249,7 @@ def _train(
     )
     ema = EMA(task.model, config.ema_decay)
     model, optimizer = accelerator.prepare(task.model, optimizer)
+    gather_for_methods(model)
     checkpoints = Checkpoints(accelerator, output, model, optimizer, ema, keep=config.keep, minutes=config.save_minutes)
 
     settings = _settings(task, dataset, config, accelerator.num_processes)
@@ -262,8 +265,8 @@ def _train(
         (output / "metrics.jsonl").unlink(missing_ok=True)
     if main:
         write_settings(output / "settings.json", settings, resumed_from, config.steps)
-    sampler = StepSampler(
-        len(dataset),
+    sampler = step_sampler(
+        dataset,
         config.batch_size,
         seed=config.seed,
         first_step=first_step,

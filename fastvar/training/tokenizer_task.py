@@ -1,25 +1,28 @@
-"""Training of a VQ tokenizer: reconstruction, commitment and codebook loss."""
+"""Training of a tokenizer: reconstruction and what its quantiser adds."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastvar.models import VQTokenizer
+from fastvar.models import BSQTokenizer, VQTokenizer
 from fastvar.pictures import image_grid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class TokenizerTask:
-    """Reconstruct images through the codebook.
+_Tokenizer = TypeVar("_Tokenizer", VQTokenizer, BSQTokenizer)
 
-    The loss is mean |x - y| + mean (x - y)^2, with the tokenizer's gain on colour, plus its quantisation loss. It has
-    neither a perceptual nor an adversarial term; subclass `reconstruction_loss` to add one.
+
+class TokenizerTask(Generic[_Tokenizer]):
+    """Reconstruct images through the codebook, or through bits.
+
+    The loss is mean |x - y| + mean (x - y)^2, with the tokenizer's gain on colour if it has one, plus its quantisation
+    loss. It has neither a perceptual nor an adversarial term; subclass `reconstruction_loss` to add one.
 
     Args:
         model: the tokenizer.
@@ -28,8 +31,8 @@ class TokenizerTask:
 
     name = "tokenizer"
 
-    def __init__(self, model: VQTokenizer, examples: torch.Tensor | None = None) -> None:
-        self.model = model
+    def __init__(self, model: _Tokenizer, examples: torch.Tensor | None = None) -> None:
+        self.model: _Tokenizer = model
         self.identity: dict[str, Any] = {}
         self.examples = examples
 
@@ -40,7 +43,9 @@ class TokenizerTask:
     def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         images = batch["image"].to(next(model.parameters()).device, non_blocking=True)
         out = model(images)
-        shown, made = (self.model.enlarge_chroma(x) for x in (images, out.reconstruction.float()))
+        shown, made = images, out.reconstruction.float()
+        if isinstance(self.model, VQTokenizer):
+            shown, made = (self.model.enlarge_chroma(x) for x in (shown, made))
         reconstruction = self.reconstruction_loss(shown, made)
         return reconstruction + out.quantization_loss, {
             "reconstruction": reconstruction,
@@ -51,7 +56,7 @@ class TokenizerTask:
     def tensors(self, batch: Any) -> dict[str, torch.Tensor]:
         return {"image": batch["image"].to(next(self.model.parameters()).device, non_blocking=True)}
 
-    def picture(self, model: VQTokenizer) -> Image | None:
+    def picture(self, model: _Tokenizer) -> Image | None:
         """Examples in the upper row, their reconstructions in the lower one."""
         if self.examples is None:
             return None

@@ -146,7 +146,7 @@ def test_half_precision(net: Infinity, states: tuple[State, State], tmp_path: Pa
     read: list[State] = []
     original = public_state.read_weights
 
-    def reading(path: Any, owner: str) -> Any:
+    def reading(path: Any, owner: str, **options: Any) -> Any:
         read.append(original(path, owner))
         return read[-1]
 

@@ -10,6 +10,7 @@ import torch
 
 from fastvar.models import T5TextEncoder, TextFeatures
 from fastvar.models.text import TextAttention, places, row_indices
+from tests.helpers.t5 import write_t5
 from tests.helpers.tape import recorded
 from tests.helpers.tiny import some_texts, tiny_infinity
 
@@ -62,34 +63,7 @@ def test_attention_reads_each_text_alone() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A T5 of a few thousand random weights and a tokenizer of bytes."""
-    transformers = pytest.importorskip("transformers", reason="T5 needs transformers, which is not installed")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    path = tmp_path_factory.mktemp("t5")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
-    torch.manual_seed(0)
-    config = transformers.T5Config(
-        vocab_size=len(vocabulary),
-        d_model=12,
-        d_kv=4,
-        d_ff=16,
-        num_layers=2,
-        num_heads=3,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    model = transformers.T5EncoderModel(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(path)
-    return path
+    return write_t5(tmp_path_factory.mktemp("t5"))
 
 
 @pytest.fixture(scope="module")

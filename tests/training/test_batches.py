@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastvar.training import TokenDataset
-from fastvar.training.batches import StepSampler, step_loader
+from fastvar.training.batches import BucketSampler, StepSampler, step_loader, step_sampler
 
 
 def sampler(first: int, last: int, **changes: int) -> StepSampler:
@@ -35,6 +35,47 @@ def test_processes_share_a_step() -> None:
     whole = list(sampler(0, 6, batch_size=8))
     halves = [list(sampler(0, 6, rank=rank, world_size=2)) for rank in (0, 1)]
     assert [a + b for a, b in zip(*halves, strict=True)] == whole
+
+
+BUCKETS = [0] * 9 + [2] * 3 + [1] * 18
+
+
+def bucket_sampler(first: int, last: int, batch_size: int = 4, **changes: int) -> BucketSampler:
+    return BucketSampler(BUCKETS, batch_size, seed=3, first_step=first, last_step=last, **changes)
+
+
+def test_a_batch_has_one_bucket() -> None:
+    """Each in proportion to its items, which come once before they come again; what is small repeats within a batch."""
+    steps = list(bucket_sampler(0, 400))
+    drawn: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for pairs in steps:
+        (bucket,) = {BUCKETS[index] for _, index in pairs}
+        drawn[bucket] += [index for _, index in pairs]
+    assert [position for pairs in steps for position, _ in pairs] == list(range(1600))
+    for bucket, indices in drawn.items():
+        items = sorted(i for i, of in enumerate(BUCKETS) if of == bucket)
+        count = len(items)
+        assert sorted(indices[:count]) == sorted(indices[count : 2 * count]) == items
+        assert len(indices) / 1600 == pytest.approx(count / 30, abs=0.08)
+    assert steps != list(BucketSampler(BUCKETS, 4, seed=4, first_step=0, last_step=400))
+
+
+def test_buckets_of_later_steps_and_of_several_processes() -> None:
+    straight = list(bucket_sampler(0, 20))
+    assert list(bucket_sampler(7, 20)) == straight[7:] and list(bucket_sampler(0, 9)) == straight[:9]
+    whole = list(bucket_sampler(0, 6, batch_size=8))
+    halves = [list(bucket_sampler(0, 6, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == whole
+    assert list(bucket_sampler(0, 0)) == []
+
+
+def test_a_data_set_with_buckets_has_its_sampler() -> None:
+    class Data(Noisy):
+        buckets = BUCKETS
+
+    options = {"seed": 3, "first_step": 0, "last_step": 9}
+    assert list(step_sampler(Data(), 4, **options)) == list(bucket_sampler(0, 9))
+    assert list(step_sampler(Noisy(), 4, **options)) == list(sampler(0, 9))
 
 
 class Noisy:

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from fastvar.models import VQTokenizer
+from fastvar.training import InfinityTask, train
 from fastvar.training.checkpoints import saved_steps
 from fastvar.training.log import read_metrics
+from tests.training.test_infinity_task import Pictures, infinity, options
 
 ROOT = Path(__file__).resolve().parents[2]
 _RUN = """
@@ -63,6 +65,40 @@ assert type(resumed[0][0].weight).__name__ == "DTensor"
 assert all(torch.equal(a, b) for a, b in zip(step(*resumed), expected, strict=True))
 """
 
+_INFINITY = """
+import sys; sys.path[:0] = [{root!r}]
+from pathlib import Path
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from fastvar.training.sharded import gather_for_methods
+from tests.training.test_infinity_task import *
+torch.set_num_threads(1)
+
+
+def task():
+    return InfinityTask(infinity(condition_dropout=0.0), flip_strength=0.0)
+
+
+config = options(steps=2, batch_size=2, accumulate=2, precision="bf16")
+train(task(), Pictures(), config, Path({output!r}))
+mesh = init_device_mesh("cpu", (2,))
+gradients = []
+for sharded in (False, True):
+    own = task()
+    net = own.model
+    if sharded:
+        for part in (*net.blocks, net):
+            fully_shard(part, mesh=mesh)
+        gather_for_methods(net)
+        assert type(net.blocks[0].q_bias).__name__ == "DTensor"
+    loss, _ = own.loss(net.train(), batch_of())
+    loss.backward()
+    found = [p.grad.full_tensor() if sharded else p.grad for p in net.parameters()]
+    gradients.append([loss.detach(), *found])
+for one, two in zip(*gradients, strict=True):
+    torch.testing.assert_close(two, one)
+"""
+
 
 def launch(processes: int, batch: int, steps: int, output: Path, script: Path) -> None:
     tests = str(Path(__file__).parent)
@@ -99,3 +135,17 @@ def test_checkpoints_of_sharded_weights(tmp_path: Path) -> None:
     (tmp_path / "sharded.py").write_text(_SHARDED.format(**names))
     start(2, tmp_path / "sharded.py")
     assert load_file(tmp_path / "run/checkpoints/step-00000001/model.safetensors")["0.weight"].shape == (4, 3, 3, 3)
+
+
+@pytest.mark.slow
+def test_infinity_over_two_processes(tmp_path: Path) -> None:
+    """As one with the double batch, micro-batches included; and with weights that FSDP2 has sharded."""
+    path = tmp_path / "infinity.py"
+    path.write_text(_INFINITY.format(root=str(ROOT), output=str(tmp_path / "two")))
+    start(2, path)
+    task = InfinityTask(infinity(condition_dropout=0.0), flip_strength=0.0)
+    train(task, Pictures(), options(steps=2, batch_size=4, precision="bf16"), tmp_path / "one")
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-2)
