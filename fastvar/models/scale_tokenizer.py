@@ -12,6 +12,7 @@ from torch import nn
 
 from fastvar.models.autoencoder import Decoder, Encoder
 from fastvar.models.pretrained import PretrainedModel
+from fastvar.models.tiles import in_tiles
 from fastvar.ranges import check_fields
 from fastvar.schedule import ScaleSchedule
 
@@ -175,18 +176,41 @@ class ScaleTokenizer(PretrainedModel):
         rows = torch.cat([F.interpolate(feature_map, grid, mode="area").flatten(2).mT for grid in cells], 1)
         return self._tokens(rows, cells).contiguous()
 
-    def decode_features(self, feature_map: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def decode_features(
+        self,
+        feature_map: torch.Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
+    ) -> torch.Tensor:
         """Feature map (B, c, h, w) to images (B, 3, H, W), not clamped.
+
+        In tiles it takes the memory of a tile, and some time more. The picture is then a little different: group norms
+        take their statistics, and attention its keys, of a tile and what overlaps instead of the whole. Overlapping
+        tiles fade into each other, so that no seam shows.
 
         Args:
             feature_map: of all scales, or of the first ones.
             dtype: bfloat16 or float16 to compute in it (by autocast: the weights stay as they are); None for the
                 weights' own.
+            tile: decode in tiles of so many cells a side; None, or no less than both sides, for the whole at once.
+            overlap: cells that a tile is decoded with besides, at each side, at most `tile`; a quarter of it by
+                default.
+
+        Raises:
+            ValueError: a tile or an overlap out of range.
         """
+        if tile is not None and tile < 1:
+            raise ValueError(f"{type(self).__name__}: tile: expected at least 1, got {tile}")
+        tile = max(feature_map.shape[2:]) if tile is None else tile
+        overlap = -(-tile // 4) if overlap is None else overlap
+        if not 0 <= overlap <= tile:
+            raise ValueError(f"{type(self).__name__}: overlap: expected 0 to {tile}, got {overlap}")
         own = self.decoder.conv_in.weight.dtype
         low = dtype is not None and dtype.itemsize < own.itemsize
         with torch.autocast(feature_map.device.type, dtype) if low else nullcontext():
-            return self._features_to_images(feature_map.to(own)).contiguous()
+            return in_tiles(self._features_to_images, feature_map.to(own), tile, overlap).contiguous()
 
     @torch.no_grad()
     def decode(

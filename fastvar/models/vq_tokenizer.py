@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -115,8 +115,8 @@ class VQTokenizer(ScaleTokenizer):
     def _features_to_images(self, feature_map: torch.Tensor) -> torch.Tensor:
         return self.decoder(self.post_quant_conv(feature_map))
 
-    def decode_features(self, feature_map: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return _scaled_chroma(super().decode_features(feature_map, dtype=dtype), 1 / self.config.chroma_gain)
+    def decode_features(self, feature_map: torch.Tensor, **options: Any) -> torch.Tensor:
+        return _scaled_chroma(super().decode_features(feature_map, **options), 1 / self.config.chroma_gain)
 
     def forward(self, images: torch.Tensor, *, schedule: ScaleSchedule | None = None) -> TokenizerOutput:
         """The training pass: straight-through gradient to the encoder, commitment and codebook loss per scale.
