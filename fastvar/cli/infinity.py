@@ -13,6 +13,7 @@ from fastvar.cli.common import chosen_device, load_saved
 from fastvar.evaluation import GUIDED, draw
 from fastvar.models import BSQTokenizer, Infinity, InfinityConfig, TextEncoder, load_infinity, load_text_encoder
 from fastvar.models.pretrained import CONFIG_NAME, saved_class
+from fastvar.random import derive
 from fastvar.schedule import ScaleSchedule, infinity_ratios, infinity_schedule
 from fastvar.training import InfinityTask, TrainResult, train
 
@@ -87,7 +88,7 @@ def train_infinity(options: Train) -> TrainResult[Infinity]:
     start = None if options.start is None else load("start", options.start, options.tokenizer, own)
     config = None if start is None else start.config
     encoder = encoder_of(options.text_encoder, config, device)
-    torch.manual_seed(options.train.seed)
+    torch.manual_seed(derive(options.train.seed, "weights"))
     if start is None:
         net = _new(options, load_saved("tokenizer", BSQTokenizer, options.tokenizer), encoder)
     else:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fastvar.random import uniform
+from fastvar.random import derive, uniform
 from fastvar.training.interrupts import outlive_the_first_signal
 
 
@@ -70,7 +70,7 @@ class _Order:
     def __getitem__(self, position: int) -> int:
         epoch, place = divmod(position, self.length)
         if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(derive(self.seed, "epoch", epoch))
             self.epoch, self.permutation = epoch, torch.randperm(self.length, generator=generator)
         return int(self.permutation[place])
 
@@ -96,7 +96,7 @@ class BucketSampler(StepSampler):
         orders = [_Order(len(own), self.seed) for own in items]
         steps = torch.arange(self.last_step)
         # by counters, so that a step's bucket does not depend on how many steps there are
-        drawn = uniform(torch.tensor(self.seed), torch.tensor(0), steps).double() * self.length
+        drawn = uniform(torch.tensor(derive(self.seed, "buckets")), torch.tensor(0), steps).double() * self.length
         chosen = torch.searchsorted(counts.cumsum(0).double(), drawn, right=True)
         done = chosen[: self.first_step].bincount(minlength=len(counts)).tolist()
         for step in range(self.first_step, self.last_step):
@@ -118,12 +118,12 @@ def step_sampler(dataset: Any, batch_size: int, **options: Any) -> StepSampler:
 def seeded(seed: int, position: int) -> Iterator[None]:
     """The random states that transforms draw from (torch's on the CPU, NumPy's, Python's) follow from two numbers
     alone inside, and are as before afterwards."""
-    key = seed * 1_000_003 + position
+    key = derive(seed, "position", position)
     before = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key)
         random.seed(key)
-        np.random.seed([key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF])
+        np.random.seed(key)
         try:
             yield
         finally:
