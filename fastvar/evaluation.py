@@ -12,34 +12,13 @@ import torch
 from fastvar.bars import progress_bar
 from fastvar.data import Reader, mean_interval, normalised_edit_distance, wilson_interval, word_accuracy
 from fastvar.data.metrics import edit_similarity
-from fastvar.models import VAR
-from fastvar.ranges import Count, CountOrNone, Guidance, Seed, Share, Temperature, check_fields
+from fastvar.models import NextScaleModel, SamplingOptions
 
+Model = NextScaleModel[Any]
 Interval = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How samples are drawn; see `fastvar.models.sampling.generate`."""
-
-    guidance: Guidance = 2.0
-    """Classifier-free guidance of the last scale; it grows linearly from 0 at the first one."""
-    temperature: Temperature = 1.0
-    """Divides the logits; below 1 the likeliest codes gain."""
-    top_k: CountOrNone = 0
-    """Keep this many codes; 0 for all."""
-    top_p: Share = 0.9
-    """Keep the likeliest codes of this mass; 1 for all."""
-    seed: Seed = 0
-    """Of the samples."""
-    batch_size: Count = 64
-    """Images drawn at a time; it changes nothing but memory and speed."""
-    graphs: bool = True
-    """Draw by CUDA graphs where they can be used: on a GPU."""
-
-    def check(self) -> None:
-        """Raise a ValueError that names a setting which makes no sense."""
-        check_fields(self)
+GUIDED = SamplingOptions(guidance=2.0, top_p=0.9)  # how commands draw unless they are told otherwise
 
 
 @dataclass(frozen=True)
@@ -72,10 +51,10 @@ class ReadingScore:
         }
 
 
-def _check_room(var: VAR, rows: int, guided: bool) -> None:
+def _check_room(model: Model, rows: int, guided: bool) -> None:
     """Raise a ValueError where the keys and values alone, which a batch keeps, are more than the memory there is."""
-    parameter, config = next(var.parameters()), var.config
-    row = 2 * config.depth * var.schedule.num_tokens * config.embed_dim * parameter.element_size() * (1 + guided)
+    parameter, config = next(model.parameters()), model.config
+    row = 2 * config.depth * model.schedule.num_tokens * config.embed_dim * parameter.element_size() * (1 + guided)
     if parameter.device.type == "cuda":
         room = torch.cuda.mem_get_info(parameter.device)[0] + torch.cuda.memory_reserved(parameter.device)
     else:
@@ -88,38 +67,42 @@ def _check_room(var: VAR, rows: int, guided: bool) -> None:
 
 
 def draw(
-    var: VAR, labels: Any, options: SamplingOptions, *, subject: torch.Tensor | None = None, title: str = "sampling"
+    model: Model,
+    prompts: Any,
+    options: SamplingOptions,
+    *,
+    seed: int = 0,
+    subject: torch.Tensor | None = None,
+    title: str = "sampling",
 ) -> torch.Tensor:
-    """Images (N, 3, H, W) in [0, 1] for N labels, drawn in batches.
+    """Images (N, 3, H, W) in [0, 1] for N prompts, drawn in batches.
 
     Args:
-        var: the model, in evaluation mode.
-        labels: N class indices or texts.
+        model: in evaluation mode.
+        prompts: N classes or texts, as the model's `generate` takes them.
         options: how.
+        seed: of the samples.
         subject: (N, L, C) pyramids of reference subjects, or None.
         title: of the progress bar.
     """
     options.check()
-    if not len(labels):
+    batches = model.batches(prompts, options.batch_size)  # all of them are checked before the first is drawn
+    if not batches:
         raise ValueError("draw: labels: expected at least one, got none")
-    labels = var.indices(labels)  # all of them, before the first is drawn
-    _check_room(var, min(len(labels), options.batch_size), options.guidance != 0)
-    images = []
-    for start in progress_bar(range(0, len(labels), options.batch_size), desc=title, leave=False):
+    _check_room(model, model.count(model.encode(batches[0])), options.guidance != model.no_guidance)
+    images, start = [], 0
+    for batch in progress_bar(batches, desc=title, leave=False):
         rows = slice(start, start + options.batch_size)
-        out = var.generate(
-            labels[rows],
+        out = model.generate(
+            batch,
             subject=None if subject is None else subject[rows],
-            guidance=options.guidance,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
+            seed=seed,
             first_sample=start,
-            graphs=None if options.graphs else False,
+            **options.arguments(),
         )
         assert out.images is not None  # they were decoded
         images.append(out.images.cpu())
+        start += options.batch_size
     return torch.cat(images)
 
 
@@ -140,7 +123,13 @@ def score_reading(images: torch.Tensor, texts: Sequence[str], reader: Reader) ->
 
 
 def evaluate_texts(
-    var: VAR, texts: Sequence[str], options: SamplingOptions, reader: Reader, *, subject: torch.Tensor | None = None
+    model: Model,
+    texts: Sequence[str],
+    options: SamplingOptions,
+    reader: Reader,
+    *,
+    seed: int = 0,
+    subject: torch.Tensor | None = None,
 ) -> ReadingScore:
     """Draw one sample per text and let the reader read it."""
-    return score_reading(draw(var, list(texts), options, subject=subject, title="reading"), texts, reader)
+    return score_reading(draw(model, list(texts), options, seed=seed, subject=subject, title="reading"), texts, reader)

@@ -74,6 +74,8 @@ class OneOf:
 
 TEMPERATURE = Range(1e-12, 1e12)  # logits are divided by it
 GUIDANCE = Range(-1e12, 1e12)  # they are multiplied with it, and then divided
+TRUNCATION = Range(0)  # to so many codes
+PROBABILITY = Range(0, 1)
 
 Count = Annotated[int, Range(1)]
 CountOrNone = Annotated[int, Range(0)]

@@ -294,11 +294,12 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/rl/rollout.py": [
-        ("temperature=options.temperature", "temperature=1.0", "rl/test_wiring.py::test_rollouts_are_drawn_as_told"),
-        ("guidance=options.guidance", "guidance=0.0", "rl/test_wiring.py::test_rollouts_are_drawn_as_told"),
-        ("top_k=options.top_k", "top_k=0", "rl/test_wiring.py::test_rollouts_are_drawn_as_told"),
-        ("top_p=options.top_p", "top_p=1.0", "rl/test_wiring.py::test_rollouts_are_drawn_as_told"),
-        ("(2 if options.guidance else 1)", "1", "rl/test_wiring.py::test_rollouts_are_drawn_as_told"),
+        ("**options.arguments(),", "", "rl/test_wiring.py::test_rollouts_are_drawn_as_told"),
+        (
+            "(1 if options.guidance == self.model.no_guidance else 2)",
+            "1",
+            "rl/test_wiring.py::test_rollouts_are_drawn_as_told",
+        ),
         (
             "row // rows_per_prompt for row in rows",
             "row % len(self.prompts) for row in rows",
@@ -498,14 +499,14 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     ],
     "fastvar/models/infinity.py": [
         (
-            "< self.config.condition_dropout",
-            "< 0",
-            "models/test_infinity.py::test_texts_are_dropped_in_training",
+            "positions[start : start + x.shape[1]]",
+            "positions[: x.shape[1]]",
+            "models/test_infinity_sampling.py::test_log_probs_are_those_of_training",
         ),
         (
-            "[start : start + x.shape[1]])",
-            "[: x.shape[1]])",
-            "models/test_infinity_sampling.py::test_log_probs_are_those_of_training",
+            "self.no_text(texts.lengths) if against is None else against",
+            "self.no_text(texts.lengths)",
+            "models/test_infinity_sampling.py::test_guidance_on_logits",
         ),
     ],
     "fastvar/models/infinity_block.py": [
@@ -519,30 +520,32 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "models/test_infinity_checkpoints.py::test_training_leaves_the_given_tensors_alone",
         ),
     ],
-    "fastvar/models/infinity_sampling.py": [
+    "fastvar/models/var.py": [
         (
-            "temperature=temperatures[k]",
-            "temperature=temperatures[0]",
-            "models/test_infinity_sampling.py::test_temperature_by_scale",
+            "(k / (num_scales - 1) if num_scales > 1 else 1.0)",
+            "((k + 1) / num_scales)",
+            "models/test_var_sampling.py::test_guidance_of_one_number_grows_over_the_scales",
+        ),
+    ],
+    "fastvar/models/next_scale.py": [
+        (
+            "= self.config.condition_dropout",
+            "= 0.0",
+            "models/test_infinity.py::test_texts_are_dropped_in_training",
         ),
         (
-            "position=schedule.starts[k],",
-            "position=0,",
-            "models/test_infinity_sampling.py::test_every_scale_draws_numbers_of_its_own",
+            "max(rate, 0.5))",
+            "rate)",
+            "models/test_infinity_subject.py::test_subjects_are_dropped_in_training",
         ),
         (
-            "net.no_text(texts.lengths) if negative is None else net.features(negative)",
-            "net.no_text(texts.lengths)",
-            "models/test_infinity_sampling.py::test_guidance_on_logits",
+            "return x, schedule, positions.rope",
+            "return x, schedule, None",
+            "models/test_infinity_subject.py::test_the_prefix_has_the_positions_of_its_own_grids",
         ),
         (
-            "first_sample, net.device",
-            "0, net.device",
-            "models/test_infinity_sampling.py::test_a_sample_does_not_depend_on_its_batch",
-        ),
-        (
-            "(state.guidance_layer if state.guided else 0)",
-            "(1 if state.guided and state.guidance_layer else 0)",
+            "told = modulations.map(lambda rows: rows[: len(rows) // 2])",
+            "told = modulations.map(lambda rows: rows[len(rows) // 2 :])",
             "models/test_infinity_sampling.py::test_guidance_on_hidden_states[2]",
         ),
     ],
@@ -559,26 +562,41 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     ],
     "fastvar/models/sampling.py": [
         (
-            "(k / (num_scales - 1) if num_scales > 1 else 1.0)",
-            "((k + 1) / num_scales)",
-            "models/test_var_sampling.py::test_guidance_of_one_number_grows_over_the_scales",
-        ),
-        (
-            "temperature=options.temperature",
+            "temperature=options.temperature[k]",
             "temperature=1.0",
             "models/test_var_sampling.py::test_options_that_leave_the_likeliest[{'temperature': 0.0001}]",
         ),
         (
-            "top_k=options.top_k",
+            "temperature=options.temperature[k]",
+            "temperature=options.temperature[0]",
+            "models/test_infinity_sampling.py::test_temperature_by_scale",
+        ),
+        (
+            "first_sample, model.device",
+            "0, model.device",
+            "models/test_infinity_sampling.py::test_a_sample_does_not_depend_on_its_batch",
+        ),
+        (
+            "len(model.blocks) - state.guidance_layer",
+            "len(model.blocks) - 1",
+            "models/test_infinity_sampling.py::test_guidance_on_hidden_states[2]",
+        ),
+        (
+            "top_k=options.top_k[k]",
             "top_k=0",
             "models/test_var_sampling.py::test_options_that_leave_the_likeliest[{'top_k': 1}]",
         ),
         (
-            "top_p=options.top_p",
+            "top_p=options.top_p[k]",
             "top_p=1.0",
             "models/test_var_sampling.py::test_options_that_leave_the_likeliest[{'top_p': 1e-06}]",
         ),
-        ("position=start,", "position=0,", "models/test_var_sampling.py::test_every_scale_draws_numbers_of_its_own"),
+        (
+            "position=start,",
+            "position=0,",
+            "models/test_var_sampling.py::test_every_scale_draws_numbers_of_its_own",
+            "models/test_infinity_sampling.py::test_every_scale_draws_numbers_of_its_own",
+        ),
         (" | (seed << 32)", "", "models/test_var_sampling.py::test_seeds"),
         (
             "torch.arange(first_sample, first_sample + count, device=device)",
@@ -586,14 +604,33 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "models/test_var_sampling.py::test_a_sample_does_not_depend_on_its_batch",
         ),
         (
-            "self.tokens.repeat_interleave(times, 0)",
-            "self.tokens.repeat(times, 1)",
+            "rows.repeat_interleave(times, 0)",
+            "rows.repeat(times, *[1] * (rows.ndim - 1))",
             "models/test_var_sampling.py::test_forks_share_the_trunk_and_leave_it_alone",
         ),
         (
-            "self.feature_map.repeat_interleave(times, 0)",
-            "self.feature_map.repeat(times, 1, 1, 1)",
-            "models/test_var_sampling.py::test_forks_share_the_trunk_and_leave_it_alone",
+            '"guidance": self.guidance',
+            '"guidance": 0.0',
+            "test_evaluation.py::test_drawing",
+            "rl/test_wiring.py::test_rollouts_are_drawn_as_told",
+        ),
+        (
+            '"temperature": self.temperature',
+            '"temperature": 1.0',
+            "test_evaluation.py::test_drawing",
+            "rl/test_wiring.py::test_rollouts_are_drawn_as_told",
+        ),
+        (
+            '"top_k": self.top_k',
+            '"top_k": 0',
+            "test_evaluation.py::test_drawing",
+            "rl/test_wiring.py::test_rollouts_are_drawn_as_told",
+        ),
+        (
+            '"top_p": self.top_p',
+            '"top_p": 1.0',
+            "test_evaluation.py::test_drawing",
+            "rl/test_wiring.py::test_rollouts_are_drawn_as_told",
         ),
         ("lengths[:rows] = tokens", "lengths[:] = tokens", "models/test_var_sampling.py::test_guidance[block_causal]"),
     ],
@@ -625,11 +662,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ("(group_size * (group_size - 1))", "group_size**2", "data/test_metrics.py::test_diversity"),
     ],
     "fastvar/evaluation.py": [
-        ("guidance=options.guidance", "guidance=0.0", "test_evaluation.py::test_drawing"),
-        ("temperature=options.temperature", "temperature=1.0", "test_evaluation.py::test_drawing"),
-        ("top_k=options.top_k", "top_k=0", "test_evaluation.py::test_drawing"),
-        ("top_p=options.top_p", "top_p=1.0", "test_evaluation.py::test_drawing"),
-        ("seed=options.seed", "seed=0", "test_evaluation.py::test_drawing"),
+        ("            seed=seed,\n", "            seed=0,\n", "test_evaluation.py::test_drawing"),
         ("first_sample=start", "first_sample=0", "test_evaluation.py::test_drawing[2]"),
         ('"ned": self.similarity,', '"ned": self.accuracy,', "test_evaluation.py::test_reading"),
     ],

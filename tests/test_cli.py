@@ -24,11 +24,10 @@ from fastvar.cli.models import Sample, Train, TrainTokenizer
 from fastvar.cli.reinforcement import RL, Ablate, ChooseMiddle, Evaluate, RewardOptions
 from fastvar.cli.sources import DataOptions, PromptOptions
 from fastvar.cli.texts import EncodeText
-from fastvar.evaluation import SamplingOptions
 from fastvar.handwriting.demo import DemoConfig
-from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.models import VAR, SamplingOptions, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.ops.policy_loss import KL_ESTIMATORS, NORMALISATIONS, PANW_NORMALISATIONS, RATIO_LEVELS
-from fastvar.rl import LossOptions, RLConfig, RolloutOptions
+from fastvar.rl import LossOptions, RLConfig
 from fastvar.rl.config import TOLERANCES
 from fastvar.rl.rewards.base import _REGISTRY
 from fastvar.training import TrainConfig
@@ -74,8 +73,8 @@ def test_help_names_choices(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        *(TrainTokenizer, Train, Sample, Evaluate, Info, Build, DemoConfig, TrainConfig, SamplingOptions, DataOptions),
-        *(EncodeText, RL, ChooseMiddle, Ablate, RewardOptions, PromptOptions, RLConfig, LossOptions, RolloutOptions),
+        *(TrainTokenizer, Train, Sample, Evaluate, Info, Build, DemoConfig, TrainConfig, DataOptions),
+        *(EncodeText, RL, ChooseMiddle, Ablate, RewardOptions, PromptOptions, RLConfig, LossOptions, SamplingOptions),
     ],
 )
 def test_every_option_is_documented(config: type) -> None:
@@ -84,7 +83,7 @@ def test_every_option_is_documented(config: type) -> None:
     for statement, following in zip(body, [*body[1:], None], strict=True):
         if isinstance(statement, ast.AnnAssign) and "Flat" not in ast.unparse(statement.annotation):
             documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            nested = ast.unparse(statement.annotation) in ("SamplingOptions", "LossOptions", "RolloutOptions")
+            nested = ast.unparse(statement.annotation) in ("SamplingOptions", "LossOptions")
             assert documented or nested, f"{config.__name__}.{ast.unparse(statement.target)}"
 
 

@@ -15,9 +15,9 @@ from fastvar.cli.models import Sample, Train, TrainTokenizer
 from fastvar.cli.reinforcement import RL, ChooseMiddle, Evaluate
 from fastvar.cli.tune import Tune
 from fastvar.handwriting.demo import DemoConfig
-from fastvar.models import VARConfig, VQTokenizerConfig
+from fastvar.models import SamplingOptions, VARConfig, VQTokenizerConfig
 from fastvar.ranges import LARGEST, OneOf, Range, check_fields, check_value, declarations, fitted
-from fastvar.rl import LossOptions, RLConfig, RolloutOptions
+from fastvar.rl import LossOptions, RLConfig
 from fastvar.training import TrainConfig
 
 REQUIRED: dict[str, Any] = {"labels": ("1",)}
@@ -112,8 +112,8 @@ def test_defaults_and_the_ends_of_ranges_are_allowed(config: type) -> None:
         (RLConfig(betas=(0.9,)), r"RLConfig: betas: expected 2 numbers, got \(0.9,\)"),  # type: ignore[arg-type]
         (TrainConfig(learning_rate=math.inf), "TrainConfig: learning_rate: expected above 0 and finite, got inf"),
         (
-            RLConfig(rollout=RolloutOptions(guidance=math.nan)),
-            "RolloutOptions: guidance: expected -1e.12 to 1e.12, got",
+            RLConfig(rollout=SamplingOptions(guidance=math.nan)),
+            "SamplingOptions: guidance: expected -1e.12 to 1e.12, got",
         ),
         (
             RLConfig(loss=LossOptions(entropy_weight=math.nan)),
@@ -144,7 +144,7 @@ def test_infinity_where_it_means_something() -> None:
 def test_a_config_without_declarations_of_its_own_checks_what_is_in_it() -> None:
     @dataclasses.dataclass
     class Outer:
-        inner: Any = dataclasses.field(default_factory=lambda: RolloutOptions(chunk=0))
+        inner: Any = dataclasses.field(default_factory=lambda: SamplingOptions(batch_size=0))
 
-    with pytest.raises(ValueError, match="RolloutOptions: chunk: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="SamplingOptions: batch_size: expected at least 1, got 0"):
         check_fields(Outer())

@@ -24,7 +24,7 @@ from benchmarks.shapes import MODELS, ModelShape
 from benchmarks.suites.tokenizer_decode import decoder_flops
 from benchmarks.upstream import build_upstream
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig, load_var
-from fastvar.models.sampling import guidance_per_scale
+from fastvar.models.var import guidance_per_scale
 
 GUIDANCE = 1.5
 TRUNCATION = {"top_k": 900, "top_p": 0.96}

@@ -29,24 +29,16 @@ import torch
 from benchmarks.cases import OURS, Problem, Setting, Suite
 from benchmarks.suites.generate import CLASSES, shape_of
 from benchmarks.suites.training_step import GRAPHS, NO_GRAPHS, Graphed
-from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.models import VAR, SamplingOptions, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.ops import group_advantages
-from fastvar.rl import (
-    LossOptions,
-    Prompts,
-    Rollout,
-    RolloutOptions,
-    middle_returns,
-    roll_out,
-    token_totals,
-)
+from fastvar.rl import LossOptions, Prompts, Rollout, middle_returns, roll_out, token_totals
 from fastvar.rl.prompts import subject_of
 from fastvar.rl.update import part_loss, part_of
 from fastvar.training.loop import parameter_groups
 
 CONTINUATIONS = 2
 PARTS = 4  # micro-batches
-LOSS, OPTIONS = LossOptions(), RolloutOptions(chunk=1024)
+LOSS, OPTIONS = LossOptions(), SamplingOptions(batch_size=1024)
 Gradients = dict[str, torch.Tensor]
 
 

@@ -1,18 +1,16 @@
-"""What commands do with an Infinity: build, load, draw."""
+"""What commands do with an Infinity: load and train it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastvar.bars import progress_bar
 from fastvar.cli.common import chosen_device, load_saved
-from fastvar.evaluation import SamplingOptions
+from fastvar.evaluation import GUIDED, draw
 from fastvar.models import BSQTokenizer, Infinity, InfinityConfig, TextEncoder, load_infinity, load_text_encoder
 from fastvar.models.pretrained import CONFIG_NAME, saved_class
 from fastvar.schedule import ScaleSchedule, infinity_ratios, infinity_schedule
@@ -39,7 +37,7 @@ def load(option: str, model: Path, tokenizer: Path | None, schedule: ScaleSchedu
     Args:
         option: the model's, as it opens messages.
         model, tokenizer: paths; the tokenizer's only if the model was not saved with it.
-        schedule: its grids, which are a choice where weights are public ones.
+        schedule: its grids, if they are not to be its own.
 
     Raises:
         ValueError, OSError: they cannot be loaded, or there is no tokenizer.
@@ -50,6 +48,8 @@ def load(option: str, model: Path, tokenizer: Path | None, schedule: ScaleSchedu
             net.tokenizer = load_saved("tokenizer", BSQTokenizer, tokenizer)
         if not net.has_tokenizer:
             raise ValueError(f"{option}: expected an Infinity that was saved with its tokenizer, got {model}")
+        if schedule is not None:
+            net.schedule = net.config.check_schedule(schedule)
         return net
     if tokenizer is None:
         raise ValueError(f"tokenizer: expected the file of the public tokenizer that goes with {model}, got none")
@@ -79,34 +79,6 @@ def attach(net: Infinity, encoder: TextEncoder) -> None:
     net.text_encoder = encoder  # type: ignore[misc]  # the class takes it, though a property shows it
 
 
-def draw_texts(
-    net: Infinity, texts: Sequence[str], options: SamplingOptions, *, schedule: ScaleSchedule | None = None
-) -> torch.Tensor:
-    """Images (N, 3, H, W) in [0, 1] of N texts, drawn in batches.
-
-    Args:
-        net: the model, in evaluation mode, with its text encoder.
-        texts: N of them.
-        options: how; its guidance is Infinity's `cfg`.
-        schedule: the grids; the model's own by default.
-    """
-    images = []
-    for start in progress_bar(range(0, len(texts), options.batch_size), desc="sampling", leave=False):
-        out = net.generate(
-            texts[start : start + options.batch_size],
-            guidance=options.guidance,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-            first_sample=start,
-            schedule=schedule,
-        )
-        assert out.images is not None  # they were decoded
-        images.append(out.images.cpu())
-    return torch.cat(images)
-
-
 def train_infinity(options: Train) -> TrainResult[Infinity]:
     """Train an Infinity as `fastvar train --task infinity` is asked to."""
     device, budget = chosen_device(options.device), options.budget
@@ -132,7 +104,7 @@ def train_infinity(options: Train) -> TrainResult[Infinity]:
     def picture(model: Infinity) -> Any:
         from fastvar.pictures import image_grid
 
-        return image_grid(draw_texts(model, texts, SamplingOptions()), _SHOWN)
+        return image_grid(draw(model, texts, GUIDED), _SHOWN)
 
     task = InfinityTask(net, picture, schedules=schedules, flip_strength=options.flip_strength)
     return train(task, dataset, options.train, options.output)

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastvar.cli.common import Flat, chosen_device, class_index, load_model, load_saved, train_on
 from fastvar.cli.outputs import output_file, output_folder, say
 from fastvar.cli.sources import DataOptions, examples
-from fastvar.evaluation import SamplingOptions
+from fastvar.evaluation import GUIDED
+from fastvar.models import SamplingOptions
 from fastvar.models.var_config import SUBJECTS
-from fastvar.ranges import Count, CountOrNone, OneOf, Positive, Range, Share
+from fastvar.ranges import Count, CountOrNone, OneOf, Positive, Range, Seed, Share
 from fastvar.schedule import INFINITY_BUDGETS
 from fastvar.training.loop import TrainConfig
 
 if TYPE_CHECKING:
     from fastvar.data import ImageFolder
-    from fastvar.models import VAR
+    from fastvar.models import VAR, Infinity
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ class Train:
         from fastvar.evaluation import draw
         from fastvar.pictures import image_grid
 
-        return image_grid(draw(model, examples(model.config, 32), SamplingOptions()), 8)
+        return image_grid(draw(model, examples(model.config, 32), GUIDED), 8)
 
 
 def _class_names(folder: ImageFolder) -> tuple[str, ...]:
@@ -240,7 +241,7 @@ class Sample:
     count: Count = 8
     """Images per label."""
     subject: Path | None = None
-    """VAR: an image of the reference subject, for a model with a subject prefix."""
+    """An image of the reference subject, for a model with a subject prefix."""
     tokenizer: Path | None = None
     """Infinity: the tokenizer's file or folder, if the model was not saved with it."""
     text_encoder: str = ""
@@ -254,7 +255,9 @@ class Sample:
     """Repeat each pixel so many times."""
     device: str | None = None
     """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPU, if there is one."""
-    options: Annotated[SamplingOptions, Flat] = field(default_factory=SamplingOptions)
+    seed: Seed = 0
+    """Of the samples."""
+    options: Annotated[SamplingOptions, Flat] = GUIDED
 
     def run(self) -> None:
         import torch
@@ -267,41 +270,34 @@ class Sample:
         if bool(self.labels) == bool(self.prompt):
             raise ValueError("sample: labels, prompt: expected exactly one of them")
         texts = [label for label in self.labels or self.prompt for _ in range(self.count)]
-        if is_infinity(self.model):
-            save_picture(image_grid(self._infinity(texts), self.count, zoom=self.zoom), self.output)
-            print(self.output)
-            return
-        var = load_model(self.model, device=self.device)
-        if self.prompt and not var.config.text_length:
+        model: Any = self._infinity() if is_infinity(self.model) else load_model(self.model, device=self.device)
+        if self.prompt and not model.config.text_length:
             raise ValueError("sample: prompt: expected none, but labels, as the model has a class condition")
         labels: Any = texts
-        if not var.config.text_length:
-            labels = torch.tensor([class_index("sample: labels", label, var.config) for label in texts])
+        if not model.config.text_length:
+            labels = torch.tensor([class_index("sample: labels", label, model.config) for label in texts])
         subject = None
         if self.subject is not None:
-            image = _read_image(self.subject, var.tokenizer.config.image_size)
-            tokens = var.tokenizer.encode(image[None].to(var.device))
-            subject = var.tokenizer.pyramid(tokens).expand(len(texts), -1, -1)
-        save_picture(
-            image_grid(draw(var, labels, self.options, subject=subject), self.count, zoom=self.zoom), self.output
-        )
+            if self.grids:
+                raise ValueError("sample: grids: expected none with a subject, which has the model's own")
+            image = _read_image(self.subject, model.tokenizer.config.image_size)
+            tokens = model.tokenizer.encode(image[None].to(model.device))
+            subject = model.tokenizer.pyramid(tokens).expand(len(texts), -1, -1)
+        images = draw(model, labels, self.options, seed=self.seed, subject=subject)
+        save_picture(image_grid(images, self.count, zoom=self.zoom), self.output)
         print(self.output)
 
-    def _infinity(self, texts: list[str]) -> Any:
-        """Images of texts, drawn by an Infinity."""
+    def _infinity(self) -> Infinity:
+        """The model with its text encoder, on its device."""
         import torch
 
-        from fastvar.cli.infinity import attach, draw_texts, encoder_of, load
+        from fastvar.cli.infinity import attach, encoder_of, load
         from fastvar.schedule import ScaleSchedule
 
-        if self.subject is not None:
-            raise ValueError("sample: subject: expected none with an Infinity")
         device = chosen_device(self.device)
-        schedule = ScaleSchedule.parse(self.grids) if self.grids else None
-        net = load("model", self.model, self.tokenizer, schedule)
+        net = load("model", self.model, self.tokenizer, ScaleSchedule.parse(self.grids) if self.grids else None)
         attach(net, encoder_of(self.text_encoder, net.config, device))
-        net.to(device, getattr(torch, self.dtype) if self.dtype else None)
-        return draw_texts(net, texts, self.options, schedule=schedule)
+        return net.to(device, getattr(torch, self.dtype) if self.dtype else None)
 
 
 def _read_image(path: Path, size: tuple[int, int]) -> Any:

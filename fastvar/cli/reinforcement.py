@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastvar.cli.common import Flat, load_model, train_on
 from fastvar.cli.outputs import output_file, output_folder, say
 from fastvar.cli.sources import PromptOptions
-from fastvar.evaluation import SamplingOptions
-from fastvar.ranges import Count, CountOrNone, Range, check_fields
+from fastvar.evaluation import GUIDED
+from fastvar.models import SamplingOptions
+from fastvar.ranges import Count, CountOrNone, Range, Seed, check_fields
 from fastvar.rl.config import RLConfig
-from fastvar.rl.rollout import RolloutOptions
 
 if TYPE_CHECKING:
     from fastvar.rl.rewards import RewardSum
@@ -119,7 +119,7 @@ class ChooseMiddle:
     """Images that continue each coarse state."""
     averaged_over: Count = 2
     """K, the continuations whose mean is the return in training."""
-    rollout: Annotated[RolloutOptions, Flat] = field(default_factory=RolloutOptions)
+    rollout: Annotated[SamplingOptions, Flat] = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
         from fastvar.pictures import save_picture
@@ -166,7 +166,9 @@ class Evaluate:
     device: str | None = None
     """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPU, if there is one."""
     scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
-    options: Annotated[SamplingOptions, Flat] = field(default_factory=SamplingOptions)
+    seed: Seed = 0
+    """Of the samples that are read."""
+    options: Annotated[SamplingOptions, Flat] = GUIDED
 
     def run(self) -> None:
         from fastvar.files import json_text, write_json
@@ -177,21 +179,8 @@ class Evaluate:
         var = load_model(self.model, device=self.device)
         reward = self.scoring.reward()
         prompts = self.scoring.load_prompts(var, count=self.samples, train=False)
-        figures = self.scoring.figures(var, self.samples, self.options)
-        scored = evaluate_policy(
-            var,
-            reward,
-            prompts,
-            samples=self.samples,
-            options=RolloutOptions(
-                guidance=self.options.guidance,
-                temperature=self.options.temperature,
-                top_k=self.options.top_k,
-                top_p=self.options.top_p,
-                chunk=self.options.batch_size,
-                graphs=self.options.graphs,
-            ),
-        )
+        figures = self.scoring.figures(var, self.samples, self.options, self.seed)
+        scored = evaluate_policy(var, reward, prompts, samples=self.samples, options=self.options)
         figures["rewards"] = {"images": len(scored.images), **scored.metrics}
         figures["rewards"] |= {f"{name}_95": interval for name, interval in scored.intervals.items()}
         print(json_text(figures, indent=2))

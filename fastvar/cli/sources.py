@@ -16,9 +16,8 @@ from fastvar.ranges import Count, OneOf
 
 if TYPE_CHECKING:
     from fastvar.data import ImageFolder, TextImages
-    from fastvar.evaluation import SamplingOptions
     from fastvar.handwriting import HandwritingScenes
-    from fastvar.models import VAR, VARConfig
+    from fastvar.models import VAR, SamplingOptions, VARConfig
     from fastvar.rl import Prompts
 
 
@@ -124,10 +123,10 @@ class PromptOptions:
             raise ValueError("prompt_file: expected a file, as the model has a class condition")
         return prompts(var, count, split="train" if train else "test", reference_place=self.reference_place)
 
-    def figures(self, var: VAR, samples: int, options: SamplingOptions) -> dict[str, Any]:
+    def figures(self, var: VAR, samples: int, options: SamplingOptions, seed: int) -> dict[str, Any]:
         """How well a model of handwriting writes what it is asked for, ready for JSON; nothing of other prompts."""
         from fastvar.handwriting.evaluation import figures
 
         if self.prompt_file is not None or not var.config.text_length:
             return {}
-        return figures(var, samples, options, reference_place=self.reference_place)
+        return figures(var, samples, options, seed=seed, reference_place=self.reference_place)

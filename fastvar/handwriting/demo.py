@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
 
-from fastvar.evaluation import ReadingScore, SamplingOptions, draw, evaluate_texts, score_reading
+from fastvar.evaluation import GUIDED, ReadingScore, draw, evaluate_texts, score_reading
 from fastvar.files import write_json
 from fastvar.handwriting.dataset import HandwritingScenes
 from fastvar.handwriting.evaluation import evaluate_subject, every_number
 from fastvar.handwriting.reader import Reader
 from fastvar.handwriting.report import write_report
-from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.models import VAR, SamplingOptions, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.pictures import image_grid
 from fastvar.provenance import provenance
 from fastvar.ranges import Count, CountOrNone, OneOf, Range, Seed, check_fields
-from fastvar.rl import Evaluation, LossOptions, Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, evaluate_policy
+from fastvar.rl import Evaluation, LossOptions, Prompts, RLConfig, VMRGRPOTrainer, evaluate_policy
 from fastvar.rl.rewards import OCRReward, RewardSum
 from fastvar.schedule import ScaleSchedule
 from fastvar.training import TokenDataset, TokenizerTask, TrainConfig, TrainResult, VARTask, train
@@ -65,7 +65,7 @@ class DemoConfig:
     """"no" (float32), "bf16" (autocast) or "auto" (bf16 where the hardware computes in it, else float32)."""
     seed: Seed = 0
     """Of scenes, weights and training."""
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    sampling: SamplingOptions = GUIDED
 
 
 DIGITS = 2
@@ -307,7 +307,7 @@ class Drawn:
     def by(cls, var: VAR, reader: Reader, samples: int) -> Drawn:
         prompts = Prompts(every_number(DIGITS, 100))
         reward = RewardSum({"ocr": OCRReward(reader)})
-        found = evaluate_policy(var, reward, prompts, samples=samples, options=RolloutOptions())
+        found = evaluate_policy(var, reward, prompts, samples=samples, options=SamplingOptions())
         return cls(found, score_reading(found.images, found.prompts.texts, reader))
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from fastvar.data import wilson_interval
-from fastvar.evaluation import ReadingScore, SamplingOptions, evaluate_texts
+from fastvar.evaluation import ReadingScore, evaluate_texts
 from fastvar.handwriting.dataset import HandwritingScenes
 from fastvar.handwriting.matching import match_reference, subject_distances
 from fastvar.handwriting.reader import Reader
-from fastvar.models import VAR
+from fastvar.models import VAR, SamplingOptions
 from fastvar.rl import Prompts
 from fastvar.rl.rewards import Reward
 
@@ -74,7 +74,13 @@ class SubjectReward:
 
 
 def evaluate_subject(
-    var: VAR, scenes: HandwritingScenes, options: SamplingOptions, reader: Reader, *, candidates: int = 8
+    var: VAR,
+    scenes: HandwritingScenes,
+    options: SamplingOptions,
+    reader: Reader,
+    *,
+    seed: int = 0,
+    candidates: int = 8,
 ) -> tuple[ReadingScore, dict[str, Any]]:
     """Draw each scene's text with its reference as the subject; read it, and look for the reference among others.
 
@@ -83,6 +89,7 @@ def evaluate_subject(
         scenes: where texts and references come from; references that the model has not been trained on.
         options: how to draw.
         reader: reads the samples.
+        seed: of the samples.
         candidates: N, references of the same digit in other scans and inks, the true one among them.
 
     Returns:
@@ -92,7 +99,7 @@ def evaluate_subject(
     rows = list(range(len(scenes)))
     items = scenes.batch(rows)
     tokens = var.tokenizer.encode(items["reference"].to(var.device))
-    read = evaluate_texts(var, items["text"], options, reader, subject=var.tokenizer.pyramid(tokens))
+    read = evaluate_texts(var, items["text"], options, reader, seed=seed, subject=var.tokenizer.pyramid(tokens))
     others = scenes.candidates(rows, candidates)
     match = match_reference(read.images, others["images"] * 0.5 + 0.5, others["positions"])
     rates = match.rates(others["answers"])
@@ -102,12 +109,14 @@ def evaluate_subject(
     return read, found
 
 
-def figures(var: VAR, samples: int, options: SamplingOptions, *, reference_place: str = "own") -> dict[str, Any]:
+def figures(
+    var: VAR, samples: int, options: SamplingOptions, *, seed: int = 0, reference_place: str = "own"
+) -> dict[str, Any]:
     """ "reading", and with a subject prefix "subject_match", of so many samples of a model with a text condition; ready
     for JSON. Arguments as `HandwritingScenes` and `draw`."""
     if var.config.subject == "none":
         numbers = every_number(var.config.text_length, samples)
-        return {"reading": evaluate_texts(var, numbers, options, Reader()).summary()}
+        return {"reading": evaluate_texts(var, numbers, options, Reader(), seed=seed).summary()}
     scenes = scenes_for(var, samples, split="test", reference_place=reference_place)
-    read, match = evaluate_subject(var, scenes, options, Reader())
+    read, match = evaluate_subject(var, scenes, options, Reader(), seed=seed)
     return {"subject_match": match, "reading": read.summary()}

@@ -10,9 +10,9 @@ from fastvar.models.infinity import Infinity
 from fastvar.models.infinity_block import rotation_grid
 from fastvar.models.infinity_checkpoints import load_infinity
 from fastvar.models.infinity_config import InfinityConfig
-from fastvar.models.infinity_sampling import BitState
 from fastvar.models.kv_cache import KVCache
-from fastvar.models.sampling import Generation, SamplingState
+from fastvar.models.next_scale import NextScaleModel
+from fastvar.models.sampling import Generation, SamplingOptions, SamplingState
 from fastvar.models.t5 import T5TextEncoder
 from fastvar.models.text import TextEncoder, TextFeatures
 from fastvar.models.text_encoders import load_text_encoder
@@ -24,13 +24,14 @@ __all__ = [
     "VAR",
     "BSQTokenizer",
     "BSQTokenizerConfig",
-    "BitState",
     "CharacterTextEncoder",
     "EncodedTexts",
     "Generation",
     "Infinity",
     "InfinityConfig",
     "KVCache",
+    "NextScaleModel",
+    "SamplingOptions",
     "SamplingState",
     "T5TextEncoder",
     "TextEncoder",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fastvar.models.autoencoder import Decoder, Encoder, check_images, to_channels_last
 from fastvar.models.pretrained import PretrainedModel
@@ -183,6 +184,10 @@ class BSQTokenizer(PretrainedModel):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         size = self._cells(schedule).finest
         return torch.zeros(batch, self.config.feature_channels, *size, dtype=dtype, device=weight.device)
+
+    def sampled_with(self) -> tuple[list[nn.Module], list[torch.Tensor]]:
+        """The modules that sampling and decoding run, and weights that it reads besides."""
+        return [self.decoder], []
 
     def _accumulate(
         self, bits: torch.Tensor, next_input: str | None, schedule: ScaleSchedule | None

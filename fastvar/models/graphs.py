@@ -25,7 +25,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,17 +33,16 @@ from torch import nn
 from torch.nn.modules import module as _module
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from fastvar.models.next_scale import NextScaleModel
 from fastvar.ops import _checks
-
-if TYPE_CHECKING:
-    from fastvar.models.sampling import Beginning, Drawn, SamplingOptions, SamplingState
-    from fastvar.models.var import VAR
+from fastvar.schedule import ScaleSchedule
 
 KEPT = 16
 MEMORY = 0.15
 SEEN = 256  # kinds of calls that are remembered, of a model
 CAPTURES = 2  # of a kind of calls, unasked: those that drive out each other would be captured at every call
 Pool = Any  # what torch.cuda.graph_pool_handle answers
+Model = NextScaleModel[Any]
 _T = TypeVar("_T")
 
 logger = logging.getLogger("fastvar")
@@ -101,15 +100,15 @@ def alone(device: torch.device) -> threading.RLock:
     return _ALONE.setdefault(device, threading.RLock())
 
 
-def clear_graphs(var: VAR) -> None:
+def clear_graphs(model: Model) -> None:
     """Free the memory of all graphs of a model. To be called after a change of the model other than of its weights, its
     mode and its adapters, which are noticed."""
-    graphs = _CAPTURED.get(var)
+    graphs = _CAPTURED.get(model)
     if graphs is None:
         return
     with alone(graphs.device):
         with _LOOK_UP:
-            _CAPTURED.pop(var, None)
+            _CAPTURED.pop(model, None)
         graphs.forget()
 
 
@@ -128,7 +127,7 @@ class Held(NamedTuple):
 def held() -> dict[int, Held]:
     """What graphs hold, by the `id` of their model."""
     with _LOOK_UP:
-        return {id(var): Held(graphs.nbytes, graphs.calls) for var, graphs in _CAPTURED.items()}
+        return {id(model): Held(graphs.nbytes, graphs.calls) for model, graphs in _CAPTURED.items()}
 
 
 class Survey(NamedTuple):
@@ -144,13 +143,13 @@ class Survey(NamedTuple):
     modes: tuple[Hashable, ...]
 
 
-def survey(var: VAR, *, must: bool = False) -> Survey | None:
+def survey(model: Model, *, must: bool = False) -> Survey | None:
     """A model as it is now, or None if its calls cannot be captured as they are made now.
 
     Raises:
         ValueError: says why not, if they must.
     """
-    found = obstacle(var.device) or _of_sampling(var)
+    found = obstacle(model.device) or _of_sampling(model)
     if isinstance(found, Survey):
         return found
     if must:
@@ -173,19 +172,18 @@ def obstacle(device: torch.device) -> str | None:
     return None
 
 
-def _of_sampling(var: VAR) -> Survey | str:
-    tokenizer = var.tokenizer
-    found = looked_at([var, tokenizer.post_quant_conv, tokenizer.decoder])
+def _of_sampling(model: Model) -> Survey | str:
+    modules, weights = model.tokenizer.sampled_with()
+    found = looked_at([model, *modules])
     if isinstance(found, str):
         return found
-    held = (tokenizer.codebook, tokenizer.phi_weight, tokenizer.phi_bias)
-    return found._replace(weights=(*found.weights, *(weight.data_ptr() for weight in held if weight is not None)))
+    return found._replace(weights=(*found.weights, *(weight.data_ptr() for weight in weights)))
 
 
 def looked_at(roots: Sequence[nn.Module], *, training: bool = False) -> Survey | str:
     """The survey of modules and all within them, or what stands in the way. It is made for each call: no attribute is
     looked up but where it lies. A training step may have dropout, but not in what is recomputed, and no hooks on
-    gradients; a VAR's tokenizer is then looked at too."""
+    gradients; a model's tokenizer is then looked at too."""
     weights: list[int] = []
     modes: list[Hashable] = []
     modules, recomputed, drops = list(roots), False, ""
@@ -233,53 +231,71 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+class Start(Protocol):
+    """What a call starts from: prompts, or a state that it carries on. `map` gives one of a function of each tensor,
+    always in the same order; `kind` is what decides, besides shapes, what is done with it."""
+
+    @property
+    def schedule(self) -> ScaleSchedule: ...
+    @property
+    def scale(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def guided(self) -> bool: ...
+    @property
+    def kind(self) -> Hashable: ...
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Any: ...
+
+
+class Options(Protocol):
+    """How scales are sampled; hashable."""
+
+    @property
+    def stop(self) -> int:
+        """The scale to stop before."""
+
+
+Draw = Callable[[Any, Any, torch.Tensor, Any], Any]  # of a model, a start, seeds and options; answers what has a `map`
+
+
 def replay(
-    var: VAR,
+    model: Model,
     found: Survey,
-    start: Beginning | SamplingState,
+    start: Start,
     seeds: torch.Tensor,
-    options: SamplingOptions,
+    options: Options,
+    draw: Draw,
     *,
     at_first: bool = False,
-) -> Drawn | None:
-    """What `draw(var, start.state(var), seeds, options)` answers, by a graph; a state is carried on. None if a call of
-    this kind is not captured, or not yet: with `at_first` one is that was not seen before.
+) -> Any:
+    """What `draw(model, start, seeds, options)` answers, by a graph; the start is left as it is. None if a call of this
+    kind is not captured, or not yet: with `at_first` one is that was not seen before.
 
     Raises:
         Exception: whatever a capture raises, with `at_first`; without it, the call is to be made without a graph.
     """
     device, outer = seeds.device, sys.exception()
-    key = (
-        options,
-        _kind(start),
-        tuple((t.shape, t.dtype) for t in [*_tensors(start), seeds]),
-        found.modes,
-        settings(device.type),
-    )
+    shapes = tuple((t.shape, t.dtype) for t in [*_tensors(start), seeds])
+    key = (options, start.kind, shapes, found.modes, settings(device.type))
     with alone(device):
-        graphs, failed = _graphs_of(var, found.weights, device), ""
+        graphs, failed = _graphs_of(model, found.weights, device), ""
         try:
             # its memory is written to by later calls
             with graphs.in_turn(), torch.inference_mode(False), torch.no_grad():
-                drawn = _drawn(graphs, key, var, start, seeds, options, at_first)
+                return _drawn(graphs, key, model, start, seeds, options, draw, at_first)
         except Exception as error:
             if at_first:
                 graphs.forget()
                 raise
             failed = reason(error, outer)
-        if failed:  # the exception, and what it holds of the device's memory, is gone
-            graphs.forget()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            graphs.note(key, CAPTURES)
-            logger.warning("generate: calls of this kind run without a CUDA graph, which failed: %s", failed)
-            return None
-    if drawn is None:
+        # the exception, and what it holds of the device's memory, is gone
+        graphs.forget()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        graphs.note(key, CAPTURES)
+        logger.warning("generate: calls of this kind run without a CUDA graph, which failed: %s", failed)
         return None
-    if not isinstance(start, tuple):
-        vars(start).update(vars(drawn.state) if drawn.state is not None else {"scale": options.stop})
-        drawn = drawn._replace(state=None if drawn.state is None else start)
-    return drawn
 
 
 def reason(error: BaseException, outer: BaseException | None) -> str:
@@ -290,13 +306,13 @@ def reason(error: BaseException, outer: BaseException | None) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def _graphs_of(var: VAR, weights: tuple[int, ...], device: torch.device) -> _Graphs:
+def _graphs_of(model: Model, weights: tuple[int, ...], device: torch.device) -> _Graphs:
     """Those of a model, which is now the one used last; none yet where its weights moved."""
     with _LOOK_UP:
-        before = graphs = _CAPTURED.pop(var, None)
+        before = graphs = _CAPTURED.pop(model, None)
         if graphs is None or graphs.weights != weights:
             graphs = _Graphs(weights, device)
-        _CAPTURED[var] = graphs
+        _CAPTURED[model] = graphs
     if before is not None and before is not graphs:
         before.forget()
     return graphs
@@ -305,24 +321,25 @@ def _graphs_of(var: VAR, weights: tuple[int, ...], device: torch.device) -> _Gra
 def _drawn(
     graphs: _Graphs,
     key: Hashable,
-    var: VAR,
-    start: Beginning | SamplingState,
+    model: Model,
+    start: Start,
     seeds: torch.Tensor,
-    options: SamplingOptions,
+    options: Options,
+    draw: Draw,
     at_first: bool,
-) -> Drawn | None:
+) -> Any:
     """By a graph, which is captured if there is none and it is worth it."""
     given = [*_tensors(start), seeds]
     if key in graphs.by_key:
         graphs.by_key.move_to_end(key)
         drawn = graphs.by_key[key](given)
     else:
-        nbytes = needed(var, start, options)
+        nbytes = needed(model, start, options)
         if not at_first and not _worth_it(graphs, key, nbytes):
             return None
         graphs.forget(max(len(graphs.by_key) - KEPT + 1, 0))
         _free_others(graphs, max(graphs.nbytes, nbytes))  # the pool is there already
-        graph = _Graph(var, start, seeds, options, graphs.pool)
+        graph = _Graph(model, start, seeds, options, draw, graphs.pool)
         graphs.by_key[key], graphs.pool = graph, graph.pool
         graphs.pooled += graph.grown
         graphs.note(key, graphs.captures.get(key, 0) + 1)
@@ -358,15 +375,15 @@ def _free_some(graphs: _Graphs, key: Hashable, keep: bool) -> None:
         graphs.note(key, CAPTURES)
 
 
-def needed(var: VAR, start: Beginning | SamplingState, options: SamplingOptions) -> int:
+def needed(model: Model, start: Start, options: Options) -> int:
     """About how many bytes a call takes: keys and values, and the activations of its largest scale."""
-    config, schedule = var.config, var.schedule
+    config, schedule, head = model.config, start.schedule, model.head.weight
     rows = start.batch * (2 if start.guided else 1)
     tokens = schedule.ends[options.stop - 1] - schedule.starts[start.scale]
     largest = max(schedule.lengths[start.scale : options.stop])
-    width = round(config.embed_dim * (8 + 2 * config.mlp_ratio)) + 2 * config.vocab_size
+    width = round(config.embed_dim * (8 + 2 * config.mlp_ratio)) + 2 * len(head)
     elements = rows * (2 * config.depth * tokens * config.embed_dim + largest * width)
-    return elements * var.head.weight.element_size()
+    return elements * head.element_size()
 
 
 def total_memory(device: torch.device) -> int:
@@ -378,13 +395,6 @@ def room(device: torch.device) -> int:
     free = torch.cuda.mem_get_info(device)[0]
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # freed before a capture
     return min(free + cached, round(MEMORY * total_memory(device)))
-
-
-def _kind(start: Beginning | SamplingState) -> Hashable:
-    if isinstance(start, tuple):
-        return start.guided, start.log_probs, start.subject is None
-    cache = start.cache
-    return start.scale, start.cached, start.log_probs is None, cache.prefix is None, cache.trunk is None
 
 
 def settings(device: str) -> Hashable:
@@ -408,26 +418,18 @@ class _Graph:
     """A captured `draw` from a copy of what is given."""
 
     def __init__(
-        self,
-        var: VAR,
-        start: Beginning | SamplingState,
-        seeds: torch.Tensor,
-        options: SamplingOptions,
-        pool: Pool,
+        self, model: Model, start: Start, seeds: torch.Tensor, options: Options, draw: Draw, pool: Pool
     ) -> None:
-        from fastvar.models.sampling import draw
-
         before, own_seeds = start.map(torch.clone), seeds.clone()
         self.given = [*_tensors(before), own_seeds]
 
-        def run() -> Drawn:
-            drawn = draw(var, before.map(lambda tensor: tensor).state(var), own_seeds, options)
-            return drawn if drawn.images is None else drawn._replace(feature_map=drawn.feature_map[:0])
+        def run() -> Any:
+            return draw(model, before.map(lambda tensor: tensor), own_seeds, options)
 
         self.nbytes = sum(tensor.nbytes for tensor in self.given)  # besides the pool's
         self.after, self.replay, self.pool, self.grown = capture(run, seeds.device, pool)
 
-    def __call__(self, given: list[torch.Tensor]) -> Drawn:
+    def __call__(self, given: list[torch.Tensor]) -> Any:
         for own, tensor in zip(self.given, given, strict=True):
             own.copy_(tensor, non_blocking=True)
         self.replay()
@@ -490,7 +492,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return _STREAMS[device]
 
 
-def _tensors(start: Beginning | SamplingState) -> list[torch.Tensor]:
+def _tensors(start: Start) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastvar.models import sampling
 from fastvar.models.bsq_tokenizer import BSQTokenizer
-from fastvar.models.infinity_block import TextBlock, attend_to_scales, rotations, scale_indices
+from fastvar.models.infinity_block import TextBlock, rotations, scale_indices
 from fastvar.models.infinity_config import InfinityConfig
-from fastvar.models.infinity_sampling import generate
 from fastvar.models.linear import Linear
-from fastvar.models.text import TextEncoder, TextFeatures, TextKV, TextPool, places, row_indices
+from fastvar.models.next_scale import NextScaleModel, Positions
+from fastvar.models.sampling import Generation, PerScale, SamplingState
+from fastvar.models.text import TextEncoder, TextFeatures, TextPool, places, row_indices
 from fastvar.models.var_block import Modulations
-from fastvar.models.with_tokenizer import WithTokenizer
-from fastvar.ops import TokenLogProbs, adaptive_layer_norm, token_log_probs
+from fastvar.ops import SampledTokens, TokenLogProbs, sample_bits, token_log_probs
+from fastvar.ranges import GUIDANCE, Range
 from fastvar.schedule import ScaleSchedule
 
 Texts = TextFeatures | Sequence[str]
 
 
-class Infinity(WithTokenizer[BSQTokenizer]):
-    """Next-scale prediction over the bits of a `BSQTokenizer`.
+class EncodedTexts(NamedTuple):
+    """Features of texts, and of those to keep away from; None for the learned ones that say nothing."""
+
+    texts: TextFeatures
+    against: TextFeatures | None
+
+
+class Infinity(NextScaleModel[BSQTokenizer]):
+    """Next-scale prediction over the bits of a `BSQTokenizer`; the streams of images and subjects are those of
+    `NextScaleModel`.
 
     Weights of any schedule fit any other: positions are rotary, on the grid of `rotation_grid`. What depends on a
     schedule takes one, and the config's without.
@@ -43,6 +53,7 @@ class Infinity(WithTokenizer[BSQTokenizer]):
     tokenizer_class = BSQTokenizer
     agreed = ("grids", "bits")
     keeps_dtype = True
+    no_guidance, guidance_range = 1.0, Range(GUIDANCE.low + 1, GUIDANCE.high)  # the operators count from 1 less
     config: InfinityConfig
     blocks: Sequence[TextBlock]
 
@@ -59,6 +70,9 @@ class Infinity(WithTokenizer[BSQTokenizer]):
         self.null_text = nn.Parameter(torch.empty(config.text_length, config.text_channels))
         self.text_norm = nn.RMSNorm(config.text_channels, eps=config.norm_eps)
         self.text_pool = TextPool(width, config.text_channels, config.pool_heads)
+        if config.subject != "none":
+            self.subject_embed = nn.Parameter(torch.empty(width))
+            self.subject_text = nn.Parameter(torch.empty(1, config.text_channels))  # what subjects read as their text
         self.text_in = Linear(config.text_channels, width)
         self.text_out = Linear(width, width)
         self.shared_modulation = Linear(width, 6 * width)
@@ -80,6 +94,9 @@ class Infinity(WithTokenizer[BSQTokenizer]):
         for parameter in (self.start_embed, self.scale_embed.weight, self.text_pool.query):
             nn.init.trunc_normal_(parameter, std=std)
         nn.init.trunc_normal_(self.null_text, std=1.2).div_(self.config.text_channels**0.5)
+        if self.config.subject != "none":
+            nn.init.trunc_normal_(self.subject_embed, std=std)
+            self._start_subject()
         self.head.weight.mul_(0.02)
         self.head_modulation.weight.mul_(0.5)
         for block in self.blocks:
@@ -112,6 +129,10 @@ class Infinity(WithTokenizer[BSQTokenizer]):
     def _shared(self) -> tuple[object, ...]:
         return (*self._tokenizer, *self._text_encoder)
 
+    def _share(self, other: Self) -> None:
+        super()._share(other)
+        self._text_encoder = other._text_encoder
+
     def features(self, texts: Texts) -> TextFeatures:
         """Texts as features on the model's device and in its dtype.
 
@@ -131,82 +152,96 @@ class Infinity(WithTokenizer[BSQTokenizer]):
         _, place = row_indices(tuple(lengths), self.device)
         return TextFeatures(self.null_text[place], tuple(lengths))
 
-    def _with_dropout(self, texts: TextFeatures) -> TextFeatures:
-        """Each text replaced by one that says nothing, at the config's rate."""
-        text, place = row_indices(tuple(texts.lengths), self.device)
-        dropped = torch.rand(len(texts.lengths), device=self.device) < self.config.condition_dropout
-        return texts._replace(packed=torch.where(dropped[text, None], self.null_text[place], texts.packed))
+    def encode(self, prompts: Texts, against: Texts | None = None) -> EncodedTexts:
+        features = self.features(prompts)
+        other = None if against is None else self.features(against)
+        if other is not None and len(other.lengths) != len(features.lengths):
+            raise ValueError(f"generate: negative: expected {len(features.lengths)} texts, got {len(other.lengths)}")
+        return EncodedTexts(features, other)
 
-    def read(self, texts: TextFeatures) -> tuple[torch.Tensor, list[TextKV]]:
-        """The condition (B, C), which modulates the blocks and starts the image, and what each block's tokens see of
-        the texts. Neither changes over scales."""
+    def count(self, encoded: EncodedTexts) -> int:
+        return len(encoded.texts.lengths)
+
+    def batches(self, prompts: Texts, size: int) -> list[TextFeatures]:
+        features = self.features(prompts)
+        return [features.some(slice(i, i + size)) for i in range(0, len(features.lengths), size)]
+
+    def begin(self, encoded: EncodedTexts, *, guided: bool) -> tuple[torch.Tensor, Modulations]:
+        texts, against = encoded
+        if guided:
+            texts = TextFeatures.joined([texts, self.no_text(texts.lengths) if against is None else against])
+        return self.read(texts)
+
+    def read(self, texts: TextFeatures) -> tuple[torch.Tensor, Modulations]:
+        """The condition (B, C), which modulates the blocks and starts the image, and all that the blocks are told.
+        Neither changes over scales."""
         where = places(tuple(texts.lengths), self.device)
         with torch.autocast(self.device.type, enabled=False):
             packed = self.text_norm(texts.packed)
             condition = self.text_pool(packed, where)
             packed = self.text_out(self.text_in(packed, gelu=True))
-        return condition, [block.read_text(packed, where) for block in self.blocks]
-
-    def modulations(self, condition: torch.Tensor) -> Modulations:
-        """All modulations from the condition (B, C); computed once for all scales."""
-        with torch.autocast(self.device.type, enabled=False):
             activated = F.silu(condition)
             shared = self.shared_modulation(activated).unflatten(1, (6, -1))
             head = self.head_modulation(activated).unflatten(1, (2, -1))
+        seen = [block.read_text(packed, where) for block in self.blocks]
         rows, biases = zip(*(block.modulate(activated, shared) for block in self.blocks), strict=True)
-        return Modulations(list(rows), list(biases), head)
+        return condition, Modulations(list(rows), list(biases), head, seen)
+
+    def token_positions(self, schedule: ScaleSchedule) -> Positions:
+        indices = scale_indices(schedule, self.device)
+        return Positions(self.scale_embed(indices), rotations(schedule, self.config.head_dim, self.device))
+
+    # -- the subject's prefix ----------------------------------------------------------------------------------------
+
+    def _subject_modulations(self, rows: int) -> Modulations:
+        return self.read(TextFeatures(self.subject_text.expand(rows, -1), (1,) * rows))[1]
+
+    @torch.no_grad()
+    def _start_subject(self) -> None:
+        self.subject_text.copy_(self.null_text[:1])
 
     # -- teacher forcing ---------------------------------------------------------------------------------------------
 
     def embed(
-        self, condition: torch.Tensor, inputs: torch.Tensor | None, schedule: ScaleSchedule, start: int = 0
+        self, condition: torch.Tensor, inputs: torch.Tensor | None, start: int, positions: torch.Tensor
     ) -> torch.Tensor:
-        """The residual stream's start (B, n, C) for tokens start : start + n of a schedule.
+        parts = [] if inputs is None else [self._codes(inputs)]
+        if start == 0:
+            parts.insert(0, (condition + self.start_embed)[:, None])
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return x + positions[start : start + x.shape[1]]
 
-        Args:
-            condition: (B, C); the first token starts from it.
-            inputs: (B, n, d), without the first token if `start` is 0; None for none.
-            schedule: the grids.
-            start: index of the first token.
-        """
+    def _codes(self, inputs: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, enabled=False):
-            parts = [] if inputs is None else [self.code_embed(inputs.to(self.start_embed.dtype))]
-            if start == 0:
-                parts.insert(0, (condition + self.start_embed)[:, None])
-            x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return x + self.scale_embed(scale_indices(schedule, self.device)[start : start + x.shape[1]])
+            return self.code_embed(inputs.to(self.start_embed.dtype))
 
-    def hidden(self, texts: Texts, inputs: torch.Tensor, *, schedule: ScaleSchedule | None = None) -> torch.Tensor:
+    def hidden(
+        self,
+        texts: Texts,
+        inputs: torch.Tensor,
+        *,
+        subject: torch.Tensor | None = None,
+        schedule: ScaleSchedule | None = None,
+    ) -> torch.Tensor:
         """The normalised hidden states before the head (B, L', C); arguments as `forward`. `fastvar.ops.policy_loss`
         takes these and `head`."""
         whole = self.schedule if schedule is None else self.config.check_schedule(schedule)
-        channels = self.config.bits
-        shape = tuple(inputs.shape) if isinstance(inputs, torch.Tensor) else type(inputs).__name__
-        if len(shape) != 3 or shape[2] != channels or 1 + inputs.shape[1] not in whole.ends:
-            lengths = ", ".join(str(end - 1) for end in whole.ends)
-            raise ValueError(f"Infinity: inputs: expected (B, n, {channels}) with n one of {lengths}, got {shape}")
+        visible, batch = self._teacher_forced(inputs, whole), len(inputs)
         features = self.features(texts)
-        if len(features.lengths) != len(inputs):
-            raise ValueError(
-                f"Infinity: texts: expected one per row of inputs ({len(inputs)}), got {len(features.lengths)}"
-            )
-        if self.training:
-            features = self._with_dropout(features)
-        condition, read = self.read(features)
-        modulations = self.modulations(condition)
-        x = self.embed(condition, inputs, whole)
-        cos, sin = rotations(whole, self.config.head_dim, self.device)
-        rope = cos[: x.shape[1]], sin[: x.shape[1]]
-        attend = attend_to_scales(whole.with_num_tokens(x.shape[1]), rope)
-        for block, modulation, bias, text in zip(
-            self.blocks, modulations.blocks, modulations.biases, read, strict=True
-        ):
-            x = self._run(block, x, modulation, attend, bias, text)
-        return self.before_head(x, modulations)
-
-    def before_head(self, x: torch.Tensor, modulations: Modulations) -> torch.Tensor:
-        scale, shift = modulations.head.unbind(1)
-        return adaptive_layer_norm(x, scale, shift, eps=self.config.norm_eps)
+        if len(features.lengths) != batch:
+            raise ValueError(f"Infinity: texts: expected one per row of inputs ({batch}), got {len(features.lengths)}")
+        if subject is not None:
+            self.check_subject("Infinity", subject, batch)
+        keep, dropped = self._dropped(batch, subject)
+        if dropped is not None:
+            text, place = row_indices(tuple(features.lengths), self.device)
+            packed = torch.where(dropped[text, None], self.null_text[place], features.packed)
+            features = features._replace(packed=packed)
+        condition, modulations = self.read(features)
+        positions = self.token_positions(whole).part(0, visible.num_tokens)
+        x = self.embed(condition, inputs, 0, positions.added)
+        prefix = None if subject is None else self.prefill(subject, keep, schedule=whole)
+        return self.through(x, modulations, visible, rope=positions.rope, prefix=prefix)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, n, C) to difference logits (B, n, d), float32 at least."""
@@ -223,6 +258,7 @@ class Infinity(WithTokenizer[BSQTokenizer]):
         *,
         bits: torch.Tensor | None = None,
         temperature: float = 1.0,
+        subject: torch.Tensor | None = None,
         schedule: ScaleSchedule | None = None,
     ) -> torch.Tensor | TokenLogProbs:
         """Logits of every bit given the true coarser scales, or log-probabilities of given bits.
@@ -233,20 +269,126 @@ class Infinity(WithTokenizer[BSQTokenizer]):
                 on these scales alone.
             bits: (B, L', d), bool or integers 0 and 1.
             temperature: divides the logits of the log-probabilities; the one that the bits were sampled with.
+            subject: (B / G, L, d), `BSQTokenizer.pyramid` of the reference subjects' bits, each shared by G adjacent
+                rows.
             schedule: the grids; the config's by default.
 
         Returns:
             without `bits` per bit the logit of 1 less that of 0, (B, L', d) float32; with them their `TokenLogProbs`,
             summed over a token's bits.
 
-        In training mode texts are dropped at the config's rate.
+        In training mode texts and subjects are dropped at the config's rates.
 
         Raises:
             ValueError: arguments that do not fit, see also `features`.
         """
-        logits = self.logits(self.hidden(texts, inputs, schedule=schedule))
+        logits = self.logits(self.hidden(texts, inputs, subject=subject, schedule=schedule))
         if bits is None:
             return logits
         return token_log_probs(logits, None, None, bits, temperature=temperature)
 
-    generate = generate
+    # -- sampling ----------------------------------------------------------------------------------------------------
+
+    def empty_tokens(self, batch: int) -> torch.Tensor:
+        return torch.empty(batch, 0, self.config.bits, dtype=torch.bool, device=self.device)
+
+    def sample(self, logits: torch.Tensor, **options: Any) -> SampledTokens:
+        options["top_k"] = min(options["top_k"], 2)
+        return SampledTokens(*sample_bits(logits, **options))
+
+    def generate(
+        self,
+        texts: Texts | None = None,
+        *,
+        negative: Texts | None = None,
+        subject: torch.Tensor | None = None,
+        guidance: PerScale = 1.0,
+        guidance_layer: int | None = None,
+        temperature: PerScale = 1.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: PerScale = 1.0,
+        seed: int = 0,
+        first_sample: int = 0,
+        schedule: ScaleSchedule | None = None,
+        stop: int | None = None,
+        state: SamplingState | None = None,
+        log_probs: bool = False,
+        decode: bool = True,
+        decode_dtype: torch.dtype | None = None,
+        graphs: bool | None = None,
+    ) -> Generation:
+        """Sample images for texts, or continue a state; the model is to be in evaluation mode.
+
+        Args:
+            texts: B of them, or their features.
+            negative: B texts to keep away from, in place of the one that says nothing; without guidance they do
+                nothing.
+            subject: (B / G, L, d), `BSQTokenizer.pyramid` of the reference subjects' bits, each shared by G adjacent
+                samples. Guidance contrasts with neither text nor subject.
+            guidance: g in g conditional + (1 - g) unconditional, one number or one a scale: Infinity's `cfg`. 1 is no
+                guidance, and if it is 1 for all scales the unconditional rows are not computed.
+            guidance_layer: what guidance mixes. 0: the logits. n from 1 to depth - 1: the hidden states after block
+                depth - n, counted from 0, as Infinity's -n; the blocks after it run on the mixture alone. None is 0, or
+                the state's own.
+            temperature: divides the logits, one number or one a scale: Infinity's `tau`.
+            top_k, top_p: see `fastvar.ops.sample_bits`, one number or one a scale; of a bit any top_k above 1 keeps
+                both values, as 0 does.
+            seed: of the run. Sample i depends on (seed, first_sample + i) and its text, not on the batch it is in.
+            first_sample: index of the first sample, to draw a large set in several batches.
+            schedule: the grids, see `fastvar.schedule.infinity_schedule`; the config's by default.
+            stop: stop before this scale (1 to K); the state continues from there. K by default.
+            state: continue this state instead of starting from texts; it is consumed (fork it to keep it). Guidance can
+                only be kept if it was on before.
+            log_probs: also return log-probabilities of the tokens drawn; with a state only if it has them for its
+                tokens. Where guidance mixes hidden states, the model's own distribution is that of the mixture.
+            decode: whether to decode the feature map to images.
+            decode_dtype: what to decode in, see `BSQTokenizer.decode_features`; by default bfloat16 if that is the
+                dtype of the model's weights, else that of the tokenizer's.
+            graphs: sample by a CUDA graph, see `VAR.generate`. Each tuple of lengths of texts has a graph of its own.
+
+        Returns:
+            tokens (B, L', d) bool, images (B, 3, H, W) in [0, 1], log-probabilities (B, L') of tokens, summed over
+            bits.
+
+        Raises:
+            ValueError: arguments that do not fit each other.
+        """
+        if state is None:
+            schedule = self.schedule if schedule is None else self.config.check_schedule(schedule)
+            guidance_layer = 0 if guidance_layer is None else guidance_layer
+        else:
+            if negative is not None:
+                raise ValueError("generate: negative: expected None with a state, which has its own, got some")
+            for name, own, given in (
+                ("schedule", state.schedule, schedule),
+                ("guidance_layer", state.guidance_layer, guidance_layer),
+            ):
+                if given is not None and given != own:
+                    raise ValueError(f"generate: {name}: expected None or the state's own, {own}, got {given}")
+            schedule, guidance_layer = state.schedule, state.guidance_layer
+        depth = self.config.depth
+        if not 0 <= guidance_layer < depth:
+            raise ValueError(
+                f"generate: guidance_layer: expected 0 to {depth - 1}, one less than blocks, got {guidance_layer}"
+            )
+        return sampling.generate(
+            self,
+            texts,
+            state,
+            name="texts",
+            against=negative,
+            subject=subject,
+            schedule=schedule,
+            guidance=guidance,
+            guidance_layer=guidance_layer,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            first_sample=first_sample,
+            stop=stop,
+            log_probs=log_probs,
+            decode=decode,
+            decode_dtype=decode_dtype,
+            graphs=graphs,
+        )

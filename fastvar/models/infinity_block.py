@@ -8,23 +8,10 @@ import torch
 from torch import nn
 
 from fastvar.models.infinity_config import InfinityConfig
-from fastvar.models.kv_cache import KVCache
 from fastvar.models.text import Places, TextAttention, TextKV
-from fastvar.models.var_block import Attend, Block
-from fastvar.ops import (
-    PrefixKV,
-    adaptive_layer_norm,
-    block_causal_attention,
-    cached_attention,
-    gated_residual,
-    gated_residual_norm,
-    qk_norm_rope,
-    qk_norm_rope_into_cache,
-    rope_tables,
-)
+from fastvar.models.var_block import Attend, Block, Rope
+from fastvar.ops import gated_residual_norm, rope_tables
 from fastvar.schedule import PRESETS, Grid, ScaleSchedule
-
-Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 def rotation_grid(schedule: ScaleSchedule) -> Grid:
@@ -75,19 +62,6 @@ class TextBlock(Block):
         own = torch.stack([weight - 1, self.text_norm.bias.to(dtype), torch.ones_like(weight)])
         return torch.cat([rows.to(dtype), own.expand(len(rows), -1, -1)], 1), bias
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        modulation: torch.Tensor,
-        attend: Attend,
-        bias: torch.Tensor | None = None,
-        text: TextKV | None = None,
-    ) -> torch.Tensor:
-        """(B, L, C) to (B, L, C)."""
-        _, gate, scale, _, shift, *_ = modulation.unbind(1)
-        x, h = self.mix(x, adaptive_layer_norm(x, scale, shift, eps=self.eps), modulation, attend, bias, text)
-        return gated_residual(x, h, gate)
-
     def mix(
         self,
         x: torch.Tensor,
@@ -104,28 +78,3 @@ class TextBlock(Block):
         x, h = gated_residual_norm(x, h, gate, text_scale, text_shift, eps=self.eps)
         x, h = gated_residual_norm(x, self.text_attention(h, text), one, scale, shift, eps=self.eps)
         return x, self._mlp(h)
-
-
-def attend_to_scales(schedule: ScaleSchedule, rope: Rope) -> Attend:
-    """Teacher forcing: every scale at once. `rope`: the tables of these scales."""
-
-    def attend(block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k = qk_norm_rope(q, k, log_scale=block.log_scale, rope=rope)
-        return block_causal_attention(q, k, v, schedule, softmax_scale=block.softmax_scale)
-
-    return attend
-
-
-def attend_to_cache(cache: KVCache, layer: int, rows: int, position: int, end: int, rope: Rope) -> Attend:
-    """Sampling: the scale whose tokens go to rows position : end of the cache, of its first `rows` samples."""
-    keys, values, _, trunk = cache.layer(layer)
-    keys, values = keys[:rows], values[:rows]
-    if trunk is not None:
-        shared = len(trunk.k) * rows // max(cache.keys.shape[1], 1)
-        trunk = PrefixKV(trunk.k[:shared], trunk.v[:shared])
-
-    def attend(block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q = qk_norm_rope_into_cache(q, k, v, keys, values, position, log_scale=block.log_scale, rope=rope)
-        return cached_attention(q, keys[:, :end], values[:, :end], trunk=trunk, softmax_scale=block.softmax_scale)
-
-    return attend

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from fastvar.ranges import Count, NotNegative, Number, Positive, Share, ShareBelowOne, check_fields
+from fastvar.models.var_config import SUBJECTS
+from fastvar.ranges import Count, NotNegative, Number, OneOf, Positive, Share, ShareBelowOne, check_fields
 from fastvar.schedule import ScaleSchedule, infinity_schedule
 
 
@@ -37,6 +38,10 @@ class InfinityConfig:
     norm_eps: NotNegative = 1e-6
     condition_dropout: Share = 0.1
     """Share of training samples whose text is replaced by learned rows that say nothing, for guidance."""
+    subject: Annotated[str, OneOf(*SUBJECTS)] = "none"
+    """Prefix of a reference subject, see `VARConfig.subject`."""
+    subject_dropout: Share = 0.1
+    """Share of training groups whose subject is dropped, see `VARConfig.subject_dropout`."""
     drop_path: ShareBelowOne = 0.0
     """Stochastic depth of the last block, growing linearly over the blocks."""
 
@@ -64,6 +69,11 @@ class InfinityConfig:
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
+
+    @property
+    def code_channels(self) -> int:
+        """Channels of a token's input: one for each bit."""
+        return self.bits
 
     def check_schedule(self, schedule: ScaleSchedule) -> ScaleSchedule:
         """The schedule itself.

@@ -42,11 +42,22 @@ class KVCache:
         self.prefix: list[PrefixKV] | None = None
         self.trunk: list[PrefixKV] | None = None
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor, PrefixKV | None, PrefixKV | None]:
-        """A layer's own keys and values (B, capacity, H, D), its prefix and its trunk."""
-        prefix = None if self.prefix is None else self.prefix[index]
-        trunk = None if self.trunk is None else self.trunk[index]
-        return self.keys[index], self.values[index], prefix, trunk
+    def layer(
+        self, index: int, rows: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, PrefixKV | None, PrefixKV | None]:
+        """A layer's own keys and values (B, capacity, H, D), its prefix and its trunk; of the first `rows` samples, if
+        not of all."""
+        batch = self.keys.shape[1]
+        rows = batch if rows is None else rows
+
+        def first(shared: list[PrefixKV] | None) -> PrefixKV | None:
+            if shared is None or rows == batch:
+                return None if shared is None else shared[index]
+            k, v, lengths = shared[index]
+            count = len(k) * rows // batch
+            return PrefixKV(k[:count], v[:count], None if lengths is None else lengths[:count])
+
+        return self.keys[index, :rows], self.values[index, :rows], first(self.prefix), first(self.trunk)
 
     def reserve(self, tokens: int) -> None:
         """Make room for that many tokens of its own; what is there is copied if it has to move."""

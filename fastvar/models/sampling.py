@@ -1,28 +1,82 @@
-"""Sampling of a VAR: the subject's prefix once, then scale after scale on a preallocated cache; forks of a state."""
+"""Sampling of a next-scale model: the subject's prefix once, then scale after scale on a preallocated cache; forks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastvar.models.graphs import replay, survey
+from fastvar.models import graphs as _graphs
 from fastvar.models.kv_cache import KVCache
-from fastvar.ops import PrefixKV, SampledTokens, accumulate_scale, sample_tokens
+from fastvar.models.next_scale import Mixture, NextScaleModel
+from fastvar.models.var_block import Modulations
+from fastvar.ops import PrefixKV, SampledTokens
 from fastvar.pictures import image_grid, png
 from fastvar.profiling import annotate
-from fastvar.ranges import GUIDANCE, TEMPERATURE
+from fastvar.ranges import (
+    PROBABILITY,
+    TEMPERATURE,
+    TRUNCATION,
+    Count,
+    CountOrNone,
+    Guidance,
+    Range,
+    ShareAboveZero,
+    Temperature,
+    check_fields,
+)
+from fastvar.schedule import ScaleSchedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from fastvar.models.var import VAR, Labels
-    from fastvar.models.var_block import Modulations
-
 DECODED_AT_ONCE = 16 * 256 * 256  # pixels of a call that are decoded within its graph
+PerScale = float | Sequence[float]  # one number for all scales, or one each; an array or a tensor too
+Model = NextScaleModel[Any]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How images are drawn by rollouts, evaluations and commands; see `generate` of the model.
+
+    With guidance or truncation they come from another distribution than the model's own at this temperature, whose
+    log-probabilities reinforcement learning trains, as VAR RL Done Right has it.
+    """
+
+    guidance: Guidance = 0.0
+    """Classifier-free guidance. Of a VAR that of the last scale: it grows linearly from 0 at the first one, and 0 is
+    none; of an Infinity that of all scales, and 1 is none."""
+    temperature: Temperature = 1.0
+    """Divides the logits, when drawing and when scoring; below 1 the likeliest codes gain."""
+    top_k: CountOrNone = 0
+    """Keep this many codes; 0 for all."""
+    top_p: ShareAboveZero = 1.0
+    """Keep the likeliest codes of this mass; 1 for all."""
+    batch_size: Count = 64
+    """Images drawn at a time; it changes nothing but memory and speed."""
+    graphs: bool = True
+    """Draw by CUDA graphs where they can be used: on a GPU, not with FSDP. They hold up to 15 % of the GPU's memory
+    (`fastvar.models.graphs.MEMORY`) during updates of training too: where one runs out of memory, set this to False, or
+    call `fastvar.models.clear_graphs` before it."""
+
+    def check(self) -> None:
+        """Raise a ValueError that names a setting which makes no sense."""
+        check_fields(self)
+
+    def arguments(self) -> dict[str, Any]:
+        """As `generate` takes them."""
+        return {
+            "guidance": self.guidance,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "graphs": None if self.graphs else False,
+        }
 
 
 @dataclass
@@ -30,17 +84,20 @@ class SamplingState:
     """A set of partly sampled images, at the start of scale `scale`.
 
     Attributes:
+        schedule: the grids.
         scale: the next scale to sample, 0 to K.
-        tokens: (B, e_scale) int64, sampled so far.
-        feature_map: (B, C, h, w) of the scales sampled so far.
-        inputs: (B, n, C) of the next scale; None at scale 0 and after the last scale.
-        condition: (R, 1 + T, C) as `VAR.condition`, R = B, or 2 B with guidance: conditional rows, then unconditional.
+        tokens: sampled so far, (B, e_scale) int64, or bits (B, e_scale, d) bool.
+        feature_map: (B, c, h, w) of the scales sampled so far.
+        inputs: (B, n, c) of the next scale; None at scale 0 and after the last scale.
+        condition: (R, ...) as `NextScaleModel.begin` answers it; R = B, or 2 B with guidance.
         modulations: of these rows.
         cache: keys and values of these rows.
         cached: how many of the sampled tokens lie in the cache's own rows, not in its trunk.
         log_probs, sampled_log_probs: (B, e_scale) as `fastvar.ops.SampledTokens`, or None.
+        guidance_layer: guidance mixes the hidden states after block depth - guidance_layer; 0: the logits.
     """
 
+    schedule: ScaleSchedule
     scale: int
     tokens: torch.Tensor
     feature_map: torch.Tensor
@@ -51,47 +108,40 @@ class SamplingState:
     cached: int
     log_probs: torch.Tensor | None
     sampled_log_probs: torch.Tensor | None
+    guidance_layer: int = 0
 
     @property
     def batch(self) -> int:
         """B."""
         return self.tokens.shape[0]
 
-    def state(self, var: VAR) -> SamplingState:
-        """Itself."""
-        return self
-
     @property
     def guided(self) -> bool:
         """Whether the state has unconditional rows."""
         return self.condition.shape[0] != self.tokens.shape[0]
 
+    @property
+    def kind(self) -> Hashable:
+        """What decides, besides shapes, what is done with it."""
+        cache = self.cache
+        fixed = (self.schedule, self.scale, self.cached, self.guidance_layer)
+        return *fixed, self.log_probs is None, cache.prefix is None, cache.trunk is None
+
+    def begun(self, model: Model) -> SamplingState:
+        """Itself."""
+        return self
+
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> SamplingState:
         """A state of `function` of each of this one's tensors, always in the same order; of its cache only what is
         filled."""
-
-        def mapped(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else function(tensor)
-
-        return replace(
-            self,
-            tokens=function(self.tokens),
-            feature_map=function(self.feature_map),
-            inputs=mapped(self.inputs),
-            condition=function(self.condition),
-            modulations=self.modulations.map(function)._replace(
-                biases=[function(bias) for bias in self.modulations.biases]
-            ),
-            cache=self.cache.map(function),
-            log_probs=mapped(self.log_probs),
-            sampled_log_probs=mapped(self.sampled_log_probs),
-        )
+        fields = {name: value for name, value in vars(self).items() if name != "cache"}
+        return replace(self, cache=self.cache.map(function), **tree_map_only(torch.Tensor, function, fields))
 
     def fork(self, times: int) -> SamplingState:
         """`times` continuations of every image: row b of the new state continues image b // times.
 
         The cached keys and values are shared, nothing is recomputed. Continue with
-        `var.generate(state=state.fork(times), seed=...)`.
+        `model.generate(state=state.fork(times), seed=...)`.
 
         Args:
             times: continuations per image, at least 1.
@@ -99,25 +149,87 @@ class SamplingState:
         if times < 1:
             raise ValueError(f"SamplingState.fork: times: expected at least 1, got {times}")
 
-        def repeated(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.repeat_interleave(times, 0)
+        def repeated(rows: torch.Tensor) -> torch.Tensor:
+            return rows.repeat_interleave(times, 0)
 
+        names = ("tokens", "feature_map", "inputs", "condition", "log_probs", "sampled_log_probs")
+        rows: dict[str, Any] = {name: getattr(self, name) for name in names}
+        rows = {name: None if own is None else repeated(own) for name, own in rows.items()}
+        forks = self.cache.fork(times)
+        return replace(self, modulations=self.modulations.map(repeated), cache=forks, cached=0, **rows)
+
+
+class Beginning(NamedTuple):
+    """What a call without a state starts from.
+
+    Attributes:
+        prompts: as `NextScaleModel.encode` answers them.
+        batch: B, of them.
+        schedule, subject, guided, log_probs, guidance_layer: see `generate`.
+    """
+
+    prompts: Any
+    batch: int
+    schedule: ScaleSchedule
+    subject: torch.Tensor | None
+    guided: bool
+    log_probs: bool
+    guidance_layer: int = 0
+
+    @property
+    def scale(self) -> int:
+        return 0
+
+    @property
+    def kind(self) -> Hashable:
+        """What decides, besides shapes, what is done with it."""
+        return tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in tree_leaves(self))
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Beginning:
+        """One of `function` of each tensor."""
+        mapped: Beginning = tree_map_only(torch.Tensor, function, self)
+        return mapped
+
+    def begun(self, model: Model) -> SamplingState:
+        """The state before the first scale."""
+        condition, modulations = model.begin(self.prompts, guided=self.guided)
+        config, weight = model.config, model.head.weight
+        device = weight.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        heads = (config.num_heads, config.head_dim)
+        cache = KVCache(config.depth, len(condition), 0, *heads, dtype=dtype, device=device)  # reserved when it fills
+        if self.subject is not None:
+            prefix = model.prefill(self.subject, schedule=self.schedule)
+            cache.prefix = _without_subject(prefix) if self.guided else prefix
+        feature_map = model.tokenizer.empty_feature_map(self.batch, self.schedule)
+        nothing = feature_map.new_zeros(self.batch, 0) if self.log_probs else None
         return SamplingState(
-            self.scale,
-            self.tokens.repeat_interleave(times, 0),
-            self.feature_map.repeat_interleave(times, 0),
-            repeated(self.inputs),
-            self.condition.repeat_interleave(times, 0),
-            self.modulations.map(lambda rows: rows.repeat_interleave(times, 0)),
-            self.cache.fork(times),
-            0,
-            repeated(self.log_probs),
-            repeated(self.sampled_log_probs),
+            schedule=self.schedule,
+            scale=0,
+            tokens=model.empty_tokens(self.batch),
+            feature_map=feature_map,
+            inputs=None,
+            condition=condition,
+            modulations=modulations,
+            cache=cache,
+            cached=0,
+            log_probs=nothing,
+            sampled_log_probs=nothing,
+            guidance_layer=self.guidance_layer,
         )
 
 
+def _without_subject(prefix: list[PrefixKV]) -> list[PrefixKV]:
+    """The prefix of guided rows: the unconditional half gets copies of the rows, of which no token is valid."""
+    rows, tokens = prefix[0].k.shape[:2]
+    lengths = torch.zeros(2 * rows, dtype=torch.int32, device=prefix[0].k.device)
+    lengths[:rows] = tokens
+    return [PrefixKV(torch.cat([k, k]), torch.cat([v, v]), lengths) for k, v, _ in prefix]
+
+
 class Generation(NamedTuple):
-    """What `generate` of a VAR or an Infinity answers.
+    """What `generate` answers.
 
     Attributes:
         tokens: (B, L') int64, L' the tokens of the scales sampled; of an Infinity their bits (B, L', d) bool.
@@ -162,40 +274,51 @@ def sample_seeds(seed: int, count: int, first_sample: int = 0, device: torch.dev
     return (torch.arange(first_sample, first_sample + count, device=device) & 0xFFFFFFFF) | (seed << 32)
 
 
-def guidance_per_scale(guidance: float | Sequence[float], num_scales: int) -> list[float]:
-    """The weight t_k of each scale in (1 + t_k) conditional - t_k unconditional.
+def per_scale(
+    name: str, value: Any, num_scales: int, allowed: Range, *, whole: bool = False, expected: str = "{}"
+) -> tuple[Any, ...]:
+    """A number for each scale: one number for all, or a sequence, array or tensor of as many as there are scales.
 
-    A number g grows linearly, t_k = g k / (K - 1), as VAR samples (g itself if K = 1); a sequence of K numbers is taken
-    as it is, an array or a tensor of them too.
+    Args:
+        name: of the argument of `generate`.
+        value: what was given.
+        num_scales: K.
+        allowed: what each may be.
+        whole: whether they are to be integers.
+        expected: how the error names the range.
+
+    Raises:
+        ValueError: anything else, another number of them, or one that is not allowed.
     """
-    if hasattr(guidance, "tolist"):
-        guidance = guidance.tolist()
-    for weight in guidance if isinstance(guidance, Sequence) else [guidance]:
-        expected = GUIDANCE.problem(weight)
-        if expected is not None:
-            raise ValueError(f"generate: guidance: expected {expected}, got {weight}")
-    if not isinstance(guidance, Sequence):
-        return [float(guidance) * (k / (num_scales - 1) if num_scales > 1 else 1.0) for k in range(num_scales)]
-    weights = [float(weight) for weight in guidance]
-    if len(weights) != num_scales:
-        raise ValueError(f"generate: guidance: expected a number or {num_scales} of them, got {len(weights)}")
-    return weights
+    if hasattr(value, "tolist"):  # an array's or a tensor's
+        value = value.tolist()
+    numbers = tuple(value) if isinstance(value, Sequence) else (value,) * num_scales
+    kind, each = (Integral, "an integer") if whole else (Real, "a number")
+    if not all(isinstance(number, kind) for number in numbers):
+        raise ValueError(f"generate: {name}: expected {each} or {num_scales} of them, got {value!r}")
+    if len(numbers) != num_scales:
+        raise ValueError(f"generate: {name}: expected {each} or {num_scales} of them, got {len(numbers)}")
+    for number in numbers:
+        problem = allowed.problem(number)
+        if problem is not None:
+            raise ValueError(f"generate: {name}: expected {expected.format(problem)}, got {number}")
+    return tuple(int(number) if whole else float(number) for number in numbers)
 
 
-class SamplingOptions(NamedTuple):
-    """How scales are sampled; see `generate`.
+class ScaleOptions(NamedTuple):
+    """How the scales of a call are sampled; see `generate`.
 
     Attributes:
-        guidance: the weight of each scale.
+        guidance, temperature, top_k, top_p: one a scale.
         stop: the scale to stop before.
         decode: whether to decode the feature map in one go with sampling.
         decode_dtype: what to decode in.
     """
 
     guidance: tuple[float, ...]
-    temperature: float
-    top_k: int
-    top_p: float
+    temperature: tuple[float, ...]
+    top_k: tuple[int, ...]
+    top_p: tuple[float, ...]
     log_probs: bool
     stop: int
     decode: bool
@@ -203,10 +326,11 @@ class SamplingOptions(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What a call has sampled: `Generation` with the feature map, and images only if they were decoded at once."""
+    """What a call has sampled: `Generation` with images only if they were decoded at once, and the feature map only if
+    they were not."""
 
     tokens: torch.Tensor
-    feature_map: torch.Tensor
+    feature_map: torch.Tensor | None
     images: torch.Tensor | None
     log_probs: torch.Tensor | None
     sampled_log_probs: torch.Tensor | None
@@ -221,62 +345,77 @@ class Drawn(NamedTuple):
         return Drawn(**fields)
 
 
-def draw(var: VAR, state: SamplingState, seeds: torch.Tensor, options: SamplingOptions) -> Drawn:
-    """Sample to `options.stop` and decode; the state is carried on. Nothing waits for the device."""
-    sample_scales(var, state, seeds, options)
-    images = decoded(var, state.feature_map, options.decode_dtype) if options.decode else None
-    unfinished = state if options.stop < len(var.schedule) else None
-    return Drawn(state.tokens, state.feature_map, images, state.log_probs, state.sampled_log_probs, unfinished)
+def draw(model: Model, start: Beginning | SamplingState, seeds: torch.Tensor, options: ScaleOptions) -> Drawn:
+    """Sample to `options.stop` and decode; a state is carried on. Nothing waits for the device."""
+    state = start.begun(model)
+    sample_scales(model, state, seeds, options)
+    images = decoded(model, state.feature_map, options.decode_dtype) if options.decode else None
+    return Drawn(
+        state.tokens,
+        state.feature_map if images is None else None,
+        images,
+        state.log_probs,
+        state.sampled_log_probs,
+        state if options.stop < len(state.schedule) else None,
+    )
 
 
-def decoded(var: VAR, feature_map: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def decoded(model: Model, feature_map: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """Feature map (B, C, h, w) to images (B, 3, H, W) in [0, 1]."""
-    images = var.tokenizer.decode_features(feature_map, dtype=dtype)
+    images = model.tokenizer.decode_features(feature_map, dtype=dtype)
     return images.float().clamp(-1, 1).add(1).mul(0.5)
 
 
-def sample_scales(var: VAR, state: SamplingState, seeds: torch.Tensor, options: SamplingOptions) -> None:
+def sample_scales(model: Model, state: SamplingState, seeds: torch.Tensor, options: ScaleOptions) -> None:
     """Sample the scales from `state.scale` to `options.stop`; the state is carried on. Nothing waits for the device.
 
     Args:
-        var: the model.
+        model: what draws.
         state: of B images.
         seeds: (B,) int64, see `sample_seeds`.
         options: how.
     """
-    schedule, batch = var.schedule, state.tokens.shape[0]
+    schedule, batch = state.schedule, state.batch
     # a state that stops early has no room for the rest: as a trunk of forks it would stay empty
     state.cache.reserve(state.cached + schedule.ends[options.stop - 1] - schedule.starts[state.scale])
-    codebook, phi = var.tokenizer.codebook, var.tokenizer.phi
-    positions = var.positions(0, schedule.ends[options.stop - 1])
+    positions = model.token_positions(schedule)
     scales: list[SampledTokens] = []
     for k in range(state.scale, options.stop):
         with annotate(f"scale {k}"):
-            start, length, weight = schedule.starts[k], schedule.lengths[k], options.guidance[k]
+            start, end, guidance = schedule.starts[k], schedule.ends[k], options.guidance[k]
             inputs = state.inputs
             if state.guided and inputs is not None:
                 inputs = torch.cat([inputs, inputs])
-            x = var.embed(state.condition, inputs, start, positions)
-            hidden = var.sample_scale(
-                x, state.modulations, state.cache, position=state.cached, end=state.cached + length
+            mixture = None
+            if state.guided and state.guidance_layer:
+                mixture = Mixture(len(model.blocks) - state.guidance_layer, guidance)
+            hidden = model.sample_scale(
+                model.embed(state.condition, inputs, start, positions.added),
+                state.modulations,
+                state.cache,
+                position=state.cached,
+                end=state.cached + schedule.lengths[k],
+                rope=positions.part(start, end).rope,
+                mixture=mixture,
             )
-            logits = var.head(hidden)
-            drawn = sample_tokens(
+            logits = model.logits(hidden if guidance != model.no_guidance else hidden[:batch])
+            contrasted = len(logits) > batch
+            drawn = model.sample(
                 logits[:batch],
-                unconditional=logits[batch:] if state.guided and weight else None,
-                guidance=weight if state.guided else 0.0,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
+                unconditional=logits[batch:] if contrasted else None,
+                guidance=guidance - model.no_guidance if contrasted else 0.0,
+                temperature=options.temperature[k],
+                top_k=options.top_k[k],
+                top_p=options.top_p[k],
                 seeds=seeds,
                 position=start,
                 log_probs=options.log_probs,
             )
-            state.feature_map, state.inputs = accumulate_scale(
-                drawn.tokens, state.feature_map, codebook, schedule, k, phi=phi
+            state.feature_map, state.inputs = model.tokenizer.accumulate(
+                drawn.tokens, state.feature_map, k, schedule=schedule
             )
             scales.append(drawn)
-            state.cached += length
+            state.cached += schedule.lengths[k]
             state.scale = k + 1
     for name in ("tokens", "log_probs", "sampled_log_probs"):
         before = getattr(state, name)
@@ -286,188 +425,93 @@ def sample_scales(var: VAR, state: SamplingState, seeds: torch.Tensor, options: 
 
 @torch.no_grad()
 def generate(
-    var: VAR,
-    labels: Labels | None = None,
+    model: Model,
+    prompts: Any,
+    state: SamplingState | None,
     *,
-    subject: torch.Tensor | None = None,
-    guidance: float | Sequence[float] = 0.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    first_sample: int = 0,
-    stop: int | None = None,
-    state: SamplingState | None = None,
-    log_probs: bool = False,
-    decode: bool = True,
-    decode_dtype: torch.dtype | None = None,
-    graphs: bool | None = None,
+    name: str,
+    against: Any = None,
+    subject: torch.Tensor | None,
+    schedule: ScaleSchedule,
+    guidance: PerScale,
+    guidance_layer: int = 0,
+    temperature: PerScale,
+    top_k: int | Sequence[int],
+    top_p: PerScale,
+    seed: int,
+    first_sample: int,
+    stop: int | None,
+    log_probs: bool,
+    decode: bool,
+    decode_dtype: torch.dtype | None,
+    graphs: bool | None,
 ) -> Generation:
-    """Sample images for labels, or continue a state.
+    """Sample images for prompts, or continue a state: the checks and the work of every model's `generate`, which says
+    what the arguments are.
 
     Args:
-        var: the model; put it in evaluation mode.
-        labels: (B,) class indices or names, or texts, or characters (B, text_length).
-        subject: (B / G, L, C), `VQTokenizer.pyramid` of the reference subjects' tokens, each shared by G adjacent
-            samples. Guidance contrasts with neither condition nor subject.
-        guidance: classifier-free guidance, see `guidance_per_scale`; 0 runs the conditional rows alone.
-        temperature, top_k, top_p: see `fastvar.ops.sample_tokens`; 0 and 1 switch top_k and top_p off.
-        seed: of the run. Sample i depends on (seed, first_sample + i) and its label, not on the batch it is in.
-        first_sample: index of the first sample, to draw a large set in several batches.
-        stop: stop before this scale (1 to K); the state continues from there. K by default.
-        state: continue this state instead of starting from labels; it is consumed (fork it to keep it). Guidance can
-            only be kept if it was on before.
-        log_probs: also return log-probabilities of the tokens drawn; with a state only if it has them for its tokens.
-        decode: whether to decode the feature map to images.
-        decode_dtype: what to decode in, see `VQTokenizer.decode_features`; by default bfloat16 if that is the dtype of
-            the model's weights, else that of the tokenizer's. Pictures decoded in bfloat16 differ a little from those
-            in float32, which torch.float32 gives with a tokenizer of float32 weights.
-        graphs: sample by a CUDA graph, which spares the launches of a few thousand small kernels an image; the tokens
-            are the same. None takes one where it can: on a GPU, in evaluation mode, from the second call with the same
-            shapes and options on; True takes one at once, or raises; False does not. See `fastvar.models.graphs` for
-            what is captured apart, and for how much memory it may take.
+        model: what draws.
+        prompts: as its `encode` takes them; None with a state.
+        state: to be continued, or None.
+        name: of the prompts, for errors.
+        against: prompts to keep away from; None for those that say nothing.
 
     Raises:
         ValueError: arguments that do not fit each other.
     """
-    schedule, tokenizer = var.schedule, var.tokenizer
-    weights = guidance_per_scale(guidance, len(schedule))
-    if (labels is None) == (state is None):
-        raise ValueError("generate: labels, state: expected exactly one of them")
+    if (prompts is None) == (state is None):
+        raise ValueError(f"generate: {name}, state: expected exactly one of them")
+    scales, none = len(schedule), model.no_guidance
+    weights = per_scale("guidance", guidance, scales, model.guidance_range)
+    likeliest = "{} (for the likeliest one top_k=1)"
+    temperatures = per_scale("temperature", temperature, scales, TEMPERATURE, expected=likeliest)
+    top_ks = per_scale("top_k", top_k, scales, TRUNCATION, whole=True)
+    top_ps = per_scale("top_p", top_p, scales, PROBABILITY, expected="a probability from {}")
+    first = 0 if state is None else state.scale
+    if state is not None and subject is not None:
+        raise ValueError("generate: subject: expected None with a state, which has its own")
+    if first == scales:
+        raise ValueError(
+            "generate: state: expected one that is not finished; it was continued before (fork it to keep it)"
+        )
+    stop = scales if stop is None else stop
+    if not first < stop <= scales:
+        raise ValueError(f"generate: stop: expected {first + 1} to {scales}, got {stop}")
     start: SamplingState | Beginning
     if state is None:
-        assert labels is not None
-        start = Beginning(var.indices(labels), subject, any(weights), log_probs)
-    else:
-        start = state
+        guided = any(weight != none for weight in weights)
+        encoded = model.encode(prompts, against if guided else None)
+        batch = model.count(encoded)
         if subject is not None:
-            raise ValueError("generate: subject: expected None with a state, which has its own")
-        if state.scale == len(schedule):
-            raise ValueError(
-                "generate: state: expected one that is not finished; it was continued before (fork it to keep it)"
-            )
-    stop = len(schedule) if stop is None else stop
-    if not start.scale < stop <= len(schedule):
-        raise ValueError(f"generate: stop: expected {start.scale + 1} to {len(schedule)}, got {stop}")
-    batch = start.batch
-    if any(weights[start.scale : stop]) and not start.guided and batch:
-        raise ValueError("generate: guidance: expected 0, the state was sampled without guidance")
-    if state is not None and log_probs and state.log_probs is None:
-        raise ValueError("generate: log_probs: expected False, the state was sampled without log-probabilities")
-    if top_k < 0:
-        raise ValueError(f"generate: top_k: expected at least 0, got {top_k}")
-    if not 0 <= top_p <= 1:
-        raise ValueError(f"generate: top_p: expected a probability from 0 to 1, got {top_p}")
-    expected = TEMPERATURE.problem(temperature)
-    if expected is not None:
-        raise ValueError(
-            f"generate: temperature: expected {expected} (for the likeliest one top_k=1), got {temperature}"
-        )
-    if decode_dtype is None and var.head.weight.dtype == torch.bfloat16:
+            model.check_subject("generate", subject, batch)
+        start = Beginning(encoded, batch, schedule, subject, guided, log_probs, guidance_layer)
+    else:
+        start, batch = state, state.batch
+        if any(weight != none for weight in weights[first:stop]) and not state.guided and batch:
+            raise ValueError(f"generate: guidance: expected {none:g}, the state was sampled without guidance")
+        if log_probs and state.log_probs is None:
+            raise ValueError("generate: log_probs: expected False, the state was sampled without log-probabilities")
+    if decode_dtype is None and model.head.weight.dtype == torch.bfloat16:
         decode_dtype = torch.bfloat16
-    surveyed = None if graphs is False else survey(var, must=graphs is True)
+    surveyed = None if graphs is False else _graphs.survey(model, must=graphs is True)
     surveyed = surveyed if batch else None
     # the launches of many images are hidden behind their sampling, and their activations are large
-    at_once = decode and (surveyed is None or batch * math.prod(tokenizer.config.image_size) <= DECODED_AT_ONCE)
-    options = SamplingOptions(tuple(weights), temperature, top_k, top_p, log_probs, stop, at_once, decode_dtype)
-    seeds = sample_seeds(seed, batch, first_sample, var.device)
+    pixels = batch * math.prod(model.tokenizer.config.image_size_of(schedule))
+    at_once = decode and (surveyed is None or pixels <= DECODED_AT_ONCE)
+    options = ScaleOptions(weights, temperatures, top_ks, top_ps, log_probs, stop, at_once, decode_dtype)
+    seeds = sample_seeds(seed, batch, first_sample, model.device)
     if state is not None and not log_probs:  # all arguments were checked; those of a part of the tokens are of no use
         state.log_probs = state.sampled_log_probs = None
-    drawn = None
+    drawn: Drawn | None = None
     if surveyed is not None:
-        drawn = replay(var, surveyed, start, seeds, options, at_first=graphs is True)
+        drawn = _graphs.replay(model, surveyed, start, seeds, options, draw, at_first=graphs is True)
+        if drawn is not None and state is not None:
+            vars(state).update(vars(drawn.state) if drawn.state is not None else {"scale": stop})
+            drawn = drawn._replace(state=None if drawn.state is None else state)
     if drawn is None:
-        drawn = draw(var, start.state(var), seeds, options)
-    images = decoded(var, drawn.feature_map, decode_dtype) if decode and not at_once else drawn.images
+        drawn = draw(model, start, seeds, options)
+    images = drawn.images
+    if decode and images is None:
+        assert drawn.feature_map is not None
+        images = decoded(model, drawn.feature_map, decode_dtype)
     return Generation(drawn.tokens, images, drawn.log_probs, drawn.sampled_log_probs, drawn.state)
-
-
-class Beginning(NamedTuple):
-    """What a call without a state starts from.
-
-    Attributes:
-        labels: as `VAR.indices` answers them.
-        subject, guided, log_probs: see `generate`.
-    """
-
-    labels: torch.Tensor
-    subject: torch.Tensor | None
-    guided: bool
-    log_probs: bool
-
-    @property
-    def scale(self) -> int:
-        return 0
-
-    @property
-    def batch(self) -> int:
-        return self.labels.shape[0]
-
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Beginning:
-        """One of `function` of each tensor."""
-        subject = None if self.subject is None else function(self.subject)
-        return self._replace(labels=function(self.labels), subject=subject)
-
-    def state(self, var: VAR) -> SamplingState:
-        """Before the first scale."""
-        return _start(var, *self)
-
-
-def _start(
-    var: VAR, labels: torch.Tensor, subject: torch.Tensor | None, guided: bool, log_probs: bool
-) -> SamplingState:
-    condition = var.condition(labels)
-    batch = condition.shape[0]
-    if guided:
-        condition = torch.cat([condition, var.no_condition(batch)])
-    weight = var.head.weight
-    dtype = torch.get_autocast_dtype(weight.device.type) if _autocast(weight) else weight.dtype
-    config = var.config
-    cache = KVCache(
-        config.depth,
-        condition.shape[0],
-        0,  # generate reserves what it fills
-        config.num_heads,
-        config.head_dim,
-        dtype=dtype,
-        device=weight.device,
-    )
-    if subject is not None:
-        if (subject.shape[0] == 0) != (batch == 0) or (batch and batch % subject.shape[0]):
-            raise ValueError(
-                f"generate: subject: expected a number of rows that divides {batch}, got {subject.shape[0]}"
-            )
-        prefix = var.prefill(subject)
-        cache.prefix = _without_subject(prefix) if guided else prefix
-    feature_map = torch.zeros(
-        batch,
-        config.code_channels,
-        *var.schedule.finest,
-        device=weight.device,
-        dtype=torch.promote_types(var.tokenizer.codebook.dtype, torch.float32),
-    )
-    nothing = feature_map.new_zeros(batch, 0) if log_probs else None
-    return SamplingState(
-        0,
-        torch.empty(batch, 0, dtype=torch.int64, device=weight.device),
-        feature_map,
-        None,
-        condition,
-        var.modulations(condition),
-        cache,
-        0,
-        nothing,
-        nothing,
-    )
-
-
-def _autocast(weight: torch.Tensor) -> bool:
-    return torch.is_autocast_enabled(weight.device.type)
-
-
-def _without_subject(prefix: list[PrefixKV]) -> list[PrefixKV]:
-    """The prefix of guided rows: the unconditional half gets copies of the rows, of which no token is valid."""
-    rows, tokens = prefix[0].k.shape[:2]
-    lengths = torch.zeros(2 * rows, dtype=torch.int32, device=prefix[0].k.device)
-    lengths[:rows] = tokens
-    return [PrefixKV(torch.cat([k, k]), torch.cat([v, v]), lengths) for k, v, _ in prefix]

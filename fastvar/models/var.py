@@ -4,55 +4,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastvar.models.kv_cache import KVCache
+from fastvar.models import sampling
 from fastvar.models.linear import Linear
-from fastvar.models.sampling import generate
-from fastvar.models.var_block import (
-    Block,
-    Modulations,
-    attend_in_two_streams,
-    attend_to_cache,
-    attend_to_scales,
-)
+from fastvar.models.next_scale import NextScaleModel, Positions
+from fastvar.models.sampling import Generation, PerScale, SamplingState, per_scale
+from fastvar.models.var_block import Block, Modulations, attend_in_two_streams, attend_to_scales
 from fastvar.models.var_config import VARConfig
 from fastvar.models.vq_tokenizer import VQTokenizer
-from fastvar.models.with_tokenizer import WithTokenizer
 from fastvar.ops import (
     CrossEntropy,
     PrefixKV,
+    SampledTokens,
     TokenLogProbs,
-    adaptive_layer_norm,
     cross_entropy,
-    gated_residual_norm,
+    sample_tokens,
     token_log_probs,
 )
+from fastvar.ranges import GUIDANCE
 from fastvar.schedule import ScaleSchedule
 
 Labels = torch.Tensor | Sequence[str]
 
 
-def _prefill_block(
-    block: Block, schedule: ScaleSchedule, x: torch.Tensor, modulation: torch.Tensor, bias: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A block's output (B, L, C), and the keys and values (B, L, H, D) that other streams see of its input."""
-    seen: list[PrefixKV] = []
-    x = block(x, modulation, attend_to_scales(schedule, seen=seen), bias)
-    return x, seen[0].k, seen[0].v
+def guidance_per_scale(guidance: PerScale, num_scales: int) -> tuple[float, ...]:
+    """The weight t_k of each scale in (1 + t_k) conditional - t_k unconditional.
+
+    A number g grows linearly, t_k = g k / (K - 1), as VAR samples (g itself if K = 1); a sequence of K numbers is taken
+    as it is, an array or a tensor of them too.
+    """
+    weights = per_scale("guidance", guidance, num_scales, GUIDANCE)
+    if isinstance(guidance, Sequence) or getattr(guidance, "ndim", 0) > 0:
+        return weights
+    return tuple(g * (k / (num_scales - 1) if num_scales > 1 else 1.0) for k, g in enumerate(weights))
 
 
-class VAR(WithTokenizer[VQTokenizer]):
-    """Next-scale prediction over the tokens of a `VQTokenizer`.
-
-    The image stream (B rows) and the prefix stream of the reference subjects (B / G rows) pass the same layers; only
-    attention joins them, so a group's prefix is computed once. The prefix sees neither the image nor the condition,
-    hence it can be kept for a subject whatever the prompt.
+class VAR(NextScaleModel[VQTokenizer]):
+    """Next-scale prediction over the tokens of a `VQTokenizer`; the streams of images and subjects are those of
+    `NextScaleModel`.
 
     Args:
         config: the shape.
@@ -63,6 +57,7 @@ class VAR(WithTokenizer[VQTokenizer]):
     config_class = VARConfig
     tokenizer_class = VQTokenizer
     agreed = ("grids", "vocab_size", "code_channels")
+    no_guidance, guidance_range = 0.0, GUIDANCE
     config: VARConfig
     blocks: Sequence[Block]
     scale_index: torch.Tensor
@@ -157,6 +152,23 @@ class VAR(WithTokenizer[VQTokenizer]):
         stays = torch.compiler.is_compiling() or labels.device == self.device
         return labels.to(self.device, non_blocking=stays or not labels.is_pinned())
 
+    def encode(self, prompts: Labels, against: Any = None) -> torch.Tensor:
+        """Labels as `indices`; there is nothing else to keep away from than no condition."""
+        return self.indices(prompts)
+
+    def count(self, encoded: torch.Tensor) -> int:
+        return len(encoded)
+
+    def batches(self, prompts: Labels, size: int) -> list[torch.Tensor]:
+        indices = self.indices(prompts)
+        return list(indices.split(size)) if len(indices) else []
+
+    def begin(self, encoded: torch.Tensor, *, guided: bool) -> tuple[torch.Tensor, Modulations]:
+        condition = self.condition(encoded)
+        if guided:
+            condition = torch.cat([condition, self.no_condition(len(condition))])
+        return condition, self.modulations(condition)
+
     def no_condition(self, batch: int) -> torch.Tensor:
         """The condition (B, 1 + T, C) that says nothing, for guidance."""
         rows = self.null_condition if self.config.text_length else self.class_embed.weight[-1:]
@@ -177,6 +189,9 @@ class VAR(WithTokenizer[VQTokenizer]):
     def positions(self, start: int, end: int) -> torch.Tensor:
         """(n, C), what tokens start : end are told of their place."""
         return self.position_embed[start:end] + self.scale_embed(self.scale_index[start:end])
+
+    def token_positions(self, schedule: ScaleSchedule) -> Positions:
+        return Positions(self.positions(0, schedule.num_tokens), None)
 
     def embed(
         self,
@@ -210,69 +225,12 @@ class VAR(WithTokenizer[VQTokenizer]):
 
     # -- the subject's prefix ----------------------------------------------------------------------------------------
 
-    def prefill(self, subject: torch.Tensor, keep: torch.Tensor | None = None) -> list[PrefixKV]:
-        """Keys and values of every layer for reference subjects; they depend on the subject alone.
+    def _subject_modulations(self, rows: int) -> Modulations:
+        return self.modulations(self.subject_condition.expand(rows, 1, -1))
 
-        Args:
-            subject: (R, L, code_channels), `VQTokenizer.pyramid` of the subjects' tokens.
-            keep: (R,) bool, False where the subject is dropped; None keeps all.
-
-        Returns:
-            per layer a `PrefixKV` (R, L, H, D).
-
-        Raises:
-            ValueError: a model without subject prefix, a wrong shape.
-        """
-        x, condition, schedule = self._subject_stream(subject)
-        lengths = None if keep is None else keep.to(torch.int32) * schedule.num_tokens
-        modulations = self.modulations(condition)
-        prefix = []
-        for i, (block, modulation, bias) in enumerate(
-            zip(self.blocks, modulations.blocks, modulations.biases, strict=True)
-        ):
-            if i + 1 < len(self.blocks):
-                x, k, v = self._run(partial(_prefill_block, block, schedule), x, modulation, bias)
-            else:
-                k, v, _ = block.keys_and_values(x, modulation, bias)
-            if self.gradient_checkpointing or not torch.is_grad_enabled():
-                # slices would keep the memory of the whole projection, of which nothing else is needed
-                k, v = k.contiguous(), v.contiguous()
-            prefix.append(PrefixKV(k, v, lengths))
-        return prefix
-
-    def _subject_stream(self, subject: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, ScaleSchedule]:
-        """The start of the residual stream (R, L, C), the condition (R, 1, C) and how tokens see each other."""
-        config, schedule = self.config, self.schedule
-        if config.subject == "none":
-            raise ValueError("VAR: subject: this model has no subject prefix; see VARConfig.subject and add_subject")
-        shape = tuple(subject.shape) if isinstance(subject, torch.Tensor) else type(subject).__name__
-        if len(shape) != 3 or shape[1:] != (schedule.num_tokens, config.code_channels):
-            raise ValueError(f"VAR: subject: expected (R, {schedule.num_tokens}, {config.code_channels}), got {shape}")
-        if config.subject == "bidirectional":
-            schedule = ScaleSchedule(((1, schedule.num_tokens),))
-        x = self._codes(subject) + self.positions(0, subject.shape[1]) + self.subject_embed
-        return x, self.subject_condition.expand(subject.shape[0], 1, -1), schedule
-
-    def add_subject(self, subject: str = "block_causal") -> VAR:
-        """A copy of this model with a subject prefix, for fine-tuning; everything else keeps its weights.
-
-        Args:
-            subject: "block_causal" or "bidirectional".
-
-        Raises:
-            ValueError: another kind of subject.
-        """
-        if subject == "none":
-            raise ValueError('VAR.add_subject: subject: expected "block_causal" or "bidirectional", got "none"')
-        model = VAR(replace(self.config, subject=subject), *self._tokenizer).to(self.device, self.head.weight.dtype)
-        own = model.state_dict()
-        own.update(self.state_dict())
-        model.load_state_dict(own)
-        if self.config.subject == "none":
-            with torch.no_grad():
-                model.subject_condition.copy_(self.no_condition(1)[0, 0])
-        model.gradient_checkpointing = self.gradient_checkpointing
-        return model.train(self.training)
+    @torch.no_grad()
+    def _start_subject(self) -> None:
+        self.subject_condition.copy_(self.no_condition(1)[0, 0])
 
     # -- teacher forcing ---------------------------------------------------------------------------------------------
 
@@ -281,37 +239,20 @@ class VAR(WithTokenizer[VQTokenizer]):
 
         The fused log-probabilities and losses take these and `head`, so that (B, L, V) logits never exist.
         """
-        schedule = self._schedule_of(inputs)
+        schedule, batch = self._teacher_forced(inputs, self.schedule), inputs.shape[0]
         condition = self.condition(labels)
-        batch = inputs.shape[0]
         if condition.shape[0] != batch:
             raise ValueError(f"VAR: labels: expected one per row of inputs ({batch}), got {condition.shape[0]}")
-        keep = None
-        rate: torch.Tensor | float = self.config.condition_dropout
         if subject is not None:
-            if (subject.shape[0] == 0) != (batch == 0) or (batch and batch % subject.shape[0]):
-                raise ValueError(
-                    f"VAR: subject: expected a number of rows that divides {batch}, got {subject.shape[0]}"
-                )
-            if self.training:
-                keep = torch.rand(subject.shape[0], device=self.device) >= self.config.subject_dropout
-                # Guidance contrasts with neither subject nor condition: half of the groups without a subject train that
-                group = batch // max(subject.shape[0], 1)
-                rate = torch.where(keep, rate, max(rate, 0.5)).repeat_interleave(group)[:, None, None]
-        if self.training:
-            dropped = torch.rand(batch, 1, 1, device=self.device) < rate
-            condition = torch.where(dropped, self.no_condition(batch), condition)
+            self.check_subject("VAR", subject, batch)
+        keep, dropped = self._dropped(batch, subject)
+        if dropped is not None:
+            condition = torch.where(dropped[:, None, None], self.no_condition(batch), condition)
         x = self.embed(condition, inputs)
         if subject is not None and x.shape[1] == subject.shape[1]:
             return self._hidden_of_two_streams(x, condition, schedule, subject, keep)
         prefix = None if subject is None else self.prefill(subject, keep)
-        modulations = self.modulations(condition)
-        for i, (block, modulation, bias) in enumerate(
-            zip(self.blocks, modulations.blocks, modulations.biases, strict=True)
-        ):
-            attend = attend_to_scales(schedule, None if prefix is None else prefix[i])
-            x = self._run(block, x, modulation, attend, bias)
-        return self.before_head(x, modulations)
+        return self.through(x, self.modulations(condition), schedule, prefix=prefix)
 
     def _hidden_of_two_streams(
         self,
@@ -323,10 +264,10 @@ class VAR(WithTokenizer[VQTokenizer]):
     ) -> torch.Tensor:
         """The image stream's hidden states. Where both streams are of one length they pass the blocks as rows of one
         tensor, which takes half as many launches as one after the other; attention alone tells them apart."""
-        first, subject_condition, subject_schedule = self._subject_stream(subject)
+        first, subject_schedule, _ = self._subject_stream(subject)
         rows = len(first)
         lengths = None if keep is None else keep.to(torch.int32) * subject.shape[1]
-        modulations = self.modulations(torch.cat([subject_condition, condition[:, :1]]))
+        modulations = self.modulations(torch.cat([self.subject_condition.expand(rows, 1, -1), condition[:, :1]]))
         x = torch.cat([first, x])
         attend = attend_in_two_streams(schedule, subject_schedule, rows, lengths)
         *blocks, last = zip(self.blocks, modulations.blocks, modulations.biases, strict=True)
@@ -340,19 +281,8 @@ class VAR(WithTokenizer[VQTokenizer]):
         x = self._run(block, x, of_images, attend_to_scales(schedule, PrefixKV(k, v, lengths)), bias)
         return self.before_head(x, modulations._replace(head=modulations.head[rows:]))
 
-    def _schedule_of(self, inputs: torch.Tensor) -> ScaleSchedule:
-        """The scales that teacher-forcing inputs are for."""
-        first, ends = self.schedule.lengths[0], self.schedule.ends
-        channels = self.config.code_channels
-        shape = tuple(inputs.shape) if isinstance(inputs, torch.Tensor) else type(inputs).__name__
-        if len(shape) != 3 or shape[2] != channels or first + inputs.shape[1] not in ends:
-            lengths = ", ".join(str(end - first) for end in ends)
-            raise ValueError(f"VAR: inputs: expected (B, n, {channels}) with n one of {lengths}, got {shape}")
-        return self.schedule.with_num_tokens(first + inputs.shape[1])
-
-    def before_head(self, x: torch.Tensor, modulations: Modulations) -> torch.Tensor:
-        scale, shift = modulations.head.unbind(1)
-        return adaptive_layer_norm(x, scale, shift, eps=self.config.norm_eps)
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(hidden)
 
     def forward(
         self,
@@ -392,7 +322,7 @@ class VAR(WithTokenizer[VQTokenizer]):
             raise ValueError("VAR: label_smoothing: expected None without tokens or with a temperature, got a number")
         hidden = self.hidden(labels, inputs, subject=subject)
         if tokens is None:
-            return self.head(hidden).float()
+            return self.logits(hidden).float()
         if label_smoothing is not None:
             head = (self.head.weight, self.head.bias)
             return cross_entropy(hidden, *head, tokens, label_smoothing=label_smoothing, weights=token_weights)
@@ -400,29 +330,75 @@ class VAR(WithTokenizer[VQTokenizer]):
 
     # -- sampling ----------------------------------------------------------------------------------------------------
 
-    def sample_scale(
-        self, x: torch.Tensor, modulations: Modulations, cache: KVCache, *, position: int, end: int
-    ) -> torch.Tensor:
-        """One scale of sampling: (B, n, C) embedded inputs to normalised hidden states, keys and values cached.
+    def empty_tokens(self, batch: int) -> torch.Tensor:
+        return torch.empty(batch, 0, dtype=torch.int64, device=self.device)
+
+    def sample(self, logits: torch.Tensor, **options: Any) -> SampledTokens:
+        return sample_tokens(logits, **options)
+
+    def generate(
+        self,
+        labels: Labels | None = None,
+        *,
+        subject: torch.Tensor | None = None,
+        guidance: PerScale = 0.0,
+        temperature: PerScale = 1.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: PerScale = 1.0,
+        seed: int = 0,
+        first_sample: int = 0,
+        stop: int | None = None,
+        state: SamplingState | None = None,
+        log_probs: bool = False,
+        decode: bool = True,
+        decode_dtype: torch.dtype | None = None,
+        graphs: bool | None = None,
+    ) -> Generation:
+        """Sample images for labels, or continue a state; the model is to be in evaluation mode.
 
         Args:
-            x: (B, n, C) from `embed`.
-            modulations: of the condition.
-            cache: receives the scale's keys and values.
-            position, end: where in the cache's own rows the scale starts and ends.
-        """
-        rows = [modulation.unbind(1) for modulation in modulations.blocks]
-        norms = [(scale, shift) for _, _, scale, _, shift, _ in rows]
-        head_scale, head_shift = modulations.head.unbind(1)
-        norms.append((head_scale, head_shift))
-        eps = self.config.norm_eps
-        h = adaptive_layer_norm(x, *norms[0], eps=eps)
-        for i, (block, modulation, bias) in enumerate(
-            zip(self.blocks, modulations.blocks, modulations.biases, strict=True)
-        ):
-            x, h = block.mix(x, h, modulation, attend_to_cache(cache, i, position, end), bias)
-            x, h = gated_residual_norm(x, h, rows[i][1], *norms[i + 1], eps=eps)
-        cache.length = end
-        return h
+            labels: (B,) class indices or names, or texts, or characters (B, text_length).
+            subject: (B / G, L, C), `VQTokenizer.pyramid` of the reference subjects' tokens, each shared by G adjacent
+                samples. Guidance contrasts with neither condition nor subject.
+            guidance: classifier-free guidance, one number, which grows over the scales, or one a scale: see
+                `guidance_per_scale`; 0 runs the conditional rows alone.
+            temperature, top_k, top_p: see `fastvar.ops.sample_tokens`, one number or one a scale; 0 and 1 switch top_k
+                and top_p off.
+            seed: of the run. Sample i depends on (seed, first_sample + i) and its label, not on the batch it is in.
+            first_sample: index of the first sample, to draw a large set in several batches.
+            stop: stop before this scale (1 to K); the state continues from there. K by default.
+            state: continue this state instead of starting from labels; it is consumed (fork it to keep it). Guidance
+                can only be kept if it was on before.
+            log_probs: also return log-probabilities of the tokens drawn; with a state only if it has them for its
+                tokens.
+            decode: whether to decode the feature map to images.
+            decode_dtype: what to decode in, see `VQTokenizer.decode_features`; by default bfloat16 if that is the dtype
+                of the model's weights, else that of the tokenizer's. Pictures decoded in bfloat16 differ a little from
+                those in float32, which torch.float32 gives with a tokenizer of float32 weights.
+            graphs: sample by a CUDA graph, which spares the launches of a few thousand small kernels an image; the
+                tokens are the same. None takes one where it can: on a GPU, in evaluation mode, from the second call
+                with the same shapes and options on; True takes one at once, or raises; False does not. See
+                `fastvar.models.graphs` for what is captured apart, and for how much memory it may take.
 
-    generate = generate
+        Raises:
+            ValueError: arguments that do not fit each other.
+        """
+        return sampling.generate(
+            self,
+            labels,
+            state,
+            name="labels",
+            subject=subject,
+            schedule=self.schedule,
+            guidance=guidance_per_scale(guidance, len(self.schedule)),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            first_sample=first_sample,
+            stop=stop,
+            log_probs=log_probs,
+            decode=decode,
+            decode_dtype=decode_dtype,
+            graphs=graphs,
+        )

@@ -1,9 +1,9 @@
-"""A transformer block of VAR, and what its tokens attend to in training and in sampling."""
+"""A transformer block of a next-scale model, and what its tokens attend to in training and in sampling."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from fastvar.models.kv_cache import KVCache
 from fastvar.models.linear import Linear
+from fastvar.models.text import TextKV
 from fastvar.models.var_config import VARConfig
 from fastvar.ops import (
     PrefixKV,
@@ -25,24 +26,45 @@ from fastvar.ops import (
 )
 from fastvar.schedule import ScaleSchedule
 
+Rope = tuple[torch.Tensor, torch.Tensor]  # tables of angles, see `fastvar.ops.rope_tables`
+
 
 class Modulations(NamedTuple):
-    """The modulations of one stream; they do not change over scales.
+    """What the blocks are told of one stream's condition; it does not change over scales.
 
     Attributes:
-        blocks: per block (B, 6, C) in the order gate1, gate2, scale1, scale2, shift1, shift2.
+        blocks: per block (B, 6, C) in the order gate1, gate2, scale1, scale2, shift1, shift2; more rows where a block
+            has more norms.
         biases: per block (3 C,), the bias of queries, keys and values; it belongs to no sample, but is put together as
             seldom.
         head: (B, 2, C), scale and shift before the head.
+        texts: per block what its tokens see of their texts; empty for blocks that see none.
     """
 
     blocks: list[torch.Tensor]
     biases: list[torch.Tensor]
     head: torch.Tensor
+    texts: Sequence[TextKV] = ()
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Modulations:
         """Those of `function` of each sample's tensors; the biases are the same."""
-        return Modulations([function(block) for block in self.blocks], self.biases, function(self.head))
+        return Modulations(
+            [function(block) for block in self.blocks],
+            self.biases,
+            function(self.head),
+            [text.map(function) for text in self.texts],
+        )
+
+    def by_block(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, TextKV | None]]:
+        """Modulation, bias and text of each block."""
+        texts: Sequence[TextKV | None] = self.texts or [None] * len(self.blocks)
+        return zip(self.blocks, self.biases, texts, strict=True)
+
+    def norm(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and shift (B, C) of the norm that a block begins with, or of the head's after the last one."""
+        if block == len(self.blocks):
+            return self.head[:, 0], self.head[:, 1]
+        return self.blocks[block][:, 2], self.blocks[block][:, 4]
 
 
 class Block(nn.Module):
@@ -88,21 +110,32 @@ class Block(nn.Module):
         q, k, v = self.qkv(h, bias=bias).unflatten(2, (3, self.heads, -1)).unbind(2)
         return q, k, v
 
-    def normalise(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return (q, k) if self.log_scale is None else qk_norm_rope(q, k, log_scale=self.log_scale)
+    def normalise(
+        self, q: torch.Tensor, k: torch.Tensor, rope: Rope | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.log_scale is None and rope is None:
+            return q, k
+        return qk_norm_rope(q, k, log_scale=self.log_scale, rope=rope)
 
-    def keys_and_values(self, x: torch.Tensor, modulation: torch.Tensor, bias: torch.Tensor) -> PrefixKV:
+    def keys_and_values(
+        self, x: torch.Tensor, modulation: torch.Tensor, bias: torch.Tensor, rope: Rope | None = None
+    ) -> PrefixKV:
         """What other streams see of this block's input (B, L, C)."""
-        _, _, scale, _, shift, _ = modulation.unbind(1)
+        _, _, scale, _, shift, *_ = modulation.unbind(1)
         q, k, v = self.project(adaptive_layer_norm(x, scale, shift, eps=self.eps), bias)
-        return PrefixKV(self.normalise(q, k)[1], v)
+        return PrefixKV(self.normalise(q, k, rope)[1], v)
 
     def forward(
-        self, x: torch.Tensor, modulation: torch.Tensor, attend: Attend, bias: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        modulation: torch.Tensor,
+        attend: Attend,
+        bias: torch.Tensor | None = None,
+        text: TextKV | None = None,
     ) -> torch.Tensor:
-        """(B, L, C) to (B, L, C); bias: `qkv_bias()`, if it was made before."""
-        _, gate, scale, _, shift, _ = modulation.unbind(1)
-        x, h = self.mix(x, adaptive_layer_norm(x, scale, shift, eps=self.eps), modulation, attend, bias)
+        """(B, L, C) to (B, L, C); bias: `qkv_bias()`, if it was made before; text: of a block that reads one."""
+        _, gate, scale, _, shift, *_ = modulation.unbind(1)
+        x, h = self.mix(x, adaptive_layer_norm(x, scale, shift, eps=self.eps), modulation, attend, bias, text)
         return gated_residual(x, h, gate)
 
     def mix(
@@ -112,6 +145,7 @@ class Block(nn.Module):
         modulation: torch.Tensor,
         attend: Attend,
         bias: torch.Tensor | None = None,
+        text: TextKV | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the block makes of its input x and its first norm h, both (B, L, C): x after attention and what the MLP
         adds to it, before its gate. So the gate can be applied together with the norm that comes next."""
@@ -138,12 +172,15 @@ Attend = Callable[[Block, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tenso
 
 
 def attend_to_scales(
-    schedule: ScaleSchedule, prefix: PrefixKV | None = None, seen: list[PrefixKV] | None = None
+    schedule: ScaleSchedule,
+    prefix: PrefixKV | None = None,
+    seen: list[PrefixKV] | None = None,
+    rope: Rope | None = None,
 ) -> Attend:
-    """Teacher forcing: every scale at once. `seen` gets the keys and values."""
+    """Teacher forcing: every scale at once. `seen` gets the keys and values; `rope`: the tables of these scales."""
 
     def attend(block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k = block.normalise(q, k)
+        q, k = block.normalise(q, k, rope)
         if seen is not None:
             seen.append(PrefixKV(k, v))
         return block_causal_attention(q, k, v, schedule, prefix=prefix, softmax_scale=block.softmax_scale)
@@ -169,12 +206,12 @@ def attend_in_two_streams(
     return attend
 
 
-def attend_to_cache(cache: KVCache, layer: int, position: int, end: int) -> Attend:
-    """Sampling: the scale whose tokens go to rows position : end of the cache."""
-    keys, values, prefix, trunk = cache.layer(layer)
+def attend_to_cache(cache: KVCache, layer: int, rows: int, position: int, end: int, rope: Rope | None = None) -> Attend:
+    """Sampling: the scale whose tokens go to rows position : end of the cache, of its first `rows` samples."""
+    keys, values, prefix, trunk = cache.layer(layer, rows)
 
     def attend(block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q = qk_norm_rope_into_cache(q, k, v, keys, values, position, log_scale=block.log_scale)
+        q = qk_norm_rope_into_cache(q, k, v, keys, values, position, log_scale=block.log_scale, rope=rope)
         return cached_attention(
             q, keys[:, :end], values[:, :end], prefix=prefix, trunk=trunk, softmax_scale=block.softmax_scale
         )

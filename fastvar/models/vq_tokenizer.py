@@ -74,7 +74,11 @@ class VQTokenizerConfig:
     @property
     def image_size(self) -> tuple[int, int]:
         """(H, W) of the images in pixels."""
-        height, width = self.schedule.finest
+        return self.image_size_of(self.schedule)
+
+    def image_size_of(self, schedule: ScaleSchedule) -> tuple[int, int]:
+        """(H, W) in pixels of the images of another schedule."""
+        height, width = schedule.finest
         return height * self.downsampling, width * self.downsampling
 
 
@@ -160,19 +164,33 @@ class VQTokenizer(PretrainedModel):
     def _quantize(self, features: torch.Tensor) -> QuantizedResidual:
         return residual_quantize(features, self.codebook, self.schedule, phi=self.phi, znorm=self.config.cosine)
 
+    def accumulate(
+        self, tokens: torch.Tensor, feature_map: torch.Tensor, scale: int, *, schedule: ScaleSchedule | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Add the tokens (B, n_k) of a scale to the feature map (B, C, h, w); the second result is the next scale's
+        input (B, n_{k+1}, C), None after the last one."""
+        return accumulate_scale(tokens, feature_map, self.codebook, schedule or self.schedule, scale, phi=self.phi)
+
+    def empty_feature_map(self, batch: int, schedule: ScaleSchedule | None = None) -> torch.Tensor:
+        """The feature map (B, C, h, w) before the first scale."""
+        dtype = torch.promote_types(self.codebook.dtype, torch.float32)
+        size = (schedule or self.schedule).finest
+        return torch.zeros(batch, self.config.code_channels, *size, dtype=dtype, device=self.codebook.device)
+
+    def sampled_with(self) -> tuple[list[nn.Module], list[torch.Tensor]]:
+        """The modules that sampling and decoding run, and weights that it reads besides."""
+        own = (self.codebook, self.phi_weight, self.phi_bias)
+        return [self.post_quant_conv, self.decoder], [weight for weight in own if weight is not None]
+
     def _accumulate(self, tokens: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Feature maps (B, C, h, w) after each scale, and the next scales' inputs (B, n_k, C)."""
         schedule = self.schedule.with_num_tokens(tokens.shape[1])
-        feature_map = self.codebook.new_zeros(tokens.shape[0], self.config.code_channels, *self.schedule.finest)
-        feature_map = feature_map.to(torch.promote_types(feature_map.dtype, torch.float32))
-        maps, inputs = [], []
-        for k, (start, end) in enumerate(zip(schedule.starts, schedule.ends, strict=True)):
-            feature_map, next_input = accumulate_scale(
-                tokens[:, start:end], feature_map, self.codebook, self.schedule, k, phi=self.phi
-            )
+        feature_map, maps, inputs = self.empty_feature_map(len(tokens)), [], []
+        for k, of_scale in enumerate(tokens.split(schedule.lengths, 1)):
+            feature_map, following = self.accumulate(of_scale, feature_map, k)
             maps.append(feature_map)
-            if next_input is not None:
-                inputs.append(next_input)
+            if following is not None:
+                inputs.append(following)
         return maps, inputs
 
     @torch.no_grad()

@@ -104,6 +104,10 @@ class WithTokenizer(PretrainedModel, Generic[Tokenizer]):
         """What copies have in common."""
         return self._tokenizer
 
+    def _share(self, other: Self) -> None:
+        """Take over what copies have in common."""
+        self._tokenizer = other._tokenizer
+
     def _save_pretrained(self, save_directory: Path) -> None:
         if self._tokenizer:
             self.tokenizer._save_pretrained(save_directory / TOKENIZER_FOLDER)

@@ -6,7 +6,7 @@ from fastvar.rl.config import RLConfig
 from fastvar.rl.evaluate import Evaluation, evaluate_policy
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.returns import middle_returns
-from fastvar.rl.rollout import Rollout, RolloutOptions, roll_out
+from fastvar.rl.rollout import Rollout, roll_out
 from fastvar.rl.scores import Scores, score
 from fastvar.rl.trainer import VMRGRPOTrainer
 from fastvar.rl.update import LossOptions, segment_loss, token_totals
@@ -17,7 +17,6 @@ __all__ = [
     "Prompts",
     "RLConfig",
     "Rollout",
-    "RolloutOptions",
     "Scores",
     "VMRGRPOTrainer",
     "add_adapters",

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from fastvar.models import VAR
+from fastvar.models import VAR, SamplingOptions
 from fastvar.rl.preflight import check_prompts
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.rewards import RewardSum
-from fastvar.rl.rollout import RolloutOptions, roll_out
+from fastvar.rl.rollout import roll_out
 from fastvar.rl.scores import score
 
 ENOUGH = 0.5
@@ -41,7 +41,7 @@ def explained_shares(
     prefixes: int = 6,
     continuations: int = 8,
     averaged_over: int = 2,
-    options: RolloutOptions,
+    options: SamplingOptions,
     seed: int = _SEED,
 ) -> list[MiddleShare]:
     """Draw coarse states of every prompt and continuations of each, for every middle scale, and divide the variance.

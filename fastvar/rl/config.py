@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
+from fastvar.models import SamplingOptions
 from fastvar.ranges import (
     Count,
     CountOrNone,
@@ -18,7 +19,7 @@ from fastvar.ranges import (
     ShareBelowOne,
     check_fields,
 )
-from fastvar.rl.rollout import RolloutOptions, Segment
+from fastvar.rl.rollout import Segment
 from fastvar.rl.update import LossOptions
 
 # The largest mean difference between the log-probabilities of rollout and training that counts as rounding. In bf16
@@ -106,7 +107,7 @@ class RLConfig:
     resume: bool = True
     """Go on from the newest checkpoint in the output folder, if there is one."""
     loss: LossOptions = field(default_factory=LossOptions)
-    rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    rollout: SamplingOptions = field(default_factory=SamplingOptions)
 
     def segment(self, iteration: int) -> Segment:
         """What an iteration trains."""
@@ -131,5 +132,5 @@ class RLConfig:
     def settings(self) -> dict[str, Any]:
         """What decides the result of a run."""
         found = {name: value for name, value in asdict(self).items() if name not in FREE}
-        del found["rollout"]["chunk"], found["rollout"]["graphs"]
+        del found["rollout"]["batch_size"], found["rollout"]["graphs"]
         return found

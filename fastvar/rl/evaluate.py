@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 
 from fastvar.data.metrics import diversity, mean_interval
-from fastvar.models import VAR
+from fastvar.models import VAR, SamplingOptions
 from fastvar.rl.preflight import check_prompts
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.rewards import RewardSum
-from fastvar.rl.rollout import Rollout, RolloutOptions, roll_out
+from fastvar.rl.rollout import Rollout, roll_out
 
 PER_PROMPT = 4
 SEED = 2**31 - 3  # rollouts of training draw other seeds
@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
 
 def evaluate_policy(
-    var: VAR, reward: RewardSum, prompts: Prompts, *, samples: int, options: RolloutOptions, seed: int = SEED
+    var: VAR, reward: RewardSum, prompts: Prompts, *, samples: int, options: SamplingOptions, seed: int = SEED
 ) -> Evaluation:
     """Draw four images of each of samples / 4 prompts, spread evenly over all, and score them.
 
@@ -71,7 +71,7 @@ def draw_evaluation(
     prompts: Prompts,
     *,
     samples: int,
-    options: RolloutOptions,
+    options: SamplingOptions,
     seed: int = SEED,
     share: tuple[int, int] = (0, 1),
 ) -> Rollout:

@@ -41,7 +41,7 @@ def before_the_first_step(
 def check_prompts(var: VAR, prompts: Prompts) -> None:
     """Raise a ValueError that names a condition which the model does not know, or references which it cannot take."""
     labels, config = prompts.conditions, var.config
-    var.indices(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
+    var.encode(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
     references = prompts.references
     if references is not None:
         if config.subject == "none":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 from zlib import crc32
 
 import torch
 
+from fastvar.models import NextScaleModel
 from fastvar.models.var import VAR, Labels
 from fastvar.rl.rows import taken
 
@@ -96,14 +97,16 @@ class PromptSource(Protocol):
         """At most `count` prompts of a split, "train" or "test"."""
 
 
-def subject_of(var: VAR, prompts: Prompts) -> torch.Tensor | None:
-    """(N, L, C) pyramids of the references, as `VAR.generate` takes them; None without references.
+def subject_of(model: NextScaleModel[Any], prompts: Prompts) -> torch.Tensor | None:
+    """(N, L, C) pyramids of the references, as `generate` takes them; None without references.
 
     Raises:
         ValueError: references for a model without a subject prefix.
     """
     if prompts.references is None:
         return None
-    if var.config.subject == "none":
+    if model.config.subject == "none":
         raise ValueError("Prompts: references: expected None, as the model has no subject prefix")
-    return var.tokenizer.pyramid(var.tokenizer.encode(prompts.references.to(var.device, non_blocking=True) * 2 - 1))
+    images, tokenizer = prompts.references.to(model.device, non_blocking=True) * 2 - 1, model.tokenizer
+    pyramid: torch.Tensor = tokenizer.pyramid(tokenizer.encode(images))
+    return pyramid

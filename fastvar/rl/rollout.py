@@ -3,43 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from fastvar.models import VAR, SamplingState
-from fastvar.ranges import Count, CountOrNone, Guidance, ShareAboveZero, Temperature, check_fields
+from fastvar.models import NextScaleModel, SamplingOptions, SamplingState
 from fastvar.rl.prompts import Prompts, subject_of
 from fastvar.rl.rows import taken
 
 Segment = Literal["whole", "coarse", "fine"]
-
-
-@dataclass(frozen=True)
-class RolloutOptions:
-    """How images are drawn. With guidance or truncation the images come from another distribution than the policy that
-    is trained, which is the model's own at this temperature; the gradient is then that of the model's own
-    log-probabilities of these images, as VAR RL Done Right has it."""
-
-    guidance: Guidance = 0.0
-    """Classifier-free guidance of the last scale; it grows linearly from 0 at the first one."""
-    temperature: Temperature = 1.0
-    """Divides the logits, when drawing and when scoring."""
-    top_k: CountOrNone = 0
-    """Keep this many codes; 0 for all."""
-    top_p: ShareAboveZero = 1.0
-    """Keep the likeliest codes of this mass; 1 for all."""
-    chunk: Count = 64
-    """Images drawn at a time, so that memory is bounded; it does not change them."""
-    graphs: bool = True
-    """Draw by CUDA graphs where they can be used, see `generate`: on a GPU, not with FSDP. They hold up to 15 % of the
-    GPU's memory (`fastvar.models.graphs.MEMORY`) during updates too: where an update runs out of memory, set this to
-    False, or call `fastvar.models.clear_graphs` before it."""
-
-    def check(self) -> None:
-        """Raise a ValueError that names a setting which makes no sense."""
-        check_fields(self)
+Model = NextScaleModel[Any]
 
 
 class Rollout(NamedTuple):
@@ -47,7 +20,7 @@ class Rollout(NamedTuple):
 
     Attributes:
         prompts: n, one for each row.
-        tokens: (n, L') int64, from the first scale on to the end of the segment.
+        tokens: (n, L') int64, or bits (n, L', d) bool, from the first scale on to the end of the segment.
         log_probs: (n, L') float32, of the tokens when they were drawn, under the model itself.
         images: (n K, 3, H, W) in [0, 1], the K continuations of a segment adjacent; K = 1 but for coarse segments.
         continuations: K.
@@ -72,7 +45,7 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def roll_out(
-    var: VAR,
+    model: Model,
     prompts: Prompts,
     *,
     segment: Segment = "whole",
@@ -80,7 +53,7 @@ def roll_out(
     middle: int = 0,
     continuations: int = 1,
     seed: int,
-    options: RolloutOptions,
+    options: SamplingOptions,
     rows: range | None = None,
 ) -> Rollout:
     """Draw G segments for each prompt.
@@ -90,7 +63,7 @@ def roll_out(
     of a prompt continuing one drawn coarse segment.
 
     Args:
-        var: the policy, in evaluation mode.
+        model: the policy, in evaluation mode.
         prompts: P, one per group.
         segment: what to draw.
         group_size: G.
@@ -104,20 +77,20 @@ def roll_out(
     Raises:
         ValueError: a middle scale that the schedule does not have.
     """
-    if segment != "whole" and not 1 <= middle < len(var.schedule):
-        raise ValueError(f"roll_out: middle: expected 1 to {len(var.schedule) - 1}, got {middle}")
+    if segment != "whole" and not 1 <= middle < len(model.schedule):
+        raise ValueError(f"roll_out: middle: expected 1 to {len(model.schedule) - 1}, got {middle}")
     rows = range(len(prompts) * group_size) if rows is None else rows
-    artist = _Artist(var, prompts, group_size, seed, options)
+    artist = _Artist(model, prompts, group_size, seed, options)
     drawn: list[_Drawn] = []
     if segment == "whole":
-        drawn = [artist.start(part) for part in _chunks(rows, options.chunk)]
+        drawn = [artist.start(part) for part in _chunks(rows, options.batch_size)]
     elif segment == "coarse":
-        for part in _chunks(rows, options.chunk // continuations):
+        for part in _chunks(rows, options.batch_size // continuations):
             coarse = artist.start(part, stop=middle)
             fine = artist.go_on(coarse, continuations, part.start * continuations)
             drawn.append(coarse._replace(images=fine.images, state=None))
     else:
-        for part in _whole_groups(rows, group_size, options.chunk):
+        for part in _whole_groups(rows, group_size, options.batch_size):
             groups = range(part.start // group_size, (part.stop - 1) // group_size + 1)
             coarse = artist.start(groups, stop=middle, rows_per_prompt=1)
             drawn.append(artist.go_on(coarse, len(part) // len(groups), part.start))
@@ -145,9 +118,9 @@ class _Drawn(NamedTuple):
 class _Artist:
     """Draws parts of one rollout."""
 
-    def __init__(self, var: VAR, prompts: Prompts, group_size: int, seed: int, options: RolloutOptions) -> None:
-        self.var, self.prompts, self.group_size, self.seed, self.options = var, prompts, group_size, seed, options
-        self.subject = subject_of(var, prompts)
+    def __init__(self, model: Model, prompts: Prompts, group_size: int, seed: int, options: SamplingOptions) -> None:
+        self.model, self.prompts, self.group_size, self.seed, self.options = model, prompts, group_size, seed, options
+        self.subject = subject_of(model, prompts)
         self.passed_tokens = 0
 
     def prompts_of(self, rows: range, rows_per_prompt: int) -> Prompts:
@@ -180,22 +153,19 @@ class _Artist:
     ) -> _Drawn:
         options = self.options
         before = 0 if state is None else state.tokens.shape[1]
-        out = self.var.generate(
-            labels,  # type: ignore[arg-type]
+        out = self.model.generate(
+            labels,
             state=state,
             stop=stop,
             subject=subject,
             seed=seed,
             first_sample=first_sample,
-            guidance=options.guidance,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
             log_probs=True,
             decode=stop is None,
-            graphs=None if options.graphs else False,
+            **options.arguments(),
         )
-        self.passed_tokens += len(out.tokens) * (out.tokens.shape[1] - before) * (2 if options.guidance else 1)
+        rows = len(out.tokens) * (1 if options.guidance == self.model.no_guidance else 2)
+        self.passed_tokens += rows * (out.tokens.shape[1] - before)
         assert out.log_probs is not None  # they were asked for
         return _Drawn(out.tokens, out.log_probs, out.images, out.state)
 

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 from fastvar.cli import main
-from fastvar.evaluation import ReadingScore, SamplingOptions
+from fastvar.evaluation import ReadingScore
 from fastvar.handwriting.demo import DemoConfig, Stages, rl_config, run_demo
 from fastvar.handwriting.report import headline, reading_labels
+from fastvar.models import SamplingOptions
 from fastvar.report import Report
 from fastvar.training.checkpoints import saved_steps
 from fastvar.training.loop import resolve_precision

@@ -17,14 +17,16 @@ import torch
 from benchmarks.memory import peak_memory
 from benchmarks.suites import generate as suite
 from fastvar.models import VAR, Generation, clear_graphs, graphs
-from fastvar.models.sampling import Beginning, SamplingOptions, generate
+from fastvar.models.sampling import Beginning, ScaleOptions
 from fastvar.rl.adapters import add_adapters, without_adapters
+from fastvar.schedule import ScaleSchedule
 from tests.helpers.tape import GROWN, Tape, recordings
-from tests.helpers.tiny import some_subjects, tiny_var
+from tests.helpers.tiny import some_bits, some_subjects, some_texts, tiny_infinity, tiny_var
 from tests.models.test_var_sampling import LABELS, SETTINGS
 
+generate = VAR.generate
 without = partial(generate, graphs=False)
-OPTIONS = SamplingOptions((0.0, 0.0, 0.0), 1.0, 0, 1.0, False, 3, True, None)
+OPTIONS = ScaleOptions((0.0,) * 3, (1.0,) * 3, (0,) * 3, (1.0,) * 3, False, 3, True, None)
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +59,50 @@ def test_as_without(captures: list[Tape], settings: str, subject: str) -> None:
         arguments = {"subject": shared, "seed": seed, **options}
         same(generate(var, labels, graphs=True, **arguments), without(var, labels, **arguments))
     assert len(captures) == 1
+
+
+INFINITY: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "guided": {"guidance": [3.0, 1.0, 2.0], "temperature": [1.0, 0.5, 2.0], "top_p": 0.9},
+    "guided hidden states": {"guidance": 3.0, "guidance_layer": 1, "negative": some_texts((1, 2, 6, 3))},
+    "another schedule": {"schedule": ScaleSchedule(((1, 1), (1, 2), (2, 5)))},
+    "subject": {"guidance": 2.0},
+}
+
+
+@pytest.mark.parametrize("settings", INFINITY)
+def test_infinity_as_without(captures: list[Tape], settings: str) -> None:
+    """Other texts, seeds and subjects than those captured; texts of other lengths have a graph of their own."""
+    net = tiny_infinity(subject="block_causal")
+    options = {**INFINITY[settings], "log_probs": True}
+    for seed in range(3):
+        if settings == "subject":
+            options["subject"] = net.tokenizer.pyramid(some_bits(net, 2, seed))
+        texts = some_texts(seed=seed)
+        found = net.generate(texts, graphs=True, seed=seed, **options)
+        same(found, net.generate(texts, graphs=False, seed=seed, **options))
+    assert len(captures) == 1
+    texts = some_texts((2, 1, 6, 3))
+    same(net.generate(texts, graphs=True, **options), net.generate(texts, graphs=False, **options))
+    assert len(captures) == 2
+
+
+def test_infinity_goes_on_from_a_state(captures: list[Tape]) -> None:
+    """And unasked, from the second call of a kind on."""
+    net = tiny_infinity(subject="block_causal")
+    subject = net.tokenizer.pyramid(some_bits(net, 2))
+    options: dict[str, Any] = {"guidance": 2.0, "log_probs": True}
+
+    def run(graphs: bool | None, seed: int) -> list[Generation]:
+        found = net.generate(some_texts(), subject=subject, stop=1, decode=False, graphs=graphs, seed=seed, **options)
+        ends = net.generate(state=found.state.fork(2), graphs=graphs, seed=seed + 1, **options)
+        on = net.generate(state=found.state, stop=2, decode=False, graphs=graphs, **options)
+        return [found, ends, on, net.generate(state=on.state, graphs=graphs, **options)]
+
+    for call, expected in enumerate((0, 4, 4)):
+        for one, other in zip(run(None, call), run(False, call), strict=True):
+            same(one, other)
+        assert len(captures) == expected
 
 
 def test_results_do_not_change_afterwards() -> None:
@@ -208,7 +254,7 @@ def test_memory_is_bounded(captures: list[Tape], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(graphs, "total_memory", lambda device: 10**9)
     monkeypatch.setattr(graphs, "needed", estimate)
     var = tiny_var()
-    needed = graphs.needed(var, Beginning(LABELS, None, False, False), OPTIONS)
+    needed = graphs.needed(var, Beginning(LABELS, 4, var.schedule, None, False, False), OPTIONS)
     assert needed > 2 * 2 * 4 * 14 * 32 * 4, "at least keys and values"
     monkeypatch.setattr(graphs, "room", lambda device: needed - 1)
     ask(var, 4)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastvar.models import BitState, Generation, Infinity, TextFeatures
+from fastvar.models import Generation, Infinity, SamplingState, TextFeatures
 from fastvar.ops import token_log_probs
 from fastvar.schedule import ScaleSchedule
 from tests.helpers.tiny import some_texts, tiny_infinity
@@ -207,7 +207,7 @@ def test_half_precision(dtype: torch.dtype, autocast: bool) -> None:
     assert not torch.equal(expected, exact)
 
 
-def state_of(net: Infinity, **options: Any) -> BitState:
+def state_of(net: Infinity, **options: Any) -> SamplingState:
     return net.generate(some_texts(), stop=1, **options).state
 
 
@@ -277,7 +277,7 @@ def test_wrong_arguments() -> None:
     ]:
         with pytest.raises(ValueError, match=f"generate: {expected}"):
             net.generate(**options)
-    with pytest.raises(ValueError, match=r"BitState\.fork: times: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"SamplingState\.fork: times: expected at least 1, got 0"):
         state_of(net).fork(0)
     net._tokenizer = ()
     with pytest.raises(RuntimeError, match="Infinity: tokenizer: none attached"):

@@ -11,11 +11,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvar.models import VAR, TextFeatures, bitwise_loss, scale_weights
+from fastvar.models import VAR, SamplingOptions, TextFeatures, bitwise_loss, scale_weights
 from fastvar.models.linear import linear
 from fastvar.models.var_block import attend_to_scales
 from fastvar.ops import bitwise_residual_quantize
-from fastvar.rl import LossOptions, Prompts, RolloutOptions, roll_out, segment_loss
+from fastvar.rl import LossOptions, Prompts, roll_out, segment_loss
 from fastvar.training import TokenizerTask, VARTask
 from tests.helpers.tiny import some_subjects, some_tokens, tiny_var
 from tests.helpers.waits import GPU, Waits, fake_infinity, run_without_waiting
@@ -156,7 +156,7 @@ def test_rollouts_and_their_losses_wait_for_nothing(segment: Any) -> None:
         prompts = Prompts(["a", "b"], torch.arange(2, device=GPU))
         drawn = roll_out(
             var, prompts, segment=segment, group_size=3, middle=1, continuations=2, seed=1,
-            options=RolloutOptions(guidance=1.0, chunk=4),
+            options=SamplingOptions(guidance=1.0, batch_size=4),
         )  # fmt: skip
         options, reference = LossOptions(kl_weight=0.1), var.clone()
         for rows in (None, [0, 2, 5]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvar.models import VAR, Generation
-from fastvar.models.sampling import generate
+from fastvar.models import VAR, Generation, Infinity
 from fastvar.ops import token_log_probs
 from tests.helpers.tiny import RECTANGLES, some_subjects, tiny_var, unconditional
 
@@ -127,10 +127,14 @@ def test_options_that_leave_the_likeliest(options: dict[str, Any]) -> None:
     assert torch.equal(tokens, var(LABELS, var.tokenizer.teacher_forcing(tokens)).argmax(-1))
 
 
-def test_options_are_in_the_signature() -> None:
-    own, other = (inspect.signature(function).parameters for function in (VAR.generate, generate))
-    assert list(own) == list(other) and {"guidance", "top_p", "graphs"} <= set(own)
-    assert VAR.generate.__doc__ == generate.__doc__
+@pytest.mark.parametrize("model", [VAR, Infinity])
+def test_options_are_in_the_signature(model: type[VAR | Infinity]) -> None:
+    """Typed, by name, and each is explained."""
+    own = inspect.signature(model.generate).parameters
+    assert {"guidance", "top_p", "graphs", "subject"} <= set(own)
+    for name, parameter in [*own.items()][2:]:
+        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.annotation not in ("Any", parameter.empty)
+        assert re.search(rf"^ +[a-z_, ]*\b{name}\b[a-z_, ]*: ", model.generate.__doc__ or "", re.M), name
 
 
 def test_images_show_themselves() -> None:

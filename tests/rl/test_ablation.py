@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fastvar.models import SamplingOptions
 from fastvar.rl import RLConfig
 from fastvar.rl.ablation import Ablation, affordable_iterations, iteration_tokens, markdown, run_ablations
-from fastvar.rl.rollout import RolloutOptions
 from fastvar.schedule import ScaleSchedule
 from tests.helpers.policies import GRIDS, policy
 
@@ -44,7 +44,7 @@ def test_tokens_of_an_iteration() -> None:
     config = RLConfig(prompts=2, group_size=4, middle=2, continuations=3, coarse_updates=1, fine_updates=1)
     assert iteration_tokens(config, SCHEDULE, 0) == 8 * 5 + 24 * 9 + 3 * 8 * 5
     assert iteration_tokens(config, SCHEDULE, 1) == 2 * 5 + 8 * 9 + 3 * 8 * 14
-    plain = RLConfig(prompts=2, group_size=4, middle=0, updates=2, rollout=RolloutOptions(guidance=1.0))
+    plain = RLConfig(prompts=2, group_size=4, middle=0, updates=2, rollout=SamplingOptions(guidance=1.0))
     assert iteration_tokens(plain, SCHEDULE, 0) == 2 * 8 * 14 + 3 * 2 * 8 * 14
     assert affordable_iterations(plain, SCHEDULE, 2 * iteration_tokens(plain, SCHEDULE, 0)) == 2
     assert affordable_iterations(plain, SCHEDULE, 1) == 1

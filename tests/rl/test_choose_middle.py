@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastvar.rl import Prompts, RolloutOptions
+from fastvar.models import SamplingOptions
+from fastvar.rl import Prompts
 from fastvar.rl.choose_middle import MiddleShare, explained_shares, intraclass_correlation, recommended_middle
 from fastvar.rl.rewards import RewardSum
 from tests.helpers.policies import policy, redness
@@ -38,7 +39,7 @@ def test_shares_of_a_policy() -> None:
         return torch.rand(len(images), generator=generator)
 
     generator = torch.Generator().manual_seed(0)
-    options: dict[str, Any] = {"prefixes": 8, "continuations": 8, "options": RolloutOptions()}
+    options: dict[str, Any] = {"prefixes": 8, "continuations": 8, "options": SamplingOptions()}
     shares = explained_shares(policy(), RewardSum({"red": redness}), Prompts(["1", "2"]), averaged_over=4, **options)
     assert [share.middle for share in shares] == [1, 2]
     assert 0 <= shares[0].share < shares[1].share <= 1
@@ -56,4 +57,4 @@ def test_recommendation() -> None:
 
 def test_clear_errors() -> None:
     with pytest.raises(ValueError, match="explained_shares: prefixes: expected at least 2, got 1"):
-        explained_shares(policy(), RewardSum({"red": redness}), Prompts(["1"]), prefixes=1, options=RolloutOptions())
+        explained_shares(policy(), RewardSum({"red": redness}), Prompts(["1"]), prefixes=1, options=SamplingOptions())

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastvar.evaluation import SamplingOptions, draw
-from fastvar.rl import Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, evaluate_policy
+from fastvar.evaluation import draw
+from fastvar.models import SamplingOptions
+from fastvar.rl import Prompts, RLConfig, VMRGRPOTrainer, evaluate_policy
 from fastvar.rl.choose_middle import explained_shares
 from fastvar.rl.preflight import check_prompts
 from fastvar.rl.rewards import OCRReward, Reward, RewardSum
@@ -47,7 +48,7 @@ def test_prompts_of_functions_that_draw() -> None:
     var.generate = lambda labels, **options: drawn.append(labels) or generate(labels, **options)
     with pytest.raises(ValueError, match=TOO_LONG):
         draw(var, LATE, SamplingOptions(batch_size=1))
-    few = RolloutOptions(chunk=6)
+    few = SamplingOptions(batch_size=6)
     with pytest.raises(ValueError, match=TOO_LONG):
         evaluate_policy(var, RED, Prompts(LATE), samples=8, options=few)
     with pytest.raises(ValueError, match=TOO_LONG):

@@ -34,6 +34,7 @@ import sys; sys.path[:0] = [{root!r}]
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from fastvar.models import SamplingOptions
 from fastvar.rl import *
 from fastvar.rl.wrapping import CalledPolicy, gather_for_methods
 from fastvar.training.ema import EMA
@@ -56,7 +57,7 @@ def step(sharded):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     prompts = Prompts(["1", "2"], references=references)
     with torch.no_grad():
-        rollout = model(roll_out, prompts, group_size=4, seed=1, options=RolloutOptions())
+        rollout = model(roll_out, prompts, group_size=4, seed=1, options=SamplingOptions())
     model(segment_loss, rollout, advantages, LossOptions()).loss.backward()
     assert not sharded or type(var.head.weight).__name__ == "DTensor"
     optimizer.step()

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from fastvar.models import VAR
+from fastvar.models import VAR, SamplingOptions
 from fastvar.ops import group_advantages, policy_loss
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.returns import middle_returns
 from fastvar.rl.rewards import Reward, RewardSum
-from fastvar.rl.rollout import Rollout, RolloutOptions, roll_out
+from fastvar.rl.rollout import Rollout, roll_out
 from fastvar.rl.scores import score
 from fastvar.rl.update import LossOptions, segment_loss, token_totals
 from tests.helpers.policies import policy, redness
 
 PROMPTS = Prompts(["1", "2"])
-G, PLAIN = 4, RolloutOptions()
+G, PLAIN = 4, SamplingOptions()
 DEFAULT = LossOptions()
 KINDS: Any = pytest.mark.parametrize("kind", ["whole", "fine", "coarse"])
 
@@ -51,7 +51,7 @@ def gradients(
 def test_log_probs_of_rollout_and_training_agree(kind: str, guidance: float) -> None:
     """Drawn scale by scale on a cache (and on forks of it), scored by teacher forcing; the ratio is exactly 1."""
     var = policy()
-    drawn = rollout(var, kind, options=RolloutOptions(guidance=guidance, top_k=5, temperature=0.8))
+    drawn = rollout(var, kind, options=SamplingOptions(guidance=guidance, top_k=5, temperature=0.8))
     advantages = advantages_of(var, drawn)
     scored = segment_loss(var, drawn, advantages, LossOptions(), temperature=0.8)
     torch.testing.assert_close(scored.log_probs, drawn.log_probs, rtol=0, atol=1e-4)
@@ -65,7 +65,7 @@ def test_log_probs_of_rollout_and_training_agree(kind: str, guidance: float) -> 
 @pytest.mark.parametrize("chunk", [3, 5])
 def test_chunks_do_not_change_the_images(kind: str, chunk: int) -> None:
     var = policy()
-    whole, parts = rollout(var, kind), rollout(var, kind, options=RolloutOptions(chunk=chunk))
+    whole, parts = rollout(var, kind), rollout(var, kind, options=SamplingOptions(batch_size=chunk))
     assert torch.equal(whole.tokens, parts.tokens)
     torch.testing.assert_close(whole.images, parts.images)
 
@@ -240,7 +240,9 @@ def test_subjects_are_shared_by_their_group(kind: str, monkeypatch: pytest.Monke
     prefilled = []
     original = VAR._subject_stream
     monkeypatch.setattr(
-        VAR, "_subject_stream", lambda self, subject: prefilled.append(len(subject)) or original(self, subject)
+        VAR,
+        "_subject_stream",
+        lambda self, subject, *rest: prefilled.append(len(subject)) or original(self, subject, *rest),
     )
     drawn = rollout(var, kind, prompts)
     advantages = advantages_of(var, drawn)
@@ -278,5 +280,5 @@ def test_graphs_reach_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     generate = var.generate
     monkeypatch.setattr(type(var), "generate", lambda _, *a, graphs, **k: (asked.append(graphs), generate(*a, **k))[1])
     for graphs in (True, False):
-        rollout(var, "whole", options=RolloutOptions(graphs=graphs))
+        rollout(var, "whole", options=SamplingOptions(graphs=graphs))
     assert asked == [None, False], "where they can be used, and nowhere"

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from fastvar.models import VAR
+from fastvar.models import VAR, SamplingOptions
 from fastvar.ops import group_advantages
-from fastvar.rl import LossOptions, Prompts, RolloutOptions, middle_returns, roll_out, score, segment_loss, token_totals
+from fastvar.rl import LossOptions, Prompts, middle_returns, roll_out, score, segment_loss, token_totals
 from fastvar.rl.rewards import ColourReward, RewardSum
 from tests.helpers.policies import policy
 
@@ -27,7 +27,7 @@ def drawn_gradient(
 ) -> torch.Tensor:
     """The gradient that one rollout gives, of the scales from `first_scale` on."""
     rollout = roll_out(
-        var, PROMPTS, segment=segment, middle=2, group_size=SIZE, seed=seed, options=RolloutOptions()
+        var, PROMPTS, segment=segment, middle=2, group_size=SIZE, seed=seed, options=SamplingOptions()
     )._replace(first_scale=first_scale)
     scores = score(rollout, reward, var.schedule, use_mask=use_mask)
     advantages = group_advantages(middle_returns(reward.combine(scores.each), 1), SIZE)
@@ -45,7 +45,7 @@ def signal(draw: Callable[[int], torch.Tensor], count: int = 24) -> tuple[float,
 def test_panw_balances_the_gradient_over_the_scales() -> None:
     """By the norm of each scale's part of the gradient of the weights: the largest against the smallest."""
     var = policy(grids=GRIDS)
-    rollout = roll_out(var, PROMPTS, group_size=SIZE, seed=1, options=RolloutOptions())
+    rollout = roll_out(var, PROMPTS, group_size=SIZE, seed=1, options=SamplingOptions())
     advantages = torch.randn(2 * SIZE, generator=torch.Generator().manual_seed(0))
     totals = token_totals(torch.ones_like(rollout.log_probs), var.schedule)
     spread = {}

@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastvar.models import VAR
+from fastvar.models import VAR, SamplingOptions
 from fastvar.rl import (
     LossOptions,
     Prompts,
     RLConfig,
-    RolloutOptions,
     VMRGRPOTrainer,
     add_adapters,
     evaluate_policy,
@@ -461,7 +460,9 @@ def test_going_on_with_another_model_or_reward_is_refused(tmp_path: Path) -> Non
         trainer(tmp_path, config, ColourReward(channel="blue")).train()
     with pytest.raises(ValueError, match=r"other settings \(prompts was"):
         VMRGRPOTrainer(policy(), RewardSum({"it": ColourReward()}), ["0", "1", "3", "3"], config, tmp_path).train()
-    frugal = replace(config, micro_batch=1, gradient_checkpointing=True, rollout=RolloutOptions(chunk=2), iterations=3)
+    frugal = replace(
+        config, micro_batch=1, gradient_checkpointing=True, rollout=SamplingOptions(batch_size=2), iterations=3
+    )
     trainer(tmp_path, frugal, ColourReward()).train()  # what only needs less memory may change
     assert len(lines(tmp_path)) == 3
     trainer(tmp_path, replace(config, resume=False), ColourReward(channel="blue")).train()
@@ -489,7 +490,7 @@ def test_clear_errors(tmp_path: Path) -> None:
         ({"middle": 3}, "RLConfig: middle: expected below 3, got 3"),
         ({"evaluation_samples": 4}, "evaluation_samples: expected at least 8"),
         ({"loss": LossOptions(kl_estimator="k4")}, "LossOptions: kl_estimator: expected one of"),
-        ({"rollout": RolloutOptions(top_p=0.0)}, "RolloutOptions: top_p: expected above 0"),
+        ({"rollout": SamplingOptions(top_p=0.0)}, "SamplingOptions: top_p: expected above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, replace(QUICK, **change))

@@ -11,14 +11,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from fastvar.models import VAR
+from fastvar.models import VAR, SamplingOptions
 from fastvar.ops import PolicyLoss
 from fastvar.rl import (
     LossOptions,
     Prompts,
     RLConfig,
     Rollout,
-    RolloutOptions,
     VMRGRPOTrainer,
     add_adapters,
     middle_returns,
@@ -45,7 +44,7 @@ def drawn(segment: Any = "whole", **options: Any) -> Rollout:
         middle=2,
         continuations=3,
         seed=3,
-        options=RolloutOptions(**options),
+        options=SamplingOptions(**options),
     )
 
 
@@ -201,9 +200,9 @@ def test_every_iteration_and_seed_draws_anew(tmp_path: Path) -> None:
 def test_evaluations_spread_over_the_prompts() -> None:
     """Shares of the processes together are the whole."""
     many = Prompts([str(i) for i in range(9)])
-    whole = draw_evaluation(policy(), many, samples=12, options=RolloutOptions())
+    whole = draw_evaluation(policy(), many, samples=12, options=SamplingOptions())
     assert whole.prompts.texts == ["0"] * 4 + ["3"] * 4 + ["6"] * 4
-    parts = [draw_evaluation(policy(), many, samples=12, options=RolloutOptions(), share=(i, 2)) for i in (0, 1)]
+    parts = [draw_evaluation(policy(), many, samples=12, options=SamplingOptions(), share=(i, 2)) for i in (0, 1)]
     assert torch.equal(torch.cat([part.tokens for part in parts]), whole.tokens)
     assert [len(part.tokens) for part in parts] == [4, 8]
 
@@ -236,7 +235,7 @@ def test_returns_and_advantages_of_the_settings(tmp_path: Path) -> None:
 
 def test_temperature_of_the_trainer(tmp_path: Path) -> None:
     """Rollout and update take the same one, or their log-probabilities would differ."""
-    training = trainer(tmp_path, replace(QUICK, rollout=RolloutOptions(temperature=0.6)))
+    training = trainer(tmp_path, replace(QUICK, rollout=SamplingOptions(temperature=0.6)))
     assert training.iteration(0)["rollout_difference"] < 1e-4
     hot = trainer(tmp_path, QUICK).roll_out(0)
     assert not torch.equal(training.roll_out(0).tokens, hot.tokens)
@@ -328,7 +327,7 @@ def test_the_best_is_kept(tmp_path: Path) -> None:
     for step, (value, best) in enumerate([(2.0, 1), (1.0, 1), (3.0, 3)], 1):
         average.head.bias.data.fill_(step).add_(torch.arange(len(average.head.bias)))
         assert training.evaluate(step, log)["evaluation/return"] == value
-        drawn = draw_evaluation(average, PROMPTS, samples=8, options=RolloutOptions())
+        drawn = draw_evaluation(average, PROMPTS, samples=8, options=SamplingOptions())
         assert torch.equal(seen, drawn.images)
         assert VAR.from_pretrained(tmp_path / "best").head.bias[0] == best
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastvar.models import VAR, Infinity, TextFeatures, bitwise_loss, graphs, scale_weights
-from fastvar.rl import LossOptions, Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, add_adapters
+from fastvar.models import VAR, Infinity, SamplingOptions, TextFeatures, bitwise_loss, graphs, scale_weights
+from fastvar.rl import LossOptions, Prompts, RLConfig, VMRGRPOTrainer, add_adapters
 from fastvar.training import TrainConfig, VARTask, graphed, train
 from fastvar.training.graphed import GraphedStep, Tensors, check_alone
 from fastvar.training.log import read_metrics
@@ -325,7 +325,7 @@ def learned(output: Path, adapters: bool, device: str = "cpu", **settings: Any) 
     options: dict[str, Any] = {"learning_rate": 1e-3, "updates": 2, "micro_batch": 4, "filter_groups": False}
     config = RLConfig(
         **{"prompts": 2, "group_size": 4, "middle": 1, "continuations": 1, **options, **settings},
-        rollout=RolloutOptions(graphs=False),
+        rollout=SamplingOptions(graphs=False),
     )
     references = torch.rand(2, 3, *var.tokenizer.config.image_size, generator=torch.Generator().manual_seed(1))
     prompts = Prompts(["a", "b"], torch.tensor([1, 2]), references)
