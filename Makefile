@@ -1,11 +1,13 @@
 # Two commands do all the set-up on a fresh machine with Python 3.11 or newer:
-#   make demo   environment, install, demo; says where the report is
+#   make demo   environment, install, demo; says where the report is (MODEL=infinity for a small Infinity)
 #   make test   environment, install, all tests
 PYTHON ?= python3
 VENV ?= .venv
 # More flags for pip, such as --index-url for a CPU build of torch.
 PIP_FLAGS ?=
 DEMO_FLAGS ?=
+# Of the demo: var, or infinity.
+MODEL ?= var
 TEST_FLAGS ?=
 
 # Threads that wait spin only briefly. By default they spin for long, which makes a step on two cores several times
@@ -22,7 +24,7 @@ $(VENV)/installed: pyproject.toml setup.py
 	touch $@
 
 demo: $(VENV)/installed
-	$(VENV)/bin/fastvar demo $(DEMO_FLAGS)
+	$(VENV)/bin/fastvar demo --model $(MODEL) $(DEMO_FLAGS)
 
 # The C++ and CUDA libraries, as far as there are compilers; without, the tests say so and do without.
 test: $(VENV)/installed

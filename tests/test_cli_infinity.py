@@ -144,8 +144,9 @@ def test_what_does_not_go_together(work: Path, capsys: pytest.CaptureFixture[str
         assert "sample: labels, prompt: expected exactly one" in refused(
             capsys, "sample", "--model", work / "run", *given
         )
-    assert "sample: subject: expected none with an Infinity" in refused(
-        capsys, "sample", "--model", work / "run", "--prompt", "b", "--subject", work / "data/0.png"
+    assert "sample: grids: expected none with a subject" in refused(
+        capsys,
+        *["sample", "--model", work / "run", "--prompt", "b", "--subject", work / "data/0.png", "--grids", "1,2"],
     )
     for given in ((), ("--texts", work / "x", "--data", work / "data")):
         assert "encode-text: texts, data: expected exactly one" in refused(

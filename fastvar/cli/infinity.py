@@ -1,4 +1,4 @@
-"""What commands do with an Infinity: build, load, draw."""
+"""What commands do with an Infinity: load and train it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load(option: str, model: Path, tokenizer: Path | None, schedule: ScaleSchedu
     Args:
         option: the model's, as it opens messages.
         model, tokenizer: paths; the tokenizer's only if the model was not saved with it.
-        schedule: its grids, which are a choice where weights are public ones.
+        schedule: its grids, if they are not to be its own.
 
     Raises:
         ValueError, OSError: they cannot be loaded, or there is no tokenizer.
@@ -49,6 +49,8 @@ def load(option: str, model: Path, tokenizer: Path | None, schedule: ScaleSchedu
             net.tokenizer = load_saved("tokenizer", BSQTokenizer, tokenizer)
         if not net.has_tokenizer:
             raise ValueError(f"{option}: expected an Infinity that was saved with its tokenizer, got {model}")
+        if schedule is not None:
+            net.schedule = net.config.check_schedule(schedule)
         return net
     if tokenizer is None:
         raise ValueError(f"tokenizer: expected the file of the public tokenizer that goes with {model}, got none")

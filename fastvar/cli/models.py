@@ -19,7 +19,7 @@ from fastvar.training.loop import TrainConfig
 
 if TYPE_CHECKING:
     from fastvar.data import ImageFolder
-    from fastvar.models import VAR
+    from fastvar.models import VAR, Infinity
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class Sample:
     count: Count = 8
     """Images per label."""
     subject: Path | None = None
-    """VAR: an image of the reference subject, for a model with a subject prefix."""
+    """An image of the reference subject, for a model with a subject prefix."""
     tokenizer: Path | None = None
     """Infinity: the tokenizer's file or folder, if the model was not saved with it."""
     text_encoder: str = ""
@@ -271,43 +271,34 @@ class Sample:
         if bool(self.labels) == bool(self.prompt):
             raise ValueError("sample: labels, prompt: expected exactly one of them")
         texts = [label for label in self.labels or self.prompt for _ in range(self.count)]
-        if is_infinity(self.model):
-            save_picture(image_grid(self._infinity(texts), self.count, zoom=self.zoom), self.output)
-            print(self.output)
-            return
-        var = load_model(self.model, device=self.device)
-        if self.prompt and not var.config.text_length:
+        model: Any = self._infinity() if is_infinity(self.model) else load_model(self.model, device=self.device)
+        if self.prompt and not model.config.text_length:
             raise ValueError("sample: prompt: expected none, but labels, as the model has a class condition")
         labels: Any = texts
-        if not var.config.text_length:
-            labels = torch.tensor([class_index("sample: labels", label, var.config) for label in texts])
+        if not model.config.text_length:
+            labels = torch.tensor([class_index("sample: labels", label, model.config) for label in texts])
         subject = None
         if self.subject is not None:
-            image = _read_image(self.subject, var.tokenizer.config.image_size)
-            tokens = var.tokenizer.encode(image[None].to(var.device))
-            subject = var.tokenizer.pyramid(tokens).expand(len(texts), -1, -1)
-        images = draw(var, labels, self.options, seed=self.seed, subject=subject)
+            if self.grids:
+                raise ValueError("sample: grids: expected none with a subject, which has the model's own")
+            image = _read_image(self.subject, model.tokenizer.config.image_size)
+            tokens = model.tokenizer.encode(image[None].to(model.device))
+            subject = model.tokenizer.pyramid(tokens).expand(len(texts), -1, -1)
+        images = draw(model, labels, self.options, seed=self.seed, subject=subject)
         save_picture(image_grid(images, self.count, zoom=self.zoom), self.output)
         print(self.output)
 
-    def _infinity(self, texts: list[str]) -> Any:
-        """Images of texts, drawn by an Infinity."""
+    def _infinity(self) -> Infinity:
+        """The model with its text encoder, on its device."""
         import torch
 
         from fastvar.cli.infinity import attach, encoder_of, load
-        from fastvar.evaluation import draw
         from fastvar.schedule import ScaleSchedule
 
-        if self.subject is not None:
-            raise ValueError("sample: subject: expected none with an Infinity")
         device = chosen_device(self.device)
-        schedule = ScaleSchedule.parse(self.grids) if self.grids else None
-        net = load("model", self.model, self.tokenizer, schedule)
+        net = load("model", self.model, self.tokenizer, ScaleSchedule.parse(self.grids) if self.grids else None)
         attach(net, encoder_of(self.text_encoder, net.config, device))
-        net.to(device, getattr(torch, self.dtype) if self.dtype else None)
-        if schedule is not None:
-            net.config = replace(net.config, grids=tuple(schedule))
-        return draw(net, texts, self.options, seed=self.seed)
+        return net.to(device, getattr(torch, self.dtype) if self.dtype else None)
 
 
 def _read_image(path: Path, size: tuple[int, int]) -> Any:

@@ -42,14 +42,17 @@ class DemoConfig:
 
     output: Path = Path("outputs/demo")
     """Folder of the report, the figures and the runs."""
+    model: Annotated[str, OneOf("var", "infinity")] = "var"
+    """What to train: a "var", with all that can be shown of it, or an "infinity", which is read alone. Their folders,
+    figures and reports have names of their own, so that one output folder can hold both."""
     tokenizer_steps: Count = 900
     """Steps of the tokenizer."""
     var_steps: Count = 2000
-    """Steps of the VAR without a subject."""
+    """Steps of the VAR without a subject, or of the Infinity."""
     subject_steps: Count = 350
-    """Steps of fine-tuning with the subject prefix."""
+    """VAR: steps of fine-tuning with the subject prefix."""
     rl_iterations: CountOrNone = 200
-    """Rollouts of reinforcement learning with the OCR reward; 0 for none."""
+    """VAR: rollouts of reinforcement learning with the OCR reward; 0 for none."""
     scenes: Count = 16000
     """Training scenes."""
     samples: Annotated[int, Range(8)] = 400
@@ -57,11 +60,13 @@ class DemoConfig:
     grids: str = "1,2,3x4,6x8"
     """Token grids; the images are four times the finest one."""
     vocab_size: Count = 256
-    """Entries of the codebook."""
+    """VAR: entries of the codebook."""
+    bits: Count = 16
+    """Infinity: bits of a token."""
     width: Count = 128
-    """Width of the VAR's residual stream."""
+    """Width of the residual stream."""
     depth: Count = 4
-    """Blocks of the VAR."""
+    """Blocks of the transformer."""
     precision: Annotated[str, OneOf("auto", "no", "bf16")] = "auto"
     """"no" (float32), "bf16" (autocast) or "auto" (bf16 where the hardware computes in it, else float32)."""
     seed: Seed = 0
@@ -182,23 +187,23 @@ def _run(config: DemoConfig) -> dict[str, Any]:
 
     stages.begin("tokenizer", seconds)
     tokenizer = _train_tokenizer(config, scenes, held_out).model
-    seconds["tokenizer"] = _training_seconds(output / "tokenizer")
+    seconds["tokenizer"] = training_seconds(output / "tokenizer")
     stages.begin("tokens", seconds)
     start = time.perf_counter()
     tokens = TokenDataset(scenes, tokenizer, reference=True)
     seconds["tokens"] = time.perf_counter() - start
     stages.begin("var", seconds)
     var = _train_var(config, VAR(var_config(config), tokenizer), tokens, held_out, "var").model
-    seconds["var"] = _training_seconds(output / "var")
+    seconds["var"] = training_seconds(output / "var")
     stages.begin("var-subject", seconds)
     with_subject = var.add_subject("block_causal")
     subject_var = _train_var(config, with_subject, tokens, held_out, "var-subject").model
-    seconds["var-subject"] = _training_seconds(output / "var-subject")
+    seconds["var-subject"] = training_seconds(output / "var-subject")
     policy = None
     if config.rl_iterations:
         stages.begin("rl", seconds)
         policy = _train_policy(config, var, reader)
-        seconds["rl"] = _training_seconds(output / "rl")
+        seconds["rl"] = training_seconds(output / "rl")
 
     stages.begin("evaluation", seconds)
     start = time.perf_counter()
@@ -239,11 +244,13 @@ def _run(config: DemoConfig) -> dict[str, Any]:
     return results
 
 
-def _training_seconds(folder: Path) -> float:
+def training_seconds(folder: Path) -> float:
+    """What a run has taken in all."""
     return read_metrics(folder / "metrics.jsonl")[-1]["seconds"]
 
 
-def _train_config(config: DemoConfig, steps: int, **changes: Any) -> TrainConfig:
+def train_config(config: DemoConfig, steps: int, **changes: Any) -> TrainConfig:
+    """How all models of the demo are trained."""
     return TrainConfig(
         steps=steps,
         batch_size=32,
@@ -264,8 +271,8 @@ def _train_tokenizer(
     task = TokenizerTask(
         VQTokenizer(tokenizer_config(config)), held_out.batch(list(range(min(8, len(held_out)))))["image"]
     )
-    options = _train_config(config, config.tokenizer_steps, weight_decay=0.0)
-    return _going_on(train, task, scenes, options, config.output / "tokenizer")
+    options = train_config(config, config.tokenizer_steps, weight_decay=0.0)
+    return going_on(train, task, scenes, options, config.output / "tokenizer")
 
 
 def _train_var(
@@ -273,7 +280,7 @@ def _train_var(
 ) -> TrainResult[VAR]:
     torch.manual_seed(derive(config.seed, "weights"))
     with_subject = model.config.subject != "none"
-    options = _train_config(config, config.subject_steps if with_subject else config.var_steps)
+    options = train_config(config, config.subject_steps if with_subject else config.var_steps)
     shown = held_out.batch(list(range(min(32, len(held_out)))))
 
     def picture(averaged: VAR) -> Image:
@@ -283,10 +290,10 @@ def _train_var(
         images = draw(averaged, shown["text"], config.sampling, subject=subject)
         return _pairs(shown["reference"] * 0.5 + 0.5, images)
 
-    return _going_on(train, VARTask(model, picture), tokens, options, config.output / name)
+    return going_on(train, VARTask(model, picture), tokens, options, config.output / name)
 
 
-def _going_on(run: Callable[..., _T], *arguments: Any) -> _T:
+def going_on(run: Callable[..., _T], *arguments: Any) -> _T:
     """A run, whose last two arguments are its settings and its folder; anew where the folder has one of other settings:
     a demo is never a mixture."""
     *others, settings, folder = arguments
@@ -361,7 +368,7 @@ def _train_policy(config: DemoConfig, var: VAR, reader: Reader) -> VAR:
         policy = var.clone().requires_grad_(True)
         return VMRGRPOTrainer(policy, reward, every_number(DIGITS, 100), settings, folder).train()
 
-    return _going_on(learn, rl_config(config), config.output / "rl")
+    return going_on(learn, rl_config(config), config.output / "rl")
 
 
 def _pairs(left: torch.Tensor, right: torch.Tensor) -> Image:

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from fastvar.handwriting.demo import DemoConfig, Learned
 
 _SHOWN = 64  # images a gallery
-_READING = (
+READING = (
     "Read exactly: the share of images from which the reader, a small classifier of digits that was fitted to other "
     "scans of the same data set, reads the number that should be there and nothing else."
 )
-_NED = "NED: the mean of 1 - edit distance / longer length of the number read and the true one; 1 is all right."
+NED = "NED: the mean of 1 - edit distance / longer length of the number read and the true one; 1 is all right."
 
 
 def headline(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -28,11 +28,11 @@ def headline(results: dict[str, Any]) -> list[tuple[str, str]]:
     scores, match = results["scores"], results["subject_match"]
 
     def read(name: str) -> str:
-        return _percent(scores[name]["word_accuracy"], scores[name]["word_accuracy_95"])
+        return percent(scores[name]["word_accuracy"], scores[name]["word_accuracy_95"])
 
     rows = [("guided samples read exactly", read("samples, guided"))]
     for kind in ("shape", "ink"):
-        rate = _percent(match[kind], match[f"{kind}_95"])
+        rate = percent(match[kind], match[f"{kind}_95"])
         rows.append((f"samples with a subject: {kind} nearest to its own reference among eight", rate))
     if "rl" not in results:
         return [*rows, ("read exactly without guidance", read("samples, no guidance"))]
@@ -67,7 +67,7 @@ def write_report(
         "model writes it; given a reference image of a digit, it writes with that digit's shape and ink."
     )
     report.table(["in short", "95 % interval in brackets"], headline(results))
-    report.text(_READING)
+    report.text(READING)
     if learned:
         _rewards(report, learned, config)
     _readings(report, config, scores, results)
@@ -112,7 +112,7 @@ def _rewards(report: Report, learned: Learned, config: DemoConfig) -> None:
         [
             [
                 name,
-                _percent(drawn.read.accuracy, drawn.read.accuracy_interval),
+                percent(drawn.read.accuracy, drawn.read.accuracy_interval),
                 f"{drawn.read.similarity:.3f}",
                 f"{drawn.evaluation.metrics['ocr']:.3f}",
                 f"{drawn.evaluation.metrics['diversity']:.3f}",
@@ -121,7 +121,7 @@ def _rewards(report: Report, learned: Learned, config: DemoConfig) -> None:
         ],
     )
     report.text(
-        f"{_NED} OCR reward: from -0.6 (nothing right) to 2. Diversity: root mean square difference of the pixels of "
+        f"{NED} OCR reward: from -0.6 (nothing right) to 2. Diversity: root mean square difference of the pixels of "
         f"two images of the same number; {100 * learned.summary()['diversity_kept']:.0f} % of it is kept."
     )
     lines = read_metrics(config.output / "rl" / "metrics.jsonl")
@@ -143,10 +143,10 @@ def _readings(report: Report, config: DemoConfig, scores: dict[str, ReadingScore
     report.heading("What the reader makes of the images")
     report.table(
         ["images", "read exactly (95 % interval)", "NED"],
-        [[name, _percent(s.accuracy, s.accuracy_interval), f"{s.similarity:.3f}"] for name, s in scores.items()],
+        [[name, percent(s.accuracy, s.accuracy_interval), f"{s.similarity:.3f}"] for name, s in scores.items()],
     )
     report.text(
-        f"{_NED} Chance is {100 * results['chance_word_accuracy']:.0f} % read exactly. {config.samples} images each; "
+        f"{NED} Chance is {100 * results['chance_word_accuracy']:.0f} % read exactly. {config.samples} images each; "
         "intervals are those of drawing images, not of training another model."
     )
     guided = scores["samples, guided"]
@@ -155,7 +155,7 @@ def _readings(report: Report, config: DemoConfig, scores: dict[str, ReadingScore
         "number; what was read is in red where it is wrong."
     )
     report.gallery(
-        [[(image, *label)] for image, label in zip(_pictures(guided.images), reading_labels(guided), strict=False)]
+        [[(image, *label)] for image, label in zip(pictures(guided.images), reading_labels(guided), strict=False)]
     )
 
 
@@ -165,7 +165,7 @@ def _subject(report: Report, scores: dict[str, ReadingScore], shown: dict[str, A
     report.table(
         ["nearest of 8 references by", "rate (95 % interval)", "chance"],
         [
-            [name, _percent(match[name], match[f"{name}_95"]), f"{100 * match['chance']:.1f} %"]
+            [name, percent(match[name], match[f"{name}_95"]), f"{100 * match['chance']:.1f} %"]
             for name in match
             if f"{name}_95" in match
         ],
@@ -235,13 +235,14 @@ def _pairs(
     count: int = _SHOWN // 2,
 ) -> None:
     sides = [
-        [(image, *label) for image, label in zip(_pictures(images[:count]), labels, strict=False)]
+        [(image, *label) for image, label in zip(pictures(images[:count]), labels, strict=False)]
         for images, labels in ((left, left_labels), (right, right_labels))
     ]
     report.gallery([list(pair) for pair in zip(*sides, strict=True)])
 
 
-def _pictures(images: torch.Tensor) -> list[Any]:
+def pictures(images: torch.Tensor) -> list[Any]:
+    """The first images of many, one by one."""
     return [image_grid(image[None], 1, zoom=2) for image in images[:_SHOWN]]
 
 
@@ -253,5 +254,6 @@ def reading_labels(score: ReadingScore) -> list[tuple[str, bool]]:
     ]
 
 
-def _percent(value: float, interval: Interval) -> str:
+def percent(value: float, interval: Interval) -> str:
+    """A share with its interval."""
     return f"{100 * value:.1f} % ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
