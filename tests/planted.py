@@ -571,6 +571,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "temperature=options.temperature[0]",
             "models/test_infinity_sampling.py::test_temperature_by_scale",
         ),
+        ("tile=options.decode_tile", "tile=None", "models/test_tiles.py::test_generated_pictures"),
         (
             "first_sample, model.device",
             "0, model.device",

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from fastvar.models.autoencoder import Decoder, Encoder, check_images, to_channels_last
-from fastvar.models.pretrained import PretrainedModel
-from fastvar.models.vq_tokenizer import TokenizerOutput
+from fastvar.models.autoencoder import check_images, to_channels_last
+from fastvar.models.scale_tokenizer import ScaleTokenizer, ScaleTokenizerConfig, TokenizerOutput
 from fastvar.ops import QuantizedBits, accumulate_bits, bitwise_residual_quantize
-from fastvar.ranges import Count, NotNegative, OneOf, Range, ShareBelowOne, check_fields
+from fastvar.ranges import Count, NotNegative, OneOf, Range, ShareBelowOne
 from fastvar.schedule import ScaleSchedule, infinity_schedule
 
 SHARPNESS = 100.0  # of the soft bits whose entropy the training loss measures, as in the public code
 
 
 @dataclass(frozen=True)
-class BSQTokenizerConfig:
+class BSQTokenizerConfig(ScaleTokenizerConfig):
     """Shape of a `BSQTokenizer`; the defaults are those of the public d32 tokenizer (110 M parameters)."""
 
     grids: tuple[tuple[int, int], ...] = infinity_schedule("1M").grids
@@ -44,23 +41,9 @@ class BSQTokenizerConfig:
     entropy_weight: NotNegative = 0.1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grids", ScaleSchedule(self.grids).grids)  # lists, as they come from JSON
-        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
-        check_fields(self)
-        if not self.channel_multipliers:
-            raise ValueError("BSQTokenizerConfig: channel_multipliers: expected at least one, got none")
-        widths = [self.channels * m for m in (1, *self.channel_multipliers)]
-        if any(width % self.norm_groups for width in widths):
-            raise ValueError(
-                f"BSQTokenizerConfig: norm_groups: expected a divisor of all widths {sorted(set(widths))}, "
-                f"got {self.norm_groups}"
-            )
+        super().__post_init__()
         if self.patchify and self.bits % 4:
             raise ValueError(f"BSQTokenizerConfig: bits: expected a multiple of 4 with patchify, got {self.bits}")
-
-    @property
-    def schedule(self) -> ScaleSchedule:
-        return ScaleSchedule(self.grids)
 
     @property
     def feature_channels(self) -> int:
@@ -68,42 +51,24 @@ class BSQTokenizerConfig:
         return self.bits // 4 if self.patchify else self.bits
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """(H, W) of the images in pixels."""
-        return self.image_size_of(self.schedule)
+    def code_channels(self) -> int:
+        """Channels of a token's input: one for each bit."""
+        return self.bits
 
-    def image_size_of(self, schedule: ScaleSchedule) -> tuple[int, int]:
-        """(H, W) in pixels of the images of another schedule."""
-        height, width = schedule.finest
-        side = (2 if self.patchify else 1) * 2 ** (len(self.channel_multipliers) - 1)
-        return height * side, width * side
+    @property
+    def downsampling(self) -> int:
+        """Pixels per side of a token of the finest grid."""
+        return (2 if self.patchify else 1) * super().downsampling
 
 
-class BSQTokenizer(PretrainedModel):
-    """Images (B, 3, H, W) in [-1, 1] to bits (B, L, d) and back.
-
-    Every method takes another schedule than the config's, for images of another size.
-    """
+class BSQTokenizer(ScaleTokenizer):
+    """Images (B, 3, H, W) in [-1, 1] to bits (B, L, d) bool and back, over any schedule, see `ScaleTokenizer`."""
 
     config_class = BSQTokenizerConfig
 
     def __init__(self, config: BSQTokenizerConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.schedule = config.schedule
-        shape: dict[str, Any] = {
-            "blocks_per_level": config.blocks_per_level,
-            "norm_groups": config.norm_groups,
-            "dropout": config.dropout,
-            "attention": False,
-        }
-        self.encoder = Encoder(config.channels, config.channel_multipliers, config.feature_channels, **shape)
-        self.decoder = Decoder(config.channels, config.channel_multipliers, config.feature_channels, **shape)
+        super().__init__(config, config.feature_channels, attention=False)
         to_channels_last(self)
-
-    @property
-    def device(self) -> torch.device:
-        return self.decoder.conv_in.weight.device
 
     def encode_features(self, images: torch.Tensor, *, schedule: ScaleSchedule | None = None) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] to continuous features (B, c, h, w), float32 at least."""
@@ -153,10 +118,6 @@ class BSQTokenizer(PretrainedModel):
         inputs = self._tokens(found.teacher_forcing, cells, 1)
         return QuantizedBits(self._tokens(found.bits, cells), found.feature_map, inputs)
 
-    def encode(self, images: torch.Tensor, *, schedule: ScaleSchedule | None = None) -> torch.Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to bits (B, L, d) bool."""
-        return self.quantize(images, schedule=schedule).bits
-
     def accumulate(
         self,
         bits: torch.Tensor,
@@ -178,85 +139,28 @@ class BSQTokenizer(PretrainedModel):
         )
         return feature_map, None if following is None else self._patches(following, cells[scale + 1])
 
-    def empty_feature_map(self, batch: int, schedule: ScaleSchedule | None = None) -> torch.Tensor:
-        """The feature map (B, c, h, w) before the first scale."""
-        weight = self.decoder.conv_in.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        size = self._cells(schedule).finest
-        return torch.zeros(batch, self.config.feature_channels, *size, dtype=dtype, device=weight.device)
-
-    def sampled_with(self) -> tuple[list[nn.Module], list[torch.Tensor]]:
-        """The modules that sampling and decoding run, and weights that it reads besides."""
-        return [self.decoder], []
-
-    def _accumulate(
-        self, bits: torch.Tensor, next_input: str | None, schedule: ScaleSchedule | None
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The feature map of the bits (B, L', d) of the first scales, and the inputs of the scales after each."""
-        schedule = schedule or self.schedule
-        if bits.ndim != 3 or bits.shape[2] != self.config.bits or bits.is_floating_point():
+    def _accumulated(
+        self, tokens: torch.Tensor, schedule: ScaleSchedule | None, **how: Any
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        if tokens.ndim != 3 or tokens.shape[2] != self.config.bits or tokens.is_floating_point():
             raise ValueError(
-                f"BSQTokenizer: bits: expected bits (B, L, {self.config.bits}), got {bits.dtype} {tuple(bits.shape)}"
+                f"BSQTokenizer: bits: expected bits (B, L, {self.config.bits}), "
+                f"got {tokens.dtype} {tuple(tokens.shape)}"
             )
-        feature_map, inputs = self.empty_feature_map(len(bits), schedule), []
-        given = schedule.with_num_tokens(bits.shape[1])
-        for k, of_scale in enumerate(bits.bool().split(given.lengths, 1)):
-            feature_map, following = self.accumulate(of_scale, feature_map, k, next_input=next_input, schedule=schedule)
-            if following is not None:
-                inputs.append(following)
-        return feature_map, inputs
+        return super()._accumulated(tokens.bool(), schedule, **how)
 
-    @torch.no_grad()
-    def teacher_forcing(
+    def teacher_forcing(  # type: ignore[override]  # one argument more
         self, bits: torch.Tensor, next_input: str | None = None, *, schedule: ScaleSchedule | None = None
     ) -> torch.Tensor:
-        """Bits (B, L, d) to a transformer's inputs (B, L - n_1, d): for each scale after the first one, the feature map
-        of the scales before it, resampled to its grid. Bits of the first m scales give the inputs up to m.
+        """As `ScaleTokenizer.teacher_forcing`, of bits (B, L, d), bool or integers 0 and 1.
 
         Args:
-            bits: bool, or integers 0 and 1.
+            bits: of all scales, or of the first ones.
             next_input: "bilinear", as Infinity's sampler and training do, or "area", as its tokenizer does; the
                 config's by default.
             schedule: the grids; the config's by default.
         """
-        feature_map, inputs = self._accumulate(bits, next_input, schedule)
-        empty = feature_map.new_zeros(len(bits), 0, self.config.bits)
-        return torch.cat([empty, *inputs], 1)[:, : bits.shape[1] - (schedule or self.schedule).lengths[0]]
-
-    @torch.no_grad()
-    def feature_map(self, bits: torch.Tensor, *, schedule: ScaleSchedule | None = None) -> torch.Tensor:
-        """Bits (B, L, d), or those of the first m scales, to the accumulated feature map (B, c, h, w)."""
-        return self._accumulate(bits, None, schedule)[0]
-
-    @torch.no_grad()
-    def pyramid(self, bits: torch.Tensor, *, schedule: ScaleSchedule | None = None) -> torch.Tensor:
-        """Bits (B, L, d) to the prefix of a reference subject (B, L, d): the complete feature map, area-resampled to
-        every grid of the schedule."""
-        feature_map = self.feature_map(bits, schedule=schedule)
-        cells = self._cells(schedule)
-        rows = torch.cat([F.interpolate(feature_map, grid, mode="area").flatten(2).mT for grid in cells], 1)
-        return self._tokens(rows, cells).contiguous()
-
-    def decode_features(self, feature_map: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Feature map (B, c, h, w) to images (B, 3, H, W), not clamped.
-
-        Args:
-            feature_map: of all scales, or of the first ones.
-            dtype: bfloat16 or float16 to compute in it (by autocast: the weights stay as they are); None for the
-                weights' own.
-        """
-        own = self.decoder.conv_in.weight.dtype
-        low = dtype is not None and dtype.itemsize < own.itemsize
-        with torch.autocast(feature_map.device.type, dtype) if low else nullcontext():
-            return self.decoder(feature_map.to(own)).contiguous()
-
-    @torch.no_grad()
-    def decode(
-        self, bits: torch.Tensor, *, dtype: torch.dtype | None = None, schedule: ScaleSchedule | None = None
-    ) -> torch.Tensor:
-        """Bits (B, L, d), or those of the first m scales, to images (B, 3, H, W) in [-1, 1]; dtype: see
-        `decode_features`."""
-        return self.decode_features(self.feature_map(bits, schedule=schedule), dtype=dtype).clamp(-1, 1)
+        return super().teacher_forcing(bits, schedule=schedule, next_input=next_input)
 
     def forward(self, images: torch.Tensor, *, schedule: ScaleSchedule | None = None) -> TokenizerOutput:
         """The training pass: at each scale a straight-through gradient to the residual, normalised to length one.
@@ -307,12 +211,11 @@ class BSQTokenizer(PretrainedModel):
     # -- tokens of 2 x 2 cells ---------------------------------------------------------------------------------------
 
     def _cells(self, schedule: ScaleSchedule | None) -> ScaleSchedule:
-        """The grids of the feature map's cells."""
         schedule = schedule or self.schedule
         return ScaleSchedule([(2 * h, 2 * w) for h, w in schedule]) if self.config.patchify else schedule
 
     def _tokens(self, rows: torch.Tensor, cells: ScaleSchedule, first_scale: int = 0) -> torch.Tensor:
-        """Rows of cells (B, sum of cells, c) to rows of tokens (B, sum of n_k, d), from a scale on."""
+        """As in `ScaleTokenizer`, from a scale on."""
         if not self.config.patchify:
             return rows
         scales = range(first_scale, len(cells))

@@ -315,6 +315,7 @@ class Infinity(NextScaleModel[BSQTokenizer]):
         log_probs: bool = False,
         decode: bool = True,
         decode_dtype: torch.dtype | None = None,
+        decode_tile: int | None = None,
         graphs: bool | None = None,
     ) -> Generation:
         """Sample images for texts, or continue a state; the model is to be in evaluation mode.
@@ -344,6 +345,8 @@ class Infinity(NextScaleModel[BSQTokenizer]):
             decode: whether to decode the feature map to images.
             decode_dtype: what to decode in, see `BSQTokenizer.decode_features`; by default bfloat16 if that is the
                 dtype of the model's weights, else that of the tokenizer's.
+            decode_tile: decode in tiles of so many cells of the feature map a side, where memory is short, see
+                `BSQTokenizer.decode_features`; None for the whole picture at once.
             graphs: sample by a CUDA graph, see `VAR.generate`. Each tuple of lengths of texts has a graph of its own.
 
         Returns:
@@ -390,5 +393,6 @@ class Infinity(NextScaleModel[BSQTokenizer]):
             log_probs=log_probs,
             decode=decode,
             decode_dtype=decode_dtype,
+            decode_tile=decode_tile,
             graphs=graphs,
         )

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import nn
 
 from fastvar.models.kv_cache import KVCache
+from fastvar.models.scale_tokenizer import ScaleTokenizer
 from fastvar.models.text import TextKV
 from fastvar.models.var_block import Block, Modulations, Rope, attend_to_cache, attend_to_scales
 from fastvar.models.with_tokenizer import WithTokenizer
@@ -23,39 +24,7 @@ from fastvar.ops import PrefixKV, SampledTokens, adaptive_layer_norm, gated_resi
 from fastvar.ranges import Range
 from fastvar.schedule import ScaleSchedule
 
-
-class ScaleTokenizer(Protocol):
-    """A tokenizer over scales. Tokens are classes of a codebook (B, n) int64 or bits (B, n, d) bool; what follows is
-    the same for both."""
-
-    config: Any
-    schedule: ScaleSchedule
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to the tokens of all scales."""
-
-    def teacher_forcing(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens of the first m scales to a transformer's inputs (B, n, c)."""
-
-    def pyramid(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens to the prefix of a reference subject (B, L, c)."""
-
-    def empty_feature_map(self, batch: int, schedule: ScaleSchedule | None = None) -> torch.Tensor:
-        """The feature map (B, C, h, w) before the first scale."""
-
-    def accumulate(
-        self, tokens: torch.Tensor, feature_map: torch.Tensor, scale: int, *, schedule: ScaleSchedule | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The feature map with a scale's tokens, and the next scale's inputs (B, n, c)."""
-
-    def decode_features(self, feature_map: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Feature map to images (B, 3, H, W), not clamped."""
-
-    def sampled_with(self) -> tuple[list[nn.Module], list[torch.Tensor]]:
-        """The modules that sampling and decoding run, and weights that it reads besides."""
-
-
-Tokenizer = TypeVar("Tokenizer", bound=Any)  # a ScaleTokenizer and a PretrainedModel
+Tokenizer = TypeVar("Tokenizer", bound=ScaleTokenizer)
 
 
 class Positions(NamedTuple):

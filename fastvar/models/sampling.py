@@ -312,7 +312,7 @@ class ScaleOptions(NamedTuple):
         guidance, temperature, top_k, top_p: one a scale.
         stop: the scale to stop before.
         decode: whether to decode the feature map in one go with sampling.
-        decode_dtype: what to decode in.
+        decode_dtype, decode_tile: what to decode in, and in tiles of what size.
     """
 
     guidance: tuple[float, ...]
@@ -323,6 +323,7 @@ class ScaleOptions(NamedTuple):
     stop: int
     decode: bool
     decode_dtype: torch.dtype | None
+    decode_tile: int | None
 
 
 class Drawn(NamedTuple):
@@ -349,7 +350,7 @@ def draw(model: Model, start: Beginning | SamplingState, seeds: torch.Tensor, op
     """Sample to `options.stop` and decode; a state is carried on. Nothing waits for the device."""
     state = start.begun(model)
     sample_scales(model, state, seeds, options)
-    images = decoded(model, state.feature_map, options.decode_dtype) if options.decode else None
+    images = decoded(model, state.feature_map, options) if options.decode else None
     return Drawn(
         state.tokens,
         state.feature_map if images is None else None,
@@ -360,9 +361,9 @@ def draw(model: Model, start: Beginning | SamplingState, seeds: torch.Tensor, op
     )
 
 
-def decoded(model: Model, feature_map: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def decoded(model: Model, feature_map: torch.Tensor, options: ScaleOptions) -> torch.Tensor:
     """Feature map (B, C, h, w) to images (B, 3, H, W) in [0, 1]."""
-    images = model.tokenizer.decode_features(feature_map, dtype=dtype)
+    images = model.tokenizer.decode_features(feature_map, dtype=options.decode_dtype, tile=options.decode_tile)
     return images.float().clamp(-1, 1).add(1).mul(0.5)
 
 
@@ -444,6 +445,7 @@ def generate(
     log_probs: bool,
     decode: bool,
     decode_dtype: torch.dtype | None,
+    decode_tile: int | None,
     graphs: bool | None,
 ) -> Generation:
     """Sample images for prompts, or continue a state: the checks and the work of every model's `generate`, which says
@@ -491,6 +493,8 @@ def generate(
             raise ValueError(f"generate: guidance: expected {none:g}, the state was sampled without guidance")
         if log_probs and state.log_probs is None:
             raise ValueError("generate: log_probs: expected False, the state was sampled without log-probabilities")
+    if decode_tile is not None and decode_tile < 1:
+        raise ValueError(f"generate: decode_tile: expected at least 1, got {decode_tile}")
     if decode_dtype is None and model.head.weight.dtype == torch.bfloat16:
         decode_dtype = torch.bfloat16
     surveyed = None if graphs is False else _graphs.survey(model, must=graphs is True)
@@ -498,7 +502,7 @@ def generate(
     # the launches of many images are hidden behind their sampling, and their activations are large
     pixels = batch * math.prod(model.tokenizer.config.image_size_of(schedule))
     at_once = decode and (surveyed is None or pixels <= DECODED_AT_ONCE)
-    options = ScaleOptions(weights, temperatures, top_ks, top_ps, log_probs, stop, at_once, decode_dtype)
+    options = ScaleOptions(weights, temperatures, top_ks, top_ps, log_probs, stop, at_once, decode_dtype, decode_tile)
     seeds = sample_seeds(seed, batch, first_sample, model.device)
     if state is not None and not log_probs:  # all arguments were checked; those of a part of the tokens are of no use
         state.log_probs = state.sampled_log_probs = None
@@ -513,5 +517,5 @@ def generate(
     images = drawn.images
     if decode and images is None:
         assert drawn.feature_map is not None
-        images = decoded(model, drawn.feature_map, decode_dtype)
+        images = decoded(model, drawn.feature_map, options)
     return Generation(drawn.tokens, images, drawn.log_probs, drawn.sampled_log_probs, drawn.state)

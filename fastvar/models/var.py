@@ -352,6 +352,7 @@ class VAR(NextScaleModel[VQTokenizer]):
         log_probs: bool = False,
         decode: bool = True,
         decode_dtype: torch.dtype | None = None,
+        decode_tile: int | None = None,
         graphs: bool | None = None,
     ) -> Generation:
         """Sample images for labels, or continue a state; the model is to be in evaluation mode.
@@ -375,6 +376,8 @@ class VAR(NextScaleModel[VQTokenizer]):
             decode_dtype: what to decode in, see `VQTokenizer.decode_features`; by default bfloat16 if that is the dtype
                 of the model's weights, else that of the tokenizer's. Pictures decoded in bfloat16 differ a little from
                 those in float32, which torch.float32 gives with a tokenizer of float32 weights.
+            decode_tile: decode in tiles of so many cells of the feature map a side, where memory is short, see
+                `VQTokenizer.decode_features`; None for the whole picture at once.
             graphs: sample by a CUDA graph, which spares the launches of a few thousand small kernels an image; the
                 tokens are the same. None takes one where it can: on a GPU, in evaluation mode, from the second call
                 with the same shapes and options on; True takes one at once, or raises; False does not. See
@@ -400,5 +403,6 @@ class VAR(NextScaleModel[VQTokenizer]):
             log_probs=log_probs,
             decode=decode,
             decode_dtype=decode_dtype,
+            decode_tile=decode_tile,
             graphs=graphs,
         )

@@ -26,7 +26,7 @@ from tests.models.test_var_sampling import LABELS, SETTINGS
 
 generate = VAR.generate
 without = partial(generate, graphs=False)
-OPTIONS = ScaleOptions((0.0,) * 3, (1.0,) * 3, (0,) * 3, (1.0,) * 3, False, 3, True, None)
+OPTIONS = ScaleOptions((0.0,) * 3, (1.0,) * 3, (0,) * 3, (1.0,) * 3, False, 3, True, None, None)
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ INFINITY: dict[str, dict[str, Any]] = {
     "plain": {},
     "guided": {"guidance": [3.0, 1.0, 2.0], "temperature": [1.0, 0.5, 2.0], "top_p": 0.9},
     "guided hidden states": {"guidance": 3.0, "guidance_layer": 1, "negative": some_texts((1, 2, 6, 3))},
-    "another schedule": {"schedule": ScaleSchedule(((1, 1), (1, 2), (2, 5)))},
+    "another schedule": {"schedule": ScaleSchedule(((1, 1), (1, 2), (2, 5))), "decode_tile": 2},
     "subject": {"guidance": 2.0},
 }
 

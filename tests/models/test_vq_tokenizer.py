@@ -67,6 +67,19 @@ def test_tokens_of_the_first_scales() -> None:
         tokenizer.decode(tokens[:, :6])
 
 
+def test_another_schedule() -> None:
+    """As the tokenizer of these grids with the same weights, whose number of scales decides who shares a phi."""
+    tokenizer, other = tiny_tokenizer(SQUARES), tiny_tokenizer(((1, 2), (1, 3), (2, 3), (3, 5)))
+    schedule = other.schedule
+    images = some_images(other, 2)
+    found, expected = tokenizer.quantize(images, schedule=schedule), other.quantize(images)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    tokens = found.tokens
+    assert torch.equal(tokenizer.decode(tokens, schedule=schedule), other.decode(tokens))
+    assert torch.equal(tokenizer.pyramid(tokens, schedule=schedule), other.pyramid(tokens))
+    torch.testing.assert_close(tokenizer.teacher_forcing(tokens, schedule=schedule), other.teacher_forcing(tokens))
+
+
 def test_pyramid_is_the_complete_feature_map_at_every_scale() -> None:
     tokenizer = tiny_tokenizer()
     tokens = some_tokens(tokenizer, 2)
