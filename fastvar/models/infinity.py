@@ -238,10 +238,10 @@ class Infinity(NextScaleModel[BSQTokenizer]):
             packed = torch.where(dropped[text, None], self.null_text[place], features.packed)
             features = features._replace(packed=packed)
         condition, modulations = self.read(features)
-        positions = self.token_positions(whole).part(0, visible.num_tokens)
+        positions = self.token_positions(whole)
         x = self.embed(condition, inputs, 0, positions.added)
         prefix = None if subject is None else self.prefill(subject, keep, schedule=whole)
-        return self.through(x, modulations, visible, rope=positions.rope, prefix=prefix)
+        return self.through(x, modulations, visible, rope=positions.rope_of(0, visible.num_tokens), prefix=prefix)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, n, C) to difference logits (B, n, d), float32 at least."""
