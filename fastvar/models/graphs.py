@@ -1,8 +1,9 @@
-"""Sampling by CUDA graphs: a call is captured once and replayed for other labels, subjects and seeds.
+"""Sampling by CUDA graphs: a call is captured once and replayed for other prompts, subjects and seeds.
 
-What is captured apart: shapes, dtypes, the options of sampling (guidance, temperature, truncation, where to stop, what
-to decode), the mode and adapters of each module, and PyTorch's settings of precision. A call of a kind that was not
-seen before runs without a graph; the second one is captured, so that what is called once costs nothing more.
+What is captured apart: shapes, dtypes, lengths of texts, the options of sampling (guidance, temperature, truncation,
+where to stop, what to decode), the mode and adapters of each module, and PyTorch's settings of precision. A call of a
+kind that was not seen before runs without a graph; the second one is captured, so that what is called once costs
+nothing more.
 
 A graph works on memory of its own: what a call starts from is copied there, what it ends with is copied out. Weights
 are read where they are, so that training goes on between calls; a model whose weights moved is captured again. Graphs

@@ -1,8 +1,8 @@
 """What sampling, training and reinforcement learning need of a next-scale model, and what such models have in common.
 
-`NextScaleModel` is the one protocol: whoever draws, scores or trains asks a model for nothing else, and for no class of
-its own. A model says what its prompts, positions, tokens and guidance are; its two streams, its way through the blocks
-and its subject's prefix are the same for all.
+`NextScaleModel` is the one protocol: whoever draws or evaluates asks a model for nothing else. A model says what its
+prompts, positions, tokens and guidance are; its two streams, its way through the blocks and its subject's prefix are
+the same for all.
 """
 
 from __future__ import annotations
