@@ -470,6 +470,11 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
         ("(step * self.world_size + self.rank)", "step", "training/test_batches.py::test_processes_share_a_step"),
         (
+            "done = chosen[: self.first_step].bincount(minlength=len(counts)).tolist()",
+            "done = [0] * len(counts)",
+            "training/test_batches.py::test_buckets_of_later_steps_and_of_several_processes",
+        ),
+        (
             "with seeded(self.seed, position)",
             "with seeded(self.seed, index)",
             "training/test_batches.py::test_augmentation_depends_on_the_position_alone",
@@ -479,6 +484,46 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "",
             "training/test_batches.py::test_drawing_items_leaves_the_random_states_alone",
         ),
+    ],
+    "fastvar/training/infinity_task.py": [
+        (
+            "seed=int(torch.randint(2**31, ()))",
+            "seed=0",
+            "training/test_infinity_task.py::test_flips_and_dropped_texts",
+        ),
+        (
+            ", scales=self.flip_scales",
+            "",
+            "training/test_infinity_task.py::test_flips_and_dropped_texts",
+        ),
+        (
+            " if self.weighted else None",
+            "",
+            "training/test_infinity_task.py::test_equals_the_definition[False]",
+        ),
+        (
+            "            check(dataset.texts)\n",
+            "            pass\n",
+            "training/test_infinity_task.py::test_ratios_in_buckets",
+        ),
+    ],
+    "fastvar/cli/infinity.py": [
+        (
+            "net.gradient_checkpointing = options.gradient_checkpointing",
+            "pass",
+            "test_cli_infinity.py::test_handwriting",
+        ),
+        (", flip_strength=options.flip_strength", "", "test_cli_infinity.py::test_handwriting"),
+    ],
+    "fastvar/models/encoded_texts.py": [
+        (
+            'found.packed.to("cpu", encoder.dtype)',
+            'found.packed.to("cpu", torch.bfloat16)',
+            "models/test_encoded_texts.py::test_t5_in_its_own_dtype",
+        ),
+    ],
+    "fastvar/data/text_images.py": [
+        ("margin=1.0", "margin=1.125", "data/test_text_images.py::test_an_image_fills_its_size"),
     ],
     "fastvar/training/var_task.py": [
         (

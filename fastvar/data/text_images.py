@@ -168,7 +168,8 @@ def _in_tar(path: Path) -> Iterator[TextImage | BadItem]:
 class TextImages(Dataset[dict[str, Any]]):
     """Images with texts, each resized to the size whose ratio of height to width is nearest to its own.
 
-    An image is resized (bicubic, antialiased) until it covers that size and cropped at the centre. For training,
+    An image is resized (bicubic, antialiased) until it covers that size and cropped at the centre. At the start all
+    texts are read, and of each picture the head, which says how large it is. For training,
     `fastvar.training` draws batches of one size each by `buckets`.
 
     Args:

@@ -106,9 +106,8 @@ def _run(config: DemoConfig, shape: InfinityConfig) -> dict[str, Any]:
     def picture(averaged: Infinity) -> Any:
         return image_grid(draw(averaged, every_number(DIGITS, 32), guided), 8, zoom=2)
 
-    model = going_on(
-        train, InfinityTask(net, picture), scenes, train_config(config, config.var_steps), output / MODEL
-    ).model
+    infinity = InfinityTask(net, picture, flip_strength=0.1)
+    model = going_on(train, infinity, scenes, train_config(config, config.var_steps), output / MODEL).model
 
     say("stage 3 of 3: drawing and reading samples, and the report")
     start, numbers = time.perf_counter(), every_number(DIGITS, config.samples)

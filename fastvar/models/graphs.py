@@ -1,8 +1,9 @@
-"""Sampling by CUDA graphs: a call is captured once and replayed for other labels, subjects and seeds.
+"""Sampling by CUDA graphs: a call is captured once and replayed for other prompts, subjects and seeds.
 
-What is captured apart: shapes, dtypes, the options of sampling (guidance, temperature, truncation, where to stop, what
-to decode), the mode and adapters of each module, and PyTorch's settings of precision. A call of a kind that was not
-seen before runs without a graph; the second one is captured, so that what is called once costs nothing more.
+What is captured apart: shapes, dtypes, lengths of texts, the options of sampling (guidance, temperature, truncation,
+where to stop, what to decode), the mode and adapters of each module, and PyTorch's settings of precision. A call of a
+kind that was not seen before runs without a graph; the second one is captured, so that what is called once costs
+nothing more.
 
 A graph works on memory of its own: what a call starts from is copied there, what it ends with is copied out. Weights
 are read where they are, so that training goes on between calls; a model whose weights moved is captured again. Graphs
@@ -25,7 +26,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,7 +36,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastvar.models.next_scale import NextScaleModel
 from fastvar.ops import _checks
-from fastvar.schedule import ScaleSchedule
 
 KEPT = 16
 MEMORY = 0.15
@@ -43,6 +43,9 @@ SEEN = 256  # kinds of calls that are remembered, of a model
 CAPTURES = 2  # of a kind of calls, unasked: those that drive out each other would be captured at every call
 Pool = Any  # what torch.cuda.graph_pool_handle answers
 Model = NextScaleModel[Any]
+Start = Any  # a `Beginning` or a `SamplingState` of `fastvar.models.sampling`, which knows graphs, not they it
+Options = Any  # its `ScaleOptions`
+Draw = Callable[[Model, Start, torch.Tensor, Options], Any]  # its `draw`; what that answers has a `map` too
 _T = TypeVar("_T")
 
 logger = logging.getLogger("fastvar")
@@ -229,34 +232,6 @@ def looked_at(roots: Sequence[nn.Module], *, training: bool = False) -> Survey |
 
 def runs_on(device: torch.device) -> bool:
     return device.type == "cuda"
-
-
-class Start(Protocol):
-    """What a call starts from: prompts, or a state that it carries on. `map` gives one of a function of each tensor,
-    always in the same order; `kind` is what decides, besides shapes, what is done with it."""
-
-    @property
-    def schedule(self) -> ScaleSchedule: ...
-    @property
-    def scale(self) -> int: ...
-    @property
-    def batch(self) -> int: ...
-    @property
-    def guided(self) -> bool: ...
-    @property
-    def kind(self) -> Hashable: ...
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Any: ...
-
-
-class Options(Protocol):
-    """How scales are sampled; hashable."""
-
-    @property
-    def stop(self) -> int:
-        """The scale to stop before."""
-
-
-Draw = Callable[[Any, Any, torch.Tensor, Any], Any]  # of a model, a start, seeds and options; answers what has a `map`
 
 
 def replay(

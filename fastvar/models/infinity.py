@@ -238,10 +238,10 @@ class Infinity(NextScaleModel[BSQTokenizer]):
             packed = torch.where(dropped[text, None], self.null_text[place], features.packed)
             features = features._replace(packed=packed)
         condition, modulations = self.read(features)
-        positions = self.token_positions(whole).part(0, visible.num_tokens)
+        positions = self.token_positions(whole)
         x = self.embed(condition, inputs, 0, positions.added)
         prefix = None if subject is None else self.prefill(subject, keep, schedule=whole)
-        return self.through(x, modulations, visible, rope=positions.rope, prefix=prefix)
+        return self.through(x, modulations, visible, rope=positions.rope_of(0, visible.num_tokens), prefix=prefix)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, n, C) to difference logits (B, n, d), float32 at least."""
@@ -334,20 +334,10 @@ class Infinity(NextScaleModel[BSQTokenizer]):
             temperature: divides the logits, one number or one a scale: Infinity's `tau`.
             top_k, top_p: see `fastvar.ops.sample_bits`, one number or one a scale; of a bit any top_k above 1 keeps
                 both values, as 0 does.
-            seed: of the run. Sample i depends on (seed, first_sample + i) and its text, not on the batch it is in.
-            first_sample: index of the first sample, to draw a large set in several batches.
             schedule: the grids, see `fastvar.schedule.infinity_schedule`; the config's by default.
-            stop: stop before this scale (1 to K); the state continues from there. K by default.
-            state: continue this state instead of starting from texts; it is consumed (fork it to keep it). Guidance can
-                only be kept if it was on before.
-            log_probs: also return log-probabilities of the tokens drawn; with a state only if it has them for its
-                tokens. Where guidance mixes hidden states, the model's own distribution is that of the mixture.
-            decode: whether to decode the feature map to images.
-            decode_dtype: what to decode in, see `BSQTokenizer.decode_features`; by default bfloat16 if that is the
-                dtype of the model's weights, else that of the tokenizer's.
-            decode_tile: decode in tiles of so many cells of the feature map a side, where memory is short, see
-                `BSQTokenizer.decode_features`; None for the whole picture at once.
-            graphs: sample by a CUDA graph, see `VAR.generate`. Each tuple of lengths of texts has a graph of its own.
+            log_probs: as `VAR.generate` has it; where guidance mixes hidden states, of the mixture.
+            graphs: as `VAR.generate` has it. Each tuple of lengths of texts has a graph of its own.
+            seed, first_sample, stop, state, decode, decode_dtype, decode_tile: as `VAR.generate` has them.
 
         Returns:
             tokens (B, L', d) bool, images (B, 3, H, W) in [0, 1], log-probabilities (B, L') of tokens, summed over

@@ -1,8 +1,8 @@
 """What sampling, training and reinforcement learning need of a next-scale model, and what such models have in common.
 
-`NextScaleModel` is the one protocol: whoever draws, scores or trains asks a model for nothing else, and for no class of
-its own. A model says what its prompts, positions, tokens and guidance are; its two streams, its way through the blocks
-and its subject's prefix are the same for all.
+`NextScaleModel` is the one protocol: whoever draws or evaluates asks a model for nothing else. A model says what its
+prompts, positions, tokens and guidance are; its two streams, its way through the blocks and its subject's prefix are
+the same for all.
 """
 
 from __future__ import annotations
@@ -38,10 +38,9 @@ class Positions(NamedTuple):
     added: torch.Tensor
     rope: Rope | None
 
-    def part(self, start: int, end: int) -> Positions:
-        """Those of tokens start : end."""
-        rope = None if self.rope is None else (self.rope[0][start:end], self.rope[1][start:end])
-        return Positions(self.added[start:end], rope)
+    def rope_of(self, start: int, end: int) -> Rope | None:
+        """The tables of tokens start : end."""
+        return None if self.rope is None else (self.rope[0][start:end], self.rope[1][start:end])
 
 
 class Mixture(NamedTuple):
@@ -189,19 +188,19 @@ class NextScaleModel(WithTokenizer[Tokenizer]):
         Returns:
             (R, n, C), or with a mixture (R / 2, n, C).
         """
-        eps = self.config.norm_eps
-        h = adaptive_layer_norm(x, *modulations.norm(0), eps=eps)
-        told = modulations
+        eps, told, (gates, norms) = self.config.norm_eps, modulations, modulations.gates_and_norms()
+        h = adaptive_layer_norm(x, *norms[0], eps=eps)
         for i, block in enumerate(self.blocks):
             modulation, bias = told.blocks[i], told.biases[i]
             text = told.texts[i] if told.texts else None
             attend = attend_to_cache(cache, i, len(x), position, end, rope)
             x, h = block.mix(x, h, modulation, attend, bias, text)
-            x, h = gated_residual_norm(x, h, modulation[:, 1], *told.norm(i + 1), eps=eps)
+            x, h = gated_residual_norm(x, h, gates[i], *norms[i + 1], eps=eps)
             if mixture is not None and i == mixture.after:  # nothing of unconditional rows reaches the tokens any more
                 x = mixture.of(x)
                 told = modulations.map(lambda rows: rows[: len(rows) // 2])
-                h = adaptive_layer_norm(x, *told.norm(i + 1), eps=eps)
+                gates, norms = told.gates_and_norms()
+                h = adaptive_layer_norm(x, *norms[i + 1], eps=eps)
         cache.length = end
         return h
 

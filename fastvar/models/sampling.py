@@ -396,7 +396,7 @@ def sample_scales(model: Model, state: SamplingState, seeds: torch.Tensor, optio
                 state.cache,
                 position=state.cached,
                 end=state.cached + schedule.lengths[k],
-                rope=positions.part(start, end).rope,
+                rope=positions.rope_of(start, end),
                 mixture=mixture,
             )
             logits = model.logits(hidden if guidance != model.no_guidance else hidden[:batch])

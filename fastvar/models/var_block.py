@@ -60,11 +60,12 @@ class Modulations(NamedTuple):
         texts: Sequence[TextKV | None] = self.texts or [None] * len(self.blocks)
         return zip(self.blocks, self.biases, texts, strict=True)
 
-    def norm(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and shift (B, C) of the norm that a block begins with, or of the head's after the last one."""
-        if block == len(self.blocks):
-            return self.head[:, 0], self.head[:, 1]
-        return self.blocks[block][:, 2], self.blocks[block][:, 4]
+    def gates_and_norms(self) -> tuple[list[torch.Tensor], list[tuple[torch.Tensor, ...]]]:
+        """Each block's last gate (B, C), and scale and shift (B, C) of the norm that each block begins with and of the
+        head's."""
+        rows = [block.unbind(1) for block in self.blocks]
+        norms = [(scale, shift) for _, _, scale, _, shift, *_ in rows]
+        return [row[1] for row in rows], [*norms, self.head.unbind(1)]
 
 
 class Block(nn.Module):

@@ -85,7 +85,7 @@ def test_the_prefix_has_the_positions_of_its_own_grids() -> None:
     for schedule in (net.schedule, ScaleSchedule(((1, 1), (1, 2), (3, 4)))):
         subject = torch.randn(2, schedule.num_tokens, 8)
         block, told = net.blocks[0], net._subject_modulations(2)
-        scale, shift = told.norm(0)
+        scale, shift = told.gates_and_norms()[1][0]
         x = net.code_embed(subject) + net.scale_embed(torch.tensor(schedule.scale_of_token)) + net.subject_embed
         h = torch.nn.functional.layer_norm(x, x.shape[2:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
         q, k, v = block.project(h)
