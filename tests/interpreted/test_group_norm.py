@@ -24,7 +24,7 @@ def test_an_outlier(row: int, size: int) -> None:
     check(group_norm_silu, arguments(x), NAMES)
 
 
-@pytest.mark.parametrize("length", [1, 33, 4097])
+@pytest.mark.parametrize("length", [1, 33, 1030])  # up to five parts
 def test_large_means_and_parts_that_differ(length: int) -> None:
     x = noise(2, length, 12)
     check(group_norm_silu, arguments(x + 1000), NAMES)

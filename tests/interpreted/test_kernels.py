@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from fastvar.kernels.cached_attention import impl_triton
 from triton.runtime.errors import InterpreterError
 
 from fastvar import ScaleSchedule, ops
@@ -137,7 +138,7 @@ def test_attention_over_several_tiles(grids: tuple[int, ...], dim: int, block_di
 @pytest.mark.parametrize("lengths", [None, (0, 70), (33, 64), (1, 32)])
 def test_attention_to_a_ragged_prefix(lengths: tuple[int, int] | None) -> None:
     """What stands behind a prefix's length is never read."""
-    arguments = attention((1, 2, 6), 2, 16, group=2, prefix=70)
+    arguments = attention((1, 2, 6), 1, 16, group=2, prefix=70)
     if lengths is not None:
         arguments["lengths"] = torch.tensor(lengths)
         for name in ("prefix_k", "prefix_v"):
@@ -155,21 +156,22 @@ def test_attention_to_a_ragged_prefix(lengths: tuple[int, int] | None) -> None:
 
 def cached(n: int, samples: int = 4) -> dict[str, Any]:
     """A prefix longer than a program takes, shared by two samples, a trunk for two forks, and own keys."""
-    cache = noise(4, 600, 2, 1, 16)[:samples]
+    cache = noise(4, 90, 2, 1, 16)[:samples]
     trunk = noise(2, 40, 2, 1, 16, seed=1)[: samples // 2]
-    prefix = noise(2, 530, 2, 1, 16, seed=2)[: samples // 2]
-    lengths = torch.tensor([530, 0])[: samples // 2]
+    prefix = noise(2, 70, 2, 1, 16, seed=2)[: samples // 2]
+    lengths = torch.tensor([70, 0])[: samples // 2]
     return {
         "q": 2 * noise(4, 90, 1, 16)[:samples, :n],
-        "k": cache[:, :540, 0],
-        "v": cache[:, :540, 1],
+        "k": cache[:, :80, 0],
+        "v": cache[:, :80, 1],
         "prefix": ops.PrefixKV(prefix[:, :, 0], prefix[:, :, 1], lengths),
         "trunk": ops.PrefixKV(trunk[:, :, 0], trunk[:, :, 1]),
     }
 
 
 @pytest.mark.parametrize("n", [1, 5, 70])
-def test_cached_attention_of_few_and_many_queries(n: int) -> None:
+def test_cached_attention_of_few_and_many_queries(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(impl_triton, "SPLIT", 64)
     check(ops.cached_attention, cached(n), ())
     alone = {"prefix": None, "trunk": None}
     check(ops.cached_attention, cached(n) | alone, ())

@@ -12,12 +12,14 @@ from fastvar.tuning import Tuner, load_tables
 from fastvar.workloads import Shape, tensors, workloads
 
 CPU = torch.device("cpu")
-SHAPES = (Shape("tiny", "1,2", 2, 1, 16, vocab_size=32), Shape("turned", "1,2", 2, 1, 16, rope=True))
+SHAPES = (Shape("tiny", "1,1", 2, 1, 16, vocab_size=32),)
 
 
 def test_every_table_is_asked() -> None:
     tuner, asked = Tuner(Card("", "sm90", SHARED["sm90"]), lambda call: 0.0), set()
     for workload in workloads(SHAPES):
+        if workload.name.endswith("forward"):  # there is one that trains, too
+            continue
         call = workload.build(CPU, torch.float32, "triton")
         asked |= {table.name for table, _ in tuner._asked(call)}
     assert asked == {name for name, table in load_tables().items() if table.candidates}
@@ -38,7 +40,7 @@ def test_a_kernel_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     lines: list[str] = []
     card = Card("Interpreter", "sm90", SHARED["sm90"])
-    (workload,) = (w for w in workloads(SHAPES[:1]) if w.op == "qk_norm_rope" and w.name.endswith("forward"))
+    (workload,) = (w for w in workloads(SHAPES) if w.op == "qk_norm_rope" and w.name.endswith("forward"))
     call = workload.build(CPU, torch.float32, "triton")
     before = tensors(call())
     assert Tuner(card, measure, report=lines.append).run([(workload.name, lambda: call)]) == 1
