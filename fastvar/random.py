@@ -1,6 +1,10 @@
-"""Counter-based random numbers: the same (seed, stream, counter) gives the same number on any device, in any batch."""
+"""Counter-based random numbers: the same (seed, stream, counter) gives the same number on any device, in any batch; and
+the seeds that follow from the seed of a run."""
 
 from __future__ import annotations
+
+import hashlib
+import json
 
 import torch
 
@@ -8,6 +12,24 @@ _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+
+
+def derive(seed: int, *purpose: str | int) -> int:
+    """The seed for one purpose of a run, such as derive(seed, "rollout", 3) for its fourth rollout.
+
+    Other words or numbers, or another seed, give a seed that has nothing to do with it, where sums of seeds and numbers
+    would meet: seed 1 and number 0, seed 0 and number 1.
+
+    Args:
+        seed: of the run.
+        purpose: words and numbers that name it.
+
+    Returns:
+        The first eight bytes of the SHA-256 of the JSON list of all arguments, as a big-endian number, modulo 2^31 - 1:
+        from 0 to 2^31 - 2, which all generators take.
+    """
+    digest = hashlib.sha256(json.dumps([seed, *purpose]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") % (2**31 - 1)
 
 
 def philox(seed: torch.Tensor, stream: torch.Tensor, counter: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -220,14 +220,19 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
         ("            self.ema.update(self.policy)\n", "", "rl/test_wiring.py::test_optimizer_of_the_trainer"),
         (
-            "config.seed * 1_000_003 + iteration",
-            "config.seed * 1_000_003",
+            '"prompts", iteration',
+            '"prompts"',
             "rl/test_wiring.py::test_every_iteration_and_seed_draws_anew",
         ),
         (
-            "config.seed * 1_000_003 + iteration",
-            "iteration",
-            "rl/test_wiring.py::test_every_iteration_and_seed_draws_anew",
+            'derive(config.seed, "rollout", iteration)',
+            'derive(config.seed, "rollout")',
+            "rl/test_wiring.py::test_a_prompt_that_comes_again_is_drawn_anew",
+        ),
+        (
+            'derive(config.seed, "rollout", iteration)',
+            'derive(0, "rollout", iteration)',
+            "rl/test_wiring.py::test_a_prompt_that_comes_again_is_drawn_anew",
         ),
         (
             "        if config.filter_groups:\n",
@@ -436,8 +441,8 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     ],
     "fastvar/training/batches.py": [
         (
-            "self.seed * 1_000_003 + epoch",
-            "self.seed * 1_000_003",
+            '"epoch", epoch',
+            '"epoch"',
             "training/test_batches.py::test_every_epoch_draws_every_item_once",
         ),
         ("(step * self.world_size + self.rank)", "step", "training/test_batches.py::test_processes_share_a_step"),

@@ -1,11 +1,13 @@
-"""Philox against its published answers, and the promises of `uniform`."""
+"""Philox against its published answers, the promises of `uniform`, and seeds that follow from seeds."""
 
 from __future__ import annotations
+
+import hashlib
 
 import pytest
 import torch
 
-from fastvar.random import philox, uniform
+from fastvar.random import derive, philox, uniform
 
 
 def word(low: int, high: int) -> torch.Tensor:
@@ -68,3 +70,11 @@ def test_wrong_dtype() -> None:
     zero = torch.tensor(0)
     with pytest.raises(ValueError, match=r"philox: counter: expected int64, got torch\.int32"):
         uniform(zero, zero, zero.int())
+
+
+def test_seeds_for_purposes() -> None:
+    """They are those of the definition, and no two of them are alike."""
+    digest = hashlib.sha256(b'[7, "rollout", 3]').digest()
+    assert derive(7, "rollout", 3) == int.from_bytes(digest[:8], "big") % (2**31 - 1)
+    seeds = [derive(seed, word, i) for seed in range(10) for word in ("rollout", "prompts") for i in range(50)]
+    assert len({*seeds, derive(0), derive(0, "rollout")}) == len(seeds) + 2

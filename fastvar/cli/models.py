@@ -11,6 +11,7 @@ from fastvar.cli.outputs import output_file, output_folder, say
 from fastvar.cli.sources import DataOptions, examples
 from fastvar.evaluation import SamplingOptions
 from fastvar.models.var_config import SUBJECTS
+from fastvar.random import derive
 from fastvar.ranges import Count, OneOf, Positive, Range, Share
 from fastvar.training.loop import TrainConfig
 
@@ -71,7 +72,7 @@ class TrainTokenizer:
         dataset = self.data.load(config.image_size, train=True, seed=self.train.seed)
         held_out = self.data.load(config.image_size, train=False, seed=self.train.seed)
         examples = torch.stack([held_out[i]["image"] for i in range(min(8, len(held_out)))])
-        torch.manual_seed(self.train.seed)
+        torch.manual_seed(derive(self.train.seed, "weights"))
         result = train(TokenizerTask(VQTokenizer(config), examples), dataset, self.train, self.output)
         say(f"tokenizer: {result.output / 'model'} ({result.steps_run} steps, {result.seconds:.0f} s)")
 
@@ -127,7 +128,7 @@ class Train:
                 f"train: start: expected a model of {dataset.num_classes} classes, as {self.data.data} has, "
                 f"got {start.config.num_classes}"
             )
-        torch.manual_seed(self.train.seed)
+        torch.manual_seed(derive(self.train.seed, "weights"))
         if start is not None:
             model = start
             model.tokenizer = tokenizer

@@ -19,6 +19,7 @@ from fastvar.handwriting.report import write_report
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.pictures import image_grid
 from fastvar.provenance import provenance
+from fastvar.random import derive
 from fastvar.ranges import Count, CountOrNone, OneOf, Range, Seed, check_fields
 from fastvar.rl import Evaluation, PolicyLossOptions, Prompts, RLConfig, RolloutOptions, VMRGRPOTrainer, evaluate_policy
 from fastvar.rl.rewards import OCRReward, RewardSum
@@ -259,7 +260,7 @@ def _train_config(config: DemoConfig, steps: int, **changes: Any) -> TrainConfig
 def _train_tokenizer(
     config: DemoConfig, scenes: HandwritingScenes, held_out: HandwritingScenes
 ) -> TrainResult[VQTokenizer]:
-    torch.manual_seed(config.seed)
+    torch.manual_seed(derive(config.seed, "weights"))
     task = TokenizerTask(
         VQTokenizer(tokenizer_config(config)), held_out.batch(list(range(min(8, len(held_out)))))["image"]
     )
@@ -270,7 +271,7 @@ def _train_tokenizer(
 def _train_var(
     config: DemoConfig, model: VAR, tokens: TokenDataset, held_out: HandwritingScenes, name: str
 ) -> TrainResult[VAR]:
-    torch.manual_seed(config.seed)
+    torch.manual_seed(derive(config.seed, "weights"))
     with_subject = model.config.subject != "none"
     options = _train_config(config, config.subject_steps if with_subject else config.var_steps)
     shown = held_out.batch(list(range(min(32, len(held_out)))))

@@ -26,6 +26,7 @@ from fastvar.schedule import ScaleSchedule
 from fastvar.statistics import centred
 
 NORMALISATIONS = ("group", "batch", "none")
+SPREAD_FLOOR = 1e-4
 PANW_NORMALISATIONS = ("per_segment", "per_scale", "none")
 RATIO_LEVELS = ("token", "scale", "sample")
 KL_ESTIMATORS = ("exact", "k2", "k3")
@@ -130,7 +131,7 @@ _LOSS = Operator(
 
 
 def group_advantages(
-    rewards: torch.Tensor, group_size: int, *, normalise: str = "group", spread_floor: float = 1e-4
+    rewards: torch.Tensor, group_size: int, *, normalise: str = "group", spread_floor: float = SPREAD_FLOOR
 ) -> torch.Tensor:
     """Advantages of samples within their groups: (R_b - mean of the group) / (spread + spread_floor).
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastvar.installation import install_command
+from fastvar.random import derive
 
 if TYPE_CHECKING:
     from fastvar.models import VAR
@@ -48,7 +49,7 @@ def add_adapters(
     var.requires_grad_(False)
     options = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=list(targets))
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(derive(seed, "adapters"))
         inject_adapter_in_model(options, var)
     return var
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from fastvar.ops import PolicyLossOptions
-from fastvar.ops.policy_loss import NORMALISATIONS
+from fastvar.ops.policy_loss import NORMALISATIONS, SPREAD_FLOOR
 from fastvar.ranges import (
     Count,
     CountOrNone,
@@ -47,7 +47,7 @@ class RLConfig:
     normalise: Annotated[str, OneOf(*NORMALISATIONS)] = "group"
     """What advantages are divided by: the standard deviation of the returns of a "group" or of the whole "batch", or
     "none", nothing. TRL: scale_rewards."""
-    spread_floor: NotNegative = 1e-4
+    spread_floor: NotNegative = SPREAD_FLOOR
     """Added to that standard deviation, so that returns which hardly differ are not blown up."""
     middle: CountOrNone = 2
     """m: scales before it are the coarse segment; 0 trains all scales at once."""

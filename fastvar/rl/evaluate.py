@@ -16,7 +16,7 @@ from fastvar.rl.rewards import RewardSum
 from fastvar.rl.rollout import Rollout, RolloutOptions, roll_out
 
 PER_PROMPT = 4
-SEED = 2**31 - 3  # rollouts of training draw other seeds
+SEED = 2**31 - 3  # of every run, so that their evaluations can be compared
 
 
 class Evaluation(NamedTuple):

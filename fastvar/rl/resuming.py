@@ -53,7 +53,7 @@ def begin(
     """
     step = checkpoints.newest() if config.resume else None
     if step is not None:
-        check_same_settings(output / "settings.json", settings, free=MAY_CHANGE)
+        check_same_settings(output / "settings.json", settings, may_change=MAY_CHANGE)
         check_enough_steps("iterations", config.iterations, step, output)
         checkpoints.load(step)
         if processes.main and step == 0:  # stopped before the first step: its first evaluation is made again

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from fastvar.models import VAR, SamplingState
+from fastvar.random import derive
 from fastvar.ranges import Count, CountOrNone, Guidance, ShareAboveZero, Temperature, check_fields
 from fastvar.rl.prompts import Prompts, subject_of
 from fastvar.rl.rows import taken
@@ -167,7 +168,7 @@ class _Artist:
     def go_on(self, drawn: _Drawn, times: int, first_row: int) -> _Drawn:
         """`times` continuations of every row, to the end; nothing of what they share is computed or kept twice."""
         assert drawn.state is not None
-        return self._draw(None, drawn.state.fork(times), None, self.seed + 1, first_row, None)
+        return self._draw(None, drawn.state.fork(times), None, derive(self.seed, "continuations"), first_row, None)
 
     def _draw(
         self,

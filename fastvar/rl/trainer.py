@@ -12,6 +12,7 @@ import torch
 
 from fastvar.models import VAR
 from fastvar.ops import PolicyLoss, group_advantages
+from fastvar.random import derive
 from fastvar.rl.adapters import has_adapters, plain
 from fastvar.rl.agreement import check_agreement
 from fastvar.rl.config import RLConfig
@@ -238,9 +239,8 @@ class VMRGRPOTrainer:
     def roll_out(self, iteration: int) -> Rollout:
         """This process's rows of an iteration's rollout; it follows from the seed, the iteration and the weights."""
         config = self.config
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration)
+        generator = torch.Generator().manual_seed(derive(config.seed, "prompts", iteration))
         chosen = torch.randint(len(self.prompts), (config.prompts,), generator=generator).tolist()
-        seed = int(torch.randint(2**31 - 2, (1,), generator=generator))
         with self._autocast(), torch.no_grad():
             return self.model(
                 roll_out,
@@ -249,7 +249,7 @@ class VMRGRPOTrainer:
                 group_size=config.group_size,
                 middle=config.middle,
                 continuations=config.continuations,
-                seed=seed,
+                seed=derive(config.seed, "rollout", iteration),
                 options=config.rollout,
                 rows=self.processes.share(config.prompts * config.group_size),
             )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fastvar.random import derive
 from fastvar.training.interrupts import outlive_the_first_signal
 
 
@@ -55,7 +56,7 @@ class StepSampler:
             for position in range(first, first + self.batch_size):
                 if position // self.length != epoch:
                     epoch = position // self.length
-                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    generator = torch.Generator().manual_seed(derive(self.seed, "epoch", epoch))
                     permutation = torch.randperm(self.length, generator=generator)
                 pairs.append((position, int(permutation[position % self.length])))
             yield pairs
@@ -65,12 +66,12 @@ class StepSampler:
 def seeded(seed: int, position: int) -> Iterator[None]:
     """The random states that transforms draw from (torch's on the CPU, NumPy's, Python's) follow from two numbers
     alone inside, and are as before afterwards."""
-    key = seed * 1_000_003 + position
+    key = derive(seed, "position", position)
     before = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key)
         random.seed(key)
-        np.random.seed([key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF])
+        np.random.seed(key)
         try:
             yield
         finally:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from fastvar.files import json_text
 from fastvar.pictures import save_picture
+from fastvar.random import derive
 from fastvar.ranges import (
     Count,
     CountOrNone,
@@ -230,7 +231,7 @@ def train(task: Task[_Model], dataset: Any, config: TrainConfig, output: Path) -
     check_alone("TrainConfig: graphs", config.graphs, accelerator)
     if config.graphs and not hasattr(task, "tensors"):
         raise ValueError(f"TrainConfig: graphs: expected False, as {type(task).__name__} has no `tensors`, got True")
-    set_seed(config.seed, device_specific=True)
+    set_seed(derive(config.seed, "training", accelerator.process_index))
     precision = resolve_precision(launched_precision(config.precision), accelerator.device)
     config = replace(config, precision=precision)  # resuming compares it
     with locked(output, active=accelerator.is_main_process), Interrupts() as interrupts:
@@ -254,7 +255,7 @@ def _train(
     first_step = found or 0
     main = accelerator.is_main_process
     if found is not None:
-        check_same_settings(output / "settings.json", settings, free=_FREE)
+        check_same_settings(output / "settings.json", settings, may_change=_MAY_CHANGE)
         check_enough_steps("steps", config.steps, found, output)
         checkpoints.load(found)
     elif main:
@@ -373,7 +374,17 @@ class _Check:
 
 
 # Settings that change what a run shows and keeps, but not what it learns; and how far it goes, which is kept apart.
-_FREE = ("steps", "log_every", "picture_every", "save_every", "save_minutes", "keep", "resume", "workers", "graphs")
+_MAY_CHANGE = (
+    "steps",
+    "log_every",
+    "picture_every",
+    "save_every",
+    "save_minutes",
+    "keep",
+    "resume",
+    "workers",
+    "graphs",
+)
 
 
 def _settings(task: Task[Any], dataset: Any, config: TrainConfig, processes: int) -> dict[str, Any]:
@@ -381,7 +392,7 @@ def _settings(task: Task[Any], dataset: Any, config: TrainConfig, processes: int
     plain = (bool, int, float, str, tuple)
     described = {n: v for n, v in vars(dataset).items() if not n.startswith("_") and isinstance(v, plain)}
     found = {
-        "train": {name: value for name, value in asdict(config).items() if name not in _FREE},
+        "train": {name: value for name, value in asdict(config).items() if name not in _MAY_CHANGE},
         "model": asdict(task.model.config),
         "data": {"kind": type(dataset).__name__, "items": len(dataset), **described},
         "processes": processes,

@@ -15,9 +15,9 @@ class OtherSettingsError(ValueError):
     """A run's folder was begun with other settings."""
 
 
-def check_same_settings(path: Path, settings: dict[str, Any], *, free: Sequence[str] = ()) -> None:
-    """Raise an OtherSettingsError that names what differs from the settings that a run's folder was begun with; `free`
-    are names that may. What did not exist when it was begun may describe the data, or be nothing."""
+def check_same_settings(path: Path, settings: dict[str, Any], *, may_change: Sequence[str] = ()) -> None:
+    """Raise an OtherSettingsError that names what differs from the settings that a run's folder was begun with, but for
+    the names in `may_change`. What did not exist when it was begun may describe the data, or be nothing."""
     before = read_json_object(path, "train: output") if path.is_file() else {}
     different = []
     for part, now in settings.items():
@@ -26,7 +26,7 @@ def check_same_settings(path: Path, settings: dict[str, Any], *, free: Sequence[
             names = [
                 name
                 for name in {**old, **now}
-                if name not in free
+                if name not in may_change
                 and old.get(name) != now.get(name)
                 and (name in old or (part != "data" and now[name] not in ([], {}, "")))
             ]

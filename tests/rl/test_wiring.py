@@ -198,6 +198,15 @@ def test_every_iteration_and_seed_draws_anew(tmp_path: Path) -> None:
     assert len({tuple(rollout.tokens.flatten().tolist()) for rollout in seen}) == len(seen)
 
 
+def test_a_prompt_that_comes_again_is_drawn_anew(tmp_path: Path) -> None:
+    seen = []
+    for seed in (0, 1):
+        config = replace(QUICK, seed=seed)
+        training = VMRGRPOTrainer(policy(), RewardSum({"it": redness}), Prompts(["1"]), config, tmp_path)
+        seen += [training.roll_out(iteration) for iteration in (0, 1)]
+    assert len({tuple(rollout.tokens.flatten().tolist()) for rollout in seen}) == len(seen)
+
+
 def test_evaluations_spread_over_the_prompts() -> None:
     """Shares of the processes together are the whole."""
     many = Prompts([str(i) for i in range(9)])
