@@ -52,7 +52,9 @@ MODELS = {
     "VAR-d30": ModelShape("var-256", 30, 1920, 30, 4096, 32),
     "VAR-d36-512": ModelShape("var-512", 36, 2304, 36, 4096, 32),
     # FoundationVision/Infinity
+    "Infinity-tiny": ModelShape("infinity-0.06M-1.000", 2, 64, 2, 0, 8),
     "Infinity-2B-0.06M": ModelShape("infinity-0.06M-1.000", 32, 2048, 16, 0, 32),
+    "Infinity-2B-0.25M": ModelShape("infinity-0.25M-1.000", 32, 2048, 16, 0, 32),
     "Infinity-2B": ModelShape("infinity-1M-1.000", 32, 2048, 16, 0, 32),
     "Infinity-8B": ModelShape("infinity-1M-1.000", 40, 3584, 28, 0, 56),
 }

@@ -22,7 +22,7 @@ from benchmarks.cases import OURS, Contender, Problem, Setting, Suite
 from benchmarks.rivals import compiled
 from benchmarks.shapes import MODELS
 from benchmarks.upstream import upstream_tokenizer
-from fastvar.models import VQTokenizer, VQTokenizerConfig
+from fastvar.models import BSQTokenizer, VQTokenizer, VQTokenizerConfig
 
 
 def plain_norm(
@@ -58,9 +58,10 @@ def build_tokenizer(setting: Setting, device: torch.device) -> VQTokenizer:
     return tokenizer
 
 
-def decoder_flops(tokenizer: VQTokenizer, batch: int) -> float:
+def decoder_flops(tokenizer: VQTokenizer | BSQTokenizer, batch: int) -> float:
     """Of convolutions and attention."""
-    feature_map = torch.empty(batch, tokenizer.config.code_channels, *tokenizer.schedule.finest, device="meta")
+    channels = tokenizer.decoder.conv_in.in_channels
+    feature_map = torch.empty(batch, channels, *tokenizer.schedule.finest, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         deepcopy(tokenizer).to("meta").decode_features(feature_map)
     return float(counter.get_total_flops())

@@ -466,6 +466,7 @@ def test_no_setting_of_the_suites_is_left_out(row: Any, size: Any) -> None:
         return [row(suite.name, setting=setting, ratios={"without": MEASURED}) for setting in settings]
 
     cases, steps = rows(vmr_grpo_step.SUITE), [*rows(training_step.SUITE), *rows(generate.SUITE)]
+    steps = [found for found in steps if "Infinity" not in found["setting"].get("model", "")]
     known = [found for found in cases if found["setting"]["case"] in PREDICTED]
     assert scaling.savings_table(cases).count("| vmr_grpo_step |") == len(known) > 6
     assert len(scaling.steps_table(steps).splitlines()) == 2 + len(steps)

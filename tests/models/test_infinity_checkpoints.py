@@ -14,7 +14,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastvar import models
-from fastvar.models import Infinity, load_infinity, public_state
+from fastvar.models import (
+    BSQTokenizer,
+    BSQTokenizerConfig,
+    Infinity,
+    InfinityConfig,
+    load_infinity,
+    public_state,
+)
 from fastvar.models.infinity_checkpoints import _NAMES, _in_chunks, _public_tokenizer_names
 from fastvar.models.public_state import public_name
 from tests.helpers.tiny import SQUARES, some_texts, tiny_infinity
@@ -171,6 +178,79 @@ def test_training_leaves_the_given_tensors_alone(states: tuple[State, State]) ->
         for parameter in found.parameters():
             parameter += 1
     assert list(states[0]) == list(before) and all(torch.equal(states[0][name], before[name]) for name in before)
+
+
+# What the public code saves of infinity_layer12 with chunks of four blocks: C = 768, 8 heads, 2048 channels of text.
+LAYER12 = {
+    "cfg_uncond": (512, 2048),
+    "pos_start": (1, 1, 768),
+    "text_norm.weight": (2048,),
+    "text_proj_for_sos.ca.mat_q": (1, 16, 48),
+    "text_proj_for_sos.ca.v_bias": (768,),
+    "text_proj_for_sos.ca.zero_k_bias": (768,),
+    "text_proj_for_sos.ca.mat_kv.weight": (1536, 2048),
+    "text_proj_for_sos.ca.proj.weight": (768, 768),
+    "text_proj_for_sos.ca.proj.bias": (768,),
+    "text_proj_for_ca.0.weight": (768, 2048),
+    "text_proj_for_ca.0.bias": (768,),
+    "text_proj_for_ca.2.weight": (768, 768),
+    "text_proj_for_ca.2.bias": (768,),
+    "lvl_embed.weight": (15, 768),
+    "word_embed.weight": (768, 32),
+    "word_embed.bias": (768,),
+    "shared_ada_lin.1.weight": (4608, 768),
+    "shared_ada_lin.1.bias": (4608,),
+    "head_nm.ada_lin.1.weight": (1536, 768),
+    "head_nm.ada_lin.1.bias": (1536,),
+    "head.weight": (64, 768),
+    "head.bias": (64,),
+}
+BLOCK_OF_LAYER12 = {
+    "ada_gss": (1, 1, 6, 768),
+    "sa.scale_mul_1H11": (1, 8, 1, 1),
+    "sa.q_bias": (768,),
+    "sa.v_bias": (768,),
+    "sa.zero_k_bias": (768,),
+    "sa.mat_qkv.weight": (2304, 768),
+    "sa.proj.weight": (768, 768),
+    "sa.proj.bias": (768,),
+    "ca.v_bias": (768,),
+    "ca.zero_k_bias": (768,),
+    "ca.mat_q.weight": (768, 768),
+    "ca.mat_q.bias": (768,),
+    "ca.mat_kv.weight": (1536, 768),
+    "ca.proj.weight": (768, 768),
+    "ca.proj.bias": (768,),
+    "ffn.fc1.weight": (3072, 768),
+    "ffn.fc1.bias": (3072,),
+    "ffn.fc2.weight": (768, 3072),
+    "ffn.fc2.bias": (768,),
+    "ca_norm.weight": (768,),
+    "ca_norm.bias": (768,),
+}
+
+
+def test_the_size_of_layer12() -> None:
+    """All keys of the public code at this size, and no others, without memory for the weights."""
+    blocks = {
+        f"block_chunks.{i}.module.{j}.{name}": shape
+        for i in range(3)
+        for j in range(4)
+        for name, shape in BLOCK_OF_LAYER12.items()
+    }
+    state = {name: torch.empty(shape, device="meta") for name, shape in {**LAYER12, **blocks}.items()}
+    assert sum(tensor.numel() for name, tensor in state.items() if "zero_k_bias" not in name) == 125_185_696
+    net = tiny_infinity(bits=32)
+    shape: dict[str, Any] = {"channels": 32, "channel_multipliers": (1, 2), "blocks_per_level": 1}
+    net.tokenizer = BSQTokenizer(BSQTokenizerConfig(SQUARES, **shape))
+    found, _ = load_infinity(state, public_tokenizer(net), grids=SQUARES)
+    changes = {"grids": SQUARES, "drop_path": found.config.drop_path}  # which no weight tells of
+    assert found.config == InfinityConfig.named("layer12", **changes)
+    differences = 32 * 768 + 32  # of the logits of 0 and 1
+    assert sum(parameter.numel() for parameter in found.parameters()) == 125_185_696 - differences
+    del state["block_chunks.2.module.3.ca.mat_kv.weight"]
+    with pytest.raises(ValueError, match=r"missing key block_chunks\.2\.module\.3\.ca\.mat_kv\.weight"):
+        load_infinity(state, public_tokenizer(net), grids=SQUARES)
 
 
 def test_patches_are_read_off(states: tuple[State, State]) -> None:

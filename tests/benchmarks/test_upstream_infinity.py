@@ -1,0 +1,82 @@
+"""Infinity in the suites: the public code, where there is a checkout of it, and ours are one model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.cases import OURS, Suite, setting_name
+from benchmarks.runner import Checked, Options, Runner, Wrong
+from benchmarks.suites import generate, training_step
+from benchmarks.upstream_infinity import attend_to_texts, public_package, texts_of
+from fastvar.models import Infinity
+
+TINY = [
+    (suite, {**setting, "size": "tiny"})
+    for suite in (generate.SUITE, training_step.SUITE)
+    for setting in suite.settings["tiny"]
+    if setting.get("model") == "Infinity-tiny"
+]
+PUBLIC = public_package()
+needs_public = pytest.mark.skipif(isinstance(PUBLIC, str), reason=str(PUBLIC))
+
+
+def checked(suite: Suite, setting: Any) -> Checked:
+    return Runner(Options(torch.device("cpu"))).check(suite, setting, "forward")
+
+
+@needs_public
+@pytest.mark.parametrize(("suite", "setting"), TINY, ids=lambda x: x.name if isinstance(x, Suite) else setting_name(x))
+def test_the_public_code_agrees(suite: Suite, setting: Any) -> None:
+    """In float32 all bits are its bits, and its loss and the norm of its gradient are ours."""
+    found = checked(suite, setting)
+    theirs = {name: error for name, error in found.errors.items() if not name.startswith(OURS)}
+    assert found.failed == {} and bool(theirs) == (setting["dtype"] == "float32")
+    assert all(error <= found.limit for error in found.errors.values())
+    if suite is generate.SUITE:
+        assert not any(theirs.values())
+
+
+@needs_public
+def test_a_wrong_rival_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here one that samples under another guidance."""
+    right = generate.upstream_infinity.sample
+    monkeypatch.setattr(generate.upstream_infinity, "sample", lambda *a, **k: right(*a, **{**k, "guidance": 1.5}))
+    found = checked(generate.SUITE, TINY[1][1])
+    assert found.errors[OURS] <= found.limit < found.errors[generate.FLOAT32]
+
+
+@pytest.mark.parametrize(("suite", "setting"), [TINY[1], TINY[-1]], ids=["generate", "training_step"])
+def test_ours_is_checked_without_the_public_code(suite: Suite, setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = generate if suite is generate.SUITE else training_step
+    monkeypatch.setattr("benchmarks.upstream_infinity.public_package", lambda: "there is none")
+    found = checked(suite, setting)
+    assert {name for name, why in found.problem.contenders.items() if why == "there is none"} > {suite.contenders[-1]}
+    assert found.errors[OURS] <= found.limit
+    if module is generate:
+        right = Infinity.generate
+        monkeypatch.setattr(Infinity, "generate", lambda *a, **k: right(*a, **{**k, "guidance": 1.5}))
+        with pytest.raises(Wrong, match="fastvar: error"):
+            checked(suite, setting)
+
+
+@pytest.mark.parametrize("lengths", [(3, 1, 5), (4, 4)])
+def test_attention_to_texts_of_several_lengths(lengths: tuple[int, ...]) -> None:
+    q, kv = torch.randn(len(lengths) * 6, 2, 8), torch.randn(sum(lengths), 2, 2, 8)
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    found = attend_to_texts(q, kv, torch.arange(0, len(q) + 1, 6), ends, 6, max(lengths), softmax_scale=0.3)
+    each = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (queries, *of_text.unbind(1))), scale=0.3)
+        for queries, of_text in zip(q.split(6), kv.split(lengths), strict=True)
+    ]
+    torch.testing.assert_close(found, torch.cat(each, 1).transpose(0, 1))
+
+
+def test_lengths_of_texts() -> None:
+    device = torch.device("cpu")
+    assert texts_of("1,64", 2, device).lengths == (1, 64) and len(set(texts_of(None, 8, device).lengths)) == 8
+    with pytest.raises(ValueError, match="texts: expected 3 lengths, got 1,64"):
+        texts_of("1,64", 3, device)
