@@ -399,8 +399,8 @@ def sample_scales(model: Model, state: SamplingState, seeds: torch.Tensor, optio
                 rope=positions.rope_of(start, end),
                 mixture=mixture,
             )
-            logits = model.logits(hidden if guidance != model.no_guidance else hidden[:batch])
-            contrasted = len(logits) > batch
+            logits = model.logits(hidden)
+            contrasted = len(logits) > batch and guidance != model.no_guidance
             drawn = model.sample(
                 logits[:batch],
                 unconditional=logits[batch:] if contrasted else None,
