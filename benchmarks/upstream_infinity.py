@@ -13,6 +13,7 @@ import importlib
 import inspect
 import io
 import sys
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.cases import relative_error
 from benchmarks.rivals import checkout, missing_package
 from benchmarks.shapes import ModelShape
 from fastvar.models import (
@@ -52,6 +54,9 @@ def build_infinity(
         decode: whether the tokenizer is as wide as the public one; else it is narrow, as it does not run.
         plain: whether the public model leaves out to compile its norms, which takes longer than all else where little
             is run.
+
+    Raises:
+        ValueError: their logits differ.
     """
     package = public_package()
     widths = (128, (1, 2, 4, 4, 4)) if decode else (32, (1, 1, 1, 1, 1))
@@ -64,8 +69,22 @@ def build_infinity(
             return Infinity(config, tokenizer).eval(), package
     upstream = _build(package, shape, device, *widths, compiled=not (training or plain))
     net, _ = load_infinity(upstream.state_dict(), upstream.vae.state_dict(), grids=shape.schedule)
-    net.config = InfinityConfig(**{**vars(net.config), "condition_dropout": 0.0})
+    net.config = replace(net.config, condition_dropout=0.0)
+    _check_logits(net, upstream, device)
     return net, upstream
+
+
+@torch.no_grad()
+def _check_logits(net: Infinity, upstream: Any, device: torch.device) -> None:
+    """Of both models for a text and random bits."""
+    texts = texts_of("7", 1, device)
+    inputs = net.tokenizer.teacher_forcing(
+        torch.randint(2, (1, net.schedule.num_tokens, net.config.bits), device=device)
+    )
+    theirs = upstream(as_public(texts), inputs, as_public_schedule(net.schedule)).unflatten(2, (-1, 2))
+    error = relative_error(net(texts, inputs), theirs[..., 1] - theirs[..., 0])
+    if not error <= (1e-3 if device.type == "cpu" else 0.05):  # on a GPU flash-attn may read texts in bfloat16
+        raise ValueError(f"Infinity: the public code's logits differ from ours by {error:.2g} of the largest")
 
 
 @cache

@@ -4,9 +4,9 @@ Both have the same random weights, sample with guidance and truncation as in VAR
 and stop short of decoding unless a setting says so (tokenizer_decode checks images). They draw other random numbers, so
 it is greedy samples (top_k=1) that are checked before anything is timed: the error is the share of tokens, of Infinity
 bits, that are not the likeliest after those before them, by teacher forcing in float32. Two contenders without error
-have the same tokens. A setting's dtype is that of our weights; Infinity's own scripts have blocks in bfloat16 under
-autocast. Its texts are random features, encoded before; a setting may name their lengths. The backend of a row says
-whether a CUDA graph answered our last call.
+have the same tokens. The logits of an Infinity are held against the public ones before that. A setting's dtype is that
+of our weights; Infinity's own scripts have blocks in bfloat16 under autocast. Its texts are random features, encoded
+before; a setting may name their lengths. The backend of a row says whether a CUDA graph answered our last call.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import upstream_infinity
 from benchmarks.cases import OURS, Suite, setting_name
 from benchmarks.runner import Checked, Options, Runner, Wrong
 from benchmarks.suites import generate, training_step
@@ -43,20 +44,35 @@ def test_the_public_code_agrees(suite: Suite, setting: Any) -> None:
 @needs_public
 def test_a_wrong_rival_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here one that samples under another guidance."""
-    right = generate.upstream_infinity.sample
-    monkeypatch.setattr(generate.upstream_infinity, "sample", lambda *a, **k: right(*a, **{**k, "guidance": 1.5}))
+    right = upstream_infinity.sample
+    monkeypatch.setattr(upstream_infinity, "sample", lambda *a, **k: right(*a, **{**k, "guidance": 1.5}))
     found = checked(generate.SUITE, TINY[1][1])
     assert found.errors[OURS] <= found.limit < found.errors[generate.FLOAT32]
 
 
+@needs_public
+def test_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with a weight that is not the public one."""
+    load = upstream_infinity.load_infinity
+
+    def other(*states: Any, **options: Any) -> Any:
+        net, tokenizer = load(*states, **options)
+        with torch.no_grad():
+            net.blocks[1].text_attention.proj.weight.mul_(1.1)
+        return net, tokenizer
+
+    monkeypatch.setattr(upstream_infinity, "load_infinity", other)
+    with pytest.raises(ValueError, match=r"Infinity: the public code's logits differ from ours by 0\.0\d+ of the"):
+        checked(*TINY[1])
+
+
 @pytest.mark.parametrize(("suite", "setting"), [TINY[1], TINY[-1]], ids=["generate", "training_step"])
 def test_ours_is_checked_without_the_public_code(suite: Suite, setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = generate if suite is generate.SUITE else training_step
-    monkeypatch.setattr("benchmarks.upstream_infinity.public_package", lambda: "there is none")
+    monkeypatch.setattr(upstream_infinity, "public_package", lambda: "there is none")
     found = checked(suite, setting)
     assert {name for name, why in found.problem.contenders.items() if why == "there is none"} > {suite.contenders[-1]}
     assert found.errors[OURS] <= found.limit
-    if module is generate:
+    if suite is generate.SUITE:
         right = Infinity.generate
         monkeypatch.setattr(Infinity, "generate", lambda *a, **k: right(*a, **{**k, "guidance": 1.5}))
         with pytest.raises(Wrong, match="fastvar: error"):
