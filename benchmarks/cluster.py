@@ -37,7 +37,7 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Of sampling, for each image."""
+        """Rows that sampling has for each image: two with guidance."""
         return 2 if self.guided else 1
 
     def images(self, segment: str) -> int:
@@ -104,7 +104,7 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> float:
-        """Of an update or of a rollout."""
+        """The largest of an update or of a rollout."""
         return self.kept + max(self.gradients + self.activations, self.sampling)
 
 

@@ -109,7 +109,7 @@ class Architecture:
 
     @property
     def logits(self) -> int:
-        """Of a token: one for each code, or two for each bit."""
+        """Logits of a token: one for each code, or two for each bit."""
         return self.shape.vocab_size or 2 * self.shape.channels
 
     @property

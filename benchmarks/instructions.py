@@ -46,7 +46,7 @@ def count(names: Sequence[str], folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _counted(suite: Suite, setting: Setting, folder: Path, call: bool) -> int:
-    """Of a process of its own, which builds a problem and perhaps calls our contender."""
+    """The instructions of a process of its own, which builds a problem and perhaps calls our contender."""
     child = os.fork()
     if not child:
         try:
@@ -71,7 +71,7 @@ def _run(suite: Suite, setting: Setting, call: bool) -> None:
 
 
 def total(path: Path) -> int:
-    """Of a file of callgrind."""
+    """The total in a file of callgrind."""
     return int(next(line for line in path.read_text().splitlines() if line.startswith("totals:")).split()[1])
 
 

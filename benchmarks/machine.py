@@ -26,7 +26,7 @@ class Peaks(NamedTuple):
 
 @lru_cache
 def peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """Of a device, for a floating dtype; measured once a process, at the process's number of threads."""
+    """The peaks of a device for a floating dtype, measured once per process, at the process's number of threads."""
     gpu = device.type == "cuda"
     side, length = (8192, 2**30) if gpu else (2048, 2**27)
     a = torch.randn(side, side, device=device).to(dtype)

@@ -111,7 +111,7 @@ class Standing(NamedTuple):
 
 
 def _standings(row: Row) -> list[Standing]:
-    """Of calls and, where both have them, of graphs."""
+    """The standings of calls and, where both have them, of graphs."""
     rivals, ours, standings = rivals_of(row), row["contenders"][OURS], []
     if rivals:
         ratio = min((row["ratios"][name] for name in rivals), key=lambda ratio: ratio["median"])

@@ -65,7 +65,7 @@ def compiled(function: Callable[..., Any], setting: Setting) -> Contender:
 
 @lru_cache
 def versions() -> dict[str, str]:
-    """Of the rivals that are installed, and the commits of the checkouts."""
+    """The versions of the rivals that are installed, and the commits of the checkouts."""
     packages = {
         "flash_attn": "flash-attn",
         "xformers": "xformers",

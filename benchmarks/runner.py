@@ -137,7 +137,7 @@ class Runner:
                     _results(function, problem.inputs, problem.gradients, pass_ != "forward")
 
     def stopwatch(self, suite: Suite, setting: Setting, pass_: str) -> Stopwatch:
-        """Of our contender, checked.
+        """The stopwatch of our contender, which is checked first.
 
         Raises:
             Wrong: its error is above its limit.

@@ -76,7 +76,7 @@ def build_infinity(
 
 @torch.no_grad()
 def _check_logits(net: Infinity, upstream: Any, device: torch.device) -> None:
-    """Of both models for a text and random bits."""
+    """Logits of both models for a text and random bits."""
     texts = texts_of("7", 1, device)
     inputs = net.tokenizer.teacher_forcing(
         torch.randint(2, (1, net.schedule.num_tokens, net.config.bits), device=device)

@@ -263,7 +263,7 @@ def work(shape: ModelShape, batch: int, dtype: torch.dtype) -> tuple[float, floa
 
 
 def weights_of_a_token(shape: ModelShape) -> int:
-    """Of matrices that each token meets: qkv, projection, MLP, those of the attention to texts; head."""
+    """Elements of the matrices that each token meets: qkv, projection, MLP, those of the attention to texts; head."""
     of_a_block = 12 if shape.vocab_size else 14
     return of_a_block * shape.depth * shape.width**2 + shape.width * (shape.vocab_size or shape.channels)
 

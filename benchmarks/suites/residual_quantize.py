@@ -137,7 +137,7 @@ def make_features(shape: ModelShape, batch: int, device: torch.device) -> torch.
 
 
 def quantize_flops(shape: ModelShape, batch: int) -> float:
-    """Of the distances to all codes and of phi; resampling is next to nothing."""
+    """Operations of the distances to all codes and of phi; resampling is next to nothing."""
     height, width = shape.schedule.finest
     conv = 2 * 9 * shape.channels**2 * height * width * len(shape.schedule)
     return batch * (2.0 * shape.tokens * shape.vocab_size * shape.channels + conv)

@@ -43,7 +43,7 @@ def logits_in_memory_with_entropy(
 
 
 def attribute(module: str, name: str, device: torch.device) -> Any:
-    """Of a package that may be missing, or why it cannot compete, a string."""
+    """A function of a package that may be missing, or why it cannot compete, a string."""
     obstacle = missing_package(module.partition(".")[0], device)
     if obstacle is not None:
         return obstacle

@@ -59,7 +59,7 @@ def build_tokenizer(setting: Setting, device: torch.device) -> VQTokenizer:
 
 
 def decoder_flops(tokenizer: VQTokenizer | BSQTokenizer, batch: int) -> float:
-    """Of convolutions and attention."""
+    """Operations of convolutions and attention."""
     channels = tokenizer.decoder.conv_in.in_channels
     feature_map = torch.empty(batch, channels, *tokenizer.schedule.finest, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

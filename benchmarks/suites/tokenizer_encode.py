@@ -29,7 +29,7 @@ def upstream(tokenizer: VQTokenizer) -> Contender:
 
 
 def encoder_flops(tokenizer: VQTokenizer, images: torch.Tensor) -> float:
-    """Of convolutions and attention."""
+    """Operations of convolutions and attention."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         deepcopy(tokenizer).to("meta").encode_features(images.to("meta"))
     return float(counter.get_total_flops())

@@ -115,7 +115,7 @@ class Graphed:
 
 
 def our_loss(var: VAR, autocast: torch.autocast, called: Any = None, checkpointing: bool = False) -> Loss:
-    """Of the task; `called` is the model as it is to be called, where that is not `var` itself."""
+    """One step of the task; `called` is the model as it is to be called, where that is not `var` itself."""
     task = VARTask(var)
 
     def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -254,7 +254,7 @@ def tokens_and_labels(shape: ModelShape, batch: int, device: torch.device) -> di
 
 
 def bits_and_inputs(net: Infinity, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Of random features, by self-correction: the bits that correct, and the inputs with flips."""
+    """What self-correction makes of random features: the bits that correct, and the inputs with flips."""
     schedule = net.schedule
     found = bitwise_residual_quantize(
         torch.randn(batch, net.config.bits, *schedule.finest, device=device),

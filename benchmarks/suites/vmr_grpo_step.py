@@ -187,7 +187,7 @@ class Job:
         return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
     def expected_gradients(self, rollout: Rollout, advantages: torch.Tensor, end: int) -> Gradients:
-        """Of -sum w A log p / sum w over the segment's tokens before `end`, with w = (h w)^-alpha."""
+        """Gradients of -sum w A log p / sum w over the segment's tokens before `end`, with w = (h w)^-alpha."""
         schedule = self.var.schedule.with_num_tokens(rollout.tokens.shape[1])
         weights = [float(n) ** -LOSS.panw_alpha for n in schedule.lengths for _ in range(n)]
         weight = torch.tensor(weights, device=self.device)

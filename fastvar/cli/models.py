@@ -257,7 +257,7 @@ class Sample:
     device: str | None = None
     """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPU, if there is one."""
     seed: Seed = 0
-    """Of the samples."""
+    """Seed of the samples."""
     options: Annotated[SamplingOptions, Flat] = GUIDED
 
     def run(self) -> None:

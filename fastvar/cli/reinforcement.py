@@ -167,7 +167,7 @@ class Evaluate:
     """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPU, if there is one."""
     scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
     seed: Seed = 0
-    """Of the samples that are read."""
+    """Seed of the samples that are read."""
     options: Annotated[SamplingOptions, Flat] = GUIDED
 
     def run(self) -> None:

@@ -30,7 +30,7 @@ class EncodeText:
     max_length: Count = 512
     """Most rows of a text; what is longer loses its end."""
     precision: Annotated[str, OneOf("float32", "bfloat16")] = "bfloat16"
-    """Of a T5's weights and features: "float32" or "bfloat16"."""
+    """Dtype of a T5's weights and features: "float32" or "bfloat16"."""
     batch_size: Count = 32
     """Texts encoded at a time."""
     shard_size: Count = 4096

@@ -70,7 +70,7 @@ class DemoConfig:
     precision: Annotated[str, OneOf("auto", "no", "bf16")] = "auto"
     """"no" (float32), "bf16" (autocast) or "auto" (bf16 where the hardware computes in it, else float32)."""
     seed: Seed = 0
-    """Of scenes, weights and training."""
+    """Seed of scenes, weights and training."""
     sampling: SamplingOptions = GUIDED
 
 

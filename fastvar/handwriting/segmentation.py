@@ -92,7 +92,7 @@ class Pages:
         return upper * (1 - part_y) + lower * part_y
 
     def _ink(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Of every pixel of ink that is read: its character, page, row and column."""
+        """The character, page, row and column of every pixel of ink that is read."""
         owner = self.owner[self.labels]
         page, y, x = np.nonzero(owner >= 0)
         return owner[page, y, x], page, y, x

@@ -65,7 +65,7 @@ class T5TextEncoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, in which the features were computed."""
+        """The dtype of the weights, in which the features were computed."""
         return self.model.dtype
 
     @torch.no_grad()

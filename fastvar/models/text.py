@@ -145,7 +145,7 @@ def places(lengths: tuple[int, ...], device: torch.device) -> Places:
 
 
 def row_indices(lengths: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each packed row its text and its place in it, (sum of lengths,) int64 each; made as `places` are."""
+    """The text of each packed row and the row's place in it, (sum of lengths,) int64 each; made as `places` are."""
     counts, total = on_device(lengths, torch.int64, device), sum(lengths)
     text = torch.arange(len(lengths), device=device).repeat_interleave(counts, output_size=total)
     return text, torch.arange(total, device=device) - (counts.cumsum(0) - counts)[text]

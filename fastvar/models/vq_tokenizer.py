@@ -42,7 +42,7 @@ class VQTokenizerConfig(ScaleTokenizerConfig):
     cosine: bool = False
     """Nearest code by cosine instead of Euclidean distance."""
     commitment_weight: NotNegative = 0.25
-    """Of the encoder's loss against the codebook's."""
+    """Weight of the encoder's loss against the codebook's."""
     chroma_gain: Positive = 1.0
     """Networks and reconstruction loss see colour, the deviation from grey, enlarged by this factor. Where brightness
     varies much more than colour, a tokenizer trained for minutes learns no colour without it; 1 for public weights."""

@@ -54,7 +54,7 @@ def adaptive_layer_norm_fwd_kernel(
     x_b, x_l, y_b, y_l, gate_b, scale_b, shift_b, L, eps,
     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Of x, or with GATED of x + gate y, rounded, which goes to `stream`."""
+    """The norm of x, or with GATED of x + gate y, rounded, which goes to `stream`."""
     parts = tl.cdiv(L, ROWS)
     image = (tl.program_id(0) // parts).to(tl.int64)
     row = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
@@ -81,8 +81,8 @@ def adaptive_layer_norm_bwd_kernel(
     ALIGNED: tl.constexpr, DX: tl.constexpr, DMODULATION: tl.constexpr, STREAM: tl.constexpr, DY: tl.constexpr,
     DGATE: tl.constexpr,
 ):  # fmt: skip
-    """Of the norm; with DY or DGATE of the residual before it as well. `stream` is the gradient that comes along the
-    residual; what is added to it is rounded, and so is the sum, as where the two operators are apart."""
+    """Gradients of the norm; with DY or DGATE of the residual before it as well. `stream` is the gradient that comes
+    along the residual; what is added to it is rounded, and so is the sum, as where the two operators are apart."""
     parts = tl.cdiv(L, PART)
     image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     begin, end = part * PART, tl.minimum((part + 1) * PART, L)
@@ -327,7 +327,7 @@ def _dense(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _strides(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """Of samples and rows."""
+    """Strides of samples and rows."""
     strides: list[int] = []
     for t in tensors:
         strides += t.stride()[:-1]

@@ -100,8 +100,8 @@ def _masks(scales: Scales, device: torch.device) -> _Masks:
 
 
 def _tiles(first: torch.Tensor, end: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the tiles of the scores (rows of tiles, columns of tiles) those that are seen in part and those that are seen
-    whole, which one that reaches past the last token never is. Bounds rise with the row: the first and last decide."""
+    """Which tiles of the scores (rows of tiles, columns of tiles) are seen in part, and which are seen whole; one that
+    reaches past the last token never is. Bounds rise with the row: the first and last decide."""
     length = len(first)
     top = torch.arange(0, length, rows, device="cpu")[:, None]
     bottom = (top + rows).clamp(max=length) - 1

@@ -62,13 +62,13 @@ class _Tiles(NamedTuple):
 @cache  # nothing is ever dropped: a CUDA graph may read it
 @torch.inference_mode(False)  # it may be made there, and is kept
 def block_mask(schedule: ScaleSchedule, prefix: int, block_diagonal: bool, device: torch.device) -> BlockMask:
-    """Of a prefix that is valid as a whole."""
+    """The mask of a prefix that is valid as a whole."""
     tiles = _tiles(schedule, prefix, block_diagonal, False, device)
     return _block_mask(tiles, prefix, partial(_visible, prefix, tiles.first, tiles.end))
 
 
 def ragged_block_mask(schedule: ScaleSchedule, prefix: int, block_diagonal: bool, lengths: torch.Tensor) -> BlockMask:
-    """Of a prefix of which row b has `lengths[b]` valid tokens."""
+    """The mask of a prefix of which row b has `lengths[b]` valid tokens."""
     tiles = _tiles(schedule, prefix, block_diagonal, True, lengths.device)
 
     def valid(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:

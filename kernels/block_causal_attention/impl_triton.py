@@ -483,7 +483,7 @@ def _spans(schedule: ScaleSchedule, device: torch.device) -> tuple[torch.Tensor,
 
 
 def _strides(*tensors: torch.Tensor | None) -> list[int]:
-    """Of samples, rows and heads; zeros where there is no tensor."""
+    """Strides of samples, rows and heads; zeros where there is no tensor."""
     return [stride for t in tensors for stride in ((0, 0, 0) if t is None else t.stride()[:3])]
 
 
