@@ -58,7 +58,7 @@ class DemoConfig:
     samples: Annotated[int, Range(8)] = 400
     """Images per evaluation."""
     grids: str = "1,2,3x4,6x8"
-    """Token grids; the images are four times the finest one."""
+    """VAR: token grids; the images are four times the finest one."""
     vocab_size: Count = 256
     """VAR: entries of the codebook."""
     bits: Count = 16
