@@ -89,7 +89,7 @@ def draw(
     batches = model.batches(prompts, options.batch_size)  # all of them are checked before the first is drawn
     if not batches:
         raise ValueError("draw: labels: expected at least one, got none")
-    _check_room(model, model.count(model.encode(batches[0])), options.guidance != model.no_guidance)
+    _check_room(model, model.count(model.encode(batches[0])), options.guidance_of(model) != model.no_guidance)
     images, start = [], 0
     for batch in progress_bar(batches, desc=title, leave=False):
         rows = slice(start, start + options.batch_size)
@@ -98,7 +98,7 @@ def draw(
             subject=None if subject is None else subject[rows],
             seed=seed,
             first_sample=start,
-            **options.arguments(),
+            **options.arguments(model),
         )
         assert out.images is not None  # they were decoded
         images.append(out.images.cpu())

@@ -24,7 +24,7 @@ from fastvar.ranges import (
     TRUNCATION,
     Count,
     CountOrNone,
-    Guidance,
+    GuidanceOrNone,
     Range,
     ShareAboveZero,
     Temperature,
@@ -48,9 +48,9 @@ class SamplingOptions:
     log-probabilities reinforcement learning trains, as VAR RL Done Right has it.
     """
 
-    guidance: Guidance = 0.0
-    """Classifier-free guidance. Of a VAR that of the last scale: it grows linearly from 0 at the first one, and 0 is
-    none; of an Infinity that of all scales, and 1 is none."""
+    guidance: GuidanceOrNone = None
+    """Classifier-free guidance; None for none. Of a VAR that of the last scale: it grows linearly from 0 at the first
+    one, and 0 is none; of an Infinity that of all scales, and 1 is none (0 draws without a look at the text)."""
     temperature: Temperature = 1.0
     """Divides the logits, when drawing and when scoring; below 1 the likeliest codes gain."""
     top_k: CountOrNone = 0
@@ -68,10 +68,14 @@ class SamplingOptions:
         """Raise a ValueError that names a setting which makes no sense."""
         check_fields(self)
 
-    def arguments(self) -> dict[str, Any]:
-        """As `generate` takes them."""
+    def guidance_of(self, model: Model | type[Model]) -> float:
+        """The guidance that a model draws with."""
+        return model.no_guidance if self.guidance is None else self.guidance
+
+    def arguments(self, model: Model) -> dict[str, Any]:
+        """As `generate` of a model takes them."""
         return {
-            "guidance": self.guidance,
+            "guidance": self.guidance_of(model),
             "temperature": self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,

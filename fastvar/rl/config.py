@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
-from fastvar.models import SamplingOptions
+from fastvar.models import VAR, SamplingOptions
 from fastvar.ops import PolicyLossOptions
 from fastvar.ops.policy_loss import NORMALISATIONS, SPREAD_FLOOR
 from fastvar.ranges import (
@@ -141,5 +141,7 @@ class RLConfig:
     def settings(self) -> dict[str, Any]:
         """What decides the result of a run."""
         settings = {name: value for name, value in asdict(self).items() if name not in MAY_CHANGE}
-        del settings["rollout"]["batch_size"], settings["rollout"]["graphs"]
+        rollout = settings["rollout"]
+        rollout["guidance"] = self.rollout.guidance_of(VAR)  # a run that was begun with 0 is the same
+        del rollout["batch_size"], rollout["graphs"]
         return settings

@@ -78,6 +78,16 @@ def test_evaluations(model: Model) -> None:
         draw(model, [], options)
 
 
+def test_options_of_no_guidance(model: Model) -> None:
+    """By default: what is drawn follows the prompts alone, of which each token passes the network once."""
+    first, second = (draw(model, texts, SamplingOptions(), seed=4) for texts in (["12", "3"], ["904", "12"]))
+    assert (first - second).abs().amax((1, 2, 3)).min() > 1e-3
+    torch.testing.assert_close(first, model.generate(["12", "3"], seed=4).images)
+    drawn = roll_out(model, Prompts(["12", "3"]), group_size=2, seed=4, options=SamplingOptions())
+    torch.testing.assert_close(drawn.images, model.generate(["12", "12", "3", "3"], seed=4).images)
+    assert drawn.passed_tokens == 4 * 14
+
+
 @pytest.mark.parametrize("segment", ["whole", "coarse", "fine"])
 def test_rollouts(model: Model, segment: Any) -> None:
     """With the subjects of references; log-probabilities are those of training."""
