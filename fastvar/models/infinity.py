@@ -17,7 +17,7 @@ from fastvar.models.infinity_config import InfinityConfig
 from fastvar.models.linear import Linear
 from fastvar.models.next_scale import NextScaleModel, Positions
 from fastvar.models.sampling import Generation, PerScale, SamplingState
-from fastvar.models.text import TextEncoder, TextFeatures, TextPool, places, row_indices
+from fastvar.models.text import TextEncoder, TextFeatures, TextPool, checked_texts, places, row_indices
 from fastvar.models.var_block import Modulations
 from fastvar.ops import SampledTokens, TokenLogProbs, sample_bits, token_log_probs
 from fastvar.ranges import GUIDANCE, Range
@@ -163,8 +163,11 @@ class Infinity(NextScaleModel[BSQTokenizer]):
         return len(encoded.texts.lengths)
 
     def batches(self, prompts: Texts, size: int) -> list[TextFeatures]:
-        features = self.features(prompts)
-        return [features.some(slice(i, i + size)) for i in range(0, len(features.lengths), size)]
+        if isinstance(prompts, TextFeatures):
+            features = self.features(prompts)
+            return [features.some(slice(i, i + size)) for i in range(0, len(features.lengths), size)]
+        texts = checked_texts("Infinity", prompts)  # all, before any is encoded
+        return [self.features(texts[i : i + size]) for i in range(0, len(texts), size)]
 
     def begin(self, encoded: TextsAndOpposites, *, guided: bool) -> tuple[torch.Tensor, Modulations]:
         texts, against = encoded
