@@ -186,7 +186,8 @@ class Infinity(NextScaleModel[BSQTokenizer]):
             activated = F.silu(condition)
             shared = self.shared_modulation(activated).unflatten(1, (6, -1))
             head = self.head_modulation(activated).unflatten(1, (2, -1))
-            rows, biases = zip(*(block.modulate(activated, shared) for block in self.blocks), strict=True)
+        # of what follows autocast reaches projections and their biases alone: the rows are sums
+        rows, biases = zip(*(block.modulate(activated, shared) for block in self.blocks), strict=True)
         seen = [block.read_text(packed, where) for block in self.blocks]
         return condition, Modulations(list(rows), list(biases), head, seen)
 
