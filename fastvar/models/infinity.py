@@ -56,6 +56,7 @@ class Infinity(NextScaleModel[BSQTokenizer]):
     no_guidance, guidance_range = 1.0, Range(GUIDANCE.low + 1, GUIDANCE.high)  # the operators count from 1 less
     config: InfinityConfig
     blocks: Sequence[TextBlock]
+    _text_encoder: tuple[TextEncoder, ...]  # in a tuple, so that it is no submodule
 
     def __init__(
         self, config: InfinityConfig, tokenizer: BSQTokenizer | None = None, text_encoder: TextEncoder | None = None
@@ -81,7 +82,7 @@ class Infinity(NextScaleModel[BSQTokenizer]):
         self.head_modulation = Linear(width, 2 * width)
         self.head = Linear(width, config.bits)  # of each bit the logit of 1 less that of 0
         self._initialise((3 * width) ** -0.5)
-        self._text_encoder: tuple[TextEncoder, ...] = () if text_encoder is None else (text_encoder,)
+        self.text_encoder = text_encoder
         self._attach(tokenizer)
 
     @torch.no_grad()
@@ -109,22 +110,21 @@ class Infinity(NextScaleModel[BSQTokenizer]):
 
     @property
     def text_encoder(self) -> TextEncoder:
-        """What makes features of texts.
+        """What makes features of texts; None set detaches it.
 
         Raises:
             RuntimeError: none was attached.
         """
         if not self._text_encoder:
             raise RuntimeError(
-                "Infinity: text_encoder: none attached; pass one to Infinity(...), or features instead of texts"
+                "Infinity: text_encoder: none attached; pass one to Infinity(...), set model.text_encoder, or "
+                "pass features instead of texts"
             )
         return self._text_encoder[0]
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "text_encoder":  # a module would become a submodule
-            self._text_encoder = () if value is None else (value,)
-        else:
-            super().__setattr__(name, value)
+    @text_encoder.setter
+    def text_encoder(self, encoder: TextEncoder | None) -> None:
+        self._text_encoder = () if encoder is None else (encoder,)
 
     def _shared(self) -> tuple[object, ...]:
         return (*self._tokenizer, *self._text_encoder)

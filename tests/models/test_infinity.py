@@ -129,6 +129,19 @@ def test_texts_are_encoded() -> None:
     assert torch.equal(out.tokens, net.generate(some_texts(), decode=False).tokens)
 
 
+def test_a_text_encoder_is_no_submodule() -> None:
+    """Be it a module, passed or set; None detaches it."""
+    encoder, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    net = Infinity(tiny_infinity().config, text_encoder=encoder)  # type: ignore[arg-type]
+    names = set(net.state_dict())
+    assert net.text_encoder is encoder and encoder not in net.modules() and names == set(tiny_infinity().state_dict())
+    net.text_encoder = other
+    assert net.text_encoder is other and other not in net.modules() and set(net.state_dict()) == names
+    net.text_encoder = None
+    with pytest.raises(RuntimeError, match="Infinity: text_encoder: none attached"):
+        _ = net.text_encoder
+
+
 def test_texts_are_encoded_by_batches() -> None:
     """No more at a time than are drawn, once what is no text was refused."""
     net, asked = tiny_infinity(), []
