@@ -157,8 +157,10 @@ def test_none_where_it_means_something() -> None:
 
 
 def test_a_run_of_no_guidance_goes_on_as_one_of_0() -> None:
-    """Which was the default once."""
+    """Which was the default once; there were no tiles then."""
     plain = RLConfig().settings()
+    assert set(plain["rollout"]) == {"guidance", "temperature", "top_k", "top_p"}
+    assert RLConfig(rollout=SamplingOptions(decode_tile=8)).settings()["rollout"]["decode_tile"] == 8
     assert plain == RLConfig(rollout=SamplingOptions(guidance=0.0)).settings() and plain["rollout"]["guidance"] == 0
     assert plain != RLConfig(rollout=SamplingOptions(guidance=1.0)).settings()
 

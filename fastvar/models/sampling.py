@@ -59,6 +59,8 @@ class SamplingOptions:
     """Keep the likeliest codes of this mass; 1 for all."""
     batch_size: Count = 64
     """Images drawn at a time; it changes nothing but memory and speed."""
+    decode_tile: CountOrNone = 0
+    """Decode in tiles of so many cells of the feature map a side, where memory is short; 0 for the whole at once."""
     graphs: bool = True
     """Draw by CUDA graphs where they can be used: on a GPU, not with FSDP. They hold up to 15 % of the GPU's memory
     (`fastvar.models.graphs.MEMORY`) during updates of training too: where one runs out of memory, set this to False, or
@@ -79,6 +81,7 @@ class SamplingOptions:
             "temperature": self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,
+            "decode_tile": self.decode_tile or None,
             "graphs": None if self.graphs else False,
         }
 
