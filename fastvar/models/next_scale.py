@@ -1,8 +1,9 @@
-"""What sampling, training and reinforcement learning need of a next-scale model, and what such models have in common.
+"""What sampling, rollouts and evaluations need of a next-scale model, and what such models have in common.
 
-`NextScaleModel` is the one protocol: whoever draws or evaluates asks a model for nothing else. A model says what its
-prompts, positions, tokens and guidance are; its two streams, its way through the blocks and its subject's prefix are
-the same for all.
+`NextScaleModel` is the one protocol: whoever draws or evaluates asks a model for nothing else. Training has a task for
+each kind of model, and updates of reinforcement learning take a `VAR` alone so far. A model says what its prompts,
+positions, tokens and guidance are; its two streams, its way through the blocks and its subject's prefix are the same
+for all.
 """
 
 from __future__ import annotations
@@ -332,3 +333,6 @@ def _prefill_block(
     seen: list[PrefixKV] = []
     x = block(x, modulation, attend_to_scales(schedule, seen=seen, rope=rope), bias, text)
     return x, seen[0].k, seen[0].v
+
+
+Model = NextScaleModel[Any]  # one of any tokenizer

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastvar.models import graphs as _graphs
 from fastvar.models.kv_cache import KVCache
-from fastvar.models.next_scale import Mixture, NextScaleModel
+from fastvar.models.next_scale import Mixture, Model
 from fastvar.models.var_block import Modulations
 from fastvar.ops import PrefixKV, SampledTokens
 from fastvar.pictures import image_grid, png
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 DECODED_AT_ONCE = 16 * 256 * 256  # pixels of a call that are decoded within its graph
 PerScale = float | Sequence[float]  # one number for all scales, or one each; an array or a tensor too
-Model = NextScaleModel[Any]
 
 
 @dataclass(frozen=True)

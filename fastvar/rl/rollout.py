@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
-from fastvar.models import NextScaleModel, SamplingOptions, SamplingState
+from fastvar.models import Model, SamplingOptions, SamplingState
 from fastvar.random import derive
 from fastvar.rl.prompts import Prompts, subject_of
 from fastvar.rl.rows import taken
 
 Segment = Literal["whole", "coarse", "fine"]
-Model = NextScaleModel[Any]
 
 
 class Rollout(NamedTuple):

@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from fastvar.evaluation import draw
-from fastvar.models import VAR, Infinity, NextScaleModel, SamplingOptions, TextFeatures
+from fastvar.models import VAR, Infinity, Model, NextScaleModel, SamplingOptions, TextFeatures
 from fastvar.rl import Prompts, roll_out
 from tests.helpers.tiny import some_texts, tiny_infinity, tiny_var
 
 TEXTS = ["12", "3", "", "904"]
-Model = NextScaleModel[Any]
 
 
 @pytest.fixture(params=[VAR, Infinity])
@@ -74,7 +73,7 @@ def test_evaluations(model: Model) -> None:
     options = SamplingOptions(guidance=2.5, top_p=0.9, batch_size=3)
     images = draw(model, TEXTS, options, seed=4)
     torch.testing.assert_close(images, model.generate(TEXTS, guidance=2.5, top_p=0.9, seed=4).images)
-    with pytest.raises(ValueError, match=r"^draw: labels: expected at least one, got none"):
+    with pytest.raises(ValueError, match=r"^draw: prompts: expected at least one, got none"):
         draw(model, [], options)
 
 

@@ -106,9 +106,8 @@ def test_generated_pictures(kind: str) -> None:
 @pytest.mark.parametrize("kind", [0, 1], ids=["codebook", "bits"])
 def test_decoding_tokens(kind: int) -> None:
     tokenizer = tokenizers()[kind]
-    tokens = tokenizer.encode(
-        torch.rand(1, 3, *tokenizer.config.image_size, generator=torch.Generator().manual_seed(3))
-    )
+    generator = torch.Generator().manual_seed(3)
+    tokens = tokenizer.encode(torch.rand(1, 3, *tokenizer.config.image_size, generator=generator))
     cells = tokenizer.feature_map(tokens)
     for options in ({}, {"tile": 16}, {"tile": 16, "overlap": 1}):
         expected = tokenizer.decode_features(cells, **options).clamp(-1, 1)
