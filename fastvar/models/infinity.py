@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -81,30 +81,19 @@ class Infinity(NextScaleModel[BSQTokenizer]):
         self.blocks = nn.ModuleList(TextBlock(config, p) for p in drop_path)  # type: ignore[assignment]  # not generic
         self.head_modulation = Linear(width, 2 * width)
         self.head = Linear(width, config.bits)  # of each bit the logit of 1 less that of 0
-        self._initialise((3 * width) ** -0.5)
+        self._initialise([self.start_embed, self.scale_embed.weight, self.text_pool.query])
         self.text_encoder = text_encoder
         self._attach(tokenizer)
 
     @torch.no_grad()
-    def _initialise(self, std: float) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for parameter in (self.start_embed, self.scale_embed.weight, self.text_pool.query):
-            nn.init.trunc_normal_(parameter, std=std)
+    def _initialise(self, embeddings: Iterable[torch.Tensor]) -> None:
+        super()._initialise(embeddings)
         nn.init.trunc_normal_(self.null_text, std=1.2).div_(self.config.text_channels**0.5)
         if self.config.subject != "none":
-            nn.init.trunc_normal_(self.subject_embed, std=std)
+            nn.init.trunc_normal_(self.subject_embed, std=(3 * self.config.embed_dim) ** -0.5)
             self._start_subject()
-        self.head.weight.mul_(0.02)
-        self.head_modulation.weight.mul_(0.5)
         for block in self.blocks:
-            for last in (block.proj, block.text_attention.proj, block.mlp_out):
-                last.weight.div_(math.sqrt(2 * self.config.depth))
-            block.modulation_table[:2].mul_(1e-3).add_(self.config.gate_init)
-            block.modulation_table[2:].mul_(0.5)
+            block.text_attention.proj.weight.div_(math.sqrt(2 * self.config.depth))
 
     # -- texts -------------------------------------------------------------------------------------------------------
 
