@@ -12,9 +12,8 @@ import torch
 from fastvar.bars import progress_bar
 from fastvar.data import Reader, mean_interval, normalised_edit_distance, wilson_interval, word_accuracy
 from fastvar.data.metrics import edit_similarity
-from fastvar.models import NextScaleModel, SamplingOptions
+from fastvar.models import Model, SamplingOptions
 
-Model = NextScaleModel[Any]
 Interval = tuple[float, float]
 
 
@@ -88,8 +87,8 @@ def draw(
     options.check()
     batches = model.batches(prompts, options.batch_size)  # all of them are checked before the first is drawn
     if not batches:
-        raise ValueError("draw: labels: expected at least one, got none")
-    _check_room(model, model.count(model.encode(batches[0])), options.guidance != model.no_guidance)
+        raise ValueError("draw: prompts: expected at least one, got none")
+    _check_room(model, model.count(model.encode(batches[0])), options.guidance_of(model) != model.no_guidance)
     images, start = [], 0
     for batch in progress_bar(batches, desc=title, leave=False):
         rows = slice(start, start + options.batch_size)
@@ -98,7 +97,7 @@ def draw(
             subject=None if subject is None else subject[rows],
             seed=seed,
             first_sample=start,
-            **options.arguments(),
+            **options.arguments(model),
         )
         assert out.images is not None  # they were decoded
         images.append(out.images.cpu())

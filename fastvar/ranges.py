@@ -89,7 +89,7 @@ ShareBelowOne = Annotated[float, Range(0, 1, below=True)]
 ShareAboveZero = Annotated[float, Range(0, 1, above=True)]
 Number = Annotated[float, Range()]
 Temperature = Annotated[float, TEMPERATURE]
-Guidance = Annotated[float, GUIDANCE]
+GuidanceOrNone = Annotated[float | None, GUIDANCE]
 
 
 @cache
@@ -121,9 +121,11 @@ def check_value(owner: str, name: str, value: Any, kind: Any, allowed: Range | O
     Args:
         owner, name: of the message.
         value: what was given.
-        kind: int, float or str, or a tuple of one of them.
+        kind: int, float or str, one of them or None, or a tuple of one of them.
         allowed: its declaration.
     """
+    if value is None and type(None) in get_args(kind):
+        return
     items, kinds, each = [value], (kind,), ""
     if get_origin(kind) is tuple:
         kinds, each = get_args(kind), "each "
@@ -160,6 +162,8 @@ def fitted(config_class: type, name: str, value: Any) -> Any:
 
 def _fitted(kind: Any, value: Any) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
+    if type(None) in inner:  # of a kind, or None
+        return None if value is None else _fitted(inner[0], value)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int and number and (isinstance(value, int) or (math.isfinite(value) and value == int(value))):
         return int(value)

@@ -327,9 +327,9 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/rl/rollout.py": [
-        ("**options.arguments(),", "", "rl/test_wiring.py::test_rollouts_are_drawn_as_told"),
+        ("**options.arguments(self.model),", "", "rl/test_wiring.py::test_rollouts_are_drawn_as_told"),
         (
-            "(1 if options.guidance == self.model.no_guidance else 2)",
+            "(1 if options.guidance_of(self.model) == self.model.no_guidance else 2)",
             "1",
             "rl/test_wiring.py::test_rollouts_are_drawn_as_told",
         ),
@@ -688,10 +688,15 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "models/test_var_sampling.py::test_forks_share_the_trunk_and_leave_it_alone",
         ),
         (
-            '"guidance": self.guidance',
-            '"guidance": 0.0',
+            '"guidance": self.guidance_of(model)',
+            '"guidance": model.no_guidance',
             "test_evaluation.py::test_drawing",
             "rl/test_wiring.py::test_rollouts_are_drawn_as_told",
+        ),
+        (
+            "model.no_guidance if self.guidance is None",
+            "0.0 if self.guidance is None",
+            "models/test_next_scale.py::test_options_of_no_guidance",
         ),
         (
             '"temperature": self.temperature',

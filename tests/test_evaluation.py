@@ -26,6 +26,13 @@ def test_drawing(batch_size: int) -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_drawing_in_tiles() -> None:
+    var, labels = tiny_var(), torch.tensor([0, 3])
+    whole, tiled = (draw(var, labels, SamplingOptions(decode_tile=tile), seed=5) for tile in (0, 2))
+    torch.testing.assert_close(tiled, var.generate(labels, seed=5, decode_tile=2).images)
+    assert not torch.equal(tiled, whole)
+
+
 def test_a_batch_that_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before anything is drawn."""
     var, labels = tiny_var(), torch.zeros(9, dtype=torch.int64)

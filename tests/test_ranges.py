@@ -67,6 +67,9 @@ def in_a_tuple(value: Any, kind: Any) -> Any:
 
 
 def forbidden(kind: Any, allowed: Range | OneOf) -> Iterator[Any]:
+    if type(None) in get_args(kind):
+        yield from (value for value in forbidden(get_args(kind)[0], allowed) if value is not None)
+        return
     if isinstance(allowed, OneOf):
         yield from ("nonsense", None, 3)
         return
@@ -142,6 +145,24 @@ def test_infinity_where_it_means_something() -> None:
     with pytest.raises(ValueError, match="eta: expected float"):
         fitted(RLConfig, "eta", 10**400)
     assert Range(high=5).problem(-math.inf) == "at most 5 and finite"
+
+
+def test_none_where_it_means_something() -> None:
+    SamplingOptions(guidance=None).check()
+    assert fitted(SamplingOptions, "guidance", None) is None and fitted(SamplingOptions, "guidance", 2) == 2.0
+    with pytest.raises(ValueError, match=r"^guidance: expected float \| None, got '2'"):
+        fitted(SamplingOptions, "guidance", "2")
+    with pytest.raises(ValueError, match=r"^top_k: expected int, got None"):
+        fitted(SamplingOptions, "top_k", None)
+
+
+def test_a_run_of_no_guidance_goes_on_as_one_of_0() -> None:
+    """Which was the default once; there were no tiles then."""
+    plain = RLConfig().settings()
+    assert set(plain["rollout"]) == {"guidance", "temperature", "top_k", "top_p"}
+    assert RLConfig(rollout=SamplingOptions(decode_tile=8)).settings()["rollout"]["decode_tile"] == 8
+    assert plain == RLConfig(rollout=SamplingOptions(guidance=0.0)).settings() and plain["rollout"]["guidance"] == 0
+    assert plain != RLConfig(rollout=SamplingOptions(guidance=1.0)).settings()
 
 
 def test_a_config_without_declarations_of_its_own_checks_what_is_in_it() -> None:

@@ -75,11 +75,6 @@ def encoder_of(name: str, config: InfinityConfig | None, device: torch.device) -
     return load_text_encoder(name, max_length=longest, dtype=dtype, device=device)
 
 
-def attach(net: Infinity, encoder: TextEncoder) -> None:
-    """Give a model the text encoder that reads what it is told."""
-    net.text_encoder = encoder  # type: ignore[misc]  # the class takes it, though a property shows it
-
-
 def train_infinity(options: Train) -> TrainResult[Infinity]:
     """Train an Infinity as `fastvar train --task infinity` is asked to."""
     device, budget = chosen_device(options.device), options.budget
@@ -96,7 +91,7 @@ def train_infinity(options: Train) -> TrainResult[Infinity]:
     else:
         net = start.float()  # AdamW needs it
         net.config = replace(net.config, text_encoder=encoder.name)
-        attach(net, encoder)
+        net.text_encoder = encoder
     net.gradient_checkpointing = options.gradient_checkpointing
     sizes = [net.tokenizer.config.image_size_of(schedule) for schedule in schedules or [net.schedule]]
     dataset = options.data.load_with_texts(sizes, seed=options.train.seed)

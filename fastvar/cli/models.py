@@ -292,12 +292,12 @@ class Sample:
         """The model with its text encoder, on its device."""
         import torch
 
-        from fastvar.cli.infinity import attach, encoder_of, load
+        from fastvar.cli.infinity import encoder_of, load
         from fastvar.schedule import ScaleSchedule
 
         device = chosen_device(self.device)
         net = load("model", self.model, self.tokenizer, ScaleSchedule.parse(self.grids) if self.grids else None)
-        attach(net, encoder_of(self.text_encoder, net.config, device))
+        net.text_encoder = encoder_of(self.text_encoder, net.config, device)
         return net.to(device, getattr(torch, self.dtype) if self.dtype else None)
 
 

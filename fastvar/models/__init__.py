@@ -11,7 +11,7 @@ from fastvar.models.infinity_block import rotation_grid
 from fastvar.models.infinity_checkpoints import load_infinity
 from fastvar.models.infinity_config import InfinityConfig
 from fastvar.models.kv_cache import KVCache
-from fastvar.models.next_scale import NextScaleModel
+from fastvar.models.next_scale import Model, NextScaleModel
 from fastvar.models.sampling import Generation, SamplingOptions, SamplingState
 from fastvar.models.t5 import T5TextEncoder
 from fastvar.models.text import TextEncoder, TextFeatures
@@ -30,6 +30,7 @@ __all__ = [
     "Infinity",
     "InfinityConfig",
     "KVCache",
+    "Model",
     "NextScaleModel",
     "SamplingOptions",
     "SamplingState",

@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn.modules import module as _module
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fastvar.models.next_scale import NextScaleModel
+from fastvar.models.next_scale import Model
 from fastvar.ops import _checks
 
 KEPT = 16
@@ -42,7 +42,6 @@ MEMORY = 0.15
 SEEN = 256  # kinds of calls that are remembered, of a model
 CAPTURES = 2  # of a kind of calls, unasked: those that drive out each other would be captured at every call
 Pool = Any  # what torch.cuda.graph_pool_handle answers
-Model = NextScaleModel[Any]
 Start = Any  # a `Beginning` or a `SamplingState` of `fastvar.models.sampling`, which knows graphs, not they it
 Options = Any  # its `ScaleOptions`
 Draw = Callable[[Model, Start, torch.Tensor, Options], Any]  # its `draw`; what that answers has a `map` too

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -17,7 +17,7 @@ from fastvar.models.infinity_config import InfinityConfig
 from fastvar.models.linear import Linear
 from fastvar.models.next_scale import NextScaleModel, Positions
 from fastvar.models.sampling import Generation, PerScale, SamplingState
-from fastvar.models.text import TextEncoder, TextFeatures, TextPool, places, row_indices
+from fastvar.models.text import TextEncoder, TextFeatures, TextPool, checked_texts, places, row_indices
 from fastvar.models.var_block import Modulations
 from fastvar.ops import SampledTokens, TokenLogProbs, sample_bits, token_log_probs
 from fastvar.ranges import GUIDANCE, Range
@@ -56,6 +56,7 @@ class Infinity(NextScaleModel[BSQTokenizer]):
     no_guidance, guidance_range = 1.0, Range(GUIDANCE.low + 1, GUIDANCE.high)  # the operators count from 1 less
     config: InfinityConfig
     blocks: Sequence[TextBlock]
+    _text_encoder: tuple[TextEncoder, ...]  # in a tuple, so that it is no submodule
 
     def __init__(
         self, config: InfinityConfig, tokenizer: BSQTokenizer | None = None, text_encoder: TextEncoder | None = None
@@ -80,51 +81,39 @@ class Infinity(NextScaleModel[BSQTokenizer]):
         self.blocks = nn.ModuleList(TextBlock(config, p) for p in drop_path)  # type: ignore[assignment]  # not generic
         self.head_modulation = Linear(width, 2 * width)
         self.head = Linear(width, config.bits)  # of each bit the logit of 1 less that of 0
-        self._initialise((3 * width) ** -0.5)
-        self._text_encoder: tuple[TextEncoder, ...] = () if text_encoder is None else (text_encoder,)
+        self._initialise([self.start_embed, self.scale_embed.weight, self.text_pool.query])
+        self.text_encoder = text_encoder
         self._attach(tokenizer)
 
     @torch.no_grad()
-    def _initialise(self, std: float) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for parameter in (self.start_embed, self.scale_embed.weight, self.text_pool.query):
-            nn.init.trunc_normal_(parameter, std=std)
+    def _initialise(self, embeddings: Iterable[torch.Tensor]) -> None:
+        super()._initialise(embeddings)
         nn.init.trunc_normal_(self.null_text, std=1.2).div_(self.config.text_channels**0.5)
         if self.config.subject != "none":
-            nn.init.trunc_normal_(self.subject_embed, std=std)
+            nn.init.trunc_normal_(self.subject_embed, std=(3 * self.config.embed_dim) ** -0.5)
             self._start_subject()
-        self.head.weight.mul_(0.02)
-        self.head_modulation.weight.mul_(0.5)
         for block in self.blocks:
-            for last in (block.proj, block.text_attention.proj, block.mlp_out):
-                last.weight.div_(math.sqrt(2 * self.config.depth))
-            block.modulation_table[:2].mul_(1e-3).add_(self.config.gate_init)
-            block.modulation_table[2:].mul_(0.5)
+            block.text_attention.proj.weight.div_(math.sqrt(2 * self.config.depth))
 
     # -- texts -------------------------------------------------------------------------------------------------------
 
     @property
     def text_encoder(self) -> TextEncoder:
-        """What makes features of texts.
+        """What makes features of texts; None set detaches it.
 
         Raises:
             RuntimeError: none was attached.
         """
         if not self._text_encoder:
             raise RuntimeError(
-                "Infinity: text_encoder: none attached; pass one to Infinity(...), or features instead of texts"
+                "Infinity: text_encoder: none attached; pass one to Infinity(...), set model.text_encoder, or "
+                "pass features instead of texts"
             )
         return self._text_encoder[0]
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "text_encoder":  # a module would become a submodule
-            self._text_encoder = () if value is None else (value,)
-        else:
-            super().__setattr__(name, value)
+    @text_encoder.setter
+    def text_encoder(self, encoder: TextEncoder | None) -> None:
+        self._text_encoder = () if encoder is None else (encoder,)
 
     def _shared(self) -> tuple[object, ...]:
         return (*self._tokenizer, *self._text_encoder)
@@ -163,8 +152,11 @@ class Infinity(NextScaleModel[BSQTokenizer]):
         return len(encoded.texts.lengths)
 
     def batches(self, prompts: Texts, size: int) -> list[TextFeatures]:
-        features = self.features(prompts)
-        return [features.some(slice(i, i + size)) for i in range(0, len(features.lengths), size)]
+        if isinstance(prompts, TextFeatures):
+            features = self.features(prompts)
+            return [features.some(slice(i, i + size)) for i in range(0, len(features.lengths), size)]
+        texts = checked_texts("Infinity", prompts)  # all, before any is encoded
+        return [self.features(texts[i : i + size]) for i in range(0, len(texts), size)]
 
     def begin(self, encoded: TextsAndOpposites, *, guided: bool) -> tuple[torch.Tensor, Modulations]:
         texts, against = encoded
@@ -183,7 +175,8 @@ class Infinity(NextScaleModel[BSQTokenizer]):
             activated = F.silu(condition)
             shared = self.shared_modulation(activated).unflatten(1, (6, -1))
             head = self.head_modulation(activated).unflatten(1, (2, -1))
-            rows, biases = zip(*(block.modulate(activated, shared) for block in self.blocks), strict=True)
+        # of what follows autocast reaches projections and their biases alone: the rows are sums
+        rows, biases = zip(*(block.modulate(activated, shared) for block in self.blocks), strict=True)
         seen = [block.read_text(packed, where) for block in self.blocks]
         return condition, Modulations(list(rows), list(biases), head, seen)
 

@@ -1,13 +1,15 @@
-"""What sampling, training and reinforcement learning need of a next-scale model, and what such models have in common.
+"""What sampling, rollouts and evaluations need of a next-scale model, and what such models have in common.
 
-`NextScaleModel` is the one protocol: whoever draws or evaluates asks a model for nothing else. A model says what its
-prompts, positions, tokens and guidance are; its two streams, its way through the blocks and its subject's prefix are
-the same for all.
+`NextScaleModel` is the one protocol: whoever draws or evaluates asks a model for nothing else. Training has a task for
+each kind of model, and updates of reinforcement learning take a `VAR` alone so far. A model says what its prompts,
+positions, tokens and guidance are; its two streams, its way through the blocks and its subject's prefix are the same
+for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
@@ -76,9 +78,33 @@ class NextScaleModel(WithTokenizer[Tokenizer]):
     schedule: ScaleSchedule
     blocks: Sequence[Block]
     head: nn.Linear
+    head_modulation: nn.Linear
     subject_embed: nn.Parameter
     generate: Callable[..., Any]
     """Prompts to a `fastvar.models.Generation`; see the model's own for its arguments."""
+
+    @torch.no_grad()
+    def _initialise(self, embeddings: Iterable[torch.Tensor]) -> None:
+        """Start values of a new model, as VAR has them."""
+        config, std = self.config, (3 * self.config.embed_dim) ** -0.5
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for parameter in embeddings:
+            nn.init.trunc_normal_(parameter, std=std)
+        self.head.weight.mul_(0.02)
+        self.head_modulation.weight.mul_(0.5)
+        for block in self.blocks:
+            block.proj.weight.div_(math.sqrt(2 * config.depth))
+            block.mlp_out.weight.div_(math.sqrt(2 * config.depth))
+            # gates start small, scales and shifts at half
+            rows = block.modulation_table if config.shared_adaln else block.modulation.weight.unflatten(0, (6, -1))
+            rows[:2].mul_(1e-3)
+            rows[2:].mul_(0.5)
+            start = block.modulation_table if config.shared_adaln else block.modulation.bias.unflatten(0, (6, -1))
+            start[:2].add_(config.gate_init)
 
     # -- what a model says of itself ---------------------------------------------------------------------------------
 
@@ -332,3 +358,6 @@ def _prefill_block(
     seen: list[PrefixKV] = []
     x = block(x, modulation, attend_to_scales(schedule, seen=seen, rope=rope), bias, text)
     return x, seen[0].k, seen[0].v
+
+
+Model = NextScaleModel[Any]  # one of any tokenizer

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastvar.models import graphs as _graphs
 from fastvar.models.kv_cache import KVCache
-from fastvar.models.next_scale import Mixture, NextScaleModel
+from fastvar.models.next_scale import Mixture, Model
 from fastvar.models.var_block import Modulations
 from fastvar.ops import PrefixKV, SampledTokens
 from fastvar.pictures import image_grid, png
@@ -24,7 +24,7 @@ from fastvar.ranges import (
     TRUNCATION,
     Count,
     CountOrNone,
-    Guidance,
+    GuidanceOrNone,
     Range,
     ShareAboveZero,
     Temperature,
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 DECODED_AT_ONCE = 16 * 256 * 256  # pixels of a call that are decoded within its graph
 PerScale = float | Sequence[float]  # one number for all scales, or one each; an array or a tensor too
-Model = NextScaleModel[Any]
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,9 @@ class SamplingOptions:
     log-probabilities reinforcement learning trains, as VAR RL Done Right has it.
     """
 
-    guidance: Guidance = 0.0
-    """Classifier-free guidance. Of a VAR that of the last scale: it grows linearly from 0 at the first one, and 0 is
-    none; of an Infinity that of all scales, and 1 is none."""
+    guidance: GuidanceOrNone = None
+    """Classifier-free guidance; None for none. Of a VAR that of the last scale: it grows linearly from 0 at the first
+    one, and 0 is none; of an Infinity that of all scales, and 1 is none (0 draws without a look at the text)."""
     temperature: Temperature = 1.0
     """Divides the logits, when drawing and when scoring; below 1 the likeliest codes gain."""
     top_k: CountOrNone = 0
@@ -59,6 +58,8 @@ class SamplingOptions:
     """Keep the likeliest codes of this mass; 1 for all."""
     batch_size: Count = 64
     """Images drawn at a time; it changes nothing but memory and speed."""
+    decode_tile: CountOrNone = 0
+    """Decode in tiles of so many cells of the feature map a side, where memory is short; 0 for the whole at once."""
     graphs: bool = True
     """Draw by CUDA graphs where they can be used: on a GPU, not with FSDP. They hold up to 15 % of the GPU's memory
     (`fastvar.models.graphs.MEMORY`) during updates of training too: where one runs out of memory, set this to False, or
@@ -68,13 +69,18 @@ class SamplingOptions:
         """Raise a ValueError that names a setting which makes no sense."""
         check_fields(self)
 
-    def arguments(self) -> dict[str, Any]:
-        """As `generate` takes them."""
+    def guidance_of(self, model: Model | type[Model]) -> float:
+        """The guidance that a model draws with."""
+        return model.no_guidance if self.guidance is None else self.guidance
+
+    def arguments(self, model: Model) -> dict[str, Any]:
+        """As `generate` of a model takes them."""
         return {
-            "guidance": self.guidance,
+            "guidance": self.guidance_of(model),
             "temperature": self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,
+            "decode_tile": self.decode_tile or None,
             "graphs": None if self.graphs else False,
         }
 

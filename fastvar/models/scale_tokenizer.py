@@ -77,7 +77,8 @@ class TokenizerOutput(NamedTuple):
 class ScaleTokenizer(PretrainedModel):
     """Images (B, 3, H, W) in [-1, 1] to tokens, classes (B, L) int64 or bits (B, L, d) bool, and back.
 
-    Every method takes another schedule than the config's, for images of another size.
+    What goes from images to tokens or back takes another schedule than the config's, for images of another size;
+    `decode_features` takes a feature map of any size.
     """
 
     schedule: ScaleSchedule
@@ -214,7 +215,15 @@ class ScaleTokenizer(PretrainedModel):
 
     @torch.no_grad()
     def decode(
-        self, tokens: torch.Tensor, *, dtype: torch.dtype | None = None, schedule: ScaleSchedule | None = None
+        self,
+        tokens: torch.Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
+        schedule: ScaleSchedule | None = None,
     ) -> torch.Tensor:
-        """Tokens, or those of the first m scales, to images (B, 3, H, W) in [-1, 1]; dtype: see `decode_features`."""
-        return self.decode_features(self.feature_map(tokens, schedule=schedule), dtype=dtype).clamp(-1, 1)
+        """Tokens, or those of the first m scales, to images (B, 3, H, W) in [-1, 1]; dtype, tile, overlap: see
+        `decode_features`."""
+        feature_map = self.feature_map(tokens, schedule=schedule)
+        return self.decode_features(feature_map, dtype=dtype, tile=tile, overlap=overlap).clamp(-1, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,7 +65,7 @@ class VAR(NextScaleModel[VQTokenizer]):
         super().__init__()
         self.config = config
         self.schedule = config.schedule
-        width, std = config.embed_dim, (3 * config.embed_dim) ** -0.5
+        width = config.embed_dim
         self.code_embed = Linear(config.code_channels, width)
         if config.text_length:
             self.text_embed = nn.Parameter(torch.empty(config.text_length, len(config.alphabet) + 1, width))
@@ -86,30 +85,11 @@ class VAR(NextScaleModel[VQTokenizer]):
         self.head_modulation = Linear(width, 2 * width)
         self.head = Linear(width, config.vocab_size)
         self.register_buffer("scale_index", torch.tensor(self.schedule.scale_of_token), persistent=False)
-        self._initialise(std)
+        named = self.named_parameters()
+        self._initialise(
+            p for name, p in named if name.endswith("_condition") or ("embed" in name and not name.endswith("bias"))
+        )
         self._attach(tokenizer)
-
-    @torch.no_grad()
-    def _initialise(self, std: float) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for name, parameter in self.named_parameters():
-            if name.endswith("_condition") or ("embed" in name and not name.endswith("bias")):
-                nn.init.trunc_normal_(parameter, std=std)
-        self.head.weight.mul_(0.02)
-        self.head_modulation.weight.mul_(0.5)
-        for block in self.blocks:
-            block.proj.weight.div_(math.sqrt(2 * self.config.depth))
-            block.mlp_out.weight.div_(math.sqrt(2 * self.config.depth))
-            # gates start small, scales and shifts at half
-            rows = block.modulation_table if self.config.shared_adaln else block.modulation.weight.unflatten(0, (6, -1))
-            rows[:2].mul_(1e-3)
-            rows[2:].mul_(0.5)
-            start = block.modulation_table if self.config.shared_adaln else block.modulation.bias.unflatten(0, (6, -1))
-            start[:2].add_(self.config.gate_init)
 
     # -- condition ---------------------------------------------------------------------------------------------------
 

@@ -62,8 +62,8 @@ class WithTokenizer(PretrainedModel, Generic[Tokenizer]):
         self._tokenizer = (tokenizer.to(self.device),)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # nn.Module would register the tokenizer as a submodule before a property's setter saw it
-        if name == "tokenizer":
+        # nn.Module would register a module as a submodule before a property's setter saw it
+        if isinstance(getattr(type(self), name, None), property):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)

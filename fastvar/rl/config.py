@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
-from fastvar.models import SamplingOptions
+from fastvar.models import VAR, SamplingOptions
 from fastvar.ops import PolicyLossOptions
 from fastvar.ops.policy_loss import NORMALISATIONS, SPREAD_FLOOR
 from fastvar.ranges import (
@@ -139,7 +139,12 @@ class RLConfig:
             raise ValueError("RLConfig: stop_kl: expected 0 without a KL weight, as the KL is then not measured")
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result of a run."""
+        """What decides the result of a run; the same for one that was begun before guidance could be None and pictures
+        be decoded in tiles."""
         settings = {name: value for name, value in asdict(self).items() if name not in MAY_CHANGE}
-        del settings["rollout"]["batch_size"], settings["rollout"]["graphs"]
+        rollout = settings["rollout"]
+        rollout["guidance"] = self.rollout.guidance_of(VAR)
+        if not self.rollout.decode_tile:
+            del rollout["decode_tile"]
+        del rollout["batch_size"], rollout["graphs"]
         return settings

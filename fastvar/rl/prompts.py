@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 from zlib import crc32
 
 import torch
 
-from fastvar.models import NextScaleModel
+from fastvar.models import Model
 from fastvar.models.var import VAR, Labels
 from fastvar.rl.rows import taken
 
@@ -97,7 +97,7 @@ class PromptSource(Protocol):
         """At most `count` prompts of a split, "train" or "test"."""
 
 
-def subject_of(model: NextScaleModel[Any], prompts: Prompts) -> torch.Tensor | None:
+def subject_of(model: Model, prompts: Prompts) -> torch.Tensor | None:
     """(N, L, C) pyramids of the references, as `generate` takes them; None without references.
 
     Raises:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
-from fastvar.models import NextScaleModel, SamplingOptions, SamplingState
+from fastvar.models import Model, SamplingOptions, SamplingState
 from fastvar.random import derive
 from fastvar.rl.prompts import Prompts, subject_of
 from fastvar.rl.rows import taken
 
 Segment = Literal["whole", "coarse", "fine"]
-Model = NextScaleModel[Any]
 
 
 class Rollout(NamedTuple):
@@ -163,9 +162,9 @@ class _Artist:
             first_sample=first_sample,
             log_probs=True,
             decode=stop is None,
-            **options.arguments(),
+            **options.arguments(self.model),
         )
-        rows = len(out.tokens) * (1 if options.guidance == self.model.no_guidance else 2)
+        rows = len(out.tokens) * (1 if options.guidance_of(self.model) == self.model.no_guidance else 2)
         self.passed_tokens += rows * (out.tokens.shape[1] - before)
         assert out.log_probs is not None  # they were asked for
         return _Drawn(out.tokens, out.log_probs, out.images, out.state)

@@ -129,6 +129,37 @@ def test_texts_are_encoded() -> None:
     assert torch.equal(out.tokens, net.generate(some_texts(), decode=False).tokens)
 
 
+def test_a_text_encoder_is_no_submodule() -> None:
+    """Be it a module, passed or set; None detaches it."""
+    encoder, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    net = Infinity(tiny_infinity().config, text_encoder=encoder)  # type: ignore[arg-type]
+    names = set(net.state_dict())
+    assert net.text_encoder is encoder and encoder not in net.modules() and names == set(tiny_infinity().state_dict())
+    net.text_encoder = other
+    assert net.text_encoder is other and other not in net.modules() and set(net.state_dict()) == names
+    net.text_encoder = None
+    with pytest.raises(RuntimeError, match="Infinity: text_encoder: none attached"):
+        _ = net.text_encoder
+
+
+def test_texts_are_encoded_by_batches() -> None:
+    """No more at a time than are drawn, once what is no text was refused."""
+    net, asked = tiny_infinity(), []
+
+    def encoder(texts: Any) -> TextFeatures:
+        asked.append(list(texts))
+        return TextFeatures.joined([some_texts((len(text),)) for text in texts])
+
+    net.text_encoder = encoder
+    for wrong in (["a", "b", 3], "a text"):
+        with pytest.raises(ValueError, match=r"^Infinity: texts: expected a list of texts, got "):
+            net.batches(wrong, 2)
+    assert asked == []
+    batches = net.batches(["a", "bc", "def", "g", "hi"], 2)
+    assert asked == [["a", "bc"], ["def", "g"], ["hi"]] and [b.lengths for b in batches] == [(1, 2), (3, 1), (2,)]
+    assert [b.lengths for b in net.batches(some_texts(), 3)] == [(3, 1, 6), (2,)] and net.batches([], 2) == []
+
+
 def test_gradients() -> None:
     """Against float64, of every parameter, those of a text that is dropped included; checkpointing changes nothing."""
     net = tiny_infinity(condition_dropout=0.5)

@@ -207,6 +207,19 @@ def test_half_precision(dtype: torch.dtype, autocast: bool) -> None:
     assert not torch.equal(expected, exact)
 
 
+@torch.no_grad()
+def test_what_blocks_are_told_under_autocast() -> None:
+    """Biases and texts once in its dtype, not cast by every scale; the rest is the same to the bit."""
+    net = tiny_infinity()
+    condition, plain = net.read(some_texts())
+    with torch.autocast("cpu", torch.bfloat16):
+        same, told = net.read(some_texts())
+    assert all(bias.dtype == torch.bfloat16 for bias in told.biases)
+    assert all(text.k.dtype == text.v.dtype == torch.bfloat16 for text in told.texts)
+    for found, expected in zip([same, told.head, *told.blocks], [condition, plain.head, *plain.blocks], strict=True):
+        assert torch.equal(found, expected)
+
+
 def state_of(net: Infinity, **options: Any) -> SamplingState:
     return net.generate(some_texts(), stop=1, **options).state
 

@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from fastvar.evaluation import draw
-from fastvar.models import VAR, Infinity, NextScaleModel, SamplingOptions, TextFeatures
+from fastvar.models import VAR, Infinity, Model, NextScaleModel, SamplingOptions, TextFeatures
 from fastvar.rl import Prompts, roll_out
 from tests.helpers.tiny import some_texts, tiny_infinity, tiny_var
 
 TEXTS = ["12", "3", "", "904"]
-Model = NextScaleModel[Any]
 
 
 @pytest.fixture(params=[VAR, Infinity])
@@ -74,8 +73,18 @@ def test_evaluations(model: Model) -> None:
     options = SamplingOptions(guidance=2.5, top_p=0.9, batch_size=3)
     images = draw(model, TEXTS, options, seed=4)
     torch.testing.assert_close(images, model.generate(TEXTS, guidance=2.5, top_p=0.9, seed=4).images)
-    with pytest.raises(ValueError, match=r"^draw: labels: expected at least one, got none"):
+    with pytest.raises(ValueError, match=r"^draw: prompts: expected at least one, got none"):
         draw(model, [], options)
+
+
+def test_options_of_no_guidance(model: Model) -> None:
+    """By default: what is drawn follows the prompts alone, of which each token passes the network once."""
+    first, second = (draw(model, texts, SamplingOptions(), seed=4) for texts in (["12", "3"], ["904", "12"]))
+    assert (first - second).abs().amax((1, 2, 3)).min() > 1e-3
+    torch.testing.assert_close(first, model.generate(["12", "3"], seed=4).images)
+    drawn = roll_out(model, Prompts(["12", "3"]), group_size=2, seed=4, options=SamplingOptions())
+    torch.testing.assert_close(drawn.images, model.generate(["12", "12", "3", "3"], seed=4).images)
+    assert drawn.passed_tokens == 4 * 14
 
 
 @pytest.mark.parametrize("segment", ["whole", "coarse", "fine"])

@@ -103,6 +103,17 @@ def test_generated_pictures(kind: str) -> None:
         model.generate(prompts, decode_tile=0)
 
 
+@pytest.mark.parametrize("kind", [0, 1], ids=["codebook", "bits"])
+def test_decoding_tokens(kind: int) -> None:
+    tokenizer = tokenizers()[kind]
+    generator = torch.Generator().manual_seed(3)
+    tokens = tokenizer.encode(torch.rand(1, 3, *tokenizer.config.image_size, generator=generator))
+    cells = tokenizer.feature_map(tokens)
+    for options in ({}, {"tile": 16}, {"tile": 16, "overlap": 1}):
+        expected = tokenizer.decode_features(cells, **options).clamp(-1, 1)
+        assert torch.equal(tokenizer.decode(tokens, **options), expected)
+
+
 @pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), tiny_bits()], ids=["codebook", "bits"])
 def test_wrong_tiles(tokenizer: VQTokenizer | BSQTokenizer) -> None:
     cells, name = tokenizer.empty_feature_map(1), type(tokenizer).__name__
