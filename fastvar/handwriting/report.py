@@ -151,7 +151,7 @@ def _readings(report: Report, config: DemoConfig, scores: dict[str, ReadingScore
     )
     guided = scores["samples, guided"]
     report.text(
-        f"Samples with guidance {config.sampling.guidance:g} and top-p {config.sampling.top_p:g}, each with its "
+        f"Samples with guidance {config.sampling.guidance or 0:g} and top-p {config.sampling.top_p:g}, each with its "
         "number; what was read is in red where it is wrong."
     )
     report.gallery(
