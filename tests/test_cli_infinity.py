@@ -77,12 +77,24 @@ def test_from_texts_to_pictures(work: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_ratios(work: Path) -> None:
-    """The budget's schedules, one of which each image takes; the model keeps its own."""
-    small = infinity_schedule("0.06M").truncated(2)
-    tiny_bits(small.grids).save_pretrained(work / "small")
-    train = ["train", "--task", "infinity", "--data", work / "data", "--tokenizer", work / "small", *SHAPE]
-    run(*train, "--text-encoder", "characters-12", "--budget", "0.06M", "--output", work / "run", "--batch-size", 1)
-    assert Infinity.from_pretrained(work / "run/model").schedule == small
+    """The budget's schedules, one of which each image takes; what is saved and shown has the one of squares."""
+    train = ["train", "--task", "infinity", "--data", work / "data", "--tokenizer", work / "bsq", *SHAPE]
+    train += ["--text-encoder", "characters-12", "--batch-size", 1, "--steps", 1]
+    run(*train, "--budget", "0.06M", "--output", work / "run")
+    squares = infinity_schedule("0.06M")
+
+    def check(net: Infinity) -> None:
+        assert net.schedule == net.config.schedule == squares
+        assert net.tokenizer.schedule == net.tokenizer.config.schedule == squares
+
+    check(Infinity.from_pretrained(work / "run/model"))
+    assert Image.open(work / "run/pictures/step-00000001.png").size == (2 + 3 * 34, 2 + 34)
+    run(*train, "--start", work / "run", "--output", work / "further")  # the tokenizer's folder has other grids
+    check(Infinity.from_pretrained(work / "further/model"))
+    tiny_infinity().save_pretrained(work / "small")
+    loaded = infinity.load("start", work / "small", None, squares)
+    check(loaded)
+    check(loaded.add_subject())
 
 
 def test_handwriting(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,24 +38,30 @@ def load(option: str, model: Path, tokenizer: Path | None, schedule: ScaleSchedu
     Args:
         option: the model's, as it opens messages.
         model, tokenizer: paths; the tokenizer's only if the model was not saved with it.
-        schedule: its grids, if they are not to be its own.
+        schedule: its grids, and the tokenizer's, if they are not to be its own.
 
     Raises:
         ValueError, OSError: they cannot be loaded, or there is no tokenizer.
     """
     if any((place / CONFIG_NAME).is_file() for place in (model, model / "model")):
         net = load_saved(option, Infinity, model)
-        if tokenizer is not None:
-            net.tokenizer = load_saved("tokenizer", BSQTokenizer, tokenizer)
-        if not net.has_tokenizer:
+        if tokenizer is None and not net.has_tokenizer:
             raise ValueError(f"{option}: expected an Infinity that was saved with its tokenizer, got {model}")
-        if schedule is not None:
-            net.schedule = net.config.check_schedule(schedule)
+        own = net.tokenizer if tokenizer is None else load_saved("tokenizer", BSQTokenizer, tokenizer)
+        for part in (net, own):  # weights of both fit any grids
+            _set_grids(part, schedule or net.schedule)
+        net.tokenizer = own
         return net
     if tokenizer is None:
         raise ValueError(f"tokenizer: expected the file of the public tokenizer that goes with {model}, got none")
     net, _ = load_infinity(model, tokenizer, grids=schedule)
     return net
+
+
+def _set_grids(model: Infinity | BSQTokenizer, schedule: ScaleSchedule) -> None:
+    """Give a model other grids; its config has them too, so that what is saved names them."""
+    model.config = replace(model.config, grids=schedule.grids)
+    model.schedule = model.config.schedule
 
 
 def encoder_of(name: str, config: InfinityConfig | None, device: torch.device) -> TextEncoder:
@@ -92,7 +98,9 @@ def train_infinity(options: Train) -> TrainResult[Infinity]:
     encoder = encoder_of(options.text_encoder, config, device)
     torch.manual_seed(derive(options.train.seed, "weights"))
     if start is None:
-        net = _new(options, load_saved("tokenizer", BSQTokenizer, options.tokenizer), encoder)
+        tokenizer = load_saved("tokenizer", BSQTokenizer, options.tokenizer)
+        _set_grids(tokenizer, own or tokenizer.schedule)
+        net = _new(options, tokenizer, encoder)
     else:
         net = start.float()  # AdamW needs it
         net.config = replace(net.config, text_encoder=encoder.name)
