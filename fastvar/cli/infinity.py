@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastvar.cli.common import chosen_device, load_saved
+from fastvar.cli.common import chosen_device, load_encoder, load_saved
 from fastvar.evaluation import GUIDED, draw
-from fastvar.models import BSQTokenizer, Infinity, InfinityConfig, TextEncoder, load_infinity, load_text_encoder
+from fastvar.models import BSQTokenizer, Infinity, InfinityConfig, TextEncoder, load_infinity
 from fastvar.models.pretrained import CONFIG_NAME, saved_class
 from fastvar.random import derive
 from fastvar.schedule import ScaleSchedule, infinity_ratios, infinity_schedule
@@ -78,7 +78,7 @@ def encoder_of(name: str, config: InfinityConfig | None, device: torch.device) -
         )
     longest = config.text_length if config is not None else 512
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return load_text_encoder(name, max_length=longest, dtype=dtype, device=device)
+    return load_encoder(name, max_length=longest, dtype=dtype, device=device)
 
 
 def attach(net: Infinity, encoder: TextEncoder) -> None:
