@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _PADDING = 2  # white pixels around each image of a grid
+_ORIENTED_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
 
 def read_picture(file: str | Path | BinaryIO, owner: str, *, name: str | None = None) -> Image:
     """A picture as a PIL RGB image of 8 bits a channel, turned as its orientation tag says.
 
-    16 bits a channel (PNG, TIFF, PGM) are scaled to 8. Broken metadata of a good picture is passed over.
+    16 bits a channel (PNG, TIFF, PGM) are scaled to 8. What is transparent is laid on white. Broken metadata of a good
+    picture is passed over.
 
     Args:
         file: a path, or an open file.
@@ -47,7 +49,9 @@ def read_picture(file: str | Path | BinaryIO, owner: str, *, name: str | None = 
 
 
 def picture_size(file: str | Path | BinaryIO) -> tuple[int, int]:
-    """(H, W) of a picture in pixels, turned as its orientation tag says; only the file's head is read.
+    """(H, W) of a picture in pixels, turned as its orientation tag says, as `read_picture` makes it.
+
+    Pixels are read of a PNG alone that may have such a tag.
 
     Raises:
         OSError, ValueError: no picture that Pillow knows.
@@ -56,9 +60,26 @@ def picture_size(file: str | Path | BinaryIO) -> tuple[int, int]:
 
     with pil.open(file) as opened:
         width, height = opened.size
-        # of a PNG Pillow would decode all pixels to look for a tag behind them
-        tagged = opened.format != "PNG" or "exif" in opened.info
-        return (width, height) if tagged and _orientation(opened) >= 5 else (height, width)
+        # of a PNG Pillow decodes all pixels to look for a tag behind them
+        png = opened.format == "PNG"
+        turned = not png and _orientation(opened) >= 5
+    if png and _may_be_turned(file):
+        width, height = read_picture(file, "picture_size: file").size
+    return (width, height) if turned else (height, width)
+
+
+def _may_be_turned(file: str | Path | BinaryIO) -> bool:
+    """Whether a PNG has a chunk, before or behind its pixels, in which Pillow looks for an orientation."""
+    if isinstance(file, str | Path):
+        with open(file, "rb") as opened:
+            return _may_be_turned(opened)
+    start = 8
+    while file.seek(start) and len(head := file.read(8 + 22)) > 8:
+        length, name = struct.unpack_from(">I4s", head)
+        if name == b"eXIf" or head[8:].startswith(_ORIENTED_TEXTS):
+            return True
+        start += 12 + length
+    return False
 
 
 def _orientation(image: Image) -> int:
@@ -86,7 +107,10 @@ def _decoded(file: str | Path | BinaryIO) -> Image:
     with pil.open(file) as opened:
         opened.load()
         orientation = _orientation(opened)
-        image = _eight_bits(opened).convert("RGB")
+        image = _eight_bits(opened)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:  # what is hidden may be any colour
+            image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert("RGB")
     return image.transpose(turns[orientation]) if orientation in turns else image
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fastvar import models
 from fastvar.cli import infinity, main
-from fastvar.models import VAR, EncodedTexts, Infinity, VARConfig
+from fastvar.cli.common import load_encoder
+from fastvar.models import VAR, CharacterTextEncoder, EncodedTexts, Infinity, VARConfig
 from fastvar.schedule import infinity_schedule
 from fastvar.training import train as train_it
 from tests.data.test_text_images import write
@@ -44,12 +46,12 @@ def work(tmp_path: Path) -> Path:
 
 def test_from_texts_to_pictures(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encode = ["encode-text", "--text-encoder", "characters-12", "--max-length", 8, "--output", work / "texts"]
-    (work / "more.txt").write_text("purple\n\nred\n", encoding="utf-8-sig")
+    (work / "more.txt").write_text("a\u2028b\r\n\nred \n", encoding="utf-8-sig")
     run(*encode, "--data", work / "data")
     assert capsys.readouterr().out == f"{work}/texts: 3 texts encoded, 0 were there\n"
     run(*encode, "--texts", work / "more.txt")
     assert capsys.readouterr().out == f"{work}/texts: 1 texts encoded, 1 were there\n"
-    assert len(EncodedTexts(work / "texts")) == 4
+    assert len(EncodedTexts(work / "texts")) == 4 and not EncodedTexts(work / "texts").missing(["a\u2028b", "red"])
     train = ["train", "--task", "infinity", "--data", work / "data", "--tokenizer", work / "bsq", *SHAPE]
     run(*train, "--text-encoder", work / "texts", "--output", work / "run", "--gradient-checkpointing")
     assert f"infinity: {work}/run/model (2 steps" in capsys.readouterr().out
@@ -57,7 +59,8 @@ def test_from_texts_to_pictures(work: Path, capsys: pytest.CaptureFixture[str]) 
     assert model.config.text_encoder == "characters-12" and model.config.text_length == 8
     assert (work / "run/pictures/step-00000002.png").is_file()
     run("info", work / "run/model")
-    assert "condition: texts of up to 8 rows of 12 channels (characters-12)" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "condition: texts of up to 8 rows of 12 channels (characters-12)" in told and "2 heads, subject none" in told
     run("info", work / "texts")
     assert capsys.readouterr().out == f"{work}/texts: features of 4 texts, 12 channels of characters-12\n"
     sample = ["sample", "--model", work / "run", "--count", 2, "--output"]
@@ -77,12 +80,24 @@ def test_from_texts_to_pictures(work: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_ratios(work: Path) -> None:
-    """The budget's schedules, one of which each image takes; the model keeps its own."""
-    small = infinity_schedule("0.06M").truncated(2)
-    tiny_bits(small.grids).save_pretrained(work / "small")
-    train = ["train", "--task", "infinity", "--data", work / "data", "--tokenizer", work / "small", *SHAPE]
-    run(*train, "--text-encoder", "characters-12", "--budget", "0.06M", "--output", work / "run", "--batch-size", 1)
-    assert Infinity.from_pretrained(work / "run/model").schedule == small
+    """The budget's schedules, one of which each image takes; what is saved and shown has the one of squares."""
+    train = ["train", "--task", "infinity", "--data", work / "data", "--tokenizer", work / "bsq", *SHAPE]
+    train += ["--text-encoder", "characters-12", "--batch-size", 1, "--steps", 1]
+    run(*train, "--budget", "0.06M", "--output", work / "run")
+    squares = infinity_schedule("0.06M")
+
+    def check(net: Infinity) -> None:
+        assert net.schedule == net.config.schedule == squares
+        assert net.tokenizer.schedule == net.tokenizer.config.schedule == squares
+
+    check(Infinity.from_pretrained(work / "run/model"))
+    assert Image.open(work / "run/pictures/step-00000001.png").size == (2 + 3 * 34, 2 + 34)
+    run(*train, "--start", work / "run", "--output", work / "further")  # the tokenizer's folder has other grids
+    check(Infinity.from_pretrained(work / "further/model"))
+    tiny_infinity().save_pretrained(work / "small")
+    loaded = infinity.load("start", work / "small", None, squares)
+    check(loaded)
+    check(loaded.add_subject())
 
 
 def test_handwriting(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,3 +175,21 @@ def test_what_does_not_go_together(work: Path, capsys: pytest.CaptureFixture[str
     assert "sample: prompt: expected none, but labels" in refused(
         capsys, "sample", "--model", work / "var", "--prompt", "b"
     )
+    for option, value in (
+        ("grids", "1"),
+        ("dtype", "float32"),
+        ("tokenizer", work / "bsq"),
+        ("text_encoder", "characters"),
+    ):
+        assert f"sample: {option}: expected none with a VAR" in refused(
+            capsys, "sample", "--model", work / "var", "--labels", "1", f"--{option.replace('_', '-')}", value
+        )
+
+
+def test_an_encoder_is_known_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "T5TextEncoder", CharacterTextEncoder)
+    monkeypatch.setattr(CharacterTextEncoder, "name", "t5")
+    monkeypatch.setattr(models, "load_text_encoder", lambda name: CharacterTextEncoder())
+    (tmp_path / "t5").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_encoder("t5").name == load_encoder(f"{tmp_path}/t5").name == f"{tmp_path}/t5"

@@ -59,6 +59,21 @@ def test_numbers_without_a_white_are_refused(pixels: np.ndarray, kind: str, tmp_
         read_picture(path, "here")
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_what_is_transparent_is_white(mode: str, tmp_path: Path) -> None:
+    """Half of a picture whose hidden colour is black, and a pixel of half of it."""
+    if mode in ("RGBA", "LA"):
+        image = Image.new(mode, (4, 1))
+        image.putalpha(Image.fromarray(np.array([[0, 0, 255, 128]], np.uint8)))
+        expected = [255, 255, 0, 127]
+    else:
+        image = Image.fromarray(np.array([[0, 0, 90, 90]], np.uint8)).convert(mode)
+        expected = [255, 255, 90, 90]
+    hidden = {"P": {"transparency": 0}, "RGB": {"transparency": (0, 0, 0)}}
+    image.save(tmp_path / "a.png", **hidden.get(mode, {}))
+    assert grey(tmp_path / "a.png").tolist() == [expected]
+
+
 def exif(*entries: bytes) -> bytes:
     return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
 

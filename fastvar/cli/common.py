@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
 if TYPE_CHECKING:
     import torch
 
-    from fastvar.models import VAR, VARConfig
+    from fastvar.models import VAR, TextEncoder, VARConfig
     from fastvar.models.pretrained import PretrainedModel
 
 Model = TypeVar("Model", bound="PretrainedModel")
@@ -49,6 +49,17 @@ def load_saved(option: str, kind: type[Model], folder: Path) -> Model:
         return kind.from_pretrained(folder)
     except (ValueError, OSError) as error:
         raise ValueError(f"{option}: {error}") from error
+
+
+def load_encoder(name: str, **options: Any) -> TextEncoder:
+    """As `load_text_encoder`, with a T5's folder by its absolute path, so that features and runs know it from wherever
+    a command is called."""
+    from fastvar.models import T5TextEncoder, load_text_encoder
+
+    encoder = load_text_encoder(name, **options)
+    if isinstance(encoder, T5TextEncoder) and Path(name).is_dir():
+        encoder.name = str(Path(name).resolve())
+    return encoder
 
 
 def chosen_device(name: str | None) -> torch.device:

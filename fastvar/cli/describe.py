@@ -12,7 +12,7 @@ import torch
 
 from fastvar.data.folder import EXTENSIONS, ImageFolder
 from fastvar.files import read_json_object, read_text
-from fastvar.models import BSQTokenizerConfig, InfinityConfig, VARConfig
+from fastvar.models import BSQTokenizerConfig, InfinityConfig
 from fastvar.models.encoded_texts import ABOUT, EncodedTexts
 from fastvar.models.infinity_checkpoints import public_infinity_config
 from fastvar.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, load_config, saved_class, with_article
@@ -85,8 +85,8 @@ def _model(path: Path) -> Iterator[str]:
         codes = f"{config.vocab_size} codes of {config.code_channels} channels"
     yield f"{path}: {with_article(kind.__name__)}, grids {config.schedule}, {codes}"
     if issubclass(kind, WithTokenizer):
-        subject = f", subject {config.subject}" if isinstance(config, VARConfig) else ""
-        yield f"  depth {config.depth}, width {config.embed_dim}, {config.num_heads} heads{subject}"
+        shape = f"depth {config.depth}, width {config.embed_dim}, {config.num_heads} heads"
+        yield f"  {shape}, subject {config.subject}"
         if isinstance(config, InfinityConfig):
             yield f"  {_texts(config)}"
         elif config.text_length:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastvar.cli.common import chosen_device, load_saved
+from fastvar.cli.common import chosen_device, load_encoder, load_saved
 from fastvar.evaluation import GUIDED, draw
-from fastvar.models import BSQTokenizer, Infinity, InfinityConfig, TextEncoder, load_infinity, load_text_encoder
+from fastvar.models import BSQTokenizer, Infinity, InfinityConfig, TextEncoder, load_infinity
 from fastvar.models.pretrained import CONFIG_NAME, saved_class
 from fastvar.random import derive
 from fastvar.schedule import ScaleSchedule, infinity_ratios, infinity_schedule
@@ -38,24 +38,30 @@ def load(option: str, model: Path, tokenizer: Path | None, schedule: ScaleSchedu
     Args:
         option: the model's, as it opens messages.
         model, tokenizer: paths; the tokenizer's only if the model was not saved with it.
-        schedule: its grids, if they are not to be its own.
+        schedule: its grids, and the tokenizer's, if they are not to be its own.
 
     Raises:
         ValueError, OSError: they cannot be loaded, or there is no tokenizer.
     """
     if any((place / CONFIG_NAME).is_file() for place in (model, model / "model")):
         net = load_saved(option, Infinity, model)
-        if tokenizer is not None:
-            net.tokenizer = load_saved("tokenizer", BSQTokenizer, tokenizer)
-        if not net.has_tokenizer:
+        if tokenizer is None and not net.has_tokenizer:
             raise ValueError(f"{option}: expected an Infinity that was saved with its tokenizer, got {model}")
-        if schedule is not None:
-            net.schedule = net.config.check_schedule(schedule)
+        own = net.tokenizer if tokenizer is None else load_saved("tokenizer", BSQTokenizer, tokenizer)
+        for part in (net, own):  # weights of both fit any grids
+            _set_grids(part, schedule or net.schedule)
+        net.tokenizer = own
         return net
     if tokenizer is None:
         raise ValueError(f"tokenizer: expected the file of the public tokenizer that goes with {model}, got none")
     net, _ = load_infinity(model, tokenizer, grids=schedule)
     return net
+
+
+def _set_grids(model: Infinity | BSQTokenizer, schedule: ScaleSchedule) -> None:
+    """Give a model other grids; its config has them too, so that what is saved names them."""
+    model.config = replace(model.config, grids=schedule.grids)
+    model.schedule = model.config.schedule
 
 
 def encoder_of(name: str, config: InfinityConfig | None, device: torch.device) -> TextEncoder:
@@ -72,7 +78,7 @@ def encoder_of(name: str, config: InfinityConfig | None, device: torch.device) -
         )
     longest = config.text_length if config is not None else 512
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return load_text_encoder(name, max_length=longest, dtype=dtype, device=device)
+    return load_encoder(name, max_length=longest, dtype=dtype, device=device)
 
 
 def train_infinity(options: Train) -> TrainResult[Infinity]:
@@ -87,7 +93,9 @@ def train_infinity(options: Train) -> TrainResult[Infinity]:
     encoder = encoder_of(options.text_encoder, config, device)
     torch.manual_seed(derive(options.train.seed, "weights"))
     if start is None:
-        net = _new(options, load_saved("tokenizer", BSQTokenizer, options.tokenizer), encoder)
+        tokenizer = load_saved("tokenizer", BSQTokenizer, options.tokenizer)
+        _set_grids(tokenizer, own or tokenizer.schedule)
+        net = _new(options, tokenizer, encoder)
     else:
         net = start.float()  # AdamW needs it
         net.config = replace(net.config, text_encoder=encoder.name)

@@ -271,7 +271,11 @@ class Sample:
         if bool(self.labels) == bool(self.prompt):
             raise ValueError("sample: labels, prompt: expected exactly one of them")
         texts = [label for label in self.labels or self.prompt for _ in range(self.count)]
-        model: Any = self._infinity() if is_infinity(self.model) else load_model(self.model, device=self.device)
+        infinity = is_infinity(self.model)
+        for name in () if infinity else ("tokenizer", "text_encoder", "grids", "dtype"):
+            if getattr(self, name):
+                raise ValueError(f"sample: {name}: expected none with a VAR, as it has no such option")
+        model: Any = self._infinity() if infinity else load_model(self.model, device=self.device)
         if self.prompt and not model.config.text_length:
             raise ValueError("sample: prompt: expected none, but labels, as the model has a class condition")
         labels: Any = texts

@@ -63,15 +63,18 @@ class BadItem(NamedTuple):
 
 
 def find_text_images(source: str | Path, *, skip_bad: bool = False) -> list[TextImage]:
-    """The images of a source that have a text, in the order of their names.
+    """The images of a source that have a text: of a folder in the order of their paths, of other files in the
+    order in which they have them, one tar after the other by name.
 
     Args:
         source: a folder of images, each beside a file of its name that ends in .txt (searched for in depth; a folder
             that has tars instead is one of shards); a .jsonl, each line of which is an object with "image", a path as
             seen from the file's folder, and "text"; or one tar or a pattern ("shards/*.tar") of tars, not compressed,
-            in which NAME.jpg (or .png and so on) and NAME.txt belong together. All texts are in UTF-8; white space
+            in which NAME.jpg (or .png and so on) and NAME.txt belong together. Images of one name and several endings
+            have one text. All texts are in UTF-8; white space
             around them is left out.
-        skip_bad: leave out images without a text and lines that say nothing, with a warning, instead of stopping.
+        skip_bad: leave out images without a text in UTF-8 and lines that say nothing, with a warning, instead of
+            stopping.
 
     Raises:
         ValueError: no such source, nothing in it, or images without a text, of which it names some.
@@ -125,7 +128,7 @@ def _beside(image: Path) -> TextImage | BadItem:
 
 
 def _listed(path: Path) -> Iterator[TextImage | BadItem]:
-    for number, line in enumerate(read_text(path, _OWNER).splitlines(), 1):
+    for number, line in enumerate(read_text(path, _OWNER).split("\n"), 1):  # not splitlines: a text may have U+2028
         if not line.strip():
             continue
         try:
@@ -141,28 +144,32 @@ def _in_tar(path: Path) -> Iterator[TextImage | BadItem]:
     """By the tar's own index, which is read once; images are read where they lie."""
     if path.suffix != ".tar" or not path.is_file():
         raise ValueError(f"{_OWNER}: expected a folder, a .jsonl or tars, got {path}")
-    images, texts = dict[str, tarfile.TarInfo](), dict[str, str]()
+    images, texts = dict[str, tarfile.TarInfo](), dict[str, bytes]()
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 name = PurePosixPath(member.name)
                 if not member.isreg() or member.issparse() or name.name.startswith("."):
                     continue
-                key, extension = str(name.with_suffix("")), name.suffix.lower()
-                if extension in EXTENSIONS:
-                    images[key] = member
-                elif extension == ".txt":
+                if name.suffix.lower() in EXTENSIONS:
+                    images[str(name)] = member
+                elif name.suffix.lower() == ".txt":
                     data = tar.extractfile(member)
                     assert data is not None  # it is a file
-                    texts[key] = data.read().decode("utf-8-sig", "replace").strip()
+                    texts[str(name.with_suffix(""))] = data.read()
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"{_OWNER}: expected a tar that is not compressed, got {path} ({error})") from error
-    for key, member in images.items():
-        shown = f"{path}: {member.name}"
-        if key in texts:
-            yield TextImage(shown, path, (member.offset_data, member.size), texts[key])
-        else:
+    for member in images.values():
+        shown, key = f"{path}: {member.name}", str(PurePosixPath(member.name).with_suffix(""))
+        if key not in texts:
             yield BadItem(shown, f"{key}.txt is missing")
+            continue
+        try:
+            text = texts[key].decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            yield BadItem(shown, f"expected text in UTF-8, got {key}.txt ({error.reason})")
+            continue
+        yield TextImage(shown, path, (member.offset_data, member.size), text)
 
 
 class TextImages(Dataset[dict[str, Any]]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from fastvar.models import (
     CharacterTextEncoder,
     Infinity,
     InfinityConfig,
-    SamplingOptions,
 )
 from fastvar.pictures import image_grid
 from fastvar.provenance import provenance
+from fastvar.random import derive
 from fastvar.ranges import check_fields
 from fastvar.report import Report, curves
 from fastvar.schedule import ScaleSchedule
@@ -94,14 +95,15 @@ def _run(config: DemoConfig, shape: InfinityConfig) -> dict[str, Any]:
     reader = Reader(cache=output / "reader.safetensors")
 
     say(f"stage 1 of 3: training the tokenizer, {config.tokenizer_steps} steps")
-    torch.manual_seed(config.seed)
+    torch.manual_seed(derive(config.seed, "weights"))
     task = TokenizerTask(BSQTokenizer(bits_config(config)), shown["image"][:8])
     options = train_config(config, config.tokenizer_steps, weight_decay=0.0)
     tokenizer = going_on(train, task, scenes, options, output / TOKENIZER).model
 
     say(f"stage 2 of 3: training the Infinity, {config.var_steps} steps")
-    torch.manual_seed(config.seed)
-    guided = SamplingOptions(guidance=2.0, temperature=0.5)
+    torch.manual_seed(derive(config.seed, "weights"))
+    guided = config.sampling
+    plain = replace(guided, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0)
     net = Infinity(shape, tokenizer, CharacterTextEncoder(shape.text_channels, max_length=shape.text_length))
 
     def picture(averaged: Infinity) -> Any:
@@ -117,7 +119,7 @@ def _run(config: DemoConfig, shape: InfinityConfig) -> dict[str, Any]:
         "test scenes": score_reading(shown["image"] * 0.5 + 0.5, shown["text"], reader),
         "their reconstructions": score_reading(rebuilt * 0.5 + 0.5, shown["text"], reader),
         _GUIDED: evaluate_texts(model, numbers, guided, reader),
-        _PLAIN: evaluate_texts(model, numbers, SamplingOptions(guidance=1.0), reader),
+        _PLAIN: evaluate_texts(model, numbers, plain, reader),
     }
     seconds = {name: training_seconds(output / name) for name in (TOKENIZER, MODEL)}
     seconds["evaluation"] = time.perf_counter() - start

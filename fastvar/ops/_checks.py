@@ -30,7 +30,7 @@ def shape(op: str, argument: str, tensor: torch.Tensor, *expected: int | str | N
     got = tensor.shape
     if len(got) == len(expected):
         for size, want in zip(got, expected, strict=True):
-            if want is not None and want.__class__ is not str and size != want:
+            if want is not None and not isinstance(want, str) and size != want:
                 break
         else:
             return

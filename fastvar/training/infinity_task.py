@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 class InfinityTask:
     """Predict each scale's bits from the coarser ones, some of which are flipped, and the text.
 
-    A batch holds `image` (B, 3, H, W) in [-1, 1], all of the size of one of the schedules, and `text`, B texts. Texts
-    are dropped at the rate of the model's config. What is drawn at random, flips and dropped texts, comes from torch's
+    A batch holds `image` (B, 3, H, W) in [-1, 1], all of the size of one of the schedules, and `text`, B texts; for a
+    model with a subject prefix `reference` of the images' size, too. Texts and subjects are dropped at the rates of the
+    model's config. What is drawn at random, flips and what is dropped, comes from torch's
     state, which checkpoints keep.
 
     Args:
@@ -49,7 +51,8 @@ class InfinityTask:
         flip_scales: int = 13,
         weighted: bool = True,
     ) -> None:
-        self_correction(1, strength=flip_strength)  # raises for one that makes no sense
+        # raises for one that makes no sense; torch's state is left alone
+        self_correction(1, strength=flip_strength, generator=torch.Generator())
         config, tokenizer, encoder = model.config, model.tokenizer, model.text_encoder
         if encoder.channels != config.text_channels or encoder.max_length > config.text_length:
             raise ValueError(
@@ -64,18 +67,28 @@ class InfinityTask:
         self.flip_strength, self.flip_scales, self.weighted = flip_strength, flip_scales, weighted
         weights = (tensor.detach().cpu().contiguous() for tensor in tokenizer.encoder.state_dict().values())
         self.identity: dict[str, Any] = {
-            "tokenizer": crc32(b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in weights)),
-            "text_encoder": encoder.name,
+            "tokenizer": {
+                "encoder": crc32(b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in weights)),
+                **asdict(tokenizer.config),
+            },
+            "text_encoder": {
+                "name": encoder.name,
+                "max_length": encoder.max_length,
+                "dtype": str(encoder.dtype).removeprefix("torch."),
+            },
             "schedules": [str(schedule) for schedule in chosen],
             "loss": {"flip_strength": flip_strength, "flip_scales": flip_scales, "weighted": weighted},
         }
         tokenizer.requires_grad_(False).eval()
 
     def check_data(self, dataset: Any) -> None:
-        """Raise a ValueError if a data set that names its sizes or texts has some that cannot be trained on."""
+        """Raise a ValueError if a data set that names its sizes or texts has some that cannot be trained on, or has no
+        references for a model with a subject prefix."""
         other = [size for size in getattr(dataset, "sizes", ()) if size not in self.schedules]
         if other:
             raise ValueError(f"InfinityTask: data: expected images of {sorted(self.schedules)} pixels, got {other}")
+        if self.model.config.subject != "none" and "reference" not in dataset[0]:
+            raise ValueError("InfinityTask: data: expected references, as the model has a subject prefix, got none")
         check = getattr(self.model.text_encoder, "check", None)
         if check is not None and hasattr(dataset, "texts"):
             check(dataset.texts)
@@ -94,7 +107,11 @@ class InfinityTask:
             seed=int(torch.randint(2**31, ())),
             schedule=schedule,
         )
-        logits = model(net.features(batch["text"]), quantized.teacher_forcing, schedule=schedule)
+        subject = None
+        if net.config.subject != "none":
+            reference = net.tokenizer.encode(batch["reference"].to(net.device, non_blocking=True), schedule=schedule)
+            subject = net.tokenizer.pyramid(reference, schedule=schedule)
+        logits = model(net.features(batch["text"]), quantized.teacher_forcing, subject=subject, schedule=schedule)
         weights = scale_weights(schedule, logits.device) if self.weighted else None
         right = ((logits.detach() > 0) == quantized.bits).float()
         return bitwise_loss(logits, quantized.bits, weights), {

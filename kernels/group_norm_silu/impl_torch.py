@@ -1,6 +1,6 @@
 """Group norm and SiLU for CPUs: PyTorch's fused kernels, SiLU in place, and the gradient written out.
 
-An image (B, C, N, 1) with its channels adjacent is what PyTorch normalises as it lies, without a copy.
+An image (B, C, N, 1) in the channels-last format is what PyTorch normalises as it lies, without a copy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def backward(
     assert grad is not None
     image = _image(call)
     normed, mean, rstd = _norm(call, image)
-    slope = grad.to(image.dtype).contiguous().mT[..., None]
+    slope = _channels_last(grad.to(image.dtype))
     if call.silu:
         slope = torch.ops.aten.silu_backward(slope, normed)
     batch, channels, length, _ = image.shape
@@ -51,11 +51,17 @@ def backward(
 
 
 def _image(call: GroupNormCall) -> torch.Tensor:
-    """x + shift as (B, C, N, 1), its channels adjacent."""
+    """x + shift as (B, C, N, 1), in the channels-last format."""
     compute = torch.promote_types(call.x.dtype, torch.float32)
     rows = call.x.to(compute)
     rows = rows if call.shift is None else rows + call.shift.to(compute)
-    return rows.contiguous().mT[..., None]
+    return _channels_last(rows)
+
+
+def _channels_last(rows: torch.Tensor) -> torch.Tensor:
+    """Rows (B, N, C) as (B, C, N, 1). The last dimension has the stride that the format asks for: PyTorch 2.11 takes no
+    other."""
+    return rows.contiguous()[:, :, None].permute(0, 3, 1, 2)
 
 
 def _norm(call: GroupNormCall, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fastvar.data import TextImages
 from fastvar.data.text_images import find_text_images
-from fastvar.pictures import picture_size
+from fastvar.pictures import picture_size, read_picture
 
 SIZES = ((16, 16), (24, 12), (12, 24))
 
@@ -75,6 +76,26 @@ def test_sources_hold_the_same(folder: Path, tmp_path: Path) -> None:
     assert len(find_text_images(tmp_path / "tars/0.tar")) == 2
 
 
+def test_line_separators_belong_to_texts(tmp_path: Path) -> None:
+    text = "one\u2028two\u2029three\x85four"
+    write(tmp_path / "a.png", 8, 8)
+    entry = json.dumps({"image": "a.png", "text": f"{text} "}, ensure_ascii=False)
+    (tmp_path / "list.jsonl").write_bytes(f"{entry}\r\n{entry}\n".encode())
+    assert [item.text for item in find_text_images(tmp_path / "list.jsonl")] == [text, text]
+
+
+def test_two_images_of_one_name_share_its_text(tmp_path: Path) -> None:
+    for name in ("images/a.png", "images/a.jpg"):
+        write(tmp_path / name, 8, 8, "both")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for path in sorted((tmp_path / "images").iterdir()):
+            tar.add(path, path.name)
+    for source in (tmp_path / "images", tmp_path / "x.tar"):
+        found = find_text_images(source)
+        assert [Path(item.name).name.rpartition(" ")[2] for item in found] == ["a.jpg", "a.png"]
+        assert [item.text for item in found] == ["both", "both"]
+
+
 def test_an_image_fills_its_size(folder: Path) -> None:
     """The centre of what covers it, nothing stretched and no border lost."""
     data = TextImages(folder, sizes=SIZES)
@@ -95,6 +116,17 @@ def test_size_of_a_turned_picture(tmp_path: Path) -> None:
     for name, expected in (("a.jpg", (40, 20)), ("a.png", (40, 20)), ("a.webp", (40, 20))):
         image.save(tmp_path / name, exif=exif)
         assert picture_size(tmp_path / name) == expected, name
+    whole = (tmp_path / "a.png").read_bytes()
+    start = whole.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(whole[start : start + 4], "big")
+    behind = whole[:start] + whole[end:-12] + whole[start:end] + whole[-12:]  # before the last chunk, IEND
+    (tmp_path / "behind.png").write_bytes(behind)
+    assert picture_size(tmp_path / "behind.png") == picture_size(io.BytesIO(behind)) == (40, 20)
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    image.save(tmp_path / "xmp.png", pnginfo=text)
+    assert read_picture(tmp_path / "xmp.png", "here").size == (20, 40)
+    assert picture_size(tmp_path / "xmp.png") == (40, 20)
     image.save(tmp_path / "b.png")
     assert picture_size(io.BytesIO((tmp_path / "b.png").read_bytes())) == (20, 40)
 
@@ -124,7 +156,10 @@ def test_bad_items_are_named_at_the_start(folder: Path, tmp_path: Path, caplog: 
         TextImages(lines, sizes=SIZES)
     with tarfile.open(tmp_path / "tars/2.tar", "w") as tar:
         tar.add(folder / "f.png", "x/f.png")
-    with pytest.raises(ValueError, match=r"2.tar: x/f.png: x/f.txt is missing"):
+        tar.add(folder / "h.png", "h.png")
+        tar.add(folder / "h.txt", "h.txt")
+    missing, undecoded = "2.tar: x/f.png: x/f.txt is missing", "2.tar: h.png: expected text in UTF-8, got h.txt"
+    with pytest.raises(ValueError, match=rf"{missing}; .*{undecoded}"):
         TextImages(tmp_path / "tars", sizes=SIZES)
 
 

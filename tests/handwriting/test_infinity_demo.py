@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastvar.cli import main
 from fastvar.data import Reading
-from fastvar.evaluation import draw
+from fastvar.evaluation import draw, evaluate_texts
 from fastvar.handwriting import infinity_demo
 from fastvar.handwriting.infinity_demo import infinity_headline
 from fastvar.models import Infinity, SamplingOptions, load_text_encoder
+from fastvar.random import derive
+from fastvar.training import InfinityTask
 
 
 class Zeros:
@@ -29,9 +32,22 @@ class Zeros:
 
 def test_infinity_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(infinity_demo, "Reader", Zeros)
+    started, used = [], []
+
+    def task(net: Infinity, *arguments: Any, **more: Any) -> InfinityTask:
+        started.append(net.text_in.weight.detach().clone())
+        return InfinityTask(net, *arguments, **more)
+
+    def evaluated(model: Infinity, numbers: list[str], options: SamplingOptions, reader: Any) -> Any:
+        used.append(options)
+        return evaluate_texts(model, numbers, options, reader)
+
+    monkeypatch.setattr(infinity_demo, "InfinityTask", task)
+    monkeypatch.setattr(infinity_demo, "evaluate_texts", evaluated)
     output = tmp_path / "demo"
     few = {"tokenizer-steps": 2, "var-steps": 2, "scenes": 32, "samples": 8, "bits": 4, "width": 32, "depth": 1}
     run = ["demo", "--model", "infinity", "--output", str(output)]
+    run += ["--sampling.temperature", "0.8", "--sampling.top-k", "5", "--sampling.batch-size", "3"]
     run += [str(part) for name, value in few.items() for part in (f"--{name}", value)]
     output.mkdir()
     summary = {"word_accuracy": 0.5, "word_accuracy_95": [0.4, 0.6], "ned": 0.7}
@@ -51,7 +67,10 @@ def test_infinity_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     lines = {name: (output / name / "metrics.jsonl").read_text() for name in ("bits", "infinity")}
     net = Infinity.from_pretrained(output / "infinity")
     net.text_encoder = load_text_encoder(net.config.text_encoder, max_length=net.config.text_length)
-    options = SamplingOptions(guidance=2.0, top_p=0.9)
+    torch.manual_seed(derive(0, "weights"))
+    assert torch.equal(started[0], Infinity(net.config).text_in.weight)
+    options = SamplingOptions(guidance=2.0, temperature=0.8, top_k=5, top_p=0.9, batch_size=3)
+    assert used == [options, SamplingOptions(guidance=1.0, batch_size=3)]
     drawn = draw(net, ["7", "4"], options)
     assert drawn.shape == (2, 3, 16, 16)
     main(run)

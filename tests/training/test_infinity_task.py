@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 
 from fastvar.data import TextImages
-from fastvar.models import CharacterTextEncoder, EncodedTexts, Infinity, InfinityConfig, encode_texts, scale_weights
+from fastvar.models import (
+    CharacterTextEncoder,
+    EncodedTexts,
+    Infinity,
+    InfinityConfig,
+    bitwise_loss,
+    encode_texts,
+    scale_weights,
+)
 from fastvar.schedule import ScaleSchedule
 from fastvar.training import InfinityTask, TrainConfig, train
 from fastvar.training.log import read_metrics
@@ -73,6 +83,19 @@ def test_equals_the_definition(weighted: bool) -> None:
     torch.testing.assert_close(logged["bits_right_finest"], right[:, 5:].float().mean())
 
 
+def test_a_subject_is_read() -> None:
+    net = infinity(condition_dropout=0.0, subject_dropout=0.0).add_subject()
+    task, batch = InfinityTask(net, flip_strength=0.0), batch_of()
+    batch["reference"] = batch["image"].flip(0)
+    quantized = net.tokenizer.quantize(batch["image"])
+    subject = net.tokenizer.pyramid(net.tokenizer.encode(batch["reference"]))
+    logits = net(batch["text"], quantized.teacher_forcing, subject=subject)
+    loss = bitwise_loss(logits, quantized.bits, scale_weights(net.schedule, logits.device))
+    torch.testing.assert_close(task.loss(net, batch)[0], loss)
+    with pytest.raises(ValueError, match="InfinityTask: data: expected references, as the model has a subject prefix"):
+        task.check_data(Pictures())
+
+
 def test_flips_and_dropped_texts() -> None:
     """Inputs and labels change with flips, drawn anew; with all texts dropped none is read."""
     net, batch = infinity(condition_dropout=0.0).train(), batch_of()
@@ -99,16 +122,23 @@ class Stopped(Exception):
     pass
 
 
-def test_resume_is_bit_equal(tmp_path: Path) -> None:
-    """With flips, dropped texts, dropped paths, micro-batches, bfloat16 and blocks computed again."""
+@pytest.mark.parametrize("buckets", [False, True])
+def test_resume_is_bit_equal(buckets: bool, tmp_path: Path) -> None:
+    """With flips, dropped texts, dropped paths, micro-batches, bfloat16 and blocks computed again; with images of two
+    shapes."""
+    data: Any = Pictures()
+    if buckets:
+        for number, text in enumerate((*TEXTS, "a", "b")):
+            write(tmp_path / f"data/{number}.png", 12, 24 if number % 2 else 12, text, 40 * number)
+        data = TextImages(tmp_path / "data", sizes=[(6, 6), (8, 4)])
 
     def task() -> InfinityTask:
         net = infinity(drop_path=0.2, condition_dropout=0.5)
         net.gradient_checkpointing = True
-        return InfinityTask(net)
+        return InfinityTask(net, schedules=[net.schedule, TALL] if buckets else None)
 
     config = options(precision="bf16", accumulate=2)
-    straight = train(task(), Pictures(), config, tmp_path / "straight")
+    straight = train(task(), data, config, tmp_path / "straight")
     stopping = task()
     begun, loss = 0, stopping.loss
 
@@ -121,8 +151,8 @@ def test_resume_is_bit_equal(tmp_path: Path) -> None:
 
     stopping.loss = stopped  # type: ignore[method-assign]
     with pytest.raises(Stopped):
-        train(stopping, Pictures(), config, tmp_path / "resumed")
-    resumed = train(task(), Pictures(), config, tmp_path / "resumed")
+        train(stopping, data, config, tmp_path / "resumed")
+    resumed = train(task(), data, config, tmp_path / "resumed")
     assert resumed.steps_run == 2 and losses(tmp_path / "resumed") == losses(tmp_path / "straight")
     for key, value in straight.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key]), key
@@ -189,8 +219,35 @@ def test_what_does_not_fit() -> None:
         InfinityTask(net)
 
 
+def test_processes_draw_flips_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    for place in (0, 1, 1):
+        monkeypatch.setattr(Accelerator, "process_index", place)
+        task = InfinityTask(infinity())
+        quantize = task.model.tokenizer.quantize
+        seen: list[Any] = []
+        task.model.tokenizer.quantize = lambda images, q=quantize, s=seen, **more: s.append(more) or q(images, **more)  # type: ignore
+        train(task, Pictures(), options(steps=1, save_every=9), tmp_path / f"{len(drawn)}")
+        drawn.append((seen[0]["seed"], seen[0]["flip_probability"]))
+    assert drawn[0][0] != drawn[1][0] and drawn[0][1] != drawn[1][1] and drawn[1] == drawn[2]
+
+
+def test_torch_s_state_is_left_alone() -> None:
+    net, before = infinity(), torch.get_rng_state()
+    InfinityTask(net)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_run_is_not_resumed_with_other_flips(tmp_path: Path) -> None:
     train(InfinityTask(infinity()), Pictures(), options(steps=1), tmp_path)
+    net = infinity()
+    net.tokenizer.config = replace(net.tokenizer.config, next_input="area")
+    net.text_encoder = CharacterTextEncoder(12, max_length=8)
+    net.text_encoder.dtype = torch.bfloat16
+    changes = ("tokenizer.next_input was bilinear, is area", "text_encoder.max_length was 9, is 8")
+    expected = r"{}; {}; text_encoder.dtype was float32, is bfloat16".format(*changes)
+    with pytest.raises(ValueError, match=expected):
+        train(InfinityTask(net), Pictures(), options(steps=1), tmp_path)
     with pytest.raises(ValueError, match=r"loss\.flip_strength was 0\.3, is 0\.1"):
         train(InfinityTask(infinity(), flip_strength=0.1), Pictures(), options(steps=1), tmp_path)
     with pytest.raises(ValueError, match="TrainConfig: graphs: expected False, as InfinityTask has no `tensors`"):
