@@ -174,7 +174,7 @@ class _Softmax:
         peak: (m, 1), the largest logit.
         centred: (m, V), `IMPOSSIBLE` for minus infinity: 0 times its exponential is then 0.
         powers: (m, V).
-        total, log: (m, 1), the sum of the powers and its logarithm; NaN where no logit is above minus infinity.
+        total, log: (m, 1), the sum of the powers and its logarithm; both NaN where no logit is above minus infinity.
     """
 
     def __init__(self, logits: torch.Tensor) -> None:
@@ -182,8 +182,8 @@ class _Softmax:
         self.peak = logits.amax(-1, keepdim=True)
         self.centred.sub_(self.peak)
         self.powers = self.centred.exp()
-        self.total = self.powers.sum(-1, keepdim=True)
-        self.log = torch.where(self.peak > IMPOSSIBLE, self.total.log(), math.nan)
+        self.total = torch.where(self.peak > IMPOSSIBLE, self.powers.sum(-1, keepdim=True), math.nan)
+        self.log = self.total.log()
 
 
 class _Classes:
@@ -215,14 +215,17 @@ class _Classes:
 
         With the gradients g of the results the slope is p_j (a l_j - g_KL q_j + c), a = g_KL - g_H, and two terms that
         stand alone: g_l at the token and g_A / V everywhere. l_j and q_j, logarithms of the probabilities, are x_j less
-        the log of the sum, which goes into c; the sum itself goes into both factors.
+        the log of the sum, which goes into c; the sum itself goes into both factors. What is impossible is a constant
+        in the mean: it gets none of g_A, and c has only the others' share of it.
         """
         of_own, of_entropy, of_kl, of_mean = given
         softmax, other = self.softmax, self.other
-        constant, along = torch.zeros_like(softmax.total), None
-        for gradient in (of_own, of_mean):
-            if gradient is not None:
-                constant -= gradient
+        constant, along, of_possible = torch.zeros_like(softmax.total), None, None
+        if of_own is not None:
+            constant -= of_own
+        if of_mean is not None:
+            of_possible = (softmax.centred > IMPOSSIBLE) * (of_mean / softmax.centred.shape[1])
+            constant -= of_possible.sum(-1, keepdim=True)
         if of_entropy is not None:
             along = -of_entropy
             constant -= of_entropy * self.entropy
@@ -237,8 +240,8 @@ class _Classes:
             if of_kl is not None and other is not None:
                 factor.sub_(other.centred.mul_(of_kl / softmax.total))
             slope.mul_(factor)
-        if of_mean is not None:
-            slope += of_mean / slope.shape[1]
+        if of_possible is not None:
+            slope += of_possible
         if of_own is not None:
             slope.scatter_add_(-1, self.tokens, of_own)
         return _only_live(slope, given)
@@ -252,7 +255,7 @@ class _Bits:
     times them is 0, save that the log-probability of the other value is minus infinity.
 
         l: dl/dz = bit - s                  H: dH/dz = -z s (1 - s)
-        KL: dKL/dz = (z - y) s (1 - s)      A: dA/dz = (1 - s - s) / 2
+        KL: dKL/dz = (z - y) s (1 - s)      A: dA/dz = (1 - s - s) / 2, 0 where z is infinite
     """
 
     def __init__(self, head: _Head, other: _Head | None, rows: slice, tokens: torch.Tensor, mean: bool) -> None:
@@ -284,7 +287,7 @@ class _Bits:
         if of_kl is not None and self.others is not None:
             slope = slope + of_kl * ((logits - self.others) * (one * zero))
         if of_mean is not None:
-            slope = slope + of_mean * ((zero - one) / 2)
+            slope = slope + of_mean * torch.where(logits.abs() < -IMPOSSIBLE, (zero - one) / 2, 0)
         return _only_live(slope, given)
 
 

@@ -195,7 +195,7 @@ def token_log_probs_fwd_kernel(
     token = tl.where(known, token, -1).to(tl.int32)
     zero = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), IMPOSSIBLE, tl.float32)
-    total, along, mean, gap = zero, zero, zero, zero
+    total, along, mean, gap, possible = zero, zero, zero, zero, zero
     other_peak, other_total = peak, zero
     for start in range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
@@ -225,6 +225,8 @@ def token_log_probs_fwd_kernel(
             other_peak, other_total = other_highest, tl.exp(other_step) * other_total + other_more
         along = decay * (along + step * total) + more_along
         peak, total = highest, decay * total + more
+        if of_mean_ptr is not None:
+            possible += tl.sum(tl.where(z > IMPOSSIBLE, 1.0, 0.0), 1)
         if mean_ptr is not None:
             mean += step * start + tl.sum(tl.where((column < V)[None, :], centred, 0.0), 1)
     log = _log(total, peak)
@@ -274,14 +276,14 @@ def token_log_probs_fwd_kernel(
                     other_centred = y - other_peak[:, None]
             # the exponentials once more: kept, they would take half of all registers
             slope = _exp(centred - log[:, None])
-            inner = tl.zeros((BLOCK_M, BLOCK_V), tl.float32) - (of_own + of_mean)[:, None]
+            inner = tl.zeros((BLOCK_M, BLOCK_V), tl.float32) - (of_own + of_mean * (possible / V))[:, None]
             if BONUS or of_entropy_ptr is not None:
                 inner -= of_entropy[:, None] * (centred - (log - entropy)[:, None])
             if EXACT or of_kl_ptr is not None:
                 inner += of_kl[:, None] * (centred - other_centred - (log - other_log + kl)[:, None])
             slope *= inner
             if of_mean_ptr is not None:
-                slope += (of_mean / V)[:, None]
+                slope += tl.where(centred > IMPOSSIBLE, (of_mean / V)[:, None], 0.0)
             slope += tl.where(column[None, :] == token[:, None], of_own[:, None], 0.0)
             slope = tl.where(live[:, None], slope, 0.0)
             at = slope_ptr + place[:, None] * SLOPE_M + column[None, :]
@@ -384,7 +386,7 @@ def token_log_probs_fwd_bits_kernel(
                 y = _bit_logits(y_ptr, c_ptr, place, column, y_m, y_v, factor, V, BLOCK_V)
                 slope += of_kl[:, None] * ((z - y) * (one * none))
             if of_mean_ptr is not None:
-                slope += of_mean[:, None] * (0.5 * (none - one))
+                slope += of_mean[:, None] * tl.where(tl.abs(z) < -IMPOSSIBLE, 0.5 * (none - one), 0.0)
             slope = tl.where(live[:, None], slope * scale, 0.0)
             tl.debug_barrier()  # logits that lie there have been read
             tl.store(slope_ptr + place[:, None] * SLOPE_M + column[None, :], slope, valid[:, None] & seen)
