@@ -293,6 +293,9 @@ def test_a_head_is_a_record_or_a_tuple_or_logits() -> None:
     for other in (Head(*head), F.linear(*head)):
         torch.testing.assert_close(ops.policy_loss(other, **arguments, options=options).loss, found.loss)
     assert not torch.equal(found.loss, ops.policy_loss(head, **arguments).loss)
+    for unfit, got in (({"panw_alpha": 0.3}, "dict"), (None, "NoneType"), (PolicyLossOptions, "type")):
+        with pytest.raises(ValueError, match=f"policy_loss: options: expected PolicyLossOptions, got {got}"):
+            ops.policy_loss(head, **arguments, options=unfit)  # type: ignore[arg-type]
     for wrong, got in ((head[:2], "2 items"), ([1], "list"), ((None, None, None), "None")):
         with pytest.raises(ValueError, match=f"policy_loss: head: expected .*, got {got}"):
             ops.policy_loss(wrong, **arguments)  # type: ignore[arg-type]
