@@ -69,6 +69,13 @@ def test_buckets_of_later_steps_and_of_several_processes() -> None:
     assert list(bucket_sampler(0, 0)) == []
 
 
+def test_buckets_of_equal_size_have_orders_of_their_own() -> None:
+    orders: list[list[int]] = [[], []]
+    for pairs in BucketSampler([0, 1] * 20, 4, seed=3, first_step=0, last_step=40):
+        orders[pairs[0][1] % 2] += [index // 2 for _, index in pairs]
+    assert orders[0][:20] != orders[1][:20] and sorted(orders[0][:20]) == sorted(orders[1][:20])
+
+
 def test_a_data_set_with_buckets_has_its_sampler() -> None:
     class Data(Noisy):
         buckets = BUCKETS
