@@ -191,6 +191,11 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
         train(
             tokenizer_task(), HandwritingScenes(length=9, size=(16, 16), digits=1), options(learning_rate=0.1), tmp_path
         )
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    del settings["seeds"]  # begun when its seeds followed otherwise
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"other settings \(seeds was None, is sha256\)"):
+        train(tokenizer_task(), scenes(), options(), tmp_path)
     for damaged in ('{"train": {', "[1]"):
         (tmp_path / "settings.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"train: output: .*settings\.json: damaged file"):
