@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from fastvar.kernels.token_log_probs import losses, policy
-from fastvar.kernels.token_log_probs.losses import Grads, Results, Scoring, TwoPasses, Wanted
+from fastvar.kernels.token_log_probs import checks, losses
+from fastvar.kernels.token_log_probs.losses import Grads, Scoring, TwoPasses, Wanted
+from fastvar.kernels.token_log_probs.policy import Policy
 
 if TYPE_CHECKING:
     from fastvar.ops.cross_entropy import CrossEntropyCall
@@ -40,9 +41,7 @@ def score(scoring: Scoring) -> tuple[torch.Tensor, ...]:
     return _run(scoring)[0]
 
 
-def gradients(
-    scoring: Scoring, results: Results, grads: Grads, needs: Any, unrounded: bool = False
-) -> dict[str, torch.Tensor]:
+def gradients(scoring: Scoring, grads: Grads, needs: Any, unrounded: bool = False) -> dict[str, torch.Tensor]:
     """See `TwoPasses`; the logits of each chunk are computed anew."""
     return _run(scoring, _given(grads), needs, unrounded, keep=False)[1]
 
@@ -52,9 +51,9 @@ forward, backward = _FUNCTIONS.forward, _FUNCTIONS.backward
 
 
 def cross_entropy(call: CrossEntropyCall) -> tuple[torch.Tensor, ...]:
-    """See `TwoPasses`; in one pass."""
+    """The loss (), each token's and its entropy (B, L), and three gradients, empty where not wanted; in one pass."""
     scoring = Scoring(call.head, call.tokens, mean=call.label_smoothing > 0)
-    share = losses.shares(call.weights, _room(scoring)[0])
+    share = losses.shares(call.weights, call.tokens, _dtype(call.head))
     wanted = Wanted(*call.needs)
     results, found = _run(scoring, _given(losses.of_scores(share, call.label_smoothing)), wanted, unrounded=True)
     return (*losses.smoothed(results, share, call.label_smoothing), *losses.three(found, wanted, results[0]))
@@ -66,9 +65,9 @@ def policy_loss(call: PolicyLossCall) -> tuple[torch.Tensor, ...]:
         return _FUNCTIONS.policy_loss(call)
     scoring = Scoring(call.head, call.tokens, call.reference, call.temperature)
     wanted = Wanted(*call.needs)
-    results, found = _run(scoring, policy.incoming(call, _room(scoring)[0]), wanted, unrounded=True)
-    kl = None if call.reference is None else results[2]
-    measured = policy.terms(results[0], results[1], kl, call)[:-2]
+    policy = Policy(call, _dtype(call.head))
+    results, found = _run(scoring, policy.incoming, wanted, unrounded=True)
+    *measured, _ = policy.measure(results[0], results[1], None if call.reference is None else results[2])
     return (*measured, results[0], *losses.three(found, wanted, results[0]))
 
 
@@ -82,7 +81,7 @@ def _run(
     """Results, if they are to be kept, and the gradients that are needed for those that come in."""
     head = _Head(scoring.head, scoring.temperature)
     other = None if scoring.reference is None else _Head(scoring.reference, scoring.temperature)
-    losses.check_range(scoring.tokens, head.size)
+    checks.check_range(scoring.tokens, head.size)
     results, tokens = _room(scoring), scoring.tokens.flatten(0, 1)
     sums = _Gradients(head, needs, unrounded) if any(needs) else None
     kind = _Bits if scoring.tokens.ndim == 3 else _Classes
@@ -110,7 +109,7 @@ class _Head:
 
     def __init__(self, head: Head, temperature: float) -> None:
         hidden, weight, bias = head
-        self.dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.dtype = _dtype(head)
         self.rows = hidden.flatten(0, 1)  # [M, E]
         # oneDNN takes a thousand times as long for slices
         self.weight = None if weight is None else weight.to(self.dtype).contiguous()
@@ -200,15 +199,13 @@ class _Classes:
         """What `score` returns of the padded chunk."""
         softmax, other, kl, mean = self.softmax, self.other, None, None
         self.entropy = softmax.log - _dot(softmax.powers, softmax.centred) / softmax.total
-        sums = [softmax.peak, softmax.log]
         if other is not None:
             gap = _dot(softmax.powers, softmax.centred - other.centred)
             kl = self.kl = gap / softmax.total - softmax.log + other.log
-            sums += [other.peak, other.log]
         if self.mean:
             mean = (softmax.centred.mean(-1, keepdim=True) - softmax.log)[:, 0]
         own = self.own - softmax.peak - softmax.log
-        return own[:, 0], self.entropy[:, 0], None if kl is None else kl[:, 0], mean, torch.stack(sums)[..., 0]
+        return own[:, 0], self.entropy[:, 0], None if kl is None else kl[:, 0], mean
 
     def slopes(self, given: Grads) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gradients of the logits (m, V), which take the place of the exponentials, and which rows (m, 1) are live.
@@ -274,7 +271,7 @@ class _Bits:
             kl = gap.sum(-1)
         if self.mean:
             mean = (one + zero).sum(-1) / 2
-        return own, entropy, kl, mean, None
+        return own, entropy, kl, mean
 
     def slopes(self, given: Grads) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `_Classes`."""
@@ -310,18 +307,22 @@ def _columns(given: Grads, head: _Head) -> list[torch.Tensor | None]:
 
 def _room(scoring: Scoring) -> tuple[torch.Tensor, ...]:
     """What `score` returns, yet to be filled."""
-    shape, reference, hidden = scoring.tokens.shape[:2], scoring.reference is not None, scoring.head.hidden
-    sums = 0 if scoring.tokens.ndim == 3 else 2 + 2 * reference
-    shapes = (shape, shape, shape if reference else (0,), shape if scoring.mean else (0,), (sums, *shape))
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return tuple(torch.empty(each, dtype=dtype, device=hidden.device) for each in shapes)
+    shape, reference = scoring.tokens.shape[:2], scoring.reference is not None
+    shapes = (shape, shape, shape if reference else (0,), shape if scoring.mean else (0,))
+    like = {"dtype": _dtype(scoring.head), "device": scoring.tokens.device}
+    return tuple(torch.empty(each, **like) for each in shapes)
+
+
+def _dtype(head: Head) -> torch.dtype:
+    """Of results."""
+    return torch.promote_types(head.hidden.dtype, torch.float32)
 
 
 def _write(results: Sequence[torch.Tensor], rows: slice, found: Sequence[torch.Tensor | None]) -> None:
     """Put what was found for a padded chunk into its rows of the results."""
     for result, values in zip(results, found, strict=True):
         if values is not None and result.numel():
-            result.flatten(-2)[..., rows] = values[..., : rows.stop - rows.start]
+            result.view(-1)[rows] = values[: rows.stop - rows.start]
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:
