@@ -412,8 +412,32 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "target_modules=list(TARGETS)",
             "rl/test_wiring.py::test_adapters_have_their_settings",
         ),
+        ('derive(seed, "adapters")', "seed", "rl/test_wiring.py::test_adapters_follow_from_the_seed"),
+    ],
+    "fastvar/cli/models.py": [
+        (
+            'derive(self.train.seed, "weights"))\n        result',
+            "self.train.seed)\n        result",
+            "test_cli.py::test_weights_follow_from_the_seed",
+        ),
+        (
+            'derive(self.train.seed, "weights"))\n        if start',
+            "self.train.seed)\n        if start",
+            "test_cli.py::test_weights_follow_from_the_seed",
+        ),
     ],
     "fastvar/training/loop.py": [
+        (
+            'derive(config.seed, "training", accelerator.process_index)',
+            'derive(config.seed, "training")',
+            "training/test_loop.py::test_seed_of_a_process",
+        ),
+        (
+            'derive(config.seed, "training", accelerator.process_index)',
+            'derive(0, "training", accelerator.process_index)',
+            "training/test_loop.py::test_seed_of_a_process",
+        ),
+        ('"seeds": SEEDS,', "", "training/test_loop.py::test_resuming_with_other_settings_is_refused"),
         (
             "model.parameters(), config.clip_norm",
             "model.parameters(), math.inf",
@@ -464,6 +488,12 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/training/batches.py": [
+        ('derive(self.seed, "buckets")', "self.seed", "training/test_batches.py::test_buckets_of_steps_by_definition"),
+        (
+            "len(own), self.seed, bucket)",
+            "len(own), self.seed)",
+            "training/test_batches.py::test_buckets_of_equal_size_have_orders_of_their_own",
+        ),
         (
             '"epoch", epoch',
             '"epoch"',

@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from fastvar.handwriting import HandwritingScenes
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.random import derive
 from fastvar.training import TokenDataset, TokenizerTask, TrainConfig, VARTask, train
 from fastvar.training.checkpoints import Checkpoints, checkpoint_folder, load_moments, saved_steps
 from fastvar.training.ema import EMA
@@ -182,6 +184,17 @@ def test_starting_anew_forgets_the_old_run(tmp_path: Path) -> None:
     shorter = train(tokenizer_task(), scenes(), options(steps=3, resume=False), tmp_path)
     assert shorter.steps_run == 3 and saved_steps(tmp_path) == [2, 3]
     assert len(losses(tmp_path)) == 3
+
+
+def test_seed_of_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Begun(Exception):
+        pass
+
+    seeded = Mock(side_effect=Begun)
+    monkeypatch.setattr("accelerate.utils.set_seed", seeded)
+    with pytest.raises(Begun):
+        train(tokenizer_task(), scenes(), options(seed=5), tmp_path)
+    seeded.assert_called_once_with(derive(5, "training", 0))
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
