@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from fastvar.ops.policy_loss import PolicyLossCall
     from fastvar.ops.token_log_probs import Head
 
-# Chunks of many rows read the weight and add to its gradient less often; 8 MiB stay in the last cache of most CPUs.
-LOGITS = 2**21  # of a chunk, or 16 rows
+# Chunks of many rows read the weight and add to its gradient less often.
+LOGITS = 2**21  # of a chunk, 8 MiB in float32; or 16 rows
 ROWS = 1024  # of a chunk, at most
 PIECE = 3 * 2**16  # elements of the weight's gradient that oneDNN gives at a time, or 128 rows
 STEP = 16  # chunks are padded to a multiple of rows: matrix products of very few may sum in another order
@@ -111,7 +111,7 @@ class _Head:
         hidden, weight, bias = head
         self.dtype = _dtype(head)
         self.rows = hidden.flatten(0, 1)  # [M, E]
-        # oneDNN takes a thousand times as long for slices
+        # a weight in 16 bits is copied whole; oneDNN takes a thousand times as long for slices
         self.weight = None if weight is None else weight.to(self.dtype).contiguous()
         self.bias = None if bias is None else bias.to(self.dtype)
         self.temperature = temperature
@@ -194,6 +194,8 @@ class _Classes:
         self.own = logits.gather(-1, self.tokens)
         self.softmax = _Softmax(logits)
         self.other = None if other is None else _Softmax(other.logits(other.states(rows)))
+        if self.other is not None:
+            del self.other.powers  # as large as the logits, and of no use
 
     def results(self) -> tuple[torch.Tensor | None, ...]:
         """What `score` returns of the padded chunk."""

@@ -323,7 +323,7 @@ def token_log_probs_fwd_bits_kernel(
     V: tl.constexpr, E: tl.constexpr, STRIDE: tl.constexpr, SLOPE_M: tl.constexpr, ESTIMATOR: tl.constexpr,
     EXACT: tl.constexpr, BONUS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The same of rows of bits; see the formulas in the reference."""
+    """The same of rows of bits; the formulas are those of impl_torch.py."""
     place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = place < count
     place = tl.minimum(place, count - 1).to(tl.int64)
