@@ -119,12 +119,8 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ("        mask_totals=mask_totals,\n", "", "rl/test_rollout.py::test_gradients_of_parts_add_up"),
     ],
     "kernels/token_log_probs/policy.py": [
-        ("= options.kl_weight, options", "= 0.0, options", "rl/test_wiring.py::test_kl"),
-        (
-            "options.kl_weight, options.entropy_weight",
-            "options.kl_weight, 0.0",
-            "rl/test_wiring.py::test_entropy_weight",
-        ),
+        ("cost + options.kl_weight * kl", "cost", "rl/test_wiring.py::test_kl"),
+        ("cost - options.entropy_weight *", "cost - 0.0 *", "rl/test_wiring.py::test_entropy_weight"),
         (
             "1 + options.clip_high",
             "1 + options.clip_low",
@@ -147,25 +143,30 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             '= call.schedule, "per_segment"',
             "rl/test_wiring.py::test_per_action_normalisation",
         ),
-        ('if options.kl_estimator == "k2"', "if False", "rl/test_wiring.py::test_kl[k2]"),
+        ('if estimator == "k2"', "if False", "rl/test_wiring.py::test_kl[k2]"),
         (
-            'squared = options.kl_estimator == "k2"',
-            "squared = False",
+            "return self.options.kl_weight * share",
+            "return share",
             "ops/test_policy_loss.py::test_equals_the_definition",
         ),
-        ("options.kl_weight * (gap if", "1.0 * (gap if", "ops/test_policy_loss.py::test_equals_the_definition"),
+        ("-options.entropy_weight * share", "-share", "ops/test_policy_loss.py::test_equals_the_definition"),
+        ("options.kl_weight * share if", "share if", "ops/test_policy_loss.py::test_equals_the_definition"),
+        ("product = ratio * gain", "product = gain", "ops/test_policy_loss.py::test_equals_the_definition"),
+        ("moves & ~held, product", "moves, product", "ops/test_policy_loss.py::test_equals_the_definition"),
+    ],
+    "kernels/token_log_probs/impl_torch.py": [
+        ("call.reference, call.temperature)", "call.reference)", "ops/test_policy_loss.py::test_equals_the_definition"),
+    ],
+    "kernels/token_log_probs/losses.py": [
+        ("call.reference, call.temperature)", "call.reference)", "ops/test_policy_loss.py::test_equals_the_definition"),
         (
-            "-options.entropy_weight * share[rows]",
-            "-share[rows]",
-            "ops/test_policy_loss.py::test_equals_the_definition",
+            "return torch.float32 if dtype == torch.float16 else dtype",
+            "return dtype",
+            "ops/test_log_probs_devices.py::test_float16_gradients_below_the_least_float16",
         ),
-        (
-            "of_kl = options.kl_weight * share[rows]",
-            "of_kl = share[rows]",
-            "ops/test_policy_loss.py::test_equals_the_definition",
-        ),
-        ("push = push * ratio", "push = push", "ops/test_policy_loss.py::test_equals_the_definition"),
-        (" & ~held, -push", ", -push", "ops/test_policy_loss.py::test_equals_the_definition"),
+    ],
+    "kernels/token_log_probs/reference.py": [
+        ("call.reference, call.temperature)", "call.reference)", "ops/test_policy_loss.py::test_equals_the_definition"),
     ],
     "fastvar/rl/trainer.py": [
         (
@@ -411,8 +412,32 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "target_modules=list(TARGETS)",
             "rl/test_wiring.py::test_adapters_have_their_settings",
         ),
+        ('derive(seed, "adapters")', "seed", "rl/test_wiring.py::test_adapters_follow_from_the_seed"),
+    ],
+    "fastvar/cli/models.py": [
+        (
+            'derive(self.train.seed, "weights"))\n        result',
+            "self.train.seed)\n        result",
+            "test_cli.py::test_weights_follow_from_the_seed",
+        ),
+        (
+            'derive(self.train.seed, "weights"))\n        if start',
+            "self.train.seed)\n        if start",
+            "test_cli.py::test_weights_follow_from_the_seed",
+        ),
     ],
     "fastvar/training/loop.py": [
+        (
+            'derive(config.seed, "training", accelerator.process_index)',
+            'derive(config.seed, "training")',
+            "training/test_loop.py::test_seed_of_a_process",
+        ),
+        (
+            'derive(config.seed, "training", accelerator.process_index)',
+            'derive(0, "training", accelerator.process_index)',
+            "training/test_loop.py::test_seed_of_a_process",
+        ),
+        ('"seeds": SEEDS,', "", "training/test_loop.py::test_resuming_with_other_settings_is_refused"),
         (
             "model.parameters(), config.clip_norm",
             "model.parameters(), math.inf",
@@ -463,6 +488,12 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/training/batches.py": [
+        ('derive(self.seed, "buckets")', "self.seed", "training/test_batches.py::test_buckets_of_steps_by_definition"),
+        (
+            "len(own), self.seed, bucket)",
+            "len(own), self.seed)",
+            "training/test_batches.py::test_buckets_of_equal_size_have_orders_of_their_own",
+        ),
         (
             '"epoch", epoch',
             '"epoch"',

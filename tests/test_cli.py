@@ -9,6 +9,7 @@ import os
 import re
 import textwrap
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from fastvar.cli.texts import EncodeText
 from fastvar.handwriting.demo import DemoConfig
 from fastvar.models import VAR, SamplingOptions, VARConfig, VQTokenizer, VQTokenizerConfig
 from fastvar.ops.policy_loss import KL_ESTIMATORS, NORMALISATIONS, PANW_NORMALISATIONS, RATIO_LEVELS
+from fastvar.random import derive
 from fastvar.rl import PolicyLossOptions, RLConfig
 from fastvar.rl.config import TOLERANCES
 from fastvar.rl.rewards.base import _REGISTRY
@@ -234,6 +236,23 @@ def test_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ValueError, match="device: expected cpu or cuda where several processes"):
         train_on("cuda:0")
+
+
+def test_weights_follow_from_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Begun(Exception):
+        pass
+
+    seeds: list[int] = []
+    shape = {"grids": ((1, 1), (2, 2)), "vocab_size": 16, "code_channels": 8, "channels": 8, "norm_groups": 4}
+    VQTokenizer(VQTokenizerConfig(**shape)).save_pretrained(tmp_path / "vq")  # type: ignore[arg-type]
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    monkeypatch.setattr(fastvar.training, "train", Mock(side_effect=Begun))
+    var = ["--tokenizer", tmp_path / "vq", "--depth", "1", "--width", "16", "--heads", "2"]
+    for command in (["train-tokenizer", *SMALL], ["train", *var]):
+        seeds.clear()
+        with pytest.raises(Begun):
+            run(*command, "--output", tmp_path / "run", *FEW, "--seed", 7)
+        assert seeds[-1] == derive(7, "weights")
 
 
 def test_train_sample_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

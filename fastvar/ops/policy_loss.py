@@ -237,6 +237,8 @@ def policy_loss(
     _checks.schedule(op, schedule)
     _checks.shape(op, "hidden", hidden, "B", schedule.num_tokens, "V" if own.weight is None else "E")
     batch, length = hidden.shape[:2]
+    if not isinstance(options, PolicyLossOptions):
+        _checks.fail(op, "options", "PolicyLossOptions", _checks.kind(options))
     if not torch.compiler.is_compiling():  # which cannot follow the check; there `_fake` makes it
         _check_options(options)
     if not 0 <= first_scale < len(schedule):

@@ -47,8 +47,7 @@ class LogProbsCall(NamedTuple):
 def _fake(call: LogProbsCall) -> tuple[torch.Tensor, ...]:
     hidden, shape = call.head.hidden, call.tokens.shape[:2]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    sums = 0 if call.tokens.ndim == 3 else 2 if call.reference is None else 4
-    shapes = (shape, shape, (0,) if call.reference is None else shape, (sums, *shape))
+    shapes = (shape, shape, (0,) if call.reference is None else shape)
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
@@ -62,12 +61,12 @@ def fake_gradients(head: Head, needs: Sequence[bool]) -> list[torch.Tensor]:
     ]
 
 
-def implementations(function: str = "", saves: tuple[int, ...] = ()) -> list[Implementation]:
+def implementations(function: str = "") -> list[Implementation]:
     """The implementations of this operator, or the functions of that name beside them, which are a loss."""
     folder = "fastvar.kernels.token_log_probs"
     return [
         triton_implementation("token_log_probs", function=function, verified=("H200",)),
-        Implementation("torch", f"{folder}.impl_torch:{function}", verified=("CPU",), saves=saves),
+        Implementation("torch", f"{folder}.impl_torch:{function}", verified=("CPU",)),
         Implementation("reference", f"{folder}.reference:{function}", verified=("CPU", "H200")),
     ]
 
@@ -75,9 +74,9 @@ def implementations(function: str = "", saves: tuple[int, ...] = ()) -> list[Imp
 _LOG_PROBS = Operator(
     "token_log_probs",
     LogProbsCall,
-    results=4,  # log_probs, entropy, kl, sums for the backward pass
+    results=3,  # log_probs, entropy, kl
     fake=_fake,
-    implementations=implementations(saves=(0, 1, 2, 3)),
+    implementations=implementations(),
     choices=[Choice("triton")],
 )
 
@@ -130,7 +129,7 @@ def token_log_probs(
     op = "token_log_probs"
     head = checked(op, Head(hidden, weight, bias), tokens, temperature)
     other = checked_reference(op, head, reference_head)
-    log_probs, entropy, kl, _ = _LOG_PROBS(LogProbsCall(head, tokens, other, temperature), backend)
+    log_probs, entropy, kl = _LOG_PROBS(LogProbsCall(head, tokens, other, temperature), backend)
     return TokenLogProbs(log_probs, entropy, None if other is None else kl)
 
 

@@ -39,16 +39,16 @@ class Clock:
 
 
 def reward_metrics(
-    reward: RewardSum, each: Mapping[str, torch.Tensor], returns: torch.Tensor, continuations: int
+    reward: RewardSum, each: Mapping[str, torch.Tensor], combined: torch.Tensor, returns: torch.Tensor
 ) -> dict[str, float]:
     """What a rollout's rewards are.
 
     Args:
         reward: the sum of them.
         each: scores (B K,) by the names of rewards, of all processes.
+        combined: (P, G, K), their sum, by group. With K of several continuations, and no score missing, the share of
+            the variance within a group that the coarse state explains is measured too.
         returns: (P, G) of the B segments by group.
-        continuations: K. With several, and no score missing, the share of the variance within a group that the coarse
-            state explains is measured too.
     """
     metrics = {f"reward/{name}": float(scores.nanmean()) for name, scores in each.items()}
     metrics |= {f"reward_std/{name}": spread(scores[None]) for name, scores in each.items()}
@@ -57,10 +57,8 @@ def reward_metrics(
         "return": float(returns.nanmean()),
         "spread": spread(returns),
     }
-    if continuations > 1:
-        combined = reward.combine(each).view(*returns.shape, continuations)
-        if combined.isfinite().all() and (combined != combined[:, :1, :1]).any():
-            metrics["explained_by_coarse"] = intraclass_correlation(combined)
+    if combined.shape[2] > 1 and combined.isfinite().all() and (combined != combined[:, :1, :1]).any():
+        metrics["explained_by_coarse"] = intraclass_correlation(combined)
     return metrics
 
 

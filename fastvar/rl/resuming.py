@@ -16,7 +16,7 @@ from fastvar.rl.processes import Processes
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.rewards import RewardSum
 from fastvar.training.checkpoints import Checkpoints
-from fastvar.training.settings import check_enough_steps, check_same_settings, write_settings
+from fastvar.training.settings import SEEDS, check_enough_steps, check_same_settings, write_settings
 
 
 def run_settings(
@@ -39,6 +39,7 @@ def run_settings(
         "start": start,
         "rewards": {**reward.weights, "standardise": reward.standardise, **_reward_options(reward)},
         "prompts": prompts.fingerprint(),
+        "seeds": SEEDS,
     }
     return json.loads(json_text(settings))
 

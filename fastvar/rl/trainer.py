@@ -265,7 +265,8 @@ class VMRGRPOTrainer:
         scores = processes.rewarded(lambda: score(rollout, self.reward, schedule, use_mask=config.use_mask))
         each = {name: processes.gather(values.to(device)) for name, values in scores.each.items()}
         processes.rewarded(lambda: self.reward.check(each))
-        returns = middle_returns(self.reward.combine(each), rollout.continuations, eta=config.eta)
+        combined = self.reward.combine(each)
+        returns = middle_returns(combined, rollout.continuations, eta=config.eta)
         advantages = group_advantages(
             returns,
             config.group_size,
@@ -282,7 +283,12 @@ class VMRGRPOTrainer:
         if scores.mask is not None and masked:
             mask = mask * scores.mask
         metrics = {
-            **reward_metrics(self.reward, each, returns.view(-1, config.group_size), rollout.continuations),
+            **reward_metrics(
+                self.reward,
+                each,
+                combined.view(-1, config.group_size, rollout.continuations),
+                returns.view(-1, config.group_size),
+            ),
             "groups_without_spread": 1 - float(spreads.float().mean()),
             "mask_share": processes.mean(float(mask.mean())),
         }

@@ -61,16 +61,16 @@ class StepSampler:
 
 
 class _Order:
-    """What comes at each position: a new permutation of `length` items every epoch."""
+    """What comes at each position: a new permutation of `length` items every epoch, of a bucket's own if it is one."""
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed = length, seed
+    def __init__(self, length: int, seed: int, *bucket: int) -> None:
+        self.length, self.seed, self.bucket = length, seed, bucket
         self.epoch, self.permutation = -1, torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, position: int) -> int:
         epoch, place = divmod(position, self.length)
         if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(derive(self.seed, "epoch", epoch))
+            generator = torch.Generator().manual_seed(derive(self.seed, "epoch", epoch, *self.bucket))
             self.epoch, self.permutation = epoch, torch.randperm(self.length, generator=generator)
         return int(self.permutation[place])
 
@@ -93,7 +93,7 @@ class BucketSampler(StepSampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         counts = self.buckets.bincount()
         items = [(self.buckets == bucket).nonzero()[:, 0].tolist() for bucket in range(len(counts))]
-        orders = [_Order(len(own), self.seed) for own in items]
+        orders = [_Order(len(own), self.seed, bucket) for bucket, own in enumerate(items)]
         steps = torch.arange(self.last_step)
         # by counters, so that a step's bucket does not depend on how many steps there are
         drawn = uniform(torch.tensor(derive(self.seed, "buckets")), torch.tensor(0), steps).double() * self.length

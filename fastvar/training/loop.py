@@ -39,7 +39,7 @@ from fastvar.training.graphed import GraphedStep, check_alone
 from fastvar.training.interrupts import Interrupted, Interrupts, SharedRequests
 from fastvar.training.lock import locked
 from fastvar.training.log import RunLog
-from fastvar.training.settings import check_enough_steps, check_same_settings, write_settings
+from fastvar.training.settings import SEEDS, check_enough_steps, check_same_settings, write_settings
 from fastvar.training.sharded import gather_for_methods
 from fastvar.training.space import check_space
 
@@ -399,6 +399,7 @@ def _settings(task: Task[Any], dataset: Any, config: TrainConfig, processes: int
         "model": asdict(task.model.config),
         "data": {"kind": type(dataset).__name__, "items": len(dataset), **described},
         "processes": processes,
+        "seeds": SEEDS,
         **task.identity,
     }
     return json.loads(json_text(settings))

@@ -10,6 +10,8 @@ from fastvar.files import read_json_object, write_json
 from fastvar.training.checkpoints import ANEW
 from fastvar.training.log import say
 
+SEEDS = "sha256"  # how seeds follow from a run's own, see `fastvar.random.derive`; a run draws otherwise with others
+
 
 class OtherSettingsError(ValueError):
     """A run's folder was begun with other settings."""

@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from fastvar.kernels.token_log_probs import losses, policy
-from fastvar.kernels.token_log_probs.losses import Grads, Results, Scoring, TwoPasses, Wanted
+from fastvar.kernels.token_log_probs import checks, losses
+from fastvar.kernels.token_log_probs.losses import Grads, Scoring, TwoPasses, Wanted
+from fastvar.kernels.token_log_probs.policy import Policy
 
 if TYPE_CHECKING:
     from fastvar.ops.cross_entropy import CrossEntropyCall
     from fastvar.ops.policy_loss import PolicyLossCall
     from fastvar.ops.token_log_probs import Head
 
-# Chunks of many rows read the weight and add to its gradient less often; 8 MiB stay in the last cache of most CPUs.
-LOGITS = 2**21  # of a chunk, or 16 rows
+# Chunks of many rows read the weight and add to its gradient less often.
+LOGITS = 2**21  # of a chunk, 8 MiB in float32; or 16 rows
 ROWS = 1024  # of a chunk, at most
 PIECE = 3 * 2**16  # elements of the weight's gradient that oneDNN gives at a time, or 128 rows
 STEP = 16  # chunks are padded to a multiple of rows: matrix products of very few may sum in another order
@@ -40,9 +41,7 @@ def score(scoring: Scoring) -> tuple[torch.Tensor, ...]:
     return _run(scoring)[0]
 
 
-def gradients(
-    scoring: Scoring, results: Results, grads: Grads, needs: Any, unrounded: bool = False
-) -> dict[str, torch.Tensor]:
+def gradients(scoring: Scoring, grads: Grads, needs: Any, unrounded: bool = False) -> dict[str, torch.Tensor]:
     """See `TwoPasses`; the logits of each chunk are computed anew."""
     return _run(scoring, _given(grads), needs, unrounded, keep=False)[1]
 
@@ -52,9 +51,9 @@ forward, backward = _FUNCTIONS.forward, _FUNCTIONS.backward
 
 
 def cross_entropy(call: CrossEntropyCall) -> tuple[torch.Tensor, ...]:
-    """See `TwoPasses`; in one pass."""
+    """The loss (), each token's and its entropy (B, L), and three gradients, empty where not wanted; in one pass."""
     scoring = Scoring(call.head, call.tokens, mean=call.label_smoothing > 0)
-    share = losses.shares(call.weights, _room(scoring)[0])
+    share = losses.shares(call.weights, call.tokens, _dtype(call.head))
     wanted = Wanted(*call.needs)
     results, found = _run(scoring, _given(losses.of_scores(share, call.label_smoothing)), wanted, unrounded=True)
     return (*losses.smoothed(results, share, call.label_smoothing), *losses.three(found, wanted, results[0]))
@@ -66,9 +65,9 @@ def policy_loss(call: PolicyLossCall) -> tuple[torch.Tensor, ...]:
         return _FUNCTIONS.policy_loss(call)
     scoring = Scoring(call.head, call.tokens, call.reference, call.temperature)
     wanted = Wanted(*call.needs)
-    results, found = _run(scoring, policy.incoming(call, _room(scoring)[0]), wanted, unrounded=True)
-    kl = None if call.reference is None else results[2]
-    measured = policy.terms(results[0], results[1], kl, call)[:-2]
+    policy = Policy(call, _dtype(call.head))
+    results, found = _run(scoring, policy.incoming, wanted, unrounded=True)
+    *measured, _ = policy.measure(results[0], results[1], None if call.reference is None else results[2])
     return (*measured, results[0], *losses.three(found, wanted, results[0]))
 
 
@@ -82,7 +81,7 @@ def _run(
     """Results, if they are to be kept, and the gradients that are needed for those that come in."""
     head = _Head(scoring.head, scoring.temperature)
     other = None if scoring.reference is None else _Head(scoring.reference, scoring.temperature)
-    losses.check_range(scoring.tokens, head.size)
+    checks.check_range(scoring.tokens, head.size)
     results, tokens = _room(scoring), scoring.tokens.flatten(0, 1)
     sums = _Gradients(head, needs, unrounded) if any(needs) else None
     kind = _Bits if scoring.tokens.ndim == 3 else _Classes
@@ -110,9 +109,9 @@ class _Head:
 
     def __init__(self, head: Head, temperature: float) -> None:
         hidden, weight, bias = head
-        self.dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.dtype = _dtype(head)
         self.rows = hidden.flatten(0, 1)  # [M, E]
-        # oneDNN takes a thousand times as long for slices
+        # a weight in 16 bits is copied whole; oneDNN takes a thousand times as long for slices
         self.weight = None if weight is None else weight.to(self.dtype).contiguous()
         self.bias = None if bias is None else bias.to(self.dtype)
         self.temperature = temperature
@@ -174,7 +173,7 @@ class _Softmax:
         peak: (m, 1), the largest logit.
         centred: (m, V), `IMPOSSIBLE` for minus infinity: 0 times its exponential is then 0.
         powers: (m, V).
-        total, log: (m, 1), the sum of the powers and its logarithm; NaN where no logit is above minus infinity.
+        total, log: (m, 1), the sum of the powers and its logarithm; both NaN where no logit is above minus infinity.
     """
 
     def __init__(self, logits: torch.Tensor) -> None:
@@ -182,8 +181,8 @@ class _Softmax:
         self.peak = logits.amax(-1, keepdim=True)
         self.centred.sub_(self.peak)
         self.powers = self.centred.exp()
-        self.total = self.powers.sum(-1, keepdim=True)
-        self.log = torch.where(self.peak > IMPOSSIBLE, self.total.log(), math.nan)
+        self.total = torch.where(self.peak > IMPOSSIBLE, self.powers.sum(-1, keepdim=True), math.nan)
+        self.log = self.total.log()
 
 
 class _Classes:
@@ -195,34 +194,37 @@ class _Classes:
         self.own = logits.gather(-1, self.tokens)
         self.softmax = _Softmax(logits)
         self.other = None if other is None else _Softmax(other.logits(other.states(rows)))
+        if self.other is not None:
+            del self.other.powers  # as large as the logits, and of no use
 
     def results(self) -> tuple[torch.Tensor | None, ...]:
         """What `score` returns of the padded chunk."""
         softmax, other, kl, mean = self.softmax, self.other, None, None
         self.entropy = softmax.log - _dot(softmax.powers, softmax.centred) / softmax.total
-        sums = [softmax.peak, softmax.log]
         if other is not None:
             gap = _dot(softmax.powers, softmax.centred - other.centred)
             kl = self.kl = gap / softmax.total - softmax.log + other.log
-            sums += [other.peak, other.log]
         if self.mean:
             mean = (softmax.centred.mean(-1, keepdim=True) - softmax.log)[:, 0]
         own = self.own - softmax.peak - softmax.log
-        return own[:, 0], self.entropy[:, 0], None if kl is None else kl[:, 0], mean, torch.stack(sums)[..., 0]
+        return own[:, 0], self.entropy[:, 0], None if kl is None else kl[:, 0], mean
 
     def slopes(self, given: Grads) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gradients of the logits (m, V), which take the place of the exponentials, and which rows (m, 1) are live.
 
         With the gradients g of the results the slope is p_j (a l_j - g_KL q_j + c), a = g_KL - g_H, and two terms that
         stand alone: g_l at the token and g_A / V everywhere. l_j and q_j, logarithms of the probabilities, are x_j less
-        the log of the sum, which goes into c; the sum itself goes into both factors.
+        the log of the sum, which goes into c; the sum itself goes into both factors. What is impossible is a constant
+        in the mean: it gets none of g_A, and c has only the others' share of it.
         """
         of_own, of_entropy, of_kl, of_mean = given
         softmax, other = self.softmax, self.other
-        constant, along = torch.zeros_like(softmax.total), None
-        for gradient in (of_own, of_mean):
-            if gradient is not None:
-                constant -= gradient
+        constant, along, of_possible = torch.zeros_like(softmax.total), None, None
+        if of_own is not None:
+            constant -= of_own
+        if of_mean is not None:
+            of_possible = (softmax.centred > IMPOSSIBLE) * (of_mean / softmax.centred.shape[1])
+            constant -= of_possible.sum(-1, keepdim=True)
         if of_entropy is not None:
             along = -of_entropy
             constant -= of_entropy * self.entropy
@@ -237,8 +239,8 @@ class _Classes:
             if of_kl is not None and other is not None:
                 factor.sub_(other.centred.mul_(of_kl / softmax.total))
             slope.mul_(factor)
-        if of_mean is not None:
-            slope += of_mean / slope.shape[1]
+        if of_possible is not None:
+            slope += of_possible
         if of_own is not None:
             slope.scatter_add_(-1, self.tokens, of_own)
         return _only_live(slope, given)
@@ -252,7 +254,7 @@ class _Bits:
     times them is 0, save that the log-probability of the other value is minus infinity.
 
         l: dl/dz = bit - s                  H: dH/dz = -z s (1 - s)
-        KL: dKL/dz = (z - y) s (1 - s)      A: dA/dz = (1 - s - s) / 2
+        KL: dKL/dz = (z - y) s (1 - s)      A: dA/dz = (1 - s - s) / 2, 0 where z is infinite
     """
 
     def __init__(self, head: _Head, other: _Head | None, rows: slice, tokens: torch.Tensor, mean: bool) -> None:
@@ -271,7 +273,7 @@ class _Bits:
             kl = gap.sum(-1)
         if self.mean:
             mean = (one + zero).sum(-1) / 2
-        return own, entropy, kl, mean, None
+        return own, entropy, kl, mean
 
     def slopes(self, given: Grads) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `_Classes`."""
@@ -284,7 +286,7 @@ class _Bits:
         if of_kl is not None and self.others is not None:
             slope = slope + of_kl * ((logits - self.others) * (one * zero))
         if of_mean is not None:
-            slope = slope + of_mean * ((zero - one) / 2)
+            slope = slope + of_mean * torch.where(logits.abs() < -IMPOSSIBLE, (zero - one) / 2, 0)
         return _only_live(slope, given)
 
 
@@ -307,18 +309,22 @@ def _columns(given: Grads, head: _Head) -> list[torch.Tensor | None]:
 
 def _room(scoring: Scoring) -> tuple[torch.Tensor, ...]:
     """What `score` returns, yet to be filled."""
-    shape, reference, hidden = scoring.tokens.shape[:2], scoring.reference is not None, scoring.head.hidden
-    sums = 0 if scoring.tokens.ndim == 3 else 2 + 2 * reference
-    shapes = (shape, shape, shape if reference else (0,), shape if scoring.mean else (0,), (sums, *shape))
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return tuple(torch.empty(each, dtype=dtype, device=hidden.device) for each in shapes)
+    shape, reference = scoring.tokens.shape[:2], scoring.reference is not None
+    shapes = (shape, shape, shape if reference else (0,), shape if scoring.mean else (0,))
+    like = {"dtype": _dtype(scoring.head), "device": scoring.tokens.device}
+    return tuple(torch.empty(each, **like) for each in shapes)
+
+
+def _dtype(head: Head) -> torch.dtype:
+    """Of results."""
+    return torch.promote_types(head.hidden.dtype, torch.float32)
 
 
 def _write(results: Sequence[torch.Tensor], rows: slice, found: Sequence[torch.Tensor | None]) -> None:
     """Put what was found for a padded chunk into its rows of the results."""
     for result, values in zip(results, found, strict=True):
         if values is not None and result.numel():
-            result.flatten(-2)[..., rows] = values[..., : rows.stop - rows.start]
+            result.view(-1)[rows] = values[: rows.stop - rows.start]
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:

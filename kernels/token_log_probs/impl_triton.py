@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from fastvar.kernels.common.tiling import card
 from fastvar.kernels.token_log_probs import losses
-from fastvar.kernels.token_log_probs.losses import Grads, Results, Scoring, TwoPasses, Wanted, three
+from fastvar.kernels.token_log_probs.losses import Grads, Scoring, TwoPasses, Wanted, three
 from fastvar.kernels.token_log_probs.policy_triton import Policy, estimate, surrogate
 from fastvar.kernels.token_log_probs.tiles import LOGITS
 
@@ -160,14 +160,14 @@ def _lay_out(like_ptr, place, values, never, V: tl.constexpr, BLOCK_V: tl.conste
 
 @triton.jit(do_not_specialize=["first", "count"])  # a lone row is summed as others are
 def token_log_probs_fwd_kernel(
-    z_ptr, b_ptr, y_ptr, c_ptr, token_ptr, own_ptr, entropy_ptr, kl_ptr, mean_ptr, sum_ptr,
+    z_ptr, b_ptr, y_ptr, c_ptr, token_ptr, own_ptr, entropy_ptr, kl_ptr, mean_ptr,
     of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr, reference_ptr,
     slope_ptr, scale_ptr, h_ptr, state_ptr, like_ptr,
-    z_m, z_v, y_m, y_v, h_m, h_e, first, count, M, L, factor, low, high, kl_weight, entropy_weight,
+    z_m, z_v, y_m, y_v, h_m, h_e, first, count, L, factor, low, high, kl_weight, entropy_weight,
     V: tl.constexpr, E: tl.constexpr, STRIDE: tl.constexpr, SLOPE_M: tl.constexpr, ESTIMATOR: tl.constexpr,
     EXACT: tl.constexpr, BONUS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Rows `first` to `first + count` of M, whose logits are z_ptr (count, V) and, of the reference, y_ptr: results
+    """Rows `first` to `first + count`, whose logits are z_ptr (count, V) and, of the reference, y_ptr: results
     are written if there is room for them; gradients of the logits before the temperature to slope_ptr (count, V), times
     what scale_ptr (1) holds. 0 in rows whose coefficients are all 0. Slopes may lie where the logits do, a row's in the
     first bytes of its own."""
@@ -195,7 +195,7 @@ def token_log_probs_fwd_kernel(
     token = tl.where(known, token, -1).to(tl.int32)
     zero = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), IMPOSSIBLE, tl.float32)
-    total, along, mean, gap = zero, zero, zero, zero
+    total, along, mean, gap, possible = zero, zero, zero, zero, zero
     other_peak, other_total = peak, zero
     for start in range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
@@ -225,6 +225,8 @@ def token_log_probs_fwd_kernel(
             other_peak, other_total = other_highest, tl.exp(other_step) * other_total + other_more
         along = decay * (along + step * total) + more_along
         peak, total = highest, decay * total + more
+        if of_mean_ptr is not None:
+            possible += tl.sum(tl.where(z > IMPOSSIBLE, 1.0, 0.0), 1)
         if mean_ptr is not None:
             mean += step * start + tl.sum(tl.where((column < V)[None, :], centred, 0.0), 1)
     log = _log(total, peak)
@@ -241,13 +243,6 @@ def token_log_probs_fwd_kernel(
             tl.store(mean_ptr + row, mean / V - log, valid)
         if y_ptr is not None:
             tl.store(kl_ptr + row, kl, valid)
-    if sum_ptr is not None:
-        tl.store(sum_ptr + row, peak, valid)
-        tl.store(sum_ptr + row + M, log, valid)
-        if y_ptr is not None:
-            size = tl.cast(M, tl.int64)
-            tl.store(sum_ptr + row + 2 * size, other_peak, valid)
-            tl.store(sum_ptr + row + 3 * size, other_log, valid)
     if slope_ptr is None:
         _lay_out(like_ptr, place, tl.zeros((BLOCK_M, BLOCK_V), tl.float32) + score[:, None], count < 0, V, BLOCK_V)
     else:
@@ -274,14 +269,14 @@ def token_log_probs_fwd_kernel(
                     other_centred = y - other_peak[:, None]
             # the exponentials once more: kept, they would take half of all registers
             slope = _exp(centred - log[:, None])
-            inner = tl.zeros((BLOCK_M, BLOCK_V), tl.float32) - (of_own + of_mean)[:, None]
+            inner = tl.zeros((BLOCK_M, BLOCK_V), tl.float32) - (of_own + of_mean * (possible / V))[:, None]
             if BONUS or of_entropy_ptr is not None:
                 inner -= of_entropy[:, None] * (centred - (log - entropy)[:, None])
             if EXACT or of_kl_ptr is not None:
                 inner += of_kl[:, None] * (centred - other_centred - (log - other_log + kl)[:, None])
             slope *= inner
             if of_mean_ptr is not None:
-                slope += (of_mean / V)[:, None]
+                slope += tl.where(centred > IMPOSSIBLE, (of_mean / V)[:, None], 0.0)
             slope += tl.where(column[None, :] == token[:, None], of_own[:, None], 0.0)
             slope = tl.where(live[:, None], slope, 0.0)
             at = slope_ptr + place[:, None] * SLOPE_M + column[None, :]
@@ -328,7 +323,7 @@ def token_log_probs_fwd_bits_kernel(
     V: tl.constexpr, E: tl.constexpr, STRIDE: tl.constexpr, SLOPE_M: tl.constexpr, ESTIMATOR: tl.constexpr,
     EXACT: tl.constexpr, BONUS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The same of rows of bits; see the formulas in the reference."""
+    """The same of rows of bits; the formulas are those of impl_torch.py."""
     place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = place < count
     place = tl.minimum(place, count - 1).to(tl.int64)
@@ -384,7 +379,7 @@ def token_log_probs_fwd_bits_kernel(
                 y = _bit_logits(y_ptr, c_ptr, place, column, y_m, y_v, factor, V, BLOCK_V)
                 slope += of_kl[:, None] * ((z - y) * (one * none))
             if of_mean_ptr is not None:
-                slope += of_mean[:, None] * (0.5 * (none - one))
+                slope += of_mean[:, None] * tl.where(tl.abs(z) < -IMPOSSIBLE, 0.5 * (none - one), 0.0)
             slope = tl.where(live[:, None], slope * scale, 0.0)
             tl.debug_barrier()  # logits that lie there have been read
             tl.store(slope_ptr + place[:, None] * SLOPE_M + column[None, :], slope, valid[:, None] & seen)
@@ -415,9 +410,7 @@ def score(scoring: Scoring) -> tuple[torch.Tensor, ...]:
     return results
 
 
-def gradients(
-    scoring: Scoring, results: Results, grads: Grads, needs: Any, unrounded: bool = False
-) -> dict[str, torch.Tensor]:
+def gradients(scoring: Scoring, grads: Grads, needs: Any, unrounded: bool = False) -> dict[str, torch.Tensor]:
     """See `losses.TwoPasses`; the logits of some rows are computed anew."""
     given = [None if g is None or not g.numel() else g.flatten().float().contiguous() for g in grads[:4]]
     head = _Head(scoring.head)
@@ -446,7 +439,7 @@ def policy_loss(call: PolicyLossCall) -> tuple[torch.Tensor, ...]:
     results = _room(Scoring(call.head, tokens, call.reference))
     reference = None if call.reference is None else _Head(call.reference)
     gradients = _Gradients(head, Wanted(*call.needs), True) if any(call.needs) else None
-    logits = _Pass(head, reference, tokens, call.temperature, (*results[:4], None), gradients)
+    logits = _Pass(head, reference, tokens, call.temperature, results, gradients)
     policy = Policy(call)
     logits.run(policy=policy)
     measured = policy.measure(results[0], results[1], None if reference is None else results[2], None)
@@ -455,12 +448,12 @@ def policy_loss(call: PolicyLossCall) -> tuple[torch.Tensor, ...]:
 
 
 def cross_entropy(call: CrossEntropyCall) -> tuple[torch.Tensor, ...]:
-    """See `losses.TwoPasses`."""
+    """The loss (), each token's and its entropy (B, L), and three gradients, empty where not wanted."""
     results = _room(Scoring(call.head, call.tokens, mean=call.label_smoothing > 0))
-    head, share = _Head(call.head), losses.shares(call.weights, results[0])
+    head, share = _Head(call.head), losses.shares(call.weights, call.tokens, torch.float32)
     given = [None if g is None else g.flatten() for g in losses.of_scores(share, call.label_smoothing)]
     gradients = _Gradients(head, Wanted(*call.needs), True) if any(call.needs) else None
-    _Pass(head, None, call.tokens, 1.0, (*results[:4], None), gradients).run(given)
+    _Pass(head, None, call.tokens, 1.0, results, gradients).run(given)
     found = three({} if gradients is None else gradients.found(), Wanted(*call.needs), results[0])
     return (*losses.smoothed(results, share, call.label_smoothing), *found)
 
@@ -468,9 +461,8 @@ def cross_entropy(call: CrossEntropyCall) -> tuple[torch.Tensor, ...]:
 def _room(scoring: Scoring) -> tuple[torch.Tensor, ...]:
     """What `score` returns, yet to be filled."""
     shape, none = scoring.tokens.shape[:2], (0,)
-    sums = 0 if scoring.tokens.ndim == 3 else 2 + 2 * (scoring.reference is not None)
     kl = none if scoring.reference is None else shape
-    shapes = (shape, shape, kl, shape if scoring.mean else none, (sums, *shape))
+    shapes = (shape, shape, kl, shape if scoring.mean else none)
     return tuple(torch.empty(each, dtype=torch.float32, device=scoring.tokens.device) for each in shapes)
 
 
@@ -632,10 +624,10 @@ class _Pass:
         self.options |= {"SLOPE_M": 0, "ESTIMATOR": "", "EXACT": False, "BONUS": False}
         if gradients is not None and gradients.slopes is not None:
             self.options["SLOPE_M"] = gradients.slopes.stride(0)
-        own, entropy, kl, mean, sums = (None,) * 5 if results is None else results
+        own, entropy, kl, mean = (None,) * 4 if results is None else results
         # an empty result is one that nobody asked for
         kl, mean = (None if t is None or not t.numel() else t for t in (kl, mean))
-        self.results = (own, entropy, kl, mean) if self.bits else (own, entropy, kl, mean, sums)
+        self.results = (own, entropy, kl, mean)
 
     def run(self, given: Sequence[torch.Tensor | None] = (None,) * 4, policy: Policy | None = None) -> None:
         """Results and gradients of what is `given` a token, or of a policy loss."""
@@ -687,9 +679,7 @@ class _Pass:
                 *tensors, *self.tokens.stride(), first, stop - first, *self.settings, **self.options
             )
         else:
-            token_log_probs_fwd_kernel[grid](
-                *tensors, first, stop - first, len(head.rows), *self.settings, **self.options
-            )
+            token_log_probs_fwd_kernel[grid](*tensors, first, stop - first, *self.settings, **self.options)
 
 
 def tile_options(size: int, width: int, stride: int, device: torch.device) -> dict[str, Any]:

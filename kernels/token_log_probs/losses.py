@@ -1,4 +1,4 @@
-"""`forward`, `backward` and the losses made of log-probabilities, for implementations that compute the logits twice.
+"""What implementations share of log-probabilities and the losses made of them.
 
 Gradients of a loss are those of the loss itself, to be multiplied with the gradient that comes in. Those of the weight
 and the bias are not rounded yet, nor is that of float16 hidden states: until then it may be below the least float16.
@@ -13,8 +13,7 @@ import torch
 from fastvar.kernels.token_log_probs import policy
 
 if TYPE_CHECKING:
-    from fastvar.ops.cross_entropy import CrossEntropyCall
-    from fastvar.ops.policy_loss import PolicyLossCall, PolicyLossOptions
+    from fastvar.ops.policy_loss import PolicyLossCall
     from fastvar.ops.token_log_probs import Head, LogProbsCall
 
 Results = Sequence[torch.Tensor]
@@ -44,53 +43,35 @@ class TwoPasses:
 
     Args:
         score: of a `Scoring`: (B, L) log-probabilities, entropies, KL(policy || reference), mean log-probability of the
-            vocabulary; (2 n, B, L) the largest logit and the log of the sum of exp(logit - largest), of the reference's
-            too. Empty are the KL without a reference, the mean if not asked for and the last of bits. The two stay
-            apart as their sum, the log-sum-exp, loses the digits of the second to the first: a common offset of all
-            logits would then change their probabilities.
-        gradients: of a `Scoring`, what `score` gave, the gradients of its first four results, what is `Wanted` and
-            whether to leave gradients unrounded: those that are wanted, by name. Rows whose incoming gradients are all
-            0 are left out: hidden states there may be anything, NaN included.
+            vocabulary. Empty are the KL without a reference and the mean if not asked for.
+        gradients: of a `Scoring`, the gradients of these four results, what is `Wanted` and whether to leave gradients
+            unrounded: those that are wanted, by name. Rows whose incoming gradients are all 0 are left out: hidden
+            states there may be anything, NaN included.
     """
 
     def __init__(self, score: Callable[[Scoring], Results], gradients: Callable[..., dict[str, torch.Tensor]]) -> None:
         self.score, self.gradients = score, gradients
 
     def forward(self, call: LogProbsCall) -> tuple[torch.Tensor, ...]:
-        """Log-probabilities, entropies, KL and sums."""
-        own, entropy, kl, _, sums = self.score(Scoring(*call))
-        return own, entropy, kl, sums
+        """Log-probabilities, entropies and KL."""
+        own, entropy, kl, _ = self.score(Scoring(*call))
+        return own, entropy, kl
 
     def backward(self, call: LogProbsCall, saved: Results, grads: Grads, needs: Any) -> dict[str, torch.Tensor]:
-        """Gradients of the head, as far as they are needed; saved: the results, if `gradients` looks at them."""
-        results = (*saved[:3], None, *saved[3:])
-        return self.gradients(Scoring(*call), results, (*grads[:3], None), needs)
+        """Gradients of the head, as far as they are needed."""
+        return self.gradients(Scoring(*call), (*grads, None), needs)
 
     def policy_loss(
         self, call: PolicyLossCall, terms: Callable[..., tuple[torch.Tensor, ...]] = policy.terms
     ) -> tuple[torch.Tensor, ...]:
         """What `terms` measures, the log-probabilities (B, L), and three gradients, empty where not wanted."""
         scoring = Scoring(call.head, call.tokens, call.reference, call.temperature)
-        results = self.score(scoring)
+        results, wanted = self.score(scoring), Wanted(*call.needs)
         kl = None if call.reference is None else results[2]
         *measured, slope, share = terms(results[0], results[1], kl, call)
-        incoming = [slope, *_of_entropy_and_kl(share, kl, call.options), None]
-        return (*measured, results[0], *self._three(scoring, results, incoming, call.needs))
-
-    def cross_entropy(self, call: CrossEntropyCall) -> tuple[torch.Tensor, ...]:
-        """The loss (), each token's and its entropy (B, L), and three gradients, empty where not wanted."""
-        scoring = Scoring(call.head, call.tokens, mean=call.label_smoothing > 0)
-        results = self.score(scoring)
-        share = shares(call.weights, results[0])
-        gradients = self._three(scoring, results, of_scores(share, call.label_smoothing), call.needs)
-        return (*smoothed(results, share, call.label_smoothing), *gradients)
-
-    def _three(
-        self, scoring: Scoring, results: Results, incoming: Grads, needs: tuple[bool, ...]
-    ) -> list[torch.Tensor]:
-        wanted = Wanted(*needs)
-        found = self.gradients(scoring, results, incoming, wanted, unrounded=True) if any(needs) else {}
-        return three(found, wanted, results[0])
+        incoming = [slope, *policy.of_entropy_and_kl(share, kl is not None, call.options), None]
+        found = self.gradients(scoring, incoming, wanted, unrounded=True) if any(wanted) else {}
+        return (*measured, results[0], *three(found, wanted, results[0]))
 
 
 def three(found: dict[str, torch.Tensor], wanted: Wanted, like: torch.Tensor) -> list[torch.Tensor]:
@@ -98,21 +79,12 @@ def three(found: dict[str, torch.Tensor], wanted: Wanted, like: torch.Tensor) ->
     return [found[name] if each else like.new_empty(0) for name, each in wanted._asdict().items()]
 
 
-def _of_entropy_and_kl(
-    share: torch.Tensor, kl: torch.Tensor | None, options: PolicyLossOptions
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the loss with respect to each token's entropy and exact KL, None where it does not read them."""
-    return (
-        -options.entropy_weight * share if options.entropy_weight != 0 else None,
-        options.kl_weight * share if kl is not None and options.kl_weight != 0 else None,
-    )
-
-
-def shares(weights: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+def shares(weights: torch.Tensor | None, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What each token counts of the mean (B, L); 0 where all weights are."""
+    shape = tokens.shape[:2]
     if weights is None:
-        return torch.full_like(like, 1 / max(like.numel(), 1))
-    each = weights.to(like.dtype).expand_as(like)
+        return torch.full(shape, 1 / max(shape.numel(), 1), dtype=dtype, device=tokens.device)
+    each = weights.to(dtype).expand(shape)
     total = each.sum()
     return each / torch.where(total > 0, total, 1)
 
@@ -135,14 +107,3 @@ def smoothed(
 def unrounded(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a gradient of hidden states that is yet to be multiplied with the one that comes in."""
     return torch.float32 if dtype == torch.float16 else dtype
-
-
-def check_range(tokens: torch.Tensor, size: int) -> None:
-    """Raise a ValueError for tokens that are not below `size`, or bits other than 0 and 1. On another device than the
-    CPU the check would wait for it; there a token out of range is the caller's to avoid."""
-    if tokens.device.type != "cpu" or tokens.dtype == torch.bool or tokens.numel() == 0:
-        return
-    low, high = (int(value) for value in tokens.aminmax())
-    most = 1 if tokens.ndim == 3 else size - 1
-    if low < 0 or high > most:
-        raise ValueError(f"token_log_probs: tokens: expected values from 0 to {most}, got {low} to {high}")

@@ -11,7 +11,7 @@ depends on the masks alone. Where the advantage or the mask is 0, s_i is 0 whate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -23,110 +23,133 @@ if TYPE_CHECKING:
     from fastvar.ops.policy_loss import PolicyLossCall, PolicyLossOptions
 
 
+class Policy:
+    """The settings and tensors of a call, with the tokens' shares: all that is known before the log-probabilities.
+
+    Attributes:
+        share: (B, L), w / D.
+    """
+
+    def __init__(self, call: PolicyLossCall, dtype: torch.dtype) -> None:
+        options = call.options
+        self.options, self.lengths = options, call.schedule.lengths
+        self.bounds = 1 - options.clip_low, 1 + options.clip_high  # of the ratio
+        self.mask, self.weight, self.total = _weights(call, dtype)
+        self.share = _divide(self.weight, self.total)
+        gain = call.advantages.to(dtype)[:, None].expand_as(self.mask).contiguous()
+        old, reference = (
+            None if t is None else t.to(dtype).contiguous() for t in (call.old_log_probs, call.reference_log_probs)
+        )
+        self._of_tokens = (self.mask > 0, gain, self.share, old, reference)  # (B, L) each
+
+    def incoming(self, rows: slice, results: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Gradients of the loss with respect to log-probabilities, entropies and the exact KL of some of all tokens
+        (B L), from these results there. Only where a ratio is one token's."""
+        log_probs, _, kl = results
+        assert log_probs is not None
+        trained, gain, share, old, reference = (None if t is None else t.view(-1)[rows] for t in self._of_tokens)
+        assert trained is not None and gain is not None and share is not None
+        _, push, _ = surrogate(_log_ratio(log_probs, old, trained).exp(), gain, trained, *self.bounds)
+        slope = share * push + self._of_estimate(log_probs, trained, share, reference)
+        return [-slope, *of_entropy_and_kl(share, kl is not None, self.options), None]
+
+    def measure(
+        self, log_probs: torch.Tensor, entropy: torch.Tensor, exact_kl: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """loss, kl, clip fraction, entropy, ratio, scalars; gradient share, entropy and ratio of each scale (K,); for
+        the gradient d loss / d log_probs without the exact KL (B, L)."""
+        options, mask, lengths = self.options, self.mask, self.lengths
+        trained, gain, share, old, reference = self._of_tokens
+
+        def only_trained(values: torch.Tensor) -> torch.Tensor:
+            return torch.where(trained, values, 0)  # whatever stands at other tokens, NaN included, has no effect
+
+        log_ratio = _log_ratio(log_probs, old, trained)
+        spans = {"token": None, "scale": lengths, "sample": (sum(lengths),)}[options.ratio_level]
+        if spans is not None:
+            log_ratio = _spread(_divide(_sums(mask * log_ratio, spans), _sums(mask, spans)), spans)
+        ratio = log_ratio.exp()
+        won, push, clipped = surrogate(ratio, gain, trained, *self.bounds)
+        push = share * push
+        if spans is not None:  # for a ratio of many tokens, each of them has its share of all their slopes
+            push = mask * _spread(_divide(_sums(push, spans), _sums(mask, spans)), spans)
+        slope = -(push + self._of_estimate(log_probs, trained, share, reference))
+
+        kl = None
+        if exact_kl is not None:
+            kl = only_trained(exact_kl)
+        elif reference is not None:
+            kl = estimate(only_trained(reference - log_probs), options.kl_estimator)[0]
+        cost = -won
+        if options.kl_weight != 0 and kl is not None:
+            cost = cost + options.kl_weight * kl
+        if options.entropy_weight != 0:
+            cost = cost - options.entropy_weight * only_trained(entropy)
+
+        def sums(values: torch.Tensor) -> torch.Tensor:  # [K], of the trained tokens
+            return _sums(mask * only_trained(values), lengths).sum(0)
+
+        norms = torch.stack([part.square().sum().sqrt() for part in slope.split(lengths, 1)])
+        tokens, entropies, ratios = _sums(mask, lengths).sum(0), sums(entropy), sums(ratio)
+        count = tokens.sum()
+        loss = _divide((self.weight * cost).sum(), self.total)
+        return (
+            loss,
+            torch.zeros_like(loss) if kl is None else _divide(sums(kl).sum(), count),
+            _divide(sums(clipped.to(entropy.dtype)).sum(), count),
+            _divide(entropies.sum(), count),
+            _divide(ratios.sum(), count),
+            _divide(norms, norms.sum()),
+            _divide(entropies, tokens),
+            _divide(ratios, tokens),
+            slope,
+        )
+
+    def _of_estimate(
+        self, log_probs: torch.Tensor, trained: torch.Tensor, share: torch.Tensor, reference: torch.Tensor | None
+    ) -> torch.Tensor | float:
+        """Minus the gradient of the estimated KL's part of the loss."""
+        if reference is None or self.options.kl_weight == 0:
+            return 0.0
+        gap = torch.where(trained, reference - log_probs, 0)
+        return self.options.kl_weight * share * estimate(gap, self.options.kl_estimator)[1]
+
+
 def terms(
     log_probs: torch.Tensor, entropy: torch.Tensor, exact_kl: torch.Tensor | None, call: PolicyLossCall
 ) -> tuple[torch.Tensor, ...]:
-    """loss, kl, clip fraction, entropy, ratio, scalars; gradient share, entropy and ratio of each scale (K,); for the
-    gradient d loss / d log_probs without the exact KL and w / D of each token (B, L)."""
-    options, grids = call.options, call.schedule
-    kl_weight, entropy_weight = options.kl_weight, options.entropy_weight
-    low, high = _bounds(options)
-    lengths = grids.lengths
-    mask, weight, total = _weights(call, log_probs)
-    trained, share = mask > 0, _divide(weight, total)
+    """What `Policy.measure` gives, and w / D of each token (B, L)."""
+    loss = Policy(call, log_probs.dtype)
+    return (*loss.measure(log_probs, entropy, exact_kl), loss.share)
 
-    def only_trained(values: torch.Tensor) -> torch.Tensor:
-        return torch.where(trained, values, 0)  # whatever stands at other tokens, NaN included, has no effect
 
-    if call.old_log_probs is None:  # on-policy
-        log_ratio = torch.zeros_like(log_probs)
-    else:
-        log_ratio = only_trained(log_probs - call.old_log_probs.to(log_probs.dtype))
-    spans = {"token": None, "scale": lengths, "sample": (sum(lengths),)}[options.ratio_level]
-    if spans is not None:
-        log_ratio = _spread(_divide(_sums(mask * log_ratio, spans), _sums(mask, spans)), spans)
-    ratio = log_ratio.exp()
-    gain = call.advantages.to(log_probs.dtype)[:, None]  # [B, 1]
+def surrogate(
+    ratio: torch.Tensor, gain: torch.Tensor, trained: torch.Tensor, low: float, high: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """s, its derivative by the logarithm of the ratio, and whether the clip holds the ratio."""
+    product = ratio * gain
+    held = ((gain > 0) & (ratio > high)) | ((gain < 0) & (ratio < low))
     moves = trained & (gain != 0)
-    surrogate = torch.minimum(ratio * gain, ratio.clamp(low, high) * gain)
-    clipped = ((gain > 0) & (ratio > high)) | ((gain < 0) & (ratio < low))
+    value = torch.minimum(product, ratio.clamp(low, high) * gain)
+    return torch.where(moves, value, 0), torch.where(moves & ~held, product, 0), held
 
-    # d s / d log_ratio; for a ratio of many tokens, each of them has its share of all their slopes
-    slope = -share * torch.where(moves & ~clipped, ratio * gain, 0)
-    if spans is not None:
-        slope = mask * _spread(_divide(_sums(slope, spans), _sums(mask, spans)), spans)
 
-    kl = None
-    kl_slope = None
-    if exact_kl is not None:
-        kl = only_trained(exact_kl)
-    elif call.reference_log_probs is not None:
-        gap = only_trained(call.reference_log_probs.to(log_probs.dtype) - log_probs)
-        if options.kl_estimator == "k2":
-            kl, kl_slope = gap.square() / 2, -gap
-        else:
-            kl, kl_slope = gap.expm1() - gap, -gap.expm1()
+def estimate(gap: torch.Tensor, estimator: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The KL estimate from g = l^ref - l, and its derivative by g."""
+    if estimator == "k2":
+        return gap.square() / 2, gap
+    grown = gap.expm1()
+    return grown - gap, grown
 
-    cost = -torch.where(moves, surrogate, 0)
-    if kl_weight != 0 and kl is not None:
-        cost = cost + kl_weight * kl
-        if kl_slope is not None:
-            slope = slope + kl_weight * share * kl_slope
-    if entropy_weight != 0:
-        cost = cost - entropy_weight * only_trained(entropy)
 
-    def sums(values: torch.Tensor) -> torch.Tensor:  # [K], of the trained tokens
-        return _sums(mask * only_trained(values), lengths).sum(0)
-
-    norms = torch.stack([part.square().sum().sqrt() for part in slope.split(lengths, 1)])
-    tokens, entropies, ratios = _sums(mask, lengths).sum(0), sums(entropy), sums(ratio)
-    count = tokens.sum()
-    loss = _divide((weight * cost).sum(), total)
+def of_entropy_and_kl(
+    share: torch.Tensor, exact: bool, options: PolicyLossOptions
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of the loss with respect to tokens' entropies and exact KL, None where it does not read them."""
     return (
-        loss,
-        torch.zeros_like(loss) if kl is None else _divide(sums(kl).sum(), count),
-        _divide(sums(clipped.to(entropy.dtype)).sum(), count),
-        _divide(entropies.sum(), count),
-        _divide(ratios.sum(), count),
-        _divide(norms, norms.sum()),
-        _divide(entropies, tokens),
-        _divide(ratios, tokens),
-        slope,
-        share,
+        -options.entropy_weight * share if options.entropy_weight != 0 else None,
+        options.kl_weight * share if exact and options.kl_weight != 0 else None,
     )
-
-
-def incoming(call: PolicyLossCall, like: torch.Tensor) -> Callable[..., list[torch.Tensor | None]]:
-    """Gradients of the loss with respect to log-probabilities, entropies and the exact KL, as a function of some of all
-    tokens (B L) and of these results there. Only where a ratio is one token's."""
-    options, (low, high) = call.options, _bounds(call.options)
-    mask, weight, total = _weights(call, like)
-    share, trained = _divide(weight, total).flatten(), mask.flatten() > 0
-    squared = options.kl_estimator == "k2"
-    gain = call.advantages.to(like.dtype).repeat_interleave(like.shape[1], output_size=like.numel())
-    old, reference = (
-        None if each is None else each.to(like.dtype).flatten()
-        for each in (call.old_log_probs, call.reference_log_probs)
-    )
-
-    def gradients(rows: slice, results: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        log_probs, _, kl = results
-        assert log_probs is not None
-        push, here = gain[rows], trained[rows]
-        held = torch.zeros_like(here)
-        if old is not None:
-            ratio = torch.where(here, log_probs - old[rows], 0).exp()
-            held = ((push > 0) & (ratio > high)) | ((push < 0) & (ratio < low))
-            push = push * ratio
-        slope = torch.where(here & (gain[rows] != 0) & ~held, -push, 0)
-        if reference is not None and options.kl_weight != 0:
-            gap = torch.where(here, reference[rows] - log_probs, 0)
-            slope = slope - options.kl_weight * (gap if squared else gap.expm1())
-        of_entropy = -options.entropy_weight * share[rows] if options.entropy_weight != 0 else None
-        of_kl = options.kl_weight * share[rows] if kl is not None and options.kl_weight != 0 else None
-        return [share[rows] * slope, of_entropy, of_kl, None]
-
-    return gradients
 
 
 @cache  # nothing is ever dropped: a CUDA graph may read it
@@ -136,15 +159,15 @@ def factors(grids: ScaleSchedule, alpha: float, dtype: torch.dtype, device: torc
     return torch.tensor([float(h * w) ** -alpha for h, w in grids], dtype=dtype, device=device)
 
 
-def _bounds(options: PolicyLossOptions) -> tuple[float, float]:
-    """Of the ratio."""
-    return 1 - options.clip_low, 1 + options.clip_high
+def _log_ratio(log_probs: torch.Tensor, old: torch.Tensor | None, trained: torch.Tensor) -> torch.Tensor:
+    """0 on-policy and where nothing is trained."""
+    return torch.zeros_like(log_probs) if old is None else torch.where(trained, log_probs - old, 0)
 
 
-def _weights(call: PolicyLossCall, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _weights(call: PolicyLossCall, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """m (B, L), w (B, L) and D ()."""
     grids, normalisation = call.schedule, call.options.panw_normalisation
-    mask = torch.ones_like(like)
+    mask = torch.ones(call.tokens.shape[:2], dtype=dtype, device=call.tokens.device)
     if call.token_mask is not None:
         mask.copy_(call.token_mask)
     mask[:, : grids.starts[call.first_scale]].zero_()

@@ -90,6 +90,18 @@ def infinite_logits(backend: str) -> None:
     other[0, 0, 1040] = -INF  # what the policy finds possible
     found = token_log_probs(**arguments, reference_head=(other, None, None), backend=backend)
     assert found.kl is not None and 1e25 < found.kl[0, 0] < INF
+    on_policy = {"advantages": torch.ones(1), "schedule": ScaleSchedule(((2, 3),))}
+    for function, settings in (
+        (policy_loss, on_policy),
+        (cross_entropy, {}),
+        (cross_entropy, {"label_smoothing": 0.3}),
+    ):
+        *_, gradient = _results(function, arguments | settings, ("hidden",), backend)
+        assert gradient[0, 1:4].isnan().all()
+        assert (gradient[0, 4, 3] != 0) and (gradient[0, [0, 5], : finite.start] == 0).all()
+        wide = arguments | {"hidden": logits.double()}
+        *_, expected_gradient = _results(function, wide | settings, ("hidden",), "reference")
+        torch.testing.assert_close(gradient[0, right], expected_gradient[0, right].float(), rtol=1e-5, atol=1e-6)
 
 
 def untrained_tokens(backend: str) -> None:
@@ -192,6 +204,9 @@ def certain_bits(backend: str) -> None:
         assert gradient.isfinite().all()
     smoothed = _results(cross_entropy, given | {"tokens": bits, "label_smoothing": 0.1}, ("hidden",), backend)
     assert not any(values.isnan().any() for values in smoothed)
+    # each bit's: (1 - 0.1) times the gradient of its own log-probability, beside 0.1 (2 s - 1) / 2 of what is uncertain
+    slope = -0.9 * (1 - fair) + 0.1 * (2 * fair - 1) / 2
+    torch.testing.assert_close(3 * smoothed[-1][0, :2], torch.tensor([[0, 0, slope], [0.9, 0, slope]]))
     loss = {"advantages": torch.tensor([1.0]), "schedule": ScaleSchedule(((1, 3),)), "tokens": bits}
     loss |= {"token_mask": torch.tensor([[True, False, True]]), "entropy_weight": 0.1, "kl_weight": 0.1}
     loss |= {"kl_estimator": "exact", "reference_head": (logits, None, None)}

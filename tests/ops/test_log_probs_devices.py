@@ -15,7 +15,7 @@ from fastvar import ScaleSchedule
 from fastvar.ops.cross_entropy import CrossEntropyCall
 from fastvar.ops.policy_loss import PolicyLossCall, PolicyLossOptions
 from fastvar.ops.token_log_probs import Head
-from tests.helpers.samples import SAMPLES, noise
+from tests.helpers.samples import SAMPLES, moved, noise
 
 NAMES = ("token_log_probs", "cross_entropy", "policy_loss")
 CALLS = [(name, i) for name in NAMES for i, _ in enumerate(SAMPLES[name](torch.float32))]
@@ -42,18 +42,12 @@ class Copies(TorchDispatchMode):
         return result
 
 
-def moved(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to("meta")
-    return tuple(moved(v) for v in value) if isinstance(value, tuple) and not hasattr(value, "flat") else value
-
-
 @pytest.mark.parametrize(("name", "index"), CALLS)
 def test_nothing_waits_for_the_device(name: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward; what is made once may wait."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # does not know the device
     function, arguments, names = list(SAMPLES[name](torch.float32))[index]
-    arguments = {key: moved(value) for key, value in arguments.items()}
+    arguments = {key: moved(value, "meta") for key, value in arguments.items()}
     function(**arguments, backend="reference")
     leaves = {n: arguments[n].detach().requires_grad_() for n in names}
     with Waits(), Copies():
@@ -201,3 +195,17 @@ def test_the_incoming_gradient_is_not_rounded(dtype: torch.dtype) -> None:
     for a, b in zip(found, expected, strict=True):
         error = float((a.double() - b).norm() / b.norm())
         assert error < torch.finfo(dtype).eps / 2, error
+
+
+def test_float16_gradients_below_the_least_float16() -> None:
+    """A loss whose gradient is that small keeps it until the loss scale that comes in has brought it back."""
+    from fastvar.ops import cross_entropy
+
+    hidden, weight = noise(1, 16, 4, dtype=torch.float16), noise(7, 4, dtype=torch.float16, seed=1)
+    tokens, weights = torch.arange(16).view(1, 16) % 7, torch.ones(16)
+    weights[0] = 1e9  # of the mean: the others' gradients are near 1e-9
+    for backend in ("torch", "reference"):
+        leaf = hidden.clone().requires_grad_()
+        loss = cross_entropy(leaf, weight, None, tokens, weights=weights, backend=backend).loss
+        (found,) = torch.autograd.grad(loss, leaf, torch.tensor(2.0**26))
+        assert (found[0, 1:] != 0).any(-1).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,10 +50,10 @@ def reference_head(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ..
     return noise(BATCH, LENGTH, 3, dtype=dtype, seed=5), noise(SIZE, 3, dtype=dtype, seed=6), noise(SIZE, dtype=dtype)
 
 
-def with_gradients(arguments: dict[str, Any]) -> tuple[PolicyLoss, list[torch.Tensor]]:
+def with_gradients(arguments: dict[str, Any], backend: str = "auto") -> tuple[PolicyLoss, list[torch.Tensor]]:
     names = [n for n in ("hidden", "weight", "bias") if arguments[n] is not None]
     leaves = [arguments[n].clone().requires_grad_() for n in names]
-    result = policy_loss(**{**arguments, **dict(zip(names, leaves, strict=True))})
+    result = policy_loss(**{**arguments, **dict(zip(names, leaves, strict=True))}, backend=backend)
     return result, list(torch.autograd.grad(result.loss, leaves))
 
 
@@ -166,10 +167,11 @@ def definition(arguments: dict[str, Any], leaves: dict[str, torch.Tensor]) -> tu
         "kl_weight": 0.0,
         "kl_estimator": "k3",
         "entropy_weight": 0.0,
+        "temperature": 1.0,
         **arguments,
         **leaves,
     }
-    logits = F.linear(a["hidden"], a["weight"], a["bias"])
+    logits = F.linear(a["hidden"], a["weight"], a["bias"]) / a["temperature"]
     logs = logits.log_softmax(-1)
     l = logs.gather(-1, a["tokens"][..., None])[..., 0]  # noqa: E741
     l.retain_grad()
@@ -190,7 +192,7 @@ def definition(arguments: dict[str, Any], leaves: dict[str, torch.Tensor]) -> tu
         ratio = (sum(mask[b, j] * (l[b, j] - old[b, j]) for j in near) / sum(mask[b, j] for j in near)).exp()
         s = torch.minimum(ratio * gain[b], ratio.clamp(0.8, 1.2) * gain[b])
         if a["kl_weight"] and a["kl_estimator"] == "exact":
-            other = F.linear(*a["reference_head"]).log_softmax(-1)[b, i]
+            other = (F.linear(*a["reference_head"]) / a["temperature"]).log_softmax(-1)[b, i]
             s = s - a["kl_weight"] * (logs[b, i].exp() * (logs[b, i] - other)).sum()
         elif a["kl_weight"]:
             g = a["reference_log_probs"][b, i] - l[b, i]
@@ -215,7 +217,8 @@ def definition(arguments: dict[str, Any], leaves: dict[str, torch.Tensor]) -> tu
 @pytest.mark.parametrize("kl_estimator", ["exact", "k2", "k3"])
 @pytest.mark.parametrize("panw_normalisation", ["per_segment", "per_scale", "none"])
 def test_equals_the_definition(ratio_level: str, kl_estimator: str, panw_normalisation: str) -> None:
-    """Loss, gradients and gradient share are autograd's, with a soft mask and an untrained scale."""
+    """Loss, gradients and gradient share are autograd's, with a soft mask and an untrained scale; the reference's too,
+    which is a specification of its own."""
     arguments = problem()
     mask = noise(BATCH, LENGTH, dtype=torch.float64, seed=8).clamp(0, 1)
     arguments |= {
@@ -228,24 +231,38 @@ def test_equals_the_definition(ratio_level: str, kl_estimator: str, panw_normali
         "panw_alpha": 0.6,
         "panw_normalisation": panw_normalisation,
         "entropy_weight": 0.05,
+        "temperature": 0.7,
     }
     if kl_estimator == "exact":
         arguments["reference_head"] = reference_head()
     else:
         arguments["reference_log_probs"] = old_log_probs(arguments, 0.7)
-    got, gradients = with_gradients(arguments)
     leaves = {n: arguments[n].clone().requires_grad_() for n in ("hidden", "weight", "bias")}
     expected, through, by_scale = definition(arguments, leaves)
     expected.backward()
-    torch.testing.assert_close(got.loss, expected.detach(), rtol=1e-10, atol=1e-12)
-    for gradient, leaf in zip(gradients, leaves.values(), strict=True):
-        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-9, atol=1e-12)
-    assert 0 < float(got.clip_fraction) < 1
     assert through.grad is not None
     norms = torch.stack([part.norm() for part in through.grad.split(SCHEDULE.lengths, 1)])
-    torch.testing.assert_close(got.gradient_share, norms / norms.sum(), rtol=1e-9, atol=1e-12)
-    assert got.gradient_share[0] == 0
-    torch.testing.assert_close(torch.stack([got.scale_entropy, got.scale_ratio]), by_scale, rtol=1e-9, atol=1e-12)
+    for backend in ("torch", "reference"):
+        got, gradients = with_gradients(arguments, backend)
+        torch.testing.assert_close(got.loss, expected.detach(), rtol=1e-10, atol=1e-12)
+        for gradient, leaf in zip(gradients, leaves.values(), strict=True):
+            torch.testing.assert_close(gradient, leaf.grad, rtol=1e-9, atol=1e-12)
+        assert 0 < float(got.clip_fraction) < 1
+        torch.testing.assert_close(got.gradient_share, norms / norms.sum(), rtol=1e-9, atol=1e-12)
+        assert got.gradient_share[0] == 0
+        found = torch.stack([got.scale_entropy, got.scale_ratio])
+        torch.testing.assert_close(found, by_scale, rtol=1e-9, atol=1e-12)
+
+
+def test_the_reference_is_no_implementation() -> None:
+    """What all are compared with has nothing of theirs but the check of the tokens."""
+    folder = Path(ops.__file__).parents[2] / "kernels/token_log_probs"
+    shared = "fastvar.kernels.token_log_probs"
+    for path in folder.glob("*.py"):
+        lines = [line.split(" import ") for line in path.read_text().splitlines() if f"from {shared}" in line]
+        if path.stem == "reference":
+            assert lines == [[f"from {shared}", "checks"]]
+        assert not any("reference" in part for line in lines for part in line)
 
 
 @pytest.mark.parametrize("level", ["token", "scale", "sample"])
@@ -293,6 +310,9 @@ def test_a_head_is_a_record_or_a_tuple_or_logits() -> None:
     for other in (Head(*head), F.linear(*head)):
         torch.testing.assert_close(ops.policy_loss(other, **arguments, options=options).loss, found.loss)
     assert not torch.equal(found.loss, ops.policy_loss(head, **arguments).loss)
+    for unfit, got in (({"panw_alpha": 0.3}, "dict"), (None, "NoneType"), (PolicyLossOptions, "type")):
+        with pytest.raises(ValueError, match=f"policy_loss: options: expected PolicyLossOptions, got {got}"):
+            ops.policy_loss(head, **arguments, options=unfit)  # type: ignore[arg-type]
     for wrong, got in ((head[:2], "2 items"), ([1], "list"), ((None, None, None), "None")):
         with pytest.raises(ValueError, match=f"policy_loss: head: expected .*, got {got}"):
             ops.policy_loss(wrong, **arguments)  # type: ignore[arg-type]

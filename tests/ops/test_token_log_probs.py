@@ -149,7 +149,8 @@ def test_whole_logits_never_exist(bits: bool) -> None:
     scoring = Scoring(Head(hidden, weight, bias), tokens, Head(hidden, weight, bias), mean=True)
     gradients = [torch.ones(batch, length)] * 4
     with LargestTensor() as largest:
-        module.gradients(scoring, module.score(scoring), gradients, Wanted(True, True, True))
+        module.score(scoring)
+        module.gradients(scoring, gradients, Wanted(True, True, True))
     inputs = max(hidden.numel(), weight.numel(), tokens.numel() if bits else 0)
     assert largest.numel <= max(inputs, module.ROWS * size if bits else module.LOGITS)
     assert bits or largest.numel < batch * length * size / 4

@@ -462,6 +462,12 @@ def test_going_on_with_another_model_or_reward_is_refused(tmp_path: Path) -> Non
         trainer(tmp_path, config, ColourReward(channel="blue")).train()
     with pytest.raises(ValueError, match=r"other settings \(prompts was"):
         VMRGRPOTrainer(policy(), RewardSum({"it": ColourReward()}), ["0", "1", "3", "3"], config, tmp_path).train()
+    path = tmp_path / "settings.json"
+    begun = path.read_text()
+    path.write_text(begun.replace('"seeds"', '"others"'))
+    with pytest.raises(ValueError, match=r"other settings \(seeds was None, is sha256\)"):
+        trainer(tmp_path, config, ColourReward()).train()
+    path.write_text(begun)
     frugal = replace(
         config, micro_batch=1, gradient_checkpointing=True, rollout=SamplingOptions(batch_size=2), iterations=3
     )

@@ -13,6 +13,7 @@ import torch
 
 from fastvar.models import VAR, SamplingOptions
 from fastvar.ops import PolicyLoss
+from fastvar.random import derive
 from fastvar.rl import (
     PolicyLossOptions,
     Prompts,
@@ -347,3 +348,11 @@ def test_adapters_have_their_settings() -> None:
         layers = [module for module in adapted.modules() if hasattr(module, "scaling")]
         assert len(layers) == count * adapted.config.depth
         assert all(layer.scaling == {"default": scale} for layer in layers)
+
+
+def test_adapters_follow_from_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    plain, seeds = policy(), []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    add_adapters(plain, 4, seed=7)
+    assert seeds == [derive(7, "adapters")]

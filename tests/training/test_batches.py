@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastvar.random import derive, uniform
 from fastvar.training import TokenDataset
 from fastvar.training.batches import BucketSampler, StepSampler, step_loader, step_sampler
 
@@ -67,6 +68,19 @@ def test_buckets_of_later_steps_and_of_several_processes() -> None:
     halves = [list(bucket_sampler(0, 6, rank=rank, world_size=2)) for rank in (0, 1)]
     assert [a + b for a, b in zip(*halves, strict=True)] == whole
     assert list(bucket_sampler(0, 0)) == []
+
+
+def test_buckets_of_steps_by_definition() -> None:
+    draws = uniform(torch.tensor(derive(3, "buckets")), torch.tensor(0), torch.arange(40)).tolist()
+    expected = [0 if draw < 9 / 30 else 1 if draw < 27 / 30 else 2 for draw in draws]
+    assert [BUCKETS[pairs[0][1]] for pairs in bucket_sampler(0, 40)] == expected
+
+
+def test_buckets_of_equal_size_have_orders_of_their_own() -> None:
+    orders: list[list[int]] = [[], []]
+    for pairs in BucketSampler([0, 1] * 20, 4, seed=3, first_step=0, last_step=40):
+        orders[pairs[0][1] % 2] += [index // 2 for _, index in pairs]
+    assert orders[0][:20] != orders[1][:20] and sorted(orders[0][:20]) == sorted(orders[1][:20])
 
 
 def test_a_data_set_with_buckets_has_its_sampler() -> None:

@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from fastvar.handwriting import HandwritingScenes
 from fastvar.models import VAR, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.random import derive
 from fastvar.training import TokenDataset, TokenizerTask, TrainConfig, VARTask, train
 from fastvar.training.checkpoints import Checkpoints, checkpoint_folder, load_moments, saved_steps
 from fastvar.training.ema import EMA
@@ -184,6 +186,17 @@ def test_starting_anew_forgets_the_old_run(tmp_path: Path) -> None:
     assert len(losses(tmp_path)) == 3
 
 
+def test_seed_of_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Begun(Exception):
+        pass
+
+    seeded = Mock(side_effect=Begun)
+    monkeypatch.setattr("accelerate.utils.set_seed", seeded)
+    with pytest.raises(Begun):
+        train(tokenizer_task(), scenes(), options(seed=5), tmp_path)
+    seeded.assert_called_once_with(derive(5, "training", 0))
+
+
 def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
     train(tokenizer_task(), scenes(), options(), tmp_path)
     train(tokenizer_task(), scenes(), options(log_every=2, keep=1), tmp_path)  # these change no result
@@ -191,6 +204,11 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
         train(
             tokenizer_task(), HandwritingScenes(length=9, size=(16, 16), digits=1), options(learning_rate=0.1), tmp_path
         )
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    del settings["seeds"]  # begun when its seeds followed otherwise
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"other settings \(seeds was None, is sha256\)"):
+        train(tokenizer_task(), scenes(), options(), tmp_path)
     for damaged in ('{"train": {', "[1]"):
         (tmp_path / "settings.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"train: output: .*settings\.json: damaged file"):
