@@ -101,7 +101,7 @@ class Record(Generic[C]):
             elif value is None:
                 values += [None] * len(field.inner.names)
             else:
-                values += field.inner.values(value)
+                values += [*field.inner.values(value)]  # a list: PyTorch 2.11 compiles no other
         return values
 
     def restore(self, values: Sequence[Any]) -> C:
