@@ -26,6 +26,7 @@ from fastvar.rl import (
     score,
     segment_loss,
 )
+from fastvar.rl.choose_middle import intraclass_correlation
 from fastvar.rl.evaluate import draw_evaluation
 from fastvar.rl.prompts import subject_of
 from fastvar.rl.rewards import Reward, RewardSum
@@ -233,6 +234,7 @@ def test_returns_and_advantages_of_the_settings(tmp_path: Path) -> None:
         returns = 0.2 * (rewards / 0.2).exp().mean(2).log()
         assert graded.metrics["return"] == pytest.approx(returns.mean().item())
         assert graded.metrics["reward"] == pytest.approx(rewards.mean().item())
+        assert graded.metrics["explained_by_coarse"] == pytest.approx(intraclass_correlation(rewards))
         spread = {
             "group": returns.std(1, correction=0, keepdim=True) + 0.3,
             "batch": returns.std(correction=0) + 0.3,
