@@ -9,7 +9,7 @@ from typing import Annotated, NamedTuple
 import torch
 
 from fastvar.ops import _checks
-from fastvar.ops._choices import HOPPER, Choice
+from fastvar.ops._choices import Choice
 from fastvar.ops._one_pass import needed, with_gradients
 from fastvar.ops._operator import Operator
 from fastvar.ops.token_log_probs import (
@@ -127,7 +127,7 @@ _LOSS = Operator(
     results=12,
     fake=_fake,
     implementations=implementations("policy_loss"),
-    choices=[Choice("triton", HOPPER)],
+    choices=[Choice("triton")],
     differentiable=False,  # see `with_gradients`
 )
 

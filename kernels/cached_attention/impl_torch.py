@@ -27,8 +27,6 @@ def forward(call: CachedAttentionCall) -> torch.Tensor:
     parts = [part for part in call.parts if part.k.shape[1]]
     if not q.numel() or not parts:
         return torch.zeros(q.shape, dtype=q.dtype)
-    if q.stride(-1) != 1:  # the kernel takes its result's layout from q's, and writes it as if that were so
-        q = q.contiguous()
     if len(parts) == 1 and parts[0].lengths is None and parts[0].k.shape[0] == q.shape[0]:
         return _attend(q, *parts[0][:2], softmax_scale)[0].contiguous()
     if sum(part.k.shape[1] for part in parts) <= FEW:
@@ -45,7 +43,9 @@ def forward(call: CachedAttentionCall) -> torch.Tensor:
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Result (B, n, H, D) and log-sum-exp (B, n, H)."""
+    """Result (B, n, H, D) and log-sum-exp (B, n, H). The kernel takes its result's layout from q's, and writes it as if
+    the elements of a head were adjacent; PyTorch 2.11 reads keys and values so too."""
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     out, lse = _ATTEND(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
