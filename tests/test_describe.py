@@ -111,7 +111,7 @@ def test_infinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Infinity(InfinityConfig(GRIDS, **shape, text_channels=5, text_length=7)).save_pretrained(tmp_path / "model")
     model = said(tmp_path / "model")
     for part in (
-        "model: an Infinity, grids 1,2x3, 8 bits a token\n  depth 1, width 8, 2 heads\n",
+        "model: an Infinity, grids 1,2x3, 8 bits a token\n  depth 1, width 8, 2 heads, subject none\n",
         "condition: texts of up to 7 rows of 5 channels\n  tokenizer: none, it cannot sample",
     ):
         assert part in model

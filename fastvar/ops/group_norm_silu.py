@@ -31,7 +31,6 @@ _NORM = Operator(
     fake=lambda call: torch.empty(call.x.shape, dtype=call.x.dtype, device=call.x.device),
     implementations=[
         triton_implementation("group_norm_silu", verified=("H200",)),
-        Implementation("torch", "fastvar.kernels.group_norm_silu.impl_torch", devices=("cpu",), verified=("CPU",)),
         Implementation("reference", "fastvar.kernels.group_norm_silu.reference", verified=("CPU", "H200")),
     ],
     choices=[Choice("triton")],
