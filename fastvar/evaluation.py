@@ -72,6 +72,7 @@ def draw(
     *,
     seed: int = 0,
     subject: torch.Tensor | None = None,
+    negative: str | None = None,
     title: str = "sampling",
 ) -> torch.Tensor:
     """Images (N, 3, H, W) in [0, 1] for N prompts, drawn in batches.
@@ -82,6 +83,7 @@ def draw(
         options: how.
         seed: of the samples.
         subject: (N, L, C) pyramids of reference subjects, or None.
+        negative: the text that guidance keeps away from, for models of texts; None for what the model has learned.
         title: of the progress bar.
     """
     options.check()
@@ -92,11 +94,13 @@ def draw(
     images, start = [], 0
     for batch in progress_bar(batches, desc=title, leave=False):
         rows = slice(start, start + options.batch_size)
+        away = {} if negative is None else {"negative": [negative] * model.count(model.encode(batch))}
         out = model.generate(
             batch,
             subject=None if subject is None else subject[rows],
             seed=seed,
             first_sample=start,
+            **away,
             **options.arguments(model),
         )
         assert out.images is not None  # they were decoded

@@ -70,6 +70,10 @@ def test_from_texts_to_pictures(work: Path, capsys: pytest.CaptureFixture[str]) 
         *sample, work / "b.png", "--labels", "red", "a red one", "--text-encoder", "characters-12", "--dtype", "float32"
     )
     assert (work / "a.png").read_bytes() == (work / "b.png").read_bytes()
+    guided = ("--prompt", "red", "a red one", "--guidance", 1e4)  # hardly trained, texts say little
+    run(*sample, work / "from_none.png", *guided)
+    run(*sample, work / "from_red.png", *guided, "--negative", "red")
+    assert (work / "from_none.png").read_bytes() != (work / "from_red.png").read_bytes()
     run(*sample, work / "c.png", "--prompt", "red", "--grids", "1,2x1,4x2")
     assert Image.open(work / "c.png").size == (2 + 2 * 6, 12)
     assert "got 'x'; fastvar encode-text adds them" in refused(
@@ -177,6 +181,7 @@ def test_what_does_not_go_together(work: Path, capsys: pytest.CaptureFixture[str
     )
     for option, value in (
         ("grids", "1"),
+        ("negative", "b"),
         ("dtype", "float32"),
         ("tokenizer", work / "bsq"),
         ("text_encoder", "characters"),

@@ -239,6 +239,8 @@ class Sample:
     """What to draw with a model of texts: one or several of them."""
     output: Path = Path("samples.png")
     """The picture, a .png; one row per label."""
+    negative: str = ""
+    """Infinity: a text that guidance keeps away from, instead of what the model has learned for none."""
     count: Count = 8
     """Images per label."""
     subject: Path | None = None
@@ -272,7 +274,7 @@ class Sample:
             raise ValueError("sample: labels, prompt: expected exactly one of them")
         texts = [label for label in self.labels or self.prompt for _ in range(self.count)]
         infinity = is_infinity(self.model)
-        for name in () if infinity else ("tokenizer", "text_encoder", "grids", "dtype"):
+        for name in () if infinity else ("negative", "tokenizer", "text_encoder", "grids", "dtype"):
             if getattr(self, name):
                 raise ValueError(f"sample: {name}: expected none with a VAR, as it has no such option")
         model: Any = self._infinity() if infinity else load_model(self.model, device=self.device)
@@ -288,7 +290,7 @@ class Sample:
             image = _read_image(self.subject, model.tokenizer.config.image_size)
             tokens = model.tokenizer.encode(image[None].to(model.device))
             subject = model.tokenizer.pyramid(tokens).expand(len(texts), -1, -1)
-        images = draw(model, labels, self.options, seed=self.seed, subject=subject)
+        images = draw(model, labels, self.options, seed=self.seed, subject=subject, negative=self.negative or None)
         save_picture(image_grid(images, self.count, zoom=self.zoom), self.output)
         print(self.output)
 

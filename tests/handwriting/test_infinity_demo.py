@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,9 @@ def test_infinity_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     for name, figure in infinity_headline(results):
         assert f"{name}: {figure}" in told.out
     assert f"report: {output}/infinity.html" in told.out and "stage 3 of 3" in told.err
-    assert all(score["images"] == 8 for score in results["scores"].values()) and len(results["scores"]) == 4
-    for kind in ("samples, guided", "samples, no guidance"):  # one of eight digits is 0
+    assert all(score["images"] == 8 for score in results["scores"].values()) and len(results["scores"]) == 5
+    drawn_so = ("samples, guided, at half the temperature", "samples, guided", "samples, no guidance")
+    for kind in drawn_so:  # one of eight digits is 0
         assert results["scores"][kind]["word_accuracy"] == 0.125
     page = (output / "infinity.html").read_text()
     assert page.count("data:image/png;base64,") == 8 + 1
@@ -70,7 +72,7 @@ def test_infinity_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     torch.manual_seed(derive(0, "weights"))
     assert torch.equal(started[0], Infinity(net.config).text_in.weight)
     options = SamplingOptions(guidance=2.0, temperature=0.8, top_k=5, top_p=0.9, batch_size=3)
-    assert used == [options, SamplingOptions(guidance=1.0, batch_size=3)]
+    assert used == [replace(options, temperature=0.4), options, SamplingOptions(guidance=1.0, batch_size=3)]
     drawn = draw(net, ["7", "4"], options)
     assert drawn.shape == (2, 3, 16, 16)
     main(run)
