@@ -111,7 +111,7 @@ def _run(config: DemoConfig, shape: InfinityConfig) -> dict[str, Any]:
     def picture(averaged: Infinity) -> Any:
         return image_grid(draw(averaged, every_number(DIGITS, 32), cool), 8, zoom=2)
 
-    infinity = InfinityTask(net, picture, flip_strength=0.0)
+    infinity = InfinityTask(net, picture)
     model = going_on(train, infinity, scenes, train_config(config, config.var_steps), output / MODEL).model
 
     say("stage 3 of 3: drawing and reading samples, and the report")

@@ -17,7 +17,17 @@ from fastvar.models.infinity_config import InfinityConfig
 from fastvar.models.linear import Linear
 from fastvar.models.next_scale import NextScaleModel, Positions
 from fastvar.models.sampling import Generation, PerScale, SamplingState
-from fastvar.models.text import TextEncoder, TextFeatures, TextPool, checked_texts, places, row_indices
+from fastvar.models.text import (
+    PaddedTexts,
+    Places,
+    TextEncoder,
+    TextFeatures,
+    TextPool,
+    checked_texts,
+    padded,
+    places,
+    row_indices,
+)
 from fastvar.models.var_block import Modulations
 from fastvar.ops import SampledTokens, TokenLogProbs, sample_bits, token_log_probs
 from fastvar.ranges import GUIDANCE, Range
@@ -27,10 +37,10 @@ Texts = TextFeatures | Sequence[str]
 
 
 class TextsAndOpposites(NamedTuple):
-    """Features of texts, and of those to keep away from; None for the learned ones that say nothing."""
+    """Texts, and those to keep away from; None for the learned ones that say nothing."""
 
-    texts: TextFeatures
-    against: TextFeatures | None
+    texts: PaddedTexts
+    against: PaddedTexts | None
 
 
 class Infinity(NextScaleModel[BSQTokenizer]):
@@ -146,10 +156,11 @@ class Infinity(NextScaleModel[BSQTokenizer]):
         other = None if against is None else self.features(against)
         if other is not None and len(other.lengths) != len(features.lengths):
             raise ValueError(f"generate: negative: expected {len(features.lengths)} texts, got {len(other.lengths)}")
-        return TextsAndOpposites(features, other)
+        longest = self.config.text_length
+        return TextsAndOpposites(padded(features, longest), None if other is None else padded(other, longest))
 
     def count(self, encoded: TextsAndOpposites) -> int:
-        return len(encoded.texts.lengths)
+        return len(encoded.texts.counts)
 
     def batches(self, prompts: Texts, size: int) -> list[TextFeatures]:
         if isinstance(prompts, TextFeatures):
@@ -160,16 +171,18 @@ class Infinity(NextScaleModel[BSQTokenizer]):
 
     def begin(self, encoded: TextsAndOpposites, *, guided: bool) -> tuple[torch.Tensor, Modulations]:
         texts, against = encoded
-        if guided:
-            texts = TextFeatures.joined([texts, self.no_text(texts.lengths) if against is None else against])
-        return self.read(texts)
+        if guided and against is None:
+            nothing = self.null_text[: texts.features.shape[1]].expand_as(texts.features)
+            against = PaddedTexts(nothing, texts.counts)
+        if guided and against is not None:
+            texts = PaddedTexts.joined([texts, against])
+        return self.read(texts.packed, texts.where)
 
-    def read(self, texts: TextFeatures) -> tuple[torch.Tensor, Modulations]:
-        """The condition (B, C), which modulates the blocks and starts the image, and all that the blocks are told.
-        Neither changes over scales."""
-        where = places(tuple(texts.lengths), self.device)
+    def read(self, packed: torch.Tensor, where: Places) -> tuple[torch.Tensor, Modulations]:
+        """The condition (B, C), which modulates the blocks and starts the image, and all that the blocks are told, of
+        packed features and their places. Neither changes over scales."""
         with torch.autocast(self.device.type, enabled=False):
-            packed = self.text_norm(texts.packed)
+            packed = self.text_norm(packed)
             condition = self.text_pool(packed, where)
             packed = self.text_out(self.text_in(packed, gelu=True))
             activated = F.silu(condition)
@@ -187,7 +200,7 @@ class Infinity(NextScaleModel[BSQTokenizer]):
     # -- the subject's prefix ----------------------------------------------------------------------------------------
 
     def _subject_modulations(self, rows: int) -> Modulations:
-        return self.read(TextFeatures(self.subject_text.expand(rows, -1), (1,) * rows))[1]
+        return self.read(self.subject_text.expand(rows, -1), places((1,) * rows, self.device))[1]
 
     @torch.no_grad()
     def _start_subject(self) -> None:
@@ -230,7 +243,7 @@ class Infinity(NextScaleModel[BSQTokenizer]):
             text, place = row_indices(tuple(features.lengths), self.device)
             packed = torch.where(dropped[text, None], self.null_text[place], features.packed)
             features = features._replace(packed=packed)
-        condition, modulations = self.read(features)
+        condition, modulations = self.read(features.packed, places(tuple(features.lengths), self.device))
         positions = self.token_positions(whole)
         x = self.embed(condition, inputs, 0, positions.added)
         prefix = None if subject is None else self.prefill(subject, keep, schedule=whole)
@@ -329,7 +342,8 @@ class Infinity(NextScaleModel[BSQTokenizer]):
                 both values, as 0 does.
             schedule: the grids, see `fastvar.schedule.infinity_schedule`; the config's by default.
             log_probs: as `VAR.generate` has it; where guidance mixes hidden states, of the mixture.
-            graphs: as `VAR.generate` has it. Each tuple of lengths of texts has a graph of its own.
+            graphs: as `VAR.generate` has it. Texts are padded to a power of two of rows, so that a graph serves many
+                prompts.
             seed, first_sample, stop, state, decode, decode_dtype, decode_tile: as `VAR.generate` has them.
 
         Returns:

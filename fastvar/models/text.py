@@ -131,6 +131,46 @@ class Places(NamedTuple):
         return packed.unflatten(0, (self.batch, len(packed) // max(self.batch, 1)))
 
 
+class PaddedTexts(NamedTuple):
+    """Texts for sampling, whose shape says little of their lengths, so that a CUDA graph serves many prompts.
+
+    Attributes:
+        features: (B, T, C), T a power of two or the most rows of a text; what follows a text's end is of no account.
+        counts: (B,) int64, the rows of each text.
+    """
+
+    features: torch.Tensor
+    counts: torch.Tensor
+
+    @property
+    def packed(self) -> torch.Tensor:
+        """(B T, C)."""
+        return self.features.flatten(0, 1)
+
+    @property
+    def where(self) -> Places:
+        """The places of `packed`, in which nothing moves."""
+        place = torch.arange(self.features.shape[1], device=self.counts.device)
+        return Places(None, (place < self.counts[:, None])[:, None, None], len(self.counts))
+
+    @staticmethod
+    def joined(parts: Sequence[PaddedTexts]) -> PaddedTexts:
+        """The texts of several batches as one."""
+        most = max(part.features.shape[1] for part in parts)
+        features = [F.pad(part.features, (0, 0, 0, most - part.features.shape[1])) for part in parts]
+        return PaddedTexts(torch.cat(features), torch.cat([part.counts for part in parts]))
+
+
+def padded(texts: TextFeatures, longest: int) -> PaddedTexts:
+    """Texts of at most `longest` rows, T at least 16 where that is not less; made on their device without a wait."""
+    device, lengths = texts.packed.device, tuple(texts.lengths)
+    most = min(max(1 << (max(lengths, default=1) - 1).bit_length(), 16), longest)
+    counts = on_device(lengths, torch.int64, device)
+    place = torch.arange(most, device=device)
+    rows = counts.cumsum(0)[:, None] - counts[:, None] + torch.minimum(place, counts[:, None] - 1)
+    return PaddedTexts(texts.packed[rows], counts)
+
+
 # Nothing of these is kept: a CUDA graph may read it, and there is no end of lengths.
 
 

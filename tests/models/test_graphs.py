@@ -72,7 +72,7 @@ INFINITY: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("settings", INFINITY)
 def test_infinity_as_without(captures: list[Tape], settings: str) -> None:
-    """Other texts, seeds and subjects than those captured; texts of other lengths have a graph of their own."""
+    """Other texts, of other lengths, other seeds and subjects than those captured."""
     net = tiny_infinity(subject="block_causal")
     options = {**INFINITY[settings], "log_probs": True}
     for seed in range(3):
@@ -82,9 +82,9 @@ def test_infinity_as_without(captures: list[Tape], settings: str) -> None:
         found = net.generate(texts, graphs=True, seed=seed, **options)
         same(found, net.generate(texts, graphs=False, seed=seed, **options))
     assert len(captures) == 1
-    texts = some_texts((2, 1, 6, 3))
+    texts = some_texts((2, 1, 6, 5))
     same(net.generate(texts, graphs=True, **options), net.generate(texts, graphs=False, **options))
-    assert len(captures) == 2
+    assert len(captures) == 1
 
 
 def test_infinity_goes_on_from_a_state(captures: list[Tape]) -> None:

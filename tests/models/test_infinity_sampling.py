@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastvar.models import Generation, Infinity, SamplingState, TextFeatures
+from fastvar.models.text import padded
 from fastvar.ops import token_log_probs
 from fastvar.schedule import ScaleSchedule
 from tests.helpers.tiny import some_texts, tiny_infinity
@@ -211,9 +212,10 @@ def test_half_precision(dtype: torch.dtype, autocast: bool) -> None:
 def test_what_blocks_are_told_under_autocast() -> None:
     """Biases and texts once in its dtype, not cast by every scale; the rest is the same to the bit."""
     net = tiny_infinity()
-    condition, plain = net.read(some_texts())
+    texts = padded(some_texts(), 8)
+    condition, plain = net.read(texts.packed, texts.where)
     with torch.autocast("cpu", torch.bfloat16):
-        same, told = net.read(some_texts())
+        same, told = net.read(texts.packed, texts.where)
     assert all(bias.dtype == torch.bfloat16 for bias in told.biases)
     assert all(text.k.dtype == text.v.dtype == torch.bfloat16 for text in told.texts)
     for found, expected in zip([same, told.head, *told.blocks], [condition, plain.head, *plain.blocks], strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastvar.models import T5TextEncoder, TextFeatures
-from fastvar.models.text import TextAttention, places, row_indices
+from fastvar.models.text import PaddedTexts, TextAttention, padded, places, row_indices
 from tests.helpers.t5 import write_t5
 from tests.helpers.tape import recorded
 from tests.helpers.tiny import some_texts, tiny_infinity
@@ -41,6 +41,22 @@ def test_places_of_rows() -> None:
     assert [rows.tolist() for rows in of_rows] == [[0, 0, 0, 1, 2, 2], [0, 1, 2, 0, 0, 1]]
     assert places((2, 2), cpu) == (None, None, 2)
     assert [rows.tolist() for rows in row_indices((), cpu)] == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "longest", "rows"), [((3, 1), 8, 8), ((3, 1), 512, 16), ((17, 32), 512, 32), ((2, 33), 48, 48)]
+)
+def test_padded_texts(lengths: tuple[int, ...], longest: int, rows: int) -> None:
+    """To a power of two of rows, at least 16, at most those of the longest text; each text's own rows come first."""
+    texts = TextFeatures(torch.randn(sum(lengths), 3), lengths)
+    found = padded(texts, longest)
+    assert found.features.shape == (2, rows, 3) and found.counts.tolist() == list(lengths)
+    for row, valid, own in zip(found.features, found.where.valid[:, 0, 0], texts.packed.split(lengths), strict=True):
+        assert torch.equal(row[valid], own)
+    other = padded(TextFeatures(torch.randn(5, 3), (5,)), 5)
+    joined = PaddedTexts.joined([found, other])
+    assert joined.features.shape == (3, rows, 3) and torch.equal(joined.features[2, :5], other.features[0])
+    assert padded(TextFeatures(torch.randn(0, 3), ()), 8).features.shape[0] == 0
 
 
 def test_attention_reads_each_text_alone() -> None:
