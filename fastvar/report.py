@@ -103,9 +103,14 @@ def curves(runs: dict[str, list[dict[str, float]]], metric: str, *, ylabel: str)
 
 
 def points(
-    lines: Mapping[str, Sequence[tuple[float, float]]], *, xlabel: str, ylabel: str, level: float | None = None
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    level: float | None = None,
+    log: bool = False,
 ) -> Image:
-    """A plot of named lines through (x, y) points, with a dashed line at a level."""
+    """A plot of named lines through (x, y) points, with a dashed line at a level; y on a logarithmic axis if asked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -121,6 +126,8 @@ def points(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
+    if log:
+        axes.set_yscale("log")
     axes.grid(alpha=0.3)
     if len(lines) > 1:
         axes.legend()
