@@ -15,7 +15,7 @@ def main(model: Path, photo: Path, label: int = 0, count: int = 4, output: Path 
     size = list(var.tokenizer.config.image_size)
     image = pil_to_tensor(Image.open(photo).convert("RGB")).float() / 127.5 - 1
     image = center_crop(resize(image, max(size), antialias=True), size)
-    subject = var.tokenizer.pyramid(var.tokenizer.encode(image[None]))  # (1, L, C), of all `count` images
+    subject = var.pyramid(var.tokenizer.encode(image[None]))  # (1, L, C), of all `count` images
     var.generate(torch.full((count,), label), subject=subject, guidance=2.0, seed=0).picture().save(output)
 
 

@@ -648,8 +648,8 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "models/test_infinity_subject.py::test_subjects_are_dropped_in_training",
         ),
         (
-            "return x, schedule, positions.rope",
-            "return x, schedule, None",
+            "return x, visible, positions.rope_of(start, schedule.num_tokens)",
+            "return x, visible, None",
             "models/test_infinity_subject.py::test_the_prefix_has_the_positions_of_its_own_grids",
         ),
         (

@@ -27,6 +27,7 @@ from fastvar.cli.sources import DataOptions, PromptOptions
 from fastvar.cli.texts import EncodeText
 from fastvar.handwriting.demo import DemoConfig
 from fastvar.models import VAR, SamplingOptions, VARConfig, VQTokenizer, VQTokenizerConfig
+from fastvar.models.injection import SUBJECTS
 from fastvar.ops.policy_loss import KL_ESTIMATORS, NORMALISATIONS, PANW_NORMALISATIONS, RATIO_LEVELS
 from fastvar.random import derive
 from fastvar.rl import PolicyLossOptions, RLConfig
@@ -68,7 +69,7 @@ def test_help_names_choices(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(rf"There are [^.]*\b{name}\b", shown["rl"]), name
     for choices in (NORMALISATIONS, PANW_NORMALISATIONS, RATIO_LEVELS, KL_ESTIMATORS, TOLERANCES, ("own", "scene")):
         assert all(f'"{choice}"' in shown["rl"] for choice in choices)
-    for choice in ("none", "block_causal", "bidirectional", "no", "bf16", "auto", "handwriting", "own", "scene"):
+    for choice in (*SUBJECTS, "no", "bf16", "auto", "handwriting", "own", "scene"):
         assert f'"{choice}"' in shown["train"], choice
 
 
@@ -286,8 +287,11 @@ def test_train_sample_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert {"ocr", "ocr_95", "diversity", "diversity_95"} <= set(figures["rewards"])
     run(
         *["train", "--output", tmp_path / "subject", "--tokenizer", tmp_path / "vq/model", *FEW],
-        *["--start", tmp_path / "var/model", "--subject", "bidirectional"],
+        *["--start", tmp_path / "var/model", "--subject", "interleaved", "--subject-own-tokens"],
     )
+    capsys.readouterr()
+    run("info", tmp_path / "subject")
+    assert ", subject interleaved of its own tokens" in capsys.readouterr().out
     run("evaluate", "--model", tmp_path / "subject/model", "--samples", "8")
     assert "subject_match" in capsys.readouterr().out
     run(

@@ -86,7 +86,7 @@ def _model(path: Path) -> Iterator[str]:
     yield f"{path}: {with_article(kind.__name__)}, grids {config.schedule}, {codes}"
     if issubclass(kind, WithTokenizer):
         shape = f"depth {config.depth}, width {config.embed_dim}, {config.num_heads} heads"
-        yield f"  {shape}, subject {config.subject}"
+        yield f"  {shape}, subject {config.subject}{' of its own tokens' if config.subject_own_tokens else ''}"
         if isinstance(config, InfinityConfig):
             yield f"  {_texts(config)}"
         elif config.text_length:

@@ -11,7 +11,7 @@ from fastvar.cli.outputs import output_file, output_folder, say
 from fastvar.cli.sources import DataOptions, examples
 from fastvar.evaluation import GUIDED
 from fastvar.models import SamplingOptions
-from fastvar.models.var_config import SUBJECTS
+from fastvar.models.injection import SUBJECTS
 from fastvar.random import derive
 from fastvar.ranges import Count, CountOrNone, OneOf, Positive, Range, Seed, Share
 from fastvar.schedule import INFINITY_BUDGETS
@@ -93,7 +93,7 @@ class TrainTokenizer:
 
 
 # options of a task alone
-_VAR = ("subject", "cache_tokens", "label_smoothing", "scale_weights")
+_VAR = ("subject", "subject_own_tokens", "cache_tokens", "label_smoothing", "scale_weights")
 _INFINITY = ("text_encoder", "budget", "flip_strength")
 
 
@@ -128,7 +128,11 @@ class Train:
     gradient_checkpointing: bool = False
     """Compute the blocks again in the backward pass: less memory, more time."""
     subject: Annotated[str, OneOf(*SUBJECTS)] = "none"
-    """VAR: prefix of a reference subject: "none", "block_causal" or "bidirectional". Only for data with references."""
+    """VAR: prefix of a reference subject: "none"; all its scales, "block_causal" or "bidirectional"; "last_scale", the
+    finest alone; "interleaved", where a scale of the image sees the subject's up to it. Only for data with
+    references."""
+    subject_own_tokens: bool = False
+    """VAR: each scale of the subject is the codes of its own tokens, instead of the complete feature map resized."""
     cache_tokens: bool = False
     """VAR: encode the whole data set once, in memory, instead of every batch; images are then not augmented anew."""
     label_smoothing: Share = 0.0
@@ -174,8 +178,9 @@ class Train:
             model.tokenizer = tokenizer
             if not text_length:
                 model.config = replace(model.config, class_names=_class_names(dataset))
-            if self.subject not in ("none", model.config.subject):
-                model = model.add_subject(self.subject)
+            own_tokens = model.config.subject_own_tokens
+            if self.subject != "none" and (self.subject, self.subject_own_tokens) != (model.config.subject, own_tokens):
+                model = model.add_subject(self.subject, own_tokens=self.subject_own_tokens)
         else:
             model = VAR(
                 VARConfig(
@@ -189,6 +194,7 @@ class Train:
                     class_names=() if text_length else _class_names(dataset),
                     text_length=text_length,
                     subject=self.subject,
+                    subject_own_tokens=self.subject_own_tokens,
                 ),
                 tokenizer,
             )
@@ -207,7 +213,9 @@ class Train:
         say(f"var: {result.output / 'model'} ({result.steps_run} steps, {result.seconds:.0f} s)")
 
     def _check_task(self) -> None:
-        """Raise a ValueError that names an option which is another task's."""
+        """Raise a ValueError that names an option which is another task's, or goes with another one."""
+        if self.subject_own_tokens and self.subject == "none":
+            raise ValueError("train: subject_own_tokens: expected False without a subject, got True")
         others = _INFINITY if self.task == "var" else _VAR
         for field_ in fields(self):
             if field_.name in others and getattr(self, field_.name) != field_.default:
@@ -289,7 +297,7 @@ class Sample:
                 raise ValueError("sample: grids: expected none with a subject, which has the model's own")
             image = _read_image(self.subject, model.tokenizer.config.image_size)
             tokens = model.tokenizer.encode(image[None].to(model.device))
-            subject = model.tokenizer.pyramid(tokens).expand(len(texts), -1, -1)
+            subject = model.pyramid(tokens).expand(len(texts), -1, -1)
         images = draw(model, labels, self.options, seed=self.seed, subject=subject, negative=self.negative or None)
         save_picture(image_grid(images, self.count, zoom=self.zoom), self.output)
         print(self.output)

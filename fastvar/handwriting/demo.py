@@ -286,7 +286,7 @@ def _train_var(
     def picture(averaged: VAR) -> Image:
         if not with_subject:
             return image_grid(draw(averaged, every_number(DIGITS, 32), config.sampling), 8, zoom=2)
-        subject = averaged.tokenizer.pyramid(averaged.tokenizer.encode(shown["reference"].to(averaged.device)))
+        subject = averaged.pyramid(averaged.tokenizer.encode(shown["reference"].to(averaged.device)))
         images = draw(averaged, shown["text"], config.sampling, subject=subject)
         return _pairs(shown["reference"] * 0.5 + 0.5, images)
 

@@ -99,7 +99,7 @@ def evaluate_subject(
     rows = list(range(len(scenes)))
     items = scenes.batch(rows)
     tokens = var.tokenizer.encode(items["reference"].to(var.device))
-    read = evaluate_texts(var, items["text"], options, reader, seed=seed, subject=var.tokenizer.pyramid(tokens))
+    read = evaluate_texts(var, items["text"], options, reader, seed=seed, subject=var.pyramid(tokens))
     others = scenes.candidates(rows, candidates)
     match = match_reference(read.images, others["images"] * 0.5 + 0.5, others["positions"])
     rates = match.rates(others["answers"])

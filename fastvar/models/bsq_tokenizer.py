@@ -118,6 +118,9 @@ class BSQTokenizer(ScaleTokenizer):
         inputs = self._tokens(found.teacher_forcing, cells, 1)
         return QuantizedBits(self._tokens(found.bits, cells), found.feature_map, inputs)
 
+    def codes(self, bits: torch.Tensor) -> torch.Tensor:
+        return (bits.to(self.decoder.conv_in.weight.dtype) * 2 - 1) * self.config.feature_channels**-0.5
+
     def accumulate(
         self,
         bits: torch.Tensor,

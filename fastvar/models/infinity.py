@@ -275,8 +275,7 @@ class Infinity(NextScaleModel[BSQTokenizer]):
                 on these scales alone.
             bits: (B, L', d), bool or integers 0 and 1.
             temperature: divides the logits of the log-probabilities; the one that the bits were sampled with.
-            subject: (B / G, L, d), `BSQTokenizer.pyramid` of the reference subjects' bits, each shared by G adjacent
-                rows.
+            subject: (B / G, L, d), `pyramid` of the reference subjects' bits, each shared by G adjacent rows.
             schedule: the grids; the config's by default.
 
         Returns:
@@ -330,8 +329,8 @@ class Infinity(NextScaleModel[BSQTokenizer]):
             texts: B of them, or their features.
             negative: B texts to keep away from, in place of the one that says nothing; without guidance they do
                 nothing.
-            subject: (B / G, L, d), `BSQTokenizer.pyramid` of the reference subjects' bits, each shared by G adjacent
-                samples. Guidance contrasts with neither text nor subject.
+            subject: (B / G, L, d), `pyramid` of the reference subjects' bits, each shared by G adjacent samples.
+                Guidance contrasts with neither text nor subject.
             guidance: g in g conditional + (1 - g) unconditional, one number or one a scale: Infinity's `cfg`. 1 is no
                 guidance, and if it is 1 for all scales the unconditional rows are not computed.
             guidance_layer: what guidance mixes. 0: the logits. n from 1 to depth - 1: the hidden states after block

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from fastvar.models.var_config import SUBJECTS
+from fastvar.models.injection import SUBJECTS
 from fastvar.ranges import Count, NotNegative, Number, OneOf, Positive, Share, ShareBelowOne, check_fields
 from fastvar.schedule import ScaleSchedule, infinity_schedule
 
@@ -40,6 +40,8 @@ class InfinityConfig:
     """Share of training samples whose text is replaced by learned rows that say nothing, for guidance."""
     subject: Annotated[str, OneOf(*SUBJECTS)] = "none"
     """Prefix of a reference subject, see `VARConfig.subject`."""
+    subject_own_tokens: bool = False
+    """What its tokens are, see `VARConfig.subject_own_tokens`."""
     subject_dropout: Share = 0.1
     """Share of training groups whose subject is dropped, see `VARConfig.subject_dropout`."""
     drop_path: ShareBelowOne = 0.0

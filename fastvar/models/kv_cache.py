@@ -110,6 +110,14 @@ class KVCache:
         return 2 * self.keys.numel() * self.keys.element_size()
 
 
+def first_tokens(prefix: PrefixKV, count: int) -> PrefixKV:
+    """The first `count` tokens of a prefix, not copied."""
+    k, v, lengths = prefix
+    if count >= k.shape[1]:
+        return prefix
+    return PrefixKV(k[:, :count], v[:, :count], None if lengths is None else lengths.clamp(max=count))
+
+
 def _joined(trunk: PrefixKV, tail: PrefixKV) -> PrefixKV:
     times = tail.k.shape[0] // max(trunk.k.shape[0], 1)
     return PrefixKV(

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 import torch
 from torch import nn
 
+from fastvar.models.injection import SUBJECTS, Injection
 from fastvar.models.kv_cache import KVCache
 from fastvar.models.scale_tokenizer import ScaleTokenizer
 from fastvar.models.text import TextKV
@@ -184,9 +185,10 @@ class NextScaleModel(WithTokenizer[Tokenizer]):
         prefix: list[PrefixKV] | None = None,
     ) -> torch.Tensor:
         """Teacher forcing: the start of the image stream (B, L', C) to the hidden states before the head."""
+        by_scale = self.injection(schedule).by_scale
         for i, (block, told) in enumerate(zip(self.blocks, modulations.by_block(), strict=True)):
             modulation, bias, text = told
-            attend = attend_to_scales(schedule, None if prefix is None else prefix[i], rope=rope)
+            attend = attend_to_scales(schedule, None if prefix is None else prefix[i], rope=rope, by_scale=by_scale)
             x = self._run(block, x, modulation, attend, bias, text)
         return self.before_head(x, modulations)
 
@@ -200,6 +202,7 @@ class NextScaleModel(WithTokenizer[Tokenizer]):
         end: int,
         rope: Rope | None = None,
         mixture: Mixture | None = None,
+        prefix_tokens: int | None = None,
     ) -> torch.Tensor:
         """One scale of sampling: (R, n, C) embedded inputs to normalised hidden states, keys and values cached.
 
@@ -210,6 +213,7 @@ class NextScaleModel(WithTokenizer[Tokenizer]):
             position, end: where in the cache's own rows the scale starts and ends.
             rope: of the scale's tokens.
             mixture: guidance on hidden states.
+            prefix_tokens: how many of the prefix's tokens the scale sees; None for all.
 
         Returns:
             (R, n, C), or with a mixture (R / 2, n, C).
@@ -219,7 +223,7 @@ class NextScaleModel(WithTokenizer[Tokenizer]):
         for i, block in enumerate(self.blocks):
             modulation, bias = told.blocks[i], told.biases[i]
             text = told.texts[i] if told.texts else None
-            attend = attend_to_cache(cache, i, len(x), position, end, rope)
+            attend = attend_to_cache(cache, i, len(x), position, end, rope, prefix_tokens)
             x, h = block.mix(x, h, modulation, attend, bias, text)
             x, h = gated_residual_norm(x, h, gates[i], *norms[i + 1], eps=eps)
             if mixture is not None and i == mixture.after:  # nothing of unconditional rows reaches the tokens any more
@@ -236,18 +240,31 @@ class NextScaleModel(WithTokenizer[Tokenizer]):
 
     # -- the subject's prefix ----------------------------------------------------------------------------------------
 
+    def injection(self, schedule: ScaleSchedule) -> Injection:
+        """How a subject of these grids is injected."""
+        return Injection.of(self.config.subject, schedule)
+
+    @torch.no_grad()
+    def pyramid(self, tokens: torch.Tensor, *, schedule: ScaleSchedule | None = None) -> torch.Tensor:
+        """Tokens of reference subjects to what `generate`, `hidden` and `forward` take as `subject`, (R, L, c): the
+        complete feature map at every grid, or if the config says so the codes of each scale's own tokens. Of a kind
+        that reads fewer scales it has all of them too."""
+        if self.config.subject_own_tokens:
+            return self.tokenizer.codes(tokens)
+        return self.tokenizer.pyramid(tokens, schedule=schedule)
+
     def prefill(
         self, subject: torch.Tensor, keep: torch.Tensor | None = None, *, schedule: ScaleSchedule | None = None
     ) -> list[PrefixKV]:
         """Keys and values of every layer for reference subjects; they depend on the subject alone.
 
         Args:
-            subject: (R, L, c), the tokenizer's `pyramid` of the subjects' tokens.
+            subject: (R, L, c), `pyramid` of the subjects' tokens.
             keep: (R,) bool, False where the subject is dropped; None keeps all.
             schedule: the subject's grids; the config's by default.
 
         Returns:
-            per layer a `PrefixKV` (R, L, H, D).
+            per layer a `PrefixKV` (R, P, H, D), P = L but for subjects of fewer scales.
 
         Raises:
             ValueError: a model without subject prefix, a wrong shape.
@@ -270,7 +287,7 @@ class NextScaleModel(WithTokenizer[Tokenizer]):
     def _subject_stream(
         self, subject: torch.Tensor, schedule: ScaleSchedule | None = None
     ) -> tuple[torch.Tensor, ScaleSchedule, Rope | None]:
-        """The start of the residual stream (R, L, C), how tokens see each other and their rotary tables. A subject's
+        """The start of the residual stream (R, P, C), how tokens see each other and their rotary tables. A subject's
         tokens have the positions of their own grids, as the image's have."""
         schedule, name = schedule or self.schedule, type(self).__name__
         if self.config.subject == "none":
@@ -281,25 +298,25 @@ class NextScaleModel(WithTokenizer[Tokenizer]):
         expected = (schedule.num_tokens, self.config.code_channels)
         if len(shape) != 3 or shape[1:] != expected:
             raise ValueError(f"{name}: subject: expected (R, {expected[0]}, {expected[1]}), got {shape}")
-        positions = self.token_positions(schedule)
-        x = self._codes(subject) + positions.added + self.subject_embed
-        if self.config.subject == "bidirectional":
-            schedule = ScaleSchedule(((1, schedule.num_tokens),))
-        return x, schedule, positions.rope
+        positions, (start, visible, _) = self.token_positions(schedule), self.injection(schedule)
+        x = self._codes(subject[:, start:]) + positions.added[start:] + self.subject_embed
+        return x, visible, positions.rope_of(start, schedule.num_tokens)
 
-    def add_subject(self, subject: str = "block_causal") -> Self:
+    def add_subject(self, subject: str = "block_causal", *, own_tokens: bool = False) -> Self:
         """A copy of this model with a subject prefix, for fine-tuning; everything else keeps its weights.
 
         Args:
-            subject: "block_causal" or "bidirectional".
+            subject: the kind, see `VARConfig.subject`.
+            own_tokens: see `VARConfig.subject_own_tokens`.
 
         Raises:
             ValueError: another kind of subject.
         """
         name = type(self).__name__
         if subject == "none":
-            raise ValueError(f'{name}.add_subject: subject: expected "block_causal" or "bidirectional", got "none"')
-        model = type(self)(replace(self.config, subject=subject)).to(self.device, self.head.weight.dtype)
+            raise ValueError(f'{name}.add_subject: subject: expected one of {SUBJECTS[1:]}, got "none"')
+        config = replace(self.config, subject=subject, subject_own_tokens=own_tokens)
+        model = type(self)(config).to(self.device, self.head.weight.dtype)
         model._share(self)
         own = model.state_dict()
         own.update(self.state_dict())

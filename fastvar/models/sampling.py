@@ -386,6 +386,7 @@ def sample_scales(model: Model, state: SamplingState, seeds: torch.Tensor, optio
     # a state that stops early has no room for the rest: as a trunk of forks it would stay empty
     state.cache.reserve(state.cached + schedule.ends[options.stop - 1] - schedule.starts[state.scale])
     positions = model.token_positions(schedule)
+    by_scale = model.injection(schedule).by_scale
     scales: list[SampledTokens] = []
     for k in range(state.scale, options.stop):
         with annotate(f"scale {k}"):
@@ -404,6 +405,7 @@ def sample_scales(model: Model, state: SamplingState, seeds: torch.Tensor, optio
                 end=state.cached + schedule.lengths[k],
                 rope=positions.rope_of(start, end),
                 mixture=mixture,
+                prefix_tokens=end if by_scale else None,
             )
             logits = model.logits(hidden)
             contrasted = len(logits) > batch and guidance != model.no_guidance

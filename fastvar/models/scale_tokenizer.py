@@ -102,6 +102,10 @@ class ScaleTokenizer(PretrainedModel):
         """Images to tokens, feature map and the inputs of teacher forcing in one go."""
         raise NotImplementedError
 
+    def codes(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens of any scales to their codes (B, n, C), without what coarser scales and upsampling make of them."""
+        raise NotImplementedError
+
     def accumulate(
         self, tokens: torch.Tensor, feature_map: torch.Tensor, scale: int, *, schedule: ScaleSchedule | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -229,7 +229,7 @@ class VAR(NextScaleModel[VQTokenizer]):
         if dropped is not None:
             condition = torch.where(dropped[:, None, None], self.no_condition(batch), condition)
         x = self.embed(condition, inputs)
-        if subject is not None and x.shape[1] == subject.shape[1]:
+        if subject is not None and x.shape[1] == self.injection(self.schedule).visible.num_tokens:
             return self._hidden_of_two_streams(x, condition, schedule, subject, keep)
         prefix = None if subject is None else self.prefill(subject, keep)
         return self.through(x, self.modulations(condition), schedule, prefix=prefix)
@@ -246,10 +246,11 @@ class VAR(NextScaleModel[VQTokenizer]):
         tensor, which takes half as many launches as one after the other; attention alone tells them apart."""
         first, subject_schedule, _ = self._subject_stream(subject)
         rows = len(first)
-        lengths = None if keep is None else keep.to(torch.int32) * subject.shape[1]
+        lengths = None if keep is None else keep.to(torch.int32) * first.shape[1]
         modulations = self.modulations(torch.cat([self.subject_condition.expand(rows, 1, -1), condition[:, :1]]))
         x = torch.cat([first, x])
-        attend = attend_in_two_streams(schedule, subject_schedule, rows, lengths)
+        by_scale = self.injection(self.schedule).by_scale
+        attend = attend_in_two_streams(schedule, subject_schedule, rows, lengths, by_scale=by_scale)
         *blocks, last = zip(self.blocks, modulations.blocks, modulations.biases, strict=True)
         for block, modulation, bias in blocks:
             x = self._run(block, x, modulation, attend, bias)
@@ -258,7 +259,8 @@ class VAR(NextScaleModel[VQTokenizer]):
         k, v, _ = block.keys_and_values(first, of_first, bias)
         if self.gradient_checkpointing or not torch.is_grad_enabled():
             k, v = k.contiguous(), v.contiguous()  # as in `prefill`
-        x = self._run(block, x, of_images, attend_to_scales(schedule, PrefixKV(k, v, lengths)), bias)
+        attend = attend_to_scales(schedule, PrefixKV(k, v, lengths), by_scale=by_scale)
+        x = self._run(block, x, of_images, attend, bias)
         return self.before_head(x, modulations._replace(head=modulations.head[rows:]))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -281,8 +283,8 @@ class VAR(NextScaleModel[VQTokenizer]):
             labels: (B,) class indices or names, or texts, or characters (B, text_length).
             inputs: (B, L - n_1, code_channels), `VQTokenizer.teacher_forcing` of the tokens; those of the first m
                 scales run the model on these scales alone.
-            subject: (B / G, L, code_channels), `VQTokenizer.pyramid` of the reference subjects' tokens, each shared
-                by G adjacent rows.
+            subject: (B / G, L, code_channels), `pyramid` of the reference subjects' tokens, each shared by G adjacent
+                rows.
             tokens: (B, L') int64.
             temperature: divides the logits of the log-probabilities; the one that the tokens were sampled with.
             label_smoothing, token_weights: of the cross-entropy; see `fastvar.ops.cross_entropy`.
@@ -339,8 +341,8 @@ class VAR(NextScaleModel[VQTokenizer]):
 
         Args:
             labels: (B,) class indices or names, or texts, or characters (B, text_length).
-            subject: (B / G, L, C), `VQTokenizer.pyramid` of the reference subjects' tokens, each shared by G adjacent
-                samples. Guidance contrasts with neither condition nor subject.
+            subject: (B / G, L, C), `pyramid` of the reference subjects' tokens, each shared by G adjacent samples.
+                Guidance contrasts with neither condition nor subject.
             guidance: classifier-free guidance, one number, which grows over the scales, or one a scale: see
                 `guidance_per_scale`; 0 runs the conditional rows alone.
             temperature, top_k, top_p: see `fastvar.ops.sample_tokens`, one number or one a scale; 0 and 1 switch top_k

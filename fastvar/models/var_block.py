@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastvar.models.kv_cache import KVCache
+from fastvar.models.kv_cache import KVCache, first_tokens
 from fastvar.models.linear import Linear
 from fastvar.models.text import TextKV
 from fastvar.models.var_config import VARConfig
@@ -18,6 +18,7 @@ from fastvar.ops import (
     PrefixKV,
     adaptive_layer_norm,
     block_causal_attention,
+    block_causal_attention_with_lse,
     cached_attention,
     gated_residual,
     gated_residual_norm,
@@ -177,23 +178,31 @@ def attend_to_scales(
     prefix: PrefixKV | None = None,
     seen: list[PrefixKV] | None = None,
     rope: Rope | None = None,
+    *,
+    by_scale: bool = False,
 ) -> Attend:
-    """Teacher forcing: every scale at once. `seen` gets the keys and values; `rope`: the tables of these scales."""
+    """Teacher forcing: every scale at once. `seen` gets the keys and values; `rope`: the tables of these scales;
+    `by_scale`: whether scale k sees the prefix's scales up to k alone."""
 
     def attend(block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k = block.normalise(q, k, rope)
         if seen is not None:
             seen.append(PrefixKV(k, v))
-        return block_causal_attention(q, k, v, schedule, prefix=prefix, softmax_scale=block.softmax_scale)
+        return _after_prefix(q, k, v, schedule, prefix, block.softmax_scale, by_scale)
 
     return attend
 
 
 def attend_in_two_streams(
-    schedule: ScaleSchedule, subject_schedule: ScaleSchedule, rows: int, lengths: torch.Tensor | None
+    schedule: ScaleSchedule,
+    subject_schedule: ScaleSchedule,
+    rows: int,
+    lengths: torch.Tensor | None,
+    *,
+    by_scale: bool = False,
 ) -> Attend:
     """Teacher forcing of two streams in one: the first `rows` rows are subjects, which see themselves; the others are
-    images, groups of which see a subject too, `lengths` of its tokens."""
+    images, groups of which see a subject too, `lengths` of its tokens, and `by_scale` the scales up to their own."""
 
     def attend(block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k = block.normalise(q, k)
@@ -201,15 +210,56 @@ def attend_in_two_streams(
         (subject_q, q), (subject_k, k), (subject_v, v) = (t.split([rows, len(t) - rows]) for t in (q, k, v))
         scale, prefix = block.softmax_scale, PrefixKV(subject_k, subject_v, lengths)
         subject = block_causal_attention(subject_q, *prefix[:2], subject_schedule, softmax_scale=scale)
-        images = block_causal_attention(q, k, v, schedule, prefix=prefix, softmax_scale=scale)
+        images = _after_prefix(q, k, v, schedule, prefix, scale, by_scale)
         return torch.cat([subject, images])
 
     return attend
 
 
-def attend_to_cache(cache: KVCache, layer: int, rows: int, position: int, end: int, rope: Rope | None = None) -> Attend:
-    """Sampling: the scale whose tokens go to rows position : end of the cache, of its first `rows` samples."""
+def _after_prefix(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    schedule: ScaleSchedule,
+    prefix: PrefixKV | None,
+    softmax_scale: float,
+    by_scale: bool,
+) -> torch.Tensor:
+    """Block-causal attention (B, L, H, D) of images after the prefix of their groups, of which they see all.
+
+    `by_scale`: an image's scale k sees the prefix's scales up to k, those of the same schedule. Then attention to the
+    prefix is block-causal itself: a call of its own, merged with the first by log-sum-exp. That call takes keys and
+    values for each row, so that those of several subjects are copied for their groups.
+    """
+    if prefix is None or not by_scale:
+        return block_causal_attention(q, k, v, schedule, prefix=prefix, softmax_scale=softmax_scale)
+    group = len(q) // max(len(prefix.k), 1)
+    keys, values = (
+        t[:, None, : schedule.num_tokens].expand(-1, group, -1, -1, -1).flatten(0, 1) for t in (prefix.k, prefix.v)
+    )
+    own, own_sum = block_causal_attention_with_lse(q, k, v, schedule, softmax_scale=softmax_scale)
+    other, other_sum = block_causal_attention_with_lse(q, keys, values, schedule, softmax_scale=softmax_scale)
+    if prefix.lengths is not None:  # all of a subject's tokens, or none
+        dropped = (prefix.lengths == 0).repeat_interleave(group, output_size=len(q))
+        other_sum = other_sum.masked_fill(dropped[:, None, None], -torch.inf)
+    share = (other_sum - own_sum).sigmoid().mT[..., None]  # [B, L, H, 1]
+    return torch.lerp(own.to(share.dtype), other.to(share.dtype), share).to(own.dtype)
+
+
+def attend_to_cache(
+    cache: KVCache,
+    layer: int,
+    rows: int,
+    position: int,
+    end: int,
+    rope: Rope | None = None,
+    prefix_tokens: int | None = None,
+) -> Attend:
+    """Sampling: the scale whose tokens go to rows position : end of the cache, of its first `rows` samples; it sees the
+    first `prefix_tokens` of the prefix, or all."""
     keys, values, prefix, trunk = cache.layer(layer, rows)
+    if prefix is not None and prefix_tokens is not None:
+        prefix = first_tokens(prefix, prefix_tokens)
 
     def attend(block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q = qk_norm_rope_into_cache(q, k, v, keys, values, position, log_scale=block.log_scale, rope=rope)

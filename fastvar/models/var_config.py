@@ -8,10 +8,9 @@ from typing import Annotated
 
 import torch
 
+from fastvar.models.injection import SUBJECTS
 from fastvar.ranges import Count, CountOrNone, NotNegative, Number, OneOf, Positive, Share, ShareBelowOne, check_fields
 from fastvar.schedule import VAR_256, ScaleSchedule
-
-SUBJECTS = ("none", "block_causal", "bidirectional")
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,12 @@ class VARConfig:
     alphabet: str = "0123456789"
     """Text condition: the characters that a text may have."""
     subject: Annotated[str, OneOf(*SUBJECTS)] = "none"
-    """Prefix of a reference subject: "none", "block_causal" (a prefix token sees the prefix's coarser scales and its
-    own) or "bidirectional" (it sees all of the prefix)."""
+    """Prefix of a reference subject: "none"; all its scales, "block_causal" (a prefix token sees the prefix's coarser
+    scales and its own) or "bidirectional" (it sees all of the prefix); "last_scale" (the finest alone); "interleaved"
+    (scale k of the image sees the subject's up to k). See `fastvar.models.injection`."""
+    subject_own_tokens: bool = False
+    """Whether each scale of the subject is the codes of its own tokens, instead of the complete feature map at its
+    grid; see `NextScaleModel.pyramid`."""
     shared_adaln: bool = False
     """One modulation of all blocks plus a table per block, instead of a linear layer per block."""
     qk_l2_norm: bool = True

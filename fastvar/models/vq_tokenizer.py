@@ -102,6 +102,9 @@ class VQTokenizer(ScaleTokenizer):
     def _quantize(self, features: torch.Tensor, schedule: ScaleSchedule) -> QuantizedResidual:
         return residual_quantize(features, self.codebook, schedule, phi=self._phi(schedule), znorm=self.config.cosine)
 
+    def codes(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.embedding(tokens, self.codebook.detach())
+
     def accumulate(
         self, tokens: torch.Tensor, feature_map: torch.Tensor, scale: int, *, schedule: ScaleSchedule | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -253,7 +253,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         for variant in dict.fromkeys(row["variant"] for row in own):
             runs = [row for row in own if row["variant"] == variant]
             rises = [row["after"] - row["before"] for row in runs]
-            low, high = _interval(rises)
+            low, high = student_interval(rises)
             changes = [fmean(row["scores_after"][t] - row["scores_before"][t] for row in runs) for t in terms]
             kept = fmean(row["diversity_after"] / row["diversity_before"] for row in runs)
             cells = [variant, str(runs[0]["iterations"]), f"{fmean(rises):+.3f}", f"{low:+.3f} to {high:+.3f}"]
@@ -278,7 +278,7 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Image:
             runs = [row for row in rows if (row["reward"], row["variant"]) == (reward, variant)]
             rises = [row["after"] - row["before"] for row in runs]
             if rises:
-                low, high = _interval(rises)
+                low, high = student_interval(rises)
                 error = None if math.isnan(low) else (high - low) / 2
                 axes.errorbar(fmean(rises), place, xerr=error, fmt="o", capsize=3, color="C0")
         axes.axvline(0, color="grey", linewidth=0.8)
@@ -295,7 +295,8 @@ def _line(cells: Sequence[str]) -> list[str]:
     return ["| " + " | ".join(cells) + " |"]
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float]:
+def student_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean of a few values, by Student's t; nan of less than two."""
     from scipy.stats import t
 
     if len(values) < 2:

@@ -107,6 +107,5 @@ def subject_of(model: Model, prompts: Prompts) -> torch.Tensor | None:
         return None
     if model.config.subject == "none":
         raise ValueError("Prompts: references: expected None, as the model has no subject prefix")
-    images, tokenizer = prompts.references.to(model.device, non_blocking=True) * 2 - 1, model.tokenizer
-    pyramid: torch.Tensor = tokenizer.pyramid(tokenizer.encode(images))
-    return pyramid
+    images = prompts.references.to(model.device, non_blocking=True) * 2 - 1
+    return model.pyramid(model.tokenizer.encode(images))

@@ -110,7 +110,7 @@ class InfinityTask:
         subject = None
         if net.config.subject != "none":
             reference = net.tokenizer.encode(batch["reference"].to(net.device, non_blocking=True), schedule=schedule)
-            subject = net.tokenizer.pyramid(reference, schedule=schedule)
+            subject = net.pyramid(reference, schedule=schedule)
         logits = model(net.features(batch["text"]), quantized.teacher_forcing, subject=subject, schedule=schedule)
         weights = scale_weights(schedule, logits.device) if self.weighted else None
         right = ((logits.detach() > 0) == quantized.bits).float()

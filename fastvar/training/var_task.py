@@ -87,7 +87,7 @@ class VARTask:
             tokens, inputs = quantized.tokens, quantized.teacher_forcing
         subject = None
         if var.config.subject != "none":
-            subject = var.tokenizer.pyramid(self._reference_tokens(batch, device))
+            subject = var.pyramid(self._reference_tokens(batch, device))
         labels = batch["text" if var.config.text_length else "label"]
         if self.token_weights is not None:
             self.token_weights = self.token_weights.to(device)

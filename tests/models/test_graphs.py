@@ -48,7 +48,7 @@ def same(one: Generation, other: Generation) -> None:
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("subject", ["none", "block_causal"])
+@pytest.mark.parametrize("subject", ["none", "block_causal", "interleaved"])
 def test_as_without(captures: list[Tape], settings: str, subject: str) -> None:
     """Other labels, seeds and subjects than those captured."""
     var = tiny_var(subject=subject)

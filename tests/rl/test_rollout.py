@@ -229,10 +229,11 @@ def test_tokens_outside_the_mask_have_no_gradient(kind: str) -> None:
     assert (logits.grad[~trained] == 0).all() and (logits.grad[trained] != 0).any()
 
 
+@pytest.mark.parametrize("subject", ["block_causal", "last_scale", "interleaved"])
 @KINDS
-def test_subjects_are_shared_by_their_group(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_subjects_are_shared_by_their_group(kind: str, subject: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One prefix a group in rollouts and updates; rows that cut groups give the same numbers with a prefix each."""
-    var = policy().add_subject()
+    var = policy().add_subject(subject)
     references = torch.rand(2, 3, *var.tokenizer.config.image_size, generator=torch.Generator().manual_seed(0))
     prompts = Prompts(["1", "2"], references=references)
     prefilled = []

@@ -76,6 +76,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "a prefix": {"subject": "block_causal"},
+    "an interleaved subject": {"train": True, "condition_dropout": 0.4, "subject": "interleaved"},
     "checkpointing": {"checkpointing": True},
     "checkpointing with a prefix": {"checkpointing": True, "subject": "block_causal"},
     "dropout": {"train": True, "drop_path": 0.4, "condition_dropout": 0.4, "subject": "block_causal"},

@@ -114,7 +114,10 @@ def test_a_run_is_not_resumed_with_another_loss(tmp_path: Path) -> None:
     path.write_text(json.dumps({"tokenizer": settings["a"]["tokenizer"]}))  # of before there was a choice
     check_same_settings(path, settings["a"])
     path.write_text(json.dumps({"model": {"depth": 2}, "data": {"items": 3}}))  # of before models kept names of classes
-    now = {"model": {"depth": 2, "class_names": []}, "data": {"items": 3, "num_classes": 4}}
+    now = {
+        "model": {"depth": 2, "class_names": [], "subject_own_tokens": False},
+        "data": {"items": 3, "num_classes": 4},
+    }
     check_same_settings(path, now)
     with pytest.raises(ValueError, match=r"model\.class_names was None, is \['cat'\]"):
         check_same_settings(path, now | {"model": {"depth": 2, "class_names": ["cat"]}})
