@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -142,9 +143,15 @@ def docs(data: Path = DATA, document: Path = DOCUMENT) -> None:
     save_picture(points(tokens, xlabel="scale", ylabel="tokens", log=True), beside / "learning_tokens.png")
     norms = {f"{reward}, alpha {alpha:g}": list(enumerate(row["norms"])) for (reward, alpha), row in measured.items()}
     save_picture(points(norms, xlabel="scale", ylabel="norm of the gradient", log=True), beside / "learning_norms.png")
-    runs = {row["name"]: row["metrics"]["reward"] for row in rows if row["benchmark"] == "run"}
+    runs = {row["name"]: smoothed(row["metrics"]["reward"]) for row in rows if row["benchmark"] == "run"}
     if runs:
         save_picture(points(runs, xlabel="iteration", ylabel="reward"), beside / "learning_runs.png")
+
+
+def smoothed(line: list[list[float]], count: int = 10) -> list[tuple[float, float]]:
+    """Means of so many points after each other, at the last one's place."""
+    parts = [line[i : i + count] for i in range(0, len(line), count)]
+    return [(part[-1][0], fmean(value for _, value in part)) for part in parts]
 
 
 def table(measured: dict[tuple[str, float], Any]) -> str:
