@@ -90,7 +90,7 @@ def draw(
     batches = model.batches(prompts, options.batch_size)  # all of them are checked before the first is drawn
     if not batches:
         raise ValueError("draw: prompts: expected at least one, got none")
-    _check_room(model, model.count(model.encode(batches[0])), options.guidance_of(model) != model.no_guidance)
+    _check_room(model, model.count(model.encode(batches[0])), options.guides(model))
     images, start = [], 0
     for batch in progress_bar(batches, desc=title, leave=False):
         rows = slice(start, start + options.batch_size)

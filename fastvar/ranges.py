@@ -16,7 +16,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 LARGEST = 3.4028234663852886e38  # of float32, which devices compute in: beyond it is infinity
 
@@ -89,7 +90,7 @@ ShareBelowOne = Annotated[float, Range(0, 1, below=True)]
 ShareAboveZero = Annotated[float, Range(0, 1, above=True)]
 Number = Annotated[float, Range()]
 Temperature = Annotated[float, TEMPERATURE]
-GuidanceOrNone = Annotated[float | None, GUIDANCE]
+GuidanceOrNone = Annotated[float | tuple[float, ...] | None, GUIDANCE]
 
 
 @cache
@@ -121,11 +122,12 @@ def check_value(owner: str, name: str, value: Any, kind: Any, allowed: Range | O
     Args:
         owner, name: of the message.
         value: what was given.
-        kind: int, float or str, one of them or None, or a tuple of one of them.
+        kind: int, float or str, a tuple of one of them, or several of these, None among them.
         allowed: its declaration.
     """
     if value is None and type(None) in get_args(kind):
         return
+    kind = _one_of(kind, value)
     items, kinds, each = [value], (kind,), ""
     if get_origin(kind) is tuple:
         kinds, each = get_args(kind), "each "
@@ -146,6 +148,14 @@ def _expected(value: Any, kind: type, allowed: Range | OneOf) -> str | None:
     return allowed.problem(value)
 
 
+def _one_of(kind: Any, value: Any) -> Any:
+    """Of a kind with several to choose from the one of a value: a tuple for a sequence, if there is one."""
+    if get_origin(kind) not in (Union, UnionType):
+        return kind
+    sequence = isinstance(value, tuple | list)
+    return next((each for each in get_args(kind) if (get_origin(each) is tuple) == sequence), get_args(kind)[0])
+
+
 def fitted(config_class: type, name: str, value: Any) -> Any:
     """A value of JSON or TOML for a dataclass's field: lists become tuples, 2.0 becomes 2 for a whole number.
 
@@ -161,9 +171,10 @@ def fitted(config_class: type, name: str, value: Any) -> Any:
 
 
 def _fitted(kind: Any, value: Any) -> Any:
+    if value is None and type(None) in get_args(kind):
+        return None
+    kind = _one_of(kind, value)
     origin, inner = get_origin(kind), get_args(kind)
-    if type(None) in inner:  # of a kind, or None
-        return None if value is None else _fitted(inner[0], value)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int and number and (isinstance(value, int) or (math.isfinite(value) and value == int(value))):
         return int(value)

@@ -98,8 +98,8 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
         ("        temperature=temperature,\n", "", "rl/test_wiring.py::test_temperature_of_policy_and_reference"),
         (
-            "tokens=tokens, temperature=temperature",
-            "tokens=tokens",
+            "tokens, temperature=temperature).log_probs",
+            "tokens).log_probs",
             "rl/test_wiring.py::test_temperature_of_policy_and_reference[k2]",
             "rl/test_wiring.py::test_temperature_of_policy_and_reference[k3]",
         ),
@@ -328,20 +328,25 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/rl/rollout.py": [
-        ("**options.arguments(self.model),", "", "rl/test_wiring.py::test_rollouts_are_drawn_as_told"),
+        ("**self.options.arguments(model),", "", "rl/test_wiring.py::test_rollouts_are_drawn_as_told"),
         (
-            "(1 if options.guidance_of(self.model) == self.model.no_guidance else 2)",
+            "(2 if self.options.guides(model) else 1)",
             "1",
             "rl/test_wiring.py::test_rollouts_are_drawn_as_told",
         ),
         (
-            "row // rows_per_prompt for row in rows",
-            "row % len(self.prompts) for row in rows",
+            "prompts.take([row // group_size",
+            "prompts.take([row % len(prompts)",
             "rl/test_rollout.py::test_shapes_of_the_segments",
         ),
         (
-            "part.start * continuations)",
-            "part.start)",
+            "row // rows_per_prompt for row in rows",
+            "0 for row in rows",
+            "rl/test_wiring.py::test_rollouts_are_drawn_as_told",
+        ),
+        (
+            "first_row, reference = rows.start * times",
+            "first_row, reference = rows.start",
             "rl/test_rollout.py::test_chunks_do_not_change_the_images[3-coarse]",
         ),
         ('middle if segment == "fine" else 0,', "0,", "rl/test_rollout.py::test_shapes_of_the_segments"),
@@ -702,7 +707,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "models/test_var_sampling.py::test_options_that_leave_the_likeliest[{'top_p': 1e-06}]",
         ),
         (
-            "position=start,",
+            "position=state.schedule.starts[k],",
             "position=0,",
             "models/test_var_sampling.py::test_every_scale_draws_numbers_of_its_own",
             "models/test_infinity_sampling.py::test_every_scale_draws_numbers_of_its_own",

@@ -150,7 +150,7 @@ def test_infinity_where_it_means_something() -> None:
 def test_none_where_it_means_something() -> None:
     SamplingOptions(guidance=None).check()
     assert fitted(SamplingOptions, "guidance", None) is None and fitted(SamplingOptions, "guidance", 2) == 2.0
-    with pytest.raises(ValueError, match=r"^guidance: expected float \| None, got '2'"):
+    with pytest.raises(ValueError, match=r"^guidance: expected float \| tuple\[float, \.\.\.\] \| None, got '2'"):
         fitted(SamplingOptions, "guidance", "2")
     with pytest.raises(ValueError, match=r"^top_k: expected int, got None"):
         fitted(SamplingOptions, "top_k", None)

@@ -1,8 +1,8 @@
 """The loss of group-relative policy optimisation from hidden states and the head. Peak memory matters as much as time.
 
 All return the loss alone: PPO's clipped surrogate with the KL estimator k3, weighted over tokens. Two cases: "GRPO"
-weighs all tokens alike, "VMR-GRPO" by their scale (PANW) and a mask. Ours also measures entropies, ratios and shares of
-the gradient in the same call, Liger-Kernel's losses the KL and the clip fraction.
+weighs all tokens alike, "VMR-GRPO" by their scale (PANW) and a mask. An Infinity's tokens are bits. Ours also measures
+entropies, ratios and shares of the gradient in the same call, Liger-Kernel's losses the KL and the clip fraction.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from benchmarks.rivals import compiled, own, own_names
 from benchmarks.shapes import MODELS
 from benchmarks.suites.token_log_probs import (
     attribute,
+    bits_in_memory,
     costs,
     head,
     liger_cross_entropy,
@@ -29,6 +30,7 @@ from fastvar.ops import PolicyLossOptions, policy_loss, propagate_mask
 OP = "policy_loss"
 CLIP, KL_WEIGHT = 0.2, 0.1
 PANW_ALPHA = {"GRPO": 0.0, "VMR-GRPO": 0.6}
+NO_BITS = "knows no tokens of bits"
 LIGER_ROWS = 4096  # of hidden states at a time, at least: it takes whole samples, by default one
 
 
@@ -142,9 +144,10 @@ def build(setting: Setting, device: torch.device) -> Problem:
     hidden, weight, tokens = head(setting, device)
     bias = torch.randn(len(weight), device=device).to(weight.dtype)
     schedule, alpha = MODELS[setting["model"]].schedule, PANW_ALPHA[setting["case"]]
-    batch, length = tokens.shape
+    batch, length = tokens.shape[:2]
+    log_probs_of = bits_in_memory if tokens.ndim == 3 else logits_in_memory
     with torch.no_grad():
-        log_probs = logits_in_memory(hidden, weight, tokens, bias)
+        log_probs = log_probs_of(hidden, weight, tokens, bias)
     # Ratios well within the clip's bounds or well beyond them, so that rounding does not decide who has a gradient.
     steps = torch.tensor([-0.5, -0.05, 0.05, 0.5], device=device)
     mask = torch.ones(batch, length, device=device)
@@ -174,17 +177,17 @@ def build(setting: Setting, device: torch.device) -> Problem:
     ) -> torch.Tensor:
         return policy_loss((hidden, weight, bias), tokens, advantages, schedule, options, **rest).loss
 
-    eager = from_log_probs(logits_in_memory)
+    eager = from_log_probs(log_probs_of)
     assert isinstance(eager, Callable)
     contenders, backend = own(OP, hidden, ours)
-    contenders |= {
-        "logits in memory": eager,
-        "torch.compile": compiled(eager, setting),
+    of_classes: dict[str, Contender] = {
         "torch linear_cross_entropy": from_log_probs(torch_chunked()),
         "Liger fused linear cross-entropy": from_log_probs(liger_cross_entropy(device)),
         "Liger fused linear GRPO": liger_fused(device, -(-LIGER_ROWS // length)),
         "Liger GRPO on logits": liger_on_logits(device),
     }
+    contenders |= {"logits in memory": eager, "torch.compile": compiled(eager, setting)}
+    contenders |= dict.fromkeys(of_classes, NO_BITS) if tokens.ndim == 3 else of_classes
     return Problem(
         inputs,
         contenders,
@@ -201,12 +204,17 @@ SUITE = Suite(
         "tiny": [
             {"model": "tiny", "batch": 4, "case": "GRPO", "dtype": "float32"},
             {"model": "tiny", "batch": 4, "case": "VMR-GRPO", "dtype": "float32"},
+            {"model": "Infinity-tiny", "batch": 4, "case": "VMR-GRPO", "dtype": "float32"},
         ],
-        "cpu": [{"model": "VAR-d16", "batch": 2, "case": "VMR-GRPO", "dtype": "float32"}],
+        "cpu": [
+            {"model": "VAR-d16", "batch": 2, "case": "VMR-GRPO", "dtype": "float32"},
+            {"model": "Infinity-2B-0.06M", "batch": 2, "case": "VMR-GRPO", "dtype": "float32"},
+        ],
         "gpu": [
             {"model": "VAR-d30", "batch": 64, "case": "GRPO", "dtype": "bfloat16"},
             {"model": "VAR-d30", "batch": 64, "case": "VMR-GRPO", "dtype": "bfloat16"},
             {"model": "VAR-d16", "batch": 64, "vocabulary": 16384, "case": "GRPO", "dtype": "bfloat16"},
+            {"model": "Infinity-2B-0.25M", "batch": 16, "case": "VMR-GRPO", "dtype": "bfloat16"},
         ],
     },
     (

@@ -35,6 +35,15 @@ def logits_in_memory(
     return log_softmax(hidden, weight, bias).gather(-1, tokens[..., None])[..., 0]
 
 
+def bits_in_memory(
+    hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The same of bits, by their logits in float32."""
+    logits = F.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.logsigmoid(torch.where(tokens, logits, -logits)).sum(-1)
+
+
 def logits_in_memory_with_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,11 +124,14 @@ def cut_cross_entropy(device: torch.device) -> Contender:
 
 
 def head(setting: Setting, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states (B, L, E), the head's weight (V, E) and tokens (B, L); the logits' standard deviation is 2."""
+    """Hidden states (B, L, E), the head's weight (V, E) and tokens (B, L), or bits (B, L, d) and a weight (d, E); the
+    logits' standard deviation is 2."""
     dtype, shape = getattr(torch, setting["dtype"]), MODELS[setting["model"]]
-    size = setting.get("vocabulary", shape.vocab_size)
+    size = setting.get("vocabulary", shape.vocab_size or shape.channels)
     hidden = torch.randn(setting["batch"], shape.tokens, shape.width, device=device).to(dtype)
     weight = (torch.randn(size, shape.width, device=device) * 2 * shape.width**-0.5).to(dtype)
+    if not shape.vocab_size:
+        return hidden, weight, torch.rand(*hidden.shape[:2], size, device=device) < 0.5
     return hidden, weight, torch.randint(size, hidden.shape[:2], device=device)
 
 

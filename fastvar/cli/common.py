@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,11 +12,41 @@ import tyro
 if TYPE_CHECKING:
     import torch
 
-    from fastvar.models import VAR, TextEncoder, VARConfig
+    from fastvar.models import VAR, Model, TextEncoder, VARConfig
     from fastvar.models.pretrained import PretrainedModel
 
-Model = TypeVar("Model", bound="PretrainedModel")
+Kind = TypeVar("Kind", bound="PretrainedModel")
 Flat = tyro.conf.OmitArgPrefixes
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A VAR or an Infinity."""
+
+    model: Path
+    """Folder of the model, or of the run that trained it; or public weights of an Infinity."""
+    tokenizer: Path | None = None
+    """Infinity: the tokenizer's file or folder, if the model was not saved with it."""
+    text_encoder: str = ""
+    """Infinity: what reads the prompts, as in `fastvar train`; by default what the model was trained with."""
+
+    def load(self, device: str | None, *, read_on: str | None = None) -> Model:
+        """The model with its tokenizer, on a device; by default on the GPU if there is one. `read_on` is the device of
+        its text encoder, by default the same.
+
+        Raises:
+            FileNotFoundError: no model in that folder.
+            ValueError: another model, one without a tokenizer or a text encoder, a device that is not here.
+        """
+        from fastvar.cli.infinity import is_infinity, load_with_encoder
+
+        if is_infinity(self.model):
+            place, reader = chosen_device(device), chosen_device(device if read_on is None else read_on)
+            return load_with_encoder(self.model, self.tokenizer, self.text_encoder, reader).to(place)
+        for name in ("tokenizer", "text_encoder"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: expected none with a VAR, as it has no such option")
+        return load_model(self.model, device=device)
 
 
 def load_model(folder: Path, *, device: str | None = None) -> VAR:
@@ -34,7 +65,7 @@ def load_model(folder: Path, *, device: str | None = None) -> VAR:
     return var.to(place)
 
 
-def load_saved(option: str, kind: type[Model], folder: Path) -> Model:
+def load_saved(option: str, kind: type[Kind], folder: Path) -> Kind:
     """A model from its folder, or from that of the run which trained it.
 
     Raises:
@@ -71,6 +102,14 @@ def chosen_device(name: str | None) -> torch.device:
     if name is not None and name not in here:
         raise ValueError(f"device: expected one of {', '.join(here)}, got {name!r}")
     return torch.device(name or ("cuda" if "cuda" in here else "cpu"))
+
+
+def device_of_process(name: str | None) -> str:
+    """The device that a process of training has, of a name as `train_on` takes it."""
+    device = chosen_device(name)
+    if device.type == "cpu" or device.index is not None:
+        return str(device)
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 
 def train_on(name: str | None) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastvar.cli.common import chosen_device, load_encoder, load_saved
+from fastvar.cli.common import device_of_process, load_encoder, load_saved
 from fastvar.evaluation import GUIDED, draw
 from fastvar.models import BSQTokenizer, Infinity, InfinityConfig, TextEncoder, load_infinity
 from fastvar.models.pretrained import CONFIG_NAME, saved_class
@@ -81,11 +80,17 @@ def encoder_of(name: str, config: InfinityConfig | None, device: torch.device) -
     return load_encoder(name, max_length=longest, dtype=dtype, device=device)
 
 
+def load_with_encoder(model: Path, tokenizer: Path | None, text_encoder: str, device: torch.device) -> Infinity:
+    """An Infinity as `load` finds it, with the text encoder that `encoder_of` finds; only that is on the device."""
+    net = load("model", model, tokenizer)
+    encoder = encoder_of(text_encoder, net.config, device)
+    net.config, net.text_encoder = replace(net.config, text_encoder=encoder.name), encoder
+    return net
+
+
 def train_infinity(options: Train) -> TrainResult[Infinity]:
     """Train an Infinity as `fastvar train --task infinity` is asked to."""
-    device, budget = chosen_device(options.device), options.budget
-    if device.type == "cuda" and device.index is None:  # each process has its own
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device, budget = torch.device(device_of_process(options.device)), options.budget
     schedules = [infinity_schedule(budget, ratio) for ratio in infinity_ratios()] if budget else None
     own = infinity_schedule(budget) if budget else None
     start = None if options.start is None else load("start", options.start, options.tokenizer, own)

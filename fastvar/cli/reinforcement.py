@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastvar.cli.common import Flat, load_model, train_on
+from fastvar.cli.common import Flat, ModelOptions, device_of_process, train_on
 from fastvar.cli.outputs import output_file, output_folder, say
 from fastvar.cli.sources import PromptOptions
 from fastvar.evaluation import GUIDED
@@ -69,10 +69,9 @@ class RewardOptions(PromptOptions):
 
 @dataclass(frozen=True)
 class RL:
-    """Train a VAR with rewards (VMR-GRPO). An interrupted run goes on with the same command."""
+    """Train a VAR or an Infinity with rewards (VMR-GRPO). An interrupted run goes on with the same command."""
 
-    model: Path
-    """Folder of the model to start from, or of the run that trained it."""
+    start: Annotated[ModelOptions, Flat]
     output: Path
     """Folder of the run: model (averaged weights), best, metrics, pictures, checkpoints."""
     scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
@@ -89,14 +88,15 @@ class RL:
 
         output_folder("output", self.output)
         train_on(self.device)
-        var = load_model(self.model, device="cpu")  # each process moves it to its own device
-        prompts = self.scoring.load_prompts(var, count=self.prompt_count, train=True)
+        # each process moves it to its own device; AdamW needs float32
+        model = self.start.load("cpu", read_on=device_of_process(self.device)).float()
+        prompts = self.scoring.load_prompts(model, count=self.prompt_count, train=True)
         held_out = None
-        if var.config.subject != "none" and self.scoring.prompt_file is None:
-            held_out = self.scoring.load_prompts(var, count=self.rl.evaluation_samples, train=False)
+        if model.config.subject != "none" and self.scoring.prompt_file is None:
+            held_out = self.scoring.load_prompts(model, count=self.rl.evaluation_samples, train=False)
         if self.adapter_rank:
-            add_adapters(var, self.adapter_rank, seed=self.rl.seed)
-        VMRGRPOTrainer(var, self.scoring.reward(), prompts, self.rl, self.output, evaluation=held_out).train()
+            add_adapters(model, self.adapter_rank, seed=self.rl.seed)
+        VMRGRPOTrainer(model, self.scoring.reward(), prompts, self.rl, self.output, evaluation=held_out).train()
         say(f"policy: {self.output / 'model'}")
 
 
@@ -104,8 +104,7 @@ class RL:
 class ChooseMiddle:
     """Measure for every middle scale m how much of a reward's variance the coarse scales explain, and recommend one."""
 
-    model: Path
-    """Folder of the model, or of the run that trained it."""
+    drawn_with: Annotated[ModelOptions, Flat]
     output: Path = Path("middle.png")
     """The plot, a .png."""
     device: str | None = None
@@ -127,11 +126,11 @@ class ChooseMiddle:
         from fastvar.rl.choose_middle import ENOUGH, explained_shares, recommended_middle
 
         output_file("output", self.output, ".png")
-        var = load_model(self.model, device=self.device)
-        prompts = self.scoring.load_prompts(var, count=max(self.prompt_count, 100), train=False)
+        model = self.drawn_with.load(self.device)
+        prompts = self.scoring.load_prompts(model, count=max(self.prompt_count, 100), train=False)
         prompts = prompts.take([i * len(prompts) // self.prompt_count for i in range(self.prompt_count)])
         shares = explained_shares(
-            var,
+            model,
             self.scoring.reward(),
             prompts,
             prefixes=self.prefixes,
@@ -157,8 +156,7 @@ class Evaluate:
     """Score samples of a model: rewards and diversity with 95 % intervals. Without a file of prompts also word accuracy
     and NED, and with a subject prefix how often a sample matches its reference."""
 
-    model: Path
-    """Folder of the model, or of the run that trained it."""
+    drawn_with: Annotated[ModelOptions, Flat]
     samples: Annotated[int, Range(8)] = 400
     """Images to draw for each part."""
     output: Path | None = None
@@ -176,7 +174,7 @@ class Evaluate:
 
         if self.output is not None:
             output_file("output", self.output)
-        var = load_model(self.model, device=self.device)
+        var = self.drawn_with.load(self.device)
         reward = self.scoring.reward()
         prompts = self.scoring.load_prompts(var, count=self.samples, train=False)
         figures = self.scoring.figures(var, self.samples, self.options, self.seed)

@@ -17,7 +17,7 @@ from fastvar.ranges import Count, OneOf
 if TYPE_CHECKING:
     from fastvar.data import ImageFolder, TextImages
     from fastvar.handwriting import HandwritingScenes
-    from fastvar.models import VAR, SamplingOptions, VARConfig
+    from fastvar.models import Model, SamplingOptions, VARConfig
     from fastvar.rl import Prompts
 
 
@@ -95,23 +95,25 @@ class PromptOptions:
 
     prompt_file: Path | None = None
     """A text file, a prompt on each line; for a model with a class condition CLASS TAB PROMPT, CLASS being a name or an
-    index. By default every number that a handwriting model can write, or texts and references of handwriting scenes for
-    one with a subject prefix."""
+    index. By default every number that a VAR of handwriting can write, or texts and references of handwriting scenes
+    for one with a subject prefix."""
     reference_place: Annotated[str, OneOf("own", "scene")] = "own"
     """Where handwriting's references show their digit: at a place of its "own" or as in the "scene"; as in training."""
 
-    def load_prompts(self, var: VAR, *, count: int, train: bool) -> Prompts:
+    def load_prompts(self, var: Model, *, count: int, train: bool) -> Prompts:
         """What to draw with a model: the file's prompts, or those of handwriting (`count` scenes of a split)."""
         import torch
 
         from fastvar.handwriting.evaluation import prompts
+        from fastvar.models import VAR
         from fastvar.rl import Prompts
 
         config = var.config
         if self.prompt_file is not None:
             lines = [line for line in read_text(self.prompt_file, "prompt_file").splitlines() if line.strip()]
             if config.text_length:
-                config.encode_text(lines)  # raises for a text that the model cannot write
+                if isinstance(var, VAR):
+                    config.encode_text(lines)  # raises for a text that the model cannot write
                 return Prompts(lines)
             columns = [line.partition("\t") for line in lines]
             for line, (_, _, text) in zip(lines, columns, strict=True):
@@ -119,14 +121,16 @@ class PromptOptions:
                     raise ValueError(f"prompt_file: expected lines CLASS TAB PROMPT, got {line!r}")
             indices = [class_index("prompt_file: CLASS", name, config) for name, *_ in columns]
             return Prompts([text for *_, text in columns], torch.tensor(indices))
-        if not config.text_length:
-            raise ValueError("prompt_file: expected a file, as the model has a class condition")
+        if not isinstance(var, VAR) or not config.text_length:
+            kind = "reads any text" if config.text_length else "has a class condition"
+            raise ValueError(f"prompt_file: expected a file, as the model {kind}")
         return prompts(var, count, split="train" if train else "test", reference_place=self.reference_place)
 
-    def figures(self, var: VAR, samples: int, options: SamplingOptions, seed: int) -> dict[str, Any]:
+    def figures(self, var: Model, samples: int, options: SamplingOptions, seed: int) -> dict[str, Any]:
         """How well a model of handwriting writes what it is asked for, ready for JSON; nothing of other prompts."""
         from fastvar.handwriting.evaluation import figures
+        from fastvar.models import VAR
 
-        if self.prompt_file is not None or not var.config.text_length:
+        if self.prompt_file is not None or not isinstance(var, VAR) or not var.config.text_length:
             return {}
         return figures(var, samples, options, seed=seed, reference_place=self.reference_place)

@@ -12,7 +12,7 @@ from fastvar.models.infinity_checkpoints import load_infinity
 from fastvar.models.infinity_config import InfinityConfig
 from fastvar.models.kv_cache import KVCache
 from fastvar.models.next_scale import Model, NextScaleModel
-from fastvar.models.sampling import Generation, SamplingOptions, SamplingState
+from fastvar.models.sampling import Generation, SamplingOptions, SamplingState, state_after
 from fastvar.models.t5 import T5TextEncoder
 from fastvar.models.text import TextEncoder, TextFeatures
 from fastvar.models.text_encoders import load_text_encoder
@@ -49,4 +49,5 @@ __all__ = [
     "rotation_grid",
     "scale_weights",
     "self_correction",
+    "state_after",
 ]

@@ -30,6 +30,7 @@ from fastvar.models.text import (
 )
 from fastvar.models.var_block import Modulations
 from fastvar.ops import SampledTokens, TokenLogProbs, sample_bits, token_log_probs
+from fastvar.ops.token_log_probs import Head
 from fastvar.ranges import GUIDANCE, Range
 from fastvar.schedule import ScaleSchedule
 
@@ -169,6 +170,9 @@ class Infinity(NextScaleModel[BSQTokenizer]):
         texts = checked_texts("Infinity", prompts)  # all, before any is encoded
         return [self.features(texts[i : i + size]) for i in range(0, len(texts), size)]
 
+    def take(self, batch: TextFeatures, rows: Sequence[int]) -> TextFeatures:
+        return batch.take(rows)
+
     def begin(self, encoded: TextsAndOpposites, *, guided: bool) -> tuple[torch.Tensor, Modulations]:
         texts, against = encoded
         if guided and against is None:
@@ -229,8 +233,7 @@ class Infinity(NextScaleModel[BSQTokenizer]):
         subject: torch.Tensor | None = None,
         schedule: ScaleSchedule | None = None,
     ) -> torch.Tensor:
-        """The normalised hidden states before the head (B, L', C); arguments as `forward`. `fastvar.ops.policy_loss`
-        takes these and `head`."""
+        """The normalised hidden states before the head (B, L', C); arguments as `forward`."""
         whole = self.schedule if schedule is None else self.config.check_schedule(schedule)
         visible, batch = self._teacher_forced(inputs, whole), len(inputs)
         features = self.features(texts)
@@ -256,6 +259,9 @@ class Infinity(NextScaleModel[BSQTokenizer]):
             if hidden.dtype == dtype:
                 return self.head(hidden)
             return F.linear(hidden.to(dtype), self.head.weight.to(dtype), self.head.bias.to(dtype))
+
+    def scored(self, hidden: torch.Tensor) -> Head:
+        return Head(self.logits(hidden))  # few, and of the precision that autocast would take from a head
 
     def forward(
         self,
@@ -287,10 +293,10 @@ class Infinity(NextScaleModel[BSQTokenizer]):
         Raises:
             ValueError: arguments that do not fit, see also `features`.
         """
-        logits = self.logits(self.hidden(texts, inputs, subject=subject, schedule=schedule))
+        hidden = self.hidden(texts, inputs, subject=subject, schedule=schedule)
         if bits is None:
-            return logits
-        return token_log_probs(logits, None, None, bits, temperature=temperature)
+            return self.logits(hidden)
+        return token_log_probs(*self.scored(hidden), bits, temperature=temperature)
 
     # -- sampling ----------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,8 @@
-"""What sampling, rollouts and evaluations need of a next-scale model, and what such models have in common.
+"""What sampling, evaluation and reinforcement learning need of a next-scale model, and what such models share.
 
-`NextScaleModel` is the one protocol: whoever draws or evaluates asks a model for nothing else. Training has a task for
-each kind of model, and updates of reinforcement learning take a `VAR` alone so far. A model says what its prompts,
-positions, tokens and guidance are; its two streams, its way through the blocks and its subject's prefix are the same
-for all.
+`NextScaleModel` is the one protocol: whoever draws, evaluates or learns from rewards asks a model for nothing else.
+Training has a task for each kind of model. A model says what its prompts, positions, tokens and guidance are; its two
+streams, its way through the blocks and its subject's prefix are the same for all.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from fastvar.models.text import TextKV
 from fastvar.models.var_block import Block, Modulations, Rope, attend_to_cache, attend_to_scales
 from fastvar.models.with_tokenizer import WithTokenizer
 from fastvar.ops import PrefixKV, SampledTokens, adaptive_layer_norm, gated_residual_norm
+from fastvar.ops.token_log_probs import Head
 from fastvar.ranges import Range
 from fastvar.schedule import ScaleSchedule
 
@@ -122,7 +122,12 @@ class NextScaleModel(WithTokenizer[Tokenizer]):
         raise NotImplementedError
 
     def batches(self, prompts: Any, size: int) -> list[Any]:
-        """Prompts in batches of at most `size`, each as `generate` takes them; all are checked. None of no prompts."""
+        """Prompts in batches of at most `size`, each as `generate` and `hidden` take them; all are checked. None of no
+        prompts."""
+        raise NotImplementedError
+
+    def take(self, batch: Any, rows: Sequence[int]) -> Any:
+        """These rows of a batch that `batches` answered, in this order; one may come several times."""
         raise NotImplementedError
 
     def begin(self, encoded: Any, *, guided: bool) -> tuple[torch.Tensor, Modulations]:
@@ -149,6 +154,11 @@ class NextScaleModel(WithTokenizer[Tokenizer]):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (B, n, C) to logits: of classes (B, n, V), or of bits (B, n, d)."""
+        raise NotImplementedError
+
+    def scored(self, hidden: torch.Tensor) -> Head:
+        """What log-probabilities and losses of tokens are computed from: hidden states (B, n, C) and the head, or the
+        logits. They are the ones that tokens are drawn from, under autocast too."""
         raise NotImplementedError
 
     def empty_tokens(self, batch: int) -> torch.Tensor:

@@ -48,8 +48,9 @@ class SamplingOptions:
     """
 
     guidance: GuidanceOrNone = None
-    """Classifier-free guidance; None for none. Of a VAR that of the last scale: it grows linearly from 0 at the first
-    one, and 0 is none; of an Infinity that of all scales, and 1 is none (0 draws without a look at the text)."""
+    """Classifier-free guidance, one number or one for each scale; None for none. Of a VAR a single number is that of
+    the last scale: it grows linearly from 0 at the first one, and 0 is none. Of an Infinity it is that of all scales,
+    and 1 is none (0 draws without a look at the text)."""
     temperature: Temperature = 1.0
     """Divides the logits, when drawing and when scoring; below 1 the likeliest codes gain."""
     top_k: CountOrNone = 0
@@ -69,9 +70,15 @@ class SamplingOptions:
         """Raise a ValueError that names a setting which makes no sense."""
         check_fields(self)
 
-    def guidance_of(self, model: Model | type[Model]) -> float:
+    def guidance_of(self, model: Model | type[Model]) -> PerScale:
         """The guidance that a model draws with."""
         return model.no_guidance if self.guidance is None else self.guidance
+
+    def guides(self, model: Model | type[Model]) -> bool:
+        """Whether a model draws with unconditional rows beside the conditional ones."""
+        guidance = self.guidance_of(model)
+        each = guidance if isinstance(guidance, Sequence) else (guidance,)
+        return any(weight != model.no_guidance for weight in each)
 
     def arguments(self, model: Model) -> dict[str, Any]:
         """As `generate` of a model takes them."""
@@ -382,21 +389,80 @@ def sample_scales(model: Model, state: SamplingState, seeds: torch.Tensor, optio
         seeds: (B,) int64, see `sample_seeds`.
         options: how.
     """
-    schedule, batch = state.schedule, state.batch
+
+    def drawn(k: int, hidden: torch.Tensor) -> SampledTokens:
+        logits, guidance = model.logits(hidden), options.guidance[k]
+        contrasted = len(logits) > state.batch and guidance != model.no_guidance
+        return model.sample(
+            logits[: state.batch],
+            unconditional=logits[state.batch :] if contrasted else None,
+            guidance=guidance - model.no_guidance if contrasted else 0.0,
+            temperature=options.temperature[k],
+            top_k=options.top_k[k],
+            top_p=options.top_p[k],
+            seeds=seeds,
+            position=state.schedule.starts[k],
+            log_probs=options.log_probs,
+        )
+
+    _pass_scales(model, state, options.stop, options.guidance, drawn)
+
+
+@torch.no_grad()
+def state_after(
+    model: Model, prompts: Any, tokens: torch.Tensor, *, subject: torch.Tensor | None = None, guided: bool = False
+) -> SamplingState:
+    """The state of a model that is as if it had sampled the first scales itself, whoever has; to be forked and
+    continued. It has no log-probabilities.
+
+    Args:
+        model: in evaluation mode.
+        prompts: B, as its `generate` takes them.
+        tokens: (B, L'), or bits (B, L', d), of the first scales.
+        subject: (B / G, L, c) pyramids of the reference subjects, or None.
+        guided: whether it is to be continued with guidance.
+
+    Raises:
+        ValueError: prompts of another kind or number, tokens that do not end with a scale.
+    """
+    encoded, stop = model.encode(prompts), len(model.schedule.with_num_tokens(tokens.shape[1]))
+    if model.count(encoded) != len(tokens):
+        raise ValueError(f"state_after: prompts: expected one for each of {len(tokens)}, got {model.count(encoded)}")
+    if subject is not None:
+        model.check_subject("state_after", subject, len(tokens))
+    state = Beginning(encoded, len(tokens), model.schedule, subject, guided, log_probs=False).begun(model)
+
+    def given(k: int, hidden: torch.Tensor) -> SampledTokens:
+        return SampledTokens(tokens[:, state.schedule.starts[k] : state.schedule.ends[k]], None, None)
+
+    _pass_scales(model, state, stop, (model.no_guidance,) * stop, given)
+    return state
+
+
+def _pass_scales(
+    model: Model,
+    state: SamplingState,
+    stop: int,
+    guidance: Sequence[float],
+    draw: Callable[[int, torch.Tensor], SampledTokens],
+) -> None:
+    """Pass the scales from `state.scale` to `stop` through the model; `draw` says what tokens a scale's hidden states
+    give. `guidance` is read where the state mixes hidden states."""
+    schedule = state.schedule
     # a state that stops early has no room for the rest: as a trunk of forks it would stay empty
-    state.cache.reserve(state.cached + schedule.ends[options.stop - 1] - schedule.starts[state.scale])
+    state.cache.reserve(state.cached + schedule.ends[stop - 1] - schedule.starts[state.scale])
     positions = model.token_positions(schedule)
     by_scale = model.injection(schedule).by_scale
     scales: list[SampledTokens] = []
-    for k in range(state.scale, options.stop):
+    for k in range(state.scale, stop):
         with annotate(f"scale {k}"):
-            start, end, guidance = schedule.starts[k], schedule.ends[k], options.guidance[k]
+            start, end = schedule.starts[k], schedule.ends[k]
             inputs = state.inputs
             if state.guided and inputs is not None:
                 inputs = torch.cat([inputs, inputs])
             mixture = None
             if state.guided and state.guidance_layer:
-                mixture = Mixture(len(model.blocks) - state.guidance_layer, guidance)
+                mixture = Mixture(len(model.blocks) - state.guidance_layer, guidance[k])
             hidden = model.sample_scale(
                 model.embed(state.condition, inputs, start, positions.added),
                 state.modulations,
@@ -407,19 +473,7 @@ def sample_scales(model: Model, state: SamplingState, seeds: torch.Tensor, optio
                 mixture=mixture,
                 prefix_tokens=end if by_scale else None,
             )
-            logits = model.logits(hidden)
-            contrasted = len(logits) > batch and guidance != model.no_guidance
-            drawn = model.sample(
-                logits[:batch],
-                unconditional=logits[batch:] if contrasted else None,
-                guidance=guidance - model.no_guidance if contrasted else 0.0,
-                temperature=options.temperature[k],
-                top_k=options.top_k[k],
-                top_p=options.top_p[k],
-                seeds=seeds,
-                position=start,
-                log_probs=options.log_probs,
-            )
+            drawn = draw(k, hidden)
             state.feature_map, state.inputs = model.tokenizer.accumulate(
                 drawn.tokens, state.feature_map, k, schedule=schedule
             )

@@ -60,8 +60,12 @@ class TextFeatures(NamedTuple):
 
     def some(self, texts: slice) -> TextFeatures:
         """The features of some of the texts."""
-        chosen = self.packed.split(list(self.lengths))[texts]
-        return TextFeatures(torch.cat([self.packed[:0], *chosen]), tuple(self.lengths)[texts])
+        return self.take(range(len(self.lengths))[texts])
+
+    def take(self, texts: Sequence[int]) -> TextFeatures:
+        """The features of these texts, in this order; one may come several times."""
+        rows, lengths = self.packed.split(list(self.lengths)), tuple(self.lengths)
+        return TextFeatures(torch.cat([self.packed[:0], *(rows[i] for i in texts)]), tuple(lengths[i] for i in texts))
 
 
 class TextEncoder(Protocol):

@@ -25,6 +25,7 @@ from fastvar.ops import (
     sample_tokens,
     token_log_probs,
 )
+from fastvar.ops.token_log_probs import Head
 from fastvar.ranges import GUIDANCE
 from fastvar.schedule import ScaleSchedule
 
@@ -142,6 +143,10 @@ class VAR(NextScaleModel[VQTokenizer]):
     def batches(self, prompts: Labels, size: int) -> list[torch.Tensor]:
         indices = self.indices(prompts)
         return list(indices.split(size)) if len(indices) else []
+
+    def take(self, batch: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        indices = torch.tensor(rows, dtype=torch.int64)
+        return batch.index_select(0, indices.to(batch.device, non_blocking=True))
 
     def begin(self, encoded: torch.Tensor, *, guided: bool) -> tuple[torch.Tensor, Modulations]:
         condition = self.condition(encoded)
@@ -266,6 +271,9 @@ class VAR(NextScaleModel[VQTokenizer]):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.head(hidden)
 
+    def scored(self, hidden: torch.Tensor) -> Head:
+        return Head(hidden, self.head.weight, self.head.bias)
+
     def forward(
         self,
         labels: Labels,
@@ -306,9 +314,9 @@ class VAR(NextScaleModel[VQTokenizer]):
         if tokens is None:
             return self.logits(hidden).float()
         if label_smoothing is not None:
-            head = (self.head.weight, self.head.bias)
-            return cross_entropy(hidden, *head, tokens, label_smoothing=label_smoothing, weights=token_weights)
-        return token_log_probs(hidden, self.head.weight, self.head.bias, tokens, temperature=temperature)
+            head = self.scored(hidden)
+            return cross_entropy(*head, tokens, label_smoothing=label_smoothing, weights=token_weights)
+        return token_log_probs(*self.scored(hidden), tokens, temperature=temperature)
 
     # -- sampling ----------------------------------------------------------------------------------------------------
 

@@ -143,7 +143,7 @@ def iteration_tokens(config: RLConfig, schedule: ScaleSchedule, iteration: int) 
             drawn, trained = rows * coarse + rows * config.continuations * (whole - coarse), rows * coarse
         else:
             drawn, trained = config.prompts * coarse + rows * (whole - coarse), rows * whole
-    return drawn * (2 if config.rollout.guidance_of(VAR) else 1) + _BACKWARD * config.updates * trained
+    return drawn * (2 if config.rollout.guides(VAR) else 1) + _BACKWARD * config.updates * trained
 
 
 def affordable_iterations(config: RLConfig, schedule: ScaleSchedule, tokens: int) -> int:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastvar.models import VAR, SamplingOptions
+from fastvar.models import Model, SamplingOptions
 from fastvar.rl.preflight import check_prompts
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.rewards import RewardSum
@@ -34,7 +34,7 @@ class MiddleShare(NamedTuple):
 
 
 def explained_shares(
-    var: VAR,
+    model: Model,
     reward: RewardSum,
     prompts: Prompts,
     *,
@@ -47,7 +47,7 @@ def explained_shares(
     """Draw coarse states of every prompt and continuations of each, for every middle scale, and divide the variance.
 
     Args:
-        var: the policy, in evaluation mode.
+        model: the policy, in evaluation mode.
         reward: what scores.
         prompts: each is drawn (len(prompts) x prefixes x continuations images for each middle scale).
         prefixes: coarse states of a prompt, at least 2.
@@ -67,11 +67,11 @@ def explained_shares(
     for name, value in (("prefixes", prefixes), ("continuations", continuations)):
         if value < 2:
             raise ValueError(f"explained_shares: {name}: expected at least 2, got {value}")
-    check_prompts(var, prompts)
+    check_prompts(model, prompts)
     shares = []
-    for middle in range(1, len(var.schedule)):
+    for middle in range(1, len(model.schedule)):
         drawn = roll_out(
-            var,
+            model,
             prompts,
             segment="coarse",
             group_size=prefixes,
@@ -80,7 +80,7 @@ def explained_shares(
             seed=seed,
             options=options,
         )
-        each = score(drawn, reward, var.schedule).each
+        each = score(drawn, reward, model.schedule).each
         share = intraclass_correlation(reward.combine(each).view(len(prompts), prefixes, continuations))
         averaged = averaged_over * share / (1 + (averaged_over - 1) * share)
         shares.append(MiddleShare(middle, share, averaged))

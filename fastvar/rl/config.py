@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
-from fastvar.models import VAR, SamplingOptions
+from fastvar.models import VAR, Model, SamplingOptions
 from fastvar.ops import PolicyLossOptions
 from fastvar.ops.policy_loss import NORMALISATIONS, SPREAD_FLOOR
 from fastvar.ranges import (
@@ -54,6 +54,9 @@ class RLConfig:
     """m: scales before it are the coarse segment; 0 trains all scales at once."""
     continuations: Count = 2
     """K, continuations of a coarse segment that make its return."""
+    continue_with: Annotated[str, OneOf("policy", "reference")] = "policy"
+    """Who draws the continuations: the "policy" as it is, from its cached states, or the "reference" that the KL is
+    measured to, as the formula of the paper has it. The reference takes the coarse tokens in first, one pass more."""
     eta: PositiveOrInfinite = 1.0
     """Temperature of the soft value over the continuations: the best of them towards 0, their mean at infinity."""
     coarse_updates: CountOrNone = 3
@@ -124,6 +127,11 @@ class RLConfig:
         return "coarse" if place < self.coarse_updates else "fine"
 
     @property
+    def reference_continues(self) -> bool:
+        """Whether the reference draws continuations of coarse segments."""
+        return self.continue_with == "reference" and self.middle > 0 and self.coarse_updates > 0
+
+    @property
     def largest_difference(self) -> float:
         """The tolerance that holds; it cannot be widened where the rollout's log-probabilities are trained with."""
         usual = TOLERANCES[self.precision]
@@ -138,12 +146,14 @@ class RLConfig:
         if self.stop_kl and not self.loss.kl_weight:
             raise ValueError("RLConfig: stop_kl: expected 0 without a KL weight, as the KL is then not measured")
 
-    def settings(self) -> dict[str, Any]:
-        """What decides the result of a run; the same for one that was begun before guidance could be None and pictures
-        be decoded in tiles."""
+    def settings(self, model: Model | type[Model] = VAR) -> dict[str, Any]:
+        """What decides the result of a run of a model; the same for one that was begun before guidance could be None,
+        pictures be decoded in tiles and continuations be drawn by the reference."""
         settings = {name: value for name, value in asdict(self).items() if name not in MAY_CHANGE}
+        if self.continue_with == "policy":
+            del settings["continue_with"]
         rollout = settings["rollout"]
-        rollout["guidance"] = self.rollout.guidance_of(VAR)
+        rollout["guidance"] = self.rollout.guidance_of(model)
         if not self.rollout.decode_tile:
             del rollout["decode_tile"]
         del rollout["batch_size"], rollout["graphs"]

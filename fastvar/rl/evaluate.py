@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from fastvar.data.metrics import diversity, mean_interval
-from fastvar.models import VAR, SamplingOptions
+from fastvar.models import Model, SamplingOptions
 from fastvar.rl.preflight import check_prompts
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.rewards import RewardSum
@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
 
 def evaluate_policy(
-    var: VAR, reward: RewardSum, prompts: Prompts, *, samples: int, options: SamplingOptions, seed: int = SEED
+    var: Model, reward: RewardSum, prompts: Prompts, *, samples: int, options: SamplingOptions, seed: int = SEED
 ) -> Evaluation:
     """Draw four images of each of samples / 4 prompts, spread evenly over all, and score them.
 
@@ -67,7 +67,7 @@ def evaluate_policy(
 
 
 def draw_evaluation(
-    var: VAR,
+    var: Model,
     prompts: Prompts,
     *,
     samples: int,

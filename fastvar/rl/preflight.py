@@ -6,19 +6,21 @@ from pathlib import Path
 
 import torch
 
-from fastvar.models import VAR
+from fastvar.models import Model
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.rewards import RewardSum
 from fastvar.training.space import check_space
 
+_AT_ONCE = 64  # prompts: features of texts are large, and not kept
+
 
 def before_the_first_step(
-    var: VAR, prompts: Prompts, evaluation: Prompts, reward: RewardSum, output: Path | None = None
+    model: Model, prompts: Prompts, evaluation: Prompts, reward: RewardSum, output: Path | None = None
 ) -> None:
     """All that would stop a run later, perhaps after hours.
 
     Args:
-        var: the policy, on its device.
+        model: the policy, on its device.
         prompts, evaluation: of training and of evaluations.
         reward: what is learned from.
         output: the run's folder, or None where nothing is written.
@@ -31,22 +33,24 @@ def before_the_first_step(
     if not any(reward.weights.values()):
         raise ValueError("RewardSum: weights: expected one other than 0, as nothing would be learned")
     if output is not None:
-        check_space(output, var)
+        check_space(output, model)
     for asked in [prompts] if evaluation is prompts else [prompts, evaluation]:
-        check_prompts(var, asked)
+        check_prompts(model, asked)
         reward.check_texts(asked.texts)
-        try_rewards(var, asked, reward)
+        try_rewards(model, asked, reward)
 
 
-def check_prompts(var: VAR, prompts: Prompts) -> None:
+def check_prompts(model: Model, prompts: Prompts) -> None:
     """Raise a ValueError that names a condition which the model does not know, or references which it cannot take."""
-    labels, config = prompts.conditions, var.config
-    var.encode(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
+    labels, config = prompts.conditions, model.config
+    labels = labels.cpu() if isinstance(labels, torch.Tensor) else labels
+    for start in range(0, len(labels), _AT_ONCE):
+        model.encode(labels[start : start + _AT_ONCE])
     references = prompts.references
     if references is not None:
         if config.subject == "none":
             raise ValueError("Prompts: references: expected None, as the model has no subject prefix")
-        size = (3, *var.tokenizer.config.image_size)
+        size = (3, *model.tokenizer.config.image_size)
         if references.ndim != 4 or references.shape[1:] != size or not references.is_floating_point():
             expected, got = f"floating-point (N, *{size})", f"{references.dtype} {tuple(references.shape)}"
             raise ValueError(f"Prompts: references: expected {expected}, got {got}")
@@ -55,15 +59,15 @@ def check_prompts(var: VAR, prompts: Prompts) -> None:
             raise ValueError(f"Prompts: references: expected numbers in [0, 1], got {low:g} to {high:g}")
 
 
-def try_rewards(var: VAR, prompts: Prompts, reward: RewardSum) -> None:
+def try_rewards(model: Model, prompts: Prompts, reward: RewardSum) -> None:
     """Ask all rewards once, about two blank pictures for the first prompt.
 
     Raises:
         RuntimeError: names a reward that misbehaved. That scores are missing is no fault.
     """
     first = prompts.take([0, 0])
-    images = torch.full((2, 3, *var.tokenizer.config.image_size), 0.5, device=var.device)
-    references = None if first.references is None else first.references.to(var.device)
+    images = torch.full((2, 3, *model.tokenizer.config.image_size), 0.5, device=model.device)
+    references = None if first.references is None else first.references.to(model.device)
     try:
         reward.ask(images, first.texts, references)
     except RuntimeError as error:

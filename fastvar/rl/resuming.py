@@ -33,7 +33,7 @@ def run_settings(
         prompts: what is drawn.
     """
     settings = {
-        "rl": config.settings(),
+        "rl": config.settings(policy),
         "model": asdict(policy.config),
         "trained": sum(p.numel() for p in trained.parameters() if p.requires_grad),
         "start": start,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from fastvar.models import Model, SamplingOptions, SamplingState
+from fastvar.models import Model, SamplingOptions, SamplingState, state_after
 from fastvar.random import derive
+from fastvar.rl.adapters import as_reference
 from fastvar.rl.prompts import Prompts, subject_of
 from fastvar.rl.rows import taken
 
@@ -20,6 +21,8 @@ class Rollout(NamedTuple):
 
     Attributes:
         prompts: n, one for each row.
+        conditions: n, the prompts as the model takes them (`NextScaleModel.batches`), encoded once for rollout and
+            update, which are to see the same.
         tokens: (n, L') int64, or bits (n, L', d) bool, from the first scale on to the end of the segment.
         log_probs: (n, L') float32, of the tokens when they were drawn, under the model itself.
         images: (n K, 3, H, W) in [0, 1], the K continuations of a segment adjacent; K = 1 but for coarse segments.
@@ -32,6 +35,7 @@ class Rollout(NamedTuple):
     """
 
     prompts: Prompts
+    conditions: Any
     tokens: torch.Tensor
     log_probs: torch.Tensor
     images: torch.Tensor
@@ -55,12 +59,13 @@ def roll_out(
     seed: int,
     options: SamplingOptions,
     rows: range | None = None,
+    continue_with: Model | None = None,
 ) -> Rollout:
     """Draw G segments for each prompt.
 
     "whole": images, trained from the first scale on: the rollout of plain GRPO. "coarse": the scales before `middle`,
-    each continued `continuations` times to an image from its cached state. "fine": the scales from `middle` on, the G
-    of a prompt continuing one drawn coarse segment.
+    each continued `continuations` times to an image, from its cached state or by another model. "fine": the scales from
+    `middle` on, the G of a prompt continuing one drawn coarse segment.
 
     Args:
         model: the policy, in evaluation mode.
@@ -73,6 +78,9 @@ def roll_out(
         options: how to draw.
         rows: the rows of the batch of P G that are wanted, all by default. A row does not depend on which others are
             drawn with it, so several processes may share a rollout.
+        continue_with: draws the continuations of a coarse segment, whose tokens then pass it too: the reference policy
+            of the paper's value of a state. The model itself stands for itself without its adapters. None is the
+            model as it is.
 
     Raises:
         ValueError: a middle scale that the schedule does not have.
@@ -80,14 +88,14 @@ def roll_out(
     if segment != "whole" and not 1 <= middle < len(model.schedule):
         raise ValueError(f"roll_out: middle: expected 1 to {len(model.schedule) - 1}, got {middle}")
     rows = range(len(prompts) * group_size) if rows is None else rows
-    artist = _Artist(model, prompts, group_size, seed, options)
+    artist = _Artist(model, prompts, group_size, seed, options, continue_with)
     drawn: list[_Drawn] = []
     if segment == "whole":
         drawn = [artist.start(part) for part in _chunks(rows, options.batch_size)]
     elif segment == "coarse":
         for part in _chunks(rows, options.batch_size // continuations):
             coarse = artist.start(part, stop=middle)
-            fine = artist.go_on(coarse, continuations, part.start * continuations)
+            fine = artist.continuations_of(coarse, continuations, part)
             drawn.append(coarse._replace(images=fine.images, state=None))
     else:
         for part in _whole_groups(rows, group_size, options.batch_size):
@@ -95,9 +103,10 @@ def roll_out(
             coarse = artist.start(groups, stop=middle, rows_per_prompt=1)
             drawn.append(artist.go_on(coarse, len(part) // len(groups), part.start))
     return Rollout(
-        artist.prompts_of(rows, group_size),
+        prompts.take([row // group_size for row in rows]),
+        artist.conditions_of(rows, group_size),
         torch.cat([d.tokens for d in drawn]),
-        torch.cat([d.log_probs for d in drawn]),
+        torch.cat([d.log_probs for d in drawn if d.log_probs is not None]),
         torch.cat([d.images for d in drawn if d.images is not None]),
         continuations if segment == "coarse" else 1,
         middle if segment == "fine" else 0,
@@ -110,7 +119,7 @@ def roll_out(
 
 class _Drawn(NamedTuple):
     tokens: torch.Tensor
-    log_probs: torch.Tensor
+    log_probs: torch.Tensor | None  # None of a reference's continuations
     images: torch.Tensor | None
     state: SamplingState | None
 
@@ -118,56 +127,86 @@ class _Drawn(NamedTuple):
 class _Artist:
     """Draws parts of one rollout."""
 
-    def __init__(self, model: Model, prompts: Prompts, group_size: int, seed: int, options: SamplingOptions) -> None:
-        self.model, self.prompts, self.group_size, self.seed, self.options = model, prompts, group_size, seed, options
+    def __init__(
+        self,
+        model: Model,
+        prompts: Prompts,
+        group_size: int,
+        seed: int,
+        options: SamplingOptions,
+        reference: Model | None,
+    ) -> None:
+        self.model, self.reference, self.group_size = model, reference, group_size
+        self.seed, self.options = seed, options
+        [self.conditions] = model.batches(prompts.conditions, len(prompts))
         self.subject = subject_of(model, prompts)
         self.passed_tokens = 0
 
-    def prompts_of(self, rows: range, rows_per_prompt: int) -> Prompts:
-        return self.prompts.take([row // rows_per_prompt for row in rows])
+    def conditions_of(self, rows: range, rows_per_prompt: int) -> Any:
+        return self.model.take(self.conditions, [row // rows_per_prompt for row in rows])
+
+    def subjects_of(self, rows: range, rows_per_prompt: int) -> torch.Tensor | None:
+        """One for each prompt where all its rows are there, else one for each row."""
+        if self.subject is None:
+            return None
+        aligned = rows.start % rows_per_prompt == 0 and rows.stop % rows_per_prompt == 0
+        owners = [row // rows_per_prompt for row in (rows[::rows_per_prompt] if aligned else rows)]
+        return taken(self.subject, owners)
 
     def start(self, rows: range, *, stop: int | None = None, rows_per_prompt: int | None = None) -> _Drawn:
         """Rows from the first scale on; `rows_per_prompt` of them, G by default, belong to a prompt."""
         times = self.group_size if rows_per_prompt is None else rows_per_prompt
-        labels = self.prompts_of(rows, times).conditions
-        subject = None
-        if self.subject is not None:
-            aligned = rows.start % times == 0 and rows.stop % times == 0
-            owners = [row // times for row in (rows[::times] if aligned else rows)]
-            subject = taken(self.subject, owners)
-        return self._draw(labels, None, stop, self.seed, rows.start, subject)
+        conditions, subject = self.conditions_of(rows, times), self.subjects_of(rows, times)
+        return self._draw(self.model, conditions, None, stop, self.seed, rows.start, subject)
 
     def go_on(self, drawn: _Drawn, times: int, first_row: int) -> _Drawn:
         """`times` continuations of every row, to the end; nothing of what they share is computed or kept twice."""
         assert drawn.state is not None
-        return self._draw(None, drawn.state.fork(times), None, derive(self.seed, "continuations"), first_row, None)
+        return self._continue(self.model, drawn.state, times, first_row)
+
+    def continuations_of(self, drawn: _Drawn, times: int, rows: range) -> _Drawn:
+        """`times` continuations of rows of coarse segments, by the reference if there is one."""
+        first_row, reference = rows.start * times, self.reference
+        if reference is None:
+            return self.go_on(drawn, times, first_row)
+        with as_reference(reference, self.model):
+            conditions, subject = self.conditions_of(rows, self.group_size), self.subjects_of(rows, self.group_size)
+            guided = self.options.guides(reference)
+            state = state_after(reference, conditions, drawn.tokens, subject=subject, guided=guided)
+            self._count(reference, drawn.tokens, 0)
+            return self._continue(reference, state, times, first_row)
+
+    def _continue(self, model: Model, state: SamplingState, times: int, first_row: int) -> _Drawn:
+        return self._draw(model, None, state.fork(times), None, derive(self.seed, "continuations"), first_row, None)
 
     def _draw(
         self,
-        labels: object,
+        model: Model,
+        conditions: Any,
         state: SamplingState | None,
         stop: int | None,
         seed: int,
         first_sample: int,
         subject: torch.Tensor | None,
     ) -> _Drawn:
-        options = self.options
         before = 0 if state is None else state.tokens.shape[1]
-        out = self.model.generate(
-            labels,
+        out = model.generate(
+            conditions,
             state=state,
             stop=stop,
             subject=subject,
             seed=seed,
             first_sample=first_sample,
-            log_probs=True,
+            log_probs=state is None or state.log_probs is not None,
             decode=stop is None,
-            **options.arguments(self.model),
+            **self.options.arguments(model),
         )
-        rows = len(out.tokens) * (1 if options.guidance_of(self.model) == self.model.no_guidance else 2)
-        self.passed_tokens += rows * (out.tokens.shape[1] - before)
-        assert out.log_probs is not None  # they were asked for
+        self._count(model, out.tokens, before)
         return _Drawn(out.tokens, out.log_probs, out.images, out.state)
+
+    def _count(self, model: Model, tokens: torch.Tensor, before: int) -> None:
+        rows = len(tokens) * (2 if self.options.guides(model) else 1)
+        self.passed_tokens += rows * (tokens.shape[1] - before)
 
 
 def _chunks(rows: range, size: int) -> Iterator[range]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastvar.models import VAR
+from fastvar.models import Model
 from fastvar.pictures import image_grid, save_picture
 from fastvar.rl.adapters import plain
 from fastvar.rl.config import RLConfig
@@ -40,7 +40,7 @@ class RunEvaluations:
         self.prompts, self.reward, self.config = prompts, reward, config
         self.output, self.processes, self.progress = output, processes, progress
 
-    def __call__(self, model: VAR, done: int, log: RunLog) -> dict[str, float]:
+    def __call__(self, model: Model, done: int, log: RunLog) -> dict[str, float]:
         """Metrics of the model after `done` iterations; where it is better than all before it is kept.
 
         Raises:

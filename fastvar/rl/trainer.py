@@ -1,4 +1,4 @@
-"""VMR-GRPO: a VAR learns from rewards, its coarse and its fine scales in turns."""
+"""VMR-GRPO: a next-scale model learns from rewards, its coarse and its fine scales in turns."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from fastvar.models import VAR
+from fastvar.models import Model
 from fastvar.ops import PolicyLoss, group_advantages
 from fastvar.random import derive
 from fastvar.rl.adapters import has_adapters, plain
@@ -39,6 +39,7 @@ from fastvar.training.lock import locked
 from fastvar.training.log import RunLog
 from fastvar.training.loop import launched_precision, parameter_groups
 
+Policy = TypeVar("Policy", bound=Model)
 _SHOWN = (
     *("reward", "kl", "clip_fraction", "entropy", "evaluation/return"),
     *("seconds_rollout", "seconds_reward", "seconds_update"),
@@ -63,8 +64,8 @@ class Graded(NamedTuple):
     metrics: dict[str, float]
 
 
-class VMRGRPOTrainer:
-    """Trains a VAR on a reward, on one process or, under `accelerate launch` or `torchrun`, on several.
+class VMRGRPOTrainer(Generic[Policy]):
+    """Trains a model on a reward, on one process or, under `accelerate launch` or `torchrun`, on several.
 
     Each iteration draws a rollout (`roll_out`), scores it (`score`), makes returns (`middle_returns`) and advantages
     (`group_advantages`) of the scores, and one or more optimizer steps (`segment_loss`). The policy stays in evaluation
@@ -77,8 +78,8 @@ class VMRGRPOTrainer:
         config: how.
         output: the run's folder: `model/` (averaged weights), `best/` (those of the best evaluation), `metrics.jsonl`,
             `pictures/`, `tensorboard/`, `checkpoints/`.
-        reference: the model that the KL holds the policy to. By default the policy as it is now, if the weight is not
-            0: without its adapters, or else a copy.
+        reference: the model that the KL holds the policy to, and that draws continuations if it is to. By default the
+            policy as it is now, if it is needed: without its adapters, or else a copy.
         evaluation: prompts of the evaluations; `prompts` by default.
 
     Raises:
@@ -89,12 +90,12 @@ class VMRGRPOTrainer:
 
     def __init__(
         self,
-        policy: VAR,
+        policy: Policy,
         reward: RewardSum,
         prompts: Prompts | Sequence[str],
         config: RLConfig,
         output: Path,
-        reference: VAR | None = None,
+        reference: Model | None = None,
         evaluation: Prompts | Sequence[str] | None = None,
     ) -> None:
         config.check()
@@ -117,7 +118,7 @@ class VMRGRPOTrainer:
         written = output if self.processes.main else None
         self.processes.rewarded(lambda: before_the_first_step(policy, self.prompts, evaluation, reward, written))
         self.reference = reference
-        if reference is None and config.loss.kl_weight != 0:
+        if reference is None and (config.loss.kl_weight != 0 or config.reference_continues):
             self.reference = policy if has_adapters(policy) else policy.clone()
         if self.reference is not None and self.reference is not policy:
             self.reference.to(self.accelerator.device).requires_grad_(False).eval()
@@ -127,7 +128,7 @@ class VMRGRPOTrainer:
             parameter_groups(policy, config.weight_decay), lr=config.learning_rate, betas=config.betas
         )
         self.model, self.optimizer = self.accelerator.prepare(CalledPolicy(policy), optimizer)
-        self.policy: VAR = self.accelerator.unwrap_model(self.model).policy
+        self.policy: Policy = self.accelerator.unwrap_model(self.model).policy
         gather_for_methods(self.model)
         others = [] if self.reference is None else [self.reference]
         self.graphed = GraphedStep(self._part, self.model, *others) if config.update_graphs else self._part
@@ -145,7 +146,7 @@ class VMRGRPOTrainer:
             progress=self.progress,
         )
 
-    def train(self) -> VAR:
+    def train(self) -> Policy:
         """Run all iterations, or those that are left, and return the averaged policy; it is saved in `output/model`.
 
         Raises:
@@ -171,7 +172,7 @@ class VMRGRPOTrainer:
                     self._iteration_and_what_follows(iteration, log, interrupts)
             finally:
                 log.close()
-            averaged = plain(self.ema.model)
+            averaged: Policy = plain(self.ema.model)
             if main:
                 averaged.save_pretrained(output / "model")
             self.accelerator.wait_for_everyone()
@@ -252,6 +253,7 @@ class VMRGRPOTrainer:
                 seed=derive(config.seed, "rollout", iteration),
                 options=config.rollout,
                 rows=self.processes.share(config.prompts * config.group_size),
+                continue_with=self.reference if config.reference_continues else None,
             )
 
     def grade(self, rollout: Rollout) -> Graded:
@@ -314,8 +316,8 @@ class VMRGRPOTrainer:
         for number, (rows, counts) in enumerate(parts):
             mask = graded.mask if counts else torch.zeros_like(graded.mask)
             with accelerator.no_sync(self.model) if number + 1 < len(parts) else nullcontext(), self._autocast():
-                tensors = part_of(self.policy, rollout, graded.advantages, rows, mask, graded.totals, old_log_probs)
-                loss = PolicyLoss(**self.graphed(rollout.first_scale, **tensors))
+                inputs = part_of(self.policy, rollout, graded.advantages, rows, mask, graded.totals, old_log_probs)
+                loss = PolicyLoss(**self.graphed(rollout.first_scale, **inputs))
             if counts:
                 log_probs.index_copy_(0, indices(rows, log_probs.device), loss.log_probs)
             measurements.add(loss, token_totals(taken(mask, rows), schedule), graded.totals)
@@ -340,11 +342,11 @@ class VMRGRPOTrainer:
             )
         return {**metrics, "gradient_norm": norm}, log_probs
 
-    def _part(self, first_scale: int, **tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def _part(self, first_scale: int, **inputs: Any) -> dict[str, torch.Tensor]:
         """Forward, loss and backward of a micro-batch."""
         config = self.config
         loss: PolicyLoss = self.model(
-            part_loss, config.loss, first_scale, config.rollout.temperature, self.reference, **tensors
+            part_loss, config.loss, first_scale, config.rollout.temperature, self.reference, **inputs
         )
         # The parts add up to the whole batch's loss; processes average their gradients.
         self.accelerator.backward(loss.loss * self.accelerator.num_processes)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from itertools import groupby
 from typing import Any
 
 import torch
 
-from fastvar.models import VAR
-from fastvar.ops import PolicyLoss, PolicyLossOptions, policy_loss
-from fastvar.rl.adapters import without_adapters
+from fastvar.models import Model
+from fastvar.ops import PolicyLoss, PolicyLossOptions, policy_loss, token_log_probs
+from fastvar.rl.adapters import as_reference
 from fastvar.rl.rollout import Rollout
 from fastvar.rl.rows import taken
 from fastvar.schedule import ScaleSchedule
 
 
 def segment_loss(
-    var: VAR,
+    model: Model,
     rollout: Rollout,
     advantages: torch.Tensor,
     options: PolicyLossOptions,
@@ -27,13 +26,13 @@ def segment_loss(
     mask: torch.Tensor | None = None,
     mask_totals: torch.Tensor | None = None,
     temperature: float = 1.0,
-    reference: VAR | None = None,
+    reference: Model | None = None,
     old_log_probs: torch.Tensor | None = None,
 ) -> PolicyLoss:
     """The policy loss of a rollout's segments; only their tokens and the coarser ones pass the network.
 
     Args:
-        var: the policy, in evaluation mode: dropout would make it another one than was drawn from.
+        model: the policy, in evaluation mode: dropout would make it another one than was drawn from.
         rollout: what was drawn, n rows.
         advantages: (n,).
         options: what the loss is.
@@ -41,7 +40,7 @@ def segment_loss(
         mask: (n, L') which tokens to train, or None for all of the segment's.
         mask_totals: (K',) as `token_totals` of all rows, if this call is for some of them.
         temperature: of the rollout.
-        reference: the policy that the KL is measured to; `var` itself stands for it without its adapters. Not read
+        reference: the policy that the KL is measured to; `model` itself stands for it without its adapters. Not read
             where options.kl_weight is 0.
         old_log_probs: (n, L') of the policy that drew the rollout, for all but the first update on it; None is
             on-policy, where the ratio is 1 by construction. They must be those of this forward pass, not of sampling,
@@ -52,12 +51,12 @@ def segment_loss(
     """
     if options.kl_weight != 0 and reference is None:
         raise ValueError(f"segment_loss: reference: expected a model, as kl_weight is {options.kl_weight}, got None")
-    tensors = part_of(var, rollout, advantages, rows, mask, mask_totals, old_log_probs)
-    return part_loss(var, options, rollout.first_scale, temperature, reference, **tensors)
+    tensors = part_of(model, rollout, advantages, rows, mask, mask_totals, old_log_probs)
+    return part_loss(model, options, rollout.first_scale, temperature, reference, **tensors)
 
 
 def part_of(
-    var: VAR,
+    model: Model,
     rollout: Rollout,
     advantages: torch.Tensor,
     rows: Sequence[int] | None,
@@ -65,14 +64,14 @@ def part_of(
     mask_totals: torch.Tensor | None,
     old_log_probs: torch.Tensor | None,
 ) -> dict[str, Any]:
-    """The tensors of some rows, or of all, as `part_loss` takes them; arguments as `segment_loss`."""
+    """What `part_loss` takes of some rows, or of all; arguments as `segment_loss`."""
     rows = list(range(len(rollout.tokens)) if rows is None else rows)
     subject = None
     if rollout.subject is not None:
         subject = taken(rollout.subject, rows[:: _rows_per_subject(rollout, rows)])
     return {
         "tokens": taken(rollout.tokens, rows),
-        "labels": var.indices(rollout.prompts.take(rows).conditions),
+        "conditions": model.take(rollout.conditions, rows),
         "subject": subject,
         "advantages": taken(advantages, rows),
         "mask": None if mask is None else taken(mask, rows),
@@ -82,14 +81,14 @@ def part_of(
 
 
 def part_loss(
-    var: VAR,
+    model: Model,
     options: PolicyLossOptions,
     first_scale: int,
     temperature: float,
-    reference: VAR | None,
+    reference: Model | None,
     *,
     tokens: torch.Tensor,
-    labels: torch.Tensor,
+    conditions: Any,
     subject: torch.Tensor | None,
     advantages: torch.Tensor,
     mask: torch.Tensor | None,
@@ -97,22 +96,20 @@ def part_loss(
     old_log_probs: torch.Tensor | None,
 ) -> PolicyLoss:
     """The policy loss of rows that were taken before, from tensors on the device alone: nothing is copied there."""
-    inputs = var.tokenizer.teacher_forcing(tokens)[:, : tokens.shape[1] - var.schedule.lengths[0]]
-    hidden = var.hidden(labels, inputs, subject=subject)
+    inputs = model.tokenizer.teacher_forcing(tokens)[:, : tokens.shape[1] - model.schedule.lengths[0]]
+    head = model.scored(model.hidden(conditions, inputs, subject=subject))
     reference_head, reference_log_probs = None, None
     if reference is not None and options.kl_weight != 0:
-        with torch.no_grad(), without_adapters(var) if reference is var else nullcontext():
-            if options.kl_estimator == "exact":
-                states = reference.hidden(labels, inputs, subject=subject)
-                reference_head = (states, reference.head.weight, reference.head.bias)
-            else:
-                scored = reference(labels, inputs, subject=subject, tokens=tokens, temperature=temperature)
-                reference_log_probs = scored.log_probs
+        with torch.no_grad(), as_reference(reference, model):
+            reference_head = reference.scored(reference.hidden(conditions, inputs, subject=subject))
+            if options.kl_estimator != "exact":
+                reference_log_probs = token_log_probs(*reference_head, tokens, temperature=temperature).log_probs
+                reference_head = None
     return policy_loss(
-        (hidden, var.head.weight, var.head.bias),
+        head,
         tokens,
         advantages,
-        var.schedule.with_num_tokens(tokens.shape[1]),
+        model.schedule.with_num_tokens(tokens.shape[1]),
         options,
         old_log_probs=old_log_probs,
         reference_log_probs=reference_log_probs,

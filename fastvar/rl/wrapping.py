@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastvar.models import VAR
+from fastvar.models import Model
 from fastvar.training.sharded import gather_for_methods as gather_for_methods
 
 
@@ -18,7 +18,7 @@ class CalledPolicy(nn.Module):
         policy: the model.
     """
 
-    def __init__(self, policy: VAR) -> None:
+    def __init__(self, policy: Model) -> None:
         super().__init__()
         self.policy = policy
 

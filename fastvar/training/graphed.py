@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastvar.models import graphs
 
@@ -30,6 +31,7 @@ MOVED = (
     f"there are more than {graphs.KEPT} kinds"
 )
 Tensors = dict[str, torch.Tensor]
+Inputs = dict[str, Any]  # tensors, None, and tuples of tensors and numbers such as `fastvar.models.TextFeatures`
 
 logger = logging.getLogger("fastvar")
 
@@ -43,8 +45,8 @@ class GraphedStep:
     Args:
         function: called as the step is. It computes a loss, runs its backward pass and answers tensors by name. What
             else it reads, besides arguments and modules, has to stay as it was; see `clear`. Numbers of the host become
-            part of a graph: an Infinity's lengths of texts are to be an option, each of which has a graph of its own,
-            with packed features as a tensor; texts are encoded and flips with their seed are drawn before.
+            part of a graph, those among the inputs too: each tuple of an Infinity's lengths of texts has a graph of its
+            own; texts are encoded and flips with their seed are drawn before.
         modules: those that it reads or trains, the tokenizer of a model included. The first one decides the device.
     """
 
@@ -57,15 +59,16 @@ class GraphedStep:
         self._pool: graphs.Pool = None
         self._said: set[str] = set()
 
-    def __call__(self, *options: Hashable, **tensors: torch.Tensor | None) -> Tensors:
-        """What the function answers, detached; gradients are added to the parameters'. No tensor may need a gradient,
-        nor share memory with one that the function writes to."""
+    def __call__(self, *options: Hashable, **tensors: Any) -> Tensors:
+        """What the function answers, detached; gradients are added to the parameters'. The inputs by name are tensors,
+        None, or tuples of tensors and numbers. No tensor may need a gradient, nor share memory with one that the
+        function writes to."""
         device = next(self.modules[0].parameters()).device
         surveyed = graphs.obstacle(device) or graphs.looked_at(self.modules, training=True)
         if isinstance(surveyed, str):
             return self._plainly(options, tensors, f"expected {surveyed}")
-        inputs = tuple((name, t if t is None else (t.shape, t.dtype, t.device)) for name, t in tensors.items())
-        key = (options, inputs, surveyed.modes, graphs.settings(device.type))
+        inputs = tree_map_only(torch.Tensor, lambda t: (t.shape, t.dtype, t.device), tensors)
+        key = (options, tuple(inputs.items()), surveyed.modes, graphs.settings(device.type))
         with graphs.alone(device):
             graph = self._graphs.get(key)
             if surveyed.weights != self._weights or (graph is not None and not graph.fits()):
@@ -98,9 +101,7 @@ class GraphedStep:
         if not self._graphs:
             self._pool = None
 
-    def _plainly(
-        self, options: tuple[Hashable, ...], tensors: dict[str, torch.Tensor | None], why: str = ""
-    ) -> Tensors:
+    def _plainly(self, options: tuple[Hashable, ...], tensors: Inputs, why: str = "") -> Tensors:
         self._say(why)
         return {name: value.detach() for name, value in self.function(*options, **tensors).items()}
 
@@ -113,11 +114,11 @@ class GraphedStep:
         self,
         key: Hashable,
         options: tuple[Hashable, ...],
-        tensors: dict[str, torch.Tensor | None],
+        tensors: Inputs,
         device: torch.device,
     ) -> Tensors:
         """By the run that precedes the capture, which also makes the gradients that are not there yet."""
-        given = {name: None if t is None else t.clone() for name, t in tensors.items()}
+        given = tree_map_only(torch.Tensor, torch.clone, tensors)
         answers: list[Tensors] = []
         outer, failed = sys.exception(), ""
 
@@ -150,7 +151,7 @@ class GraphedStep:
 class _Graph(NamedTuple):
     """What a capture reads, answers and is replayed by, and the gradients that it adds to, which it keeps alive."""
 
-    given: dict[str, torch.Tensor | None]
+    given: Inputs
     after: Tensors
     replay: Callable[[], None]
     gradients: list[tuple[nn.Parameter, torch.Tensor, int]]
@@ -158,11 +159,10 @@ class _Graph(NamedTuple):
     def fits(self) -> bool:
         return all(p.grad is grad and grad.data_ptr() == place for p, grad, place in self.gradients)
 
-    def __call__(self, tensors: dict[str, torch.Tensor | None]) -> Tensors:
+    def __call__(self, tensors: Inputs) -> Tensors:
         with torch.no_grad():
-            for name, own in self.given.items():
-                given = tensors[name]
-                if own is not None and given is not None:
+            for own, given in zip(tree_leaves(self.given), tree_leaves(tensors), strict=True):
+                if isinstance(own, torch.Tensor):
                     own.copy_(given, non_blocking=True)
             self.replay()
             return {name: value.clone() for name, value in self.after.items()}

@@ -17,19 +17,20 @@ ON_GPU = SUITE.settings["gpu"]
 
 def test_every_saving_is_measured_on_a_gpu() -> None:
     assert {setting["case"] for setting in ON_GPU} == set(CASES)
-    assert {setting["model"] for setting in ON_GPU} == {"VAR-d16", "VAR-d30"}
+    assert {setting["model"] for setting in ON_GPU} == {"VAR-d16", "VAR-d30", "Infinity-2B-0.06M"}
 
 
 @pytest.mark.parametrize("setting", ON_GPU, ids=lambda setting: f"{setting['model']} {setting['case']}")
 def test_settings_run_at_tiny_size(setting: Any) -> None:
     """With the groups and the dtype of the GPU's: both contenders are right."""
-    tiny = {**setting, "model": "tiny", "middle": 2, "group_size": 4, "size": "tiny"}
+    model = {"model": "Infinity-tiny", "grids": "1,2,3x4"} if "Infinity" in setting["model"] else {"model": "tiny"}
+    tiny = {**setting, **model, "middle": 2, "group_size": 4, "size": "tiny"}
     checked = Runner(Options(torch.device("cpu"))).check(SUITE, tiny, "forward")
     assert set(checked.errors) == {"fastvar", "without"} and not checked.failed
     assert max(checked.errors.values()) <= checked.limit
 
 
-@pytest.mark.parametrize(("model", "billions"), [("VAR-d16", 0.31), ("VAR-d30", 2.0)])
+@pytest.mark.parametrize(("model", "billions"), [("VAR-d16", 0.31), ("VAR-d30", 2.0), ("Infinity-2B-0.06M", 2.2)])
 def test_memory_of_the_weights(model: str, billions: float) -> None:
     with torch.device("meta"):
         var = make_policy({"model": model, "size": "gpu"})

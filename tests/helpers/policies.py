@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fastvar.models import VAR, VARConfig
-from tests.helpers.tiny import tiny_tokenizer
+from fastvar.models import VAR, CharacterTextEncoder, Infinity, VARConfig
+from tests.helpers.tiny import tiny_infinity, tiny_tokenizer
 
 GRIDS = ((1, 1), (2, 2), (3, 3))
 
@@ -32,6 +32,13 @@ def policy(seed: int = 0, grids: tuple[tuple[int, int], ...] = GRIDS) -> VAR:
     with torch.no_grad():
         var.head.weight.normal_(std=0.3)
     return var
+
+
+def bitwise_policy(seed: int = 0, **fields: Any) -> Infinity:
+    """Tokens of bits over the same scales, texts of up to eleven characters."""
+    net = tiny_infinity(seed=seed, depth=2, text_channels=16, text_length=12, **fields)
+    net.text_encoder = CharacterTextEncoder(16, max_length=12)
+    return net
 
 
 def redness(images: torch.Tensor, prompts: Sequence[str], references: Any) -> torch.Tensor:

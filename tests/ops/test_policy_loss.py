@@ -153,6 +153,12 @@ def test_by_hand() -> None:
     torch.testing.assert_close(result.gradient_share, share / share.sum())
 
 
+def distributions(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (B, L, 1, V), or of bits (B, L, d, 2): each is a vocabulary of its own."""
+    each = torch.stack([torch.zeros_like(logits), logits], -1) if tokens.ndim == 3 else logits[:, :, None]
+    return each.log_softmax(-1)
+
+
 def definition(arguments: dict[str, Any], leaves: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The loss, token by token, the log-probabilities it went through, and by scale mean entropy and ratio (2, K)."""
     a = {
@@ -172,8 +178,9 @@ def definition(arguments: dict[str, Any], leaves: dict[str, torch.Tensor]) -> tu
         **leaves,
     }
     logits = F.linear(a["hidden"], a["weight"], a["bias"]) / a["temperature"]
-    logs = logits.log_softmax(-1)
-    l = logs.gather(-1, a["tokens"][..., None])[..., 0]  # noqa: E741
+    logs = distributions(logits, a["tokens"])
+    drawn = a["tokens"].long().view(*logs.shape[:3], 1)
+    l = logs.gather(-1, drawn).sum((2, 3))  # noqa: E741
     l.retain_grad()
     old = l.detach() if a["old_log_probs"] is None else a["old_log_probs"]
     gain = a["advantages"]
@@ -192,7 +199,7 @@ def definition(arguments: dict[str, Any], leaves: dict[str, torch.Tensor]) -> tu
         ratio = (sum(mask[b, j] * (l[b, j] - old[b, j]) for j in near) / sum(mask[b, j] for j in near)).exp()
         s = torch.minimum(ratio * gain[b], ratio.clamp(0.8, 1.2) * gain[b])
         if a["kl_weight"] and a["kl_estimator"] == "exact":
-            other = (F.linear(*a["reference_head"]) / a["temperature"]).log_softmax(-1)[b, i]
+            other = distributions(F.linear(*a["reference_head"]) / a["temperature"], a["tokens"])[b, i]
             s = s - a["kl_weight"] * (logs[b, i].exp() * (logs[b, i] - other)).sum()
         elif a["kl_weight"]:
             g = a["reference_log_probs"][b, i] - l[b, i]
@@ -215,11 +222,14 @@ def definition(arguments: dict[str, Any], leaves: dict[str, torch.Tensor]) -> tu
 
 @pytest.mark.parametrize("ratio_level", ["token", "scale", "sample"])
 @pytest.mark.parametrize("kl_estimator", ["exact", "k2", "k3"])
-@pytest.mark.parametrize("panw_normalisation", ["per_segment", "per_scale", "none"])
-def test_equals_the_definition(ratio_level: str, kl_estimator: str, panw_normalisation: str) -> None:
+@pytest.mark.parametrize(
+    ("panw_normalisation", "bits"),
+    [("per_segment", False), ("per_scale", False), ("none", False), ("per_segment", True)],
+)
+def test_equals_the_definition(ratio_level: str, kl_estimator: str, panw_normalisation: str, bits: bool) -> None:
     """Loss, gradients and gradient share are autograd's, with a soft mask and an untrained scale; the reference's too,
     which is a specification of its own."""
-    arguments = problem()
+    arguments = problem(bits=bits)
     mask = noise(BATCH, LENGTH, dtype=torch.float64, seed=8).clamp(0, 1)
     arguments |= {
         "old_log_probs": old_log_probs(arguments),

@@ -16,6 +16,7 @@ from fastvar.rl import PolicyLossOptions, Prompts, RLConfig, VMRGRPOTrainer, add
 from fastvar.training import TrainConfig, VARTask, graphed, train
 from fastvar.training.graphed import GraphedStep, Tensors, check_alone
 from fastvar.training.log import read_metrics
+from tests.helpers.policies import bitwise_policy
 from tests.helpers.tape import Tape, recordings
 from tests.helpers.tiny import some_bits, some_texts, some_tokens, tiny_infinity, tiny_var
 
@@ -318,9 +319,9 @@ def redness(images: torch.Tensor, prompts: Any, references: Any) -> torch.Tensor
     return 10 * (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2))
 
 
-def learned(output: Path, adapters: bool, device: str = "cpu", **settings: Any) -> tuple[VMRGRPOTrainer, list[Any]]:
+def learned(output: Path, adapters: bool, infinity: bool = False, **settings: Any) -> tuple[VMRGRPOTrainer, list[Any]]:
     """What iterations measured, and the weights after them."""
-    var = tiny_var(subject="block_causal", depth=1)
+    var: Any = bitwise_policy(subject="block_causal") if infinity else tiny_var(subject="block_causal", depth=1)
     if adapters:
         add_adapters(var, 2)
     options: dict[str, Any] = {"learning_rate": 1e-3, "updates": 2, "micro_batch": 4, "filter_groups": False}
@@ -329,13 +330,14 @@ def learned(output: Path, adapters: bool, device: str = "cpu", **settings: Any) 
         rollout=SamplingOptions(graphs=False),
     )
     references = torch.rand(2, 3, *var.tokenizer.config.image_size, generator=torch.Generator().manual_seed(1))
-    prompts = Prompts(["a", "b"], torch.tensor([1, 2]), references)
+    prompts = Prompts(["a", "b"], None if infinity else torch.tensor([1, 2]), references)
     training = VMRGRPOTrainer(var, redness, prompts, config, output)  # type: ignore[arg-type]
     metrics = [training.iteration(number) for number in (0, 0, 3)]
     kept = [{n: v for n, v in line.items() if not n.startswith(("seconds", "memory"))} for line in metrics]
     return training, [kept, [p.detach().clone() for p in training.policy.parameters()]]
 
 
+@pytest.mark.parametrize("infinity", [False, True])
 @pytest.mark.parametrize(
     ("adapters", "settings"),
     [
@@ -344,12 +346,12 @@ def learned(output: Path, adapters: bool, device: str = "cpu", **settings: Any) 
     ],
 )
 def test_reinforcement_learning(
-    tapes: list[Tape], tmp_path: Path, settings: Any, adapters: bool, caplog: pytest.LogCaptureFixture
+    tapes: list[Tape], tmp_path: Path, settings: Any, adapters: bool, infinity: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Updates on-policy and after, of coarse and fine segments, in two micro-batches."""
-    _, (metrics, weights) = learned(tmp_path / "with", adapters, update_graphs=True, **settings)
+    _, (metrics, weights) = learned(tmp_path / "with", adapters, infinity, update_graphs=True, **settings)
     assert len(tapes) == 4 and not said(caplog)
-    _, (expected, others) = learned(tmp_path / "without", adapters, **settings)
+    _, (expected, others) = learned(tmp_path / "without", adapters, infinity, **settings)
     assert metrics == expected
     same(weights, others)
 
