@@ -71,6 +71,7 @@ def draw(
     options: SamplingOptions,
     *,
     seed: int = 0,
+    first_sample: int = 0,
     subject: torch.Tensor | None = None,
     title: str = "sampling",
 ) -> torch.Tensor:
@@ -81,6 +82,7 @@ def draw(
         prompts: N classes or texts, as the model's `generate` takes them.
         options: how.
         seed: of the samples.
+        first_sample: the number of the first one; a sample depends on the seed and its number.
         subject: (N, L, C) pyramids of reference subjects, or None.
         title: of the progress bar.
     """
@@ -96,7 +98,7 @@ def draw(
             batch,
             subject=None if subject is None else subject[rows],
             seed=seed,
-            first_sample=start,
+            first_sample=first_sample + start,
             **options.arguments(model),
         )
         assert out.images is not None  # they were decoded

@@ -325,10 +325,12 @@ def test_reinforcement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     run(
         *["rl", *start, "--output", tmp_path / "rl", *few, "--adapter-rank", "2", "--kl-weight", "0.01"],
         *["--rewards", "jpeg=0.5", "colour", "--reward-options", "colour.channel=blue", "jpeg.larger=true"],
-        *["--evaluate-every", "2", "--evaluation-samples", "8"],
+        *["--evaluate-every", "2", "--evaluation-samples", "8", "--held-out", "ocr"],
     )
     lines = [json.loads(line) for line in (tmp_path / "rl/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 5 and {"reward/jpeg", "reward/colour", "evaluation/return"} <= set(lines[-1])
+    assert "evaluation/held_out/ocr" in lines[-1] and "reward/ocr" not in lines[-1]
+    assert json.loads((tmp_path / "rl/rewards.json").read_text())["ocr"]["weight"] is None
     run("evaluate", "--model", tmp_path / "rl/best", "--samples", "8")
     draws = ["--prefixes", "2", "--continuations", "2", "--rewards", "colour"]
     run("choose-middle", *start, *draws, "--output", tmp_path / "m.png")
@@ -338,6 +340,12 @@ def test_reinforcement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["--rewards", "jpeg=nan"], "rewards: expected finite weights, got jpeg=nan"),
         (["--rewards", "jpeg=0"], "RewardSum: weights: expected one other than 0, as nothing would be learned"),
         (["--rewards", "jpeg=much"], "rewards: expected NAME or NAME=WEIGHT, got 'jpeg=much'"),
+        (["--held-out", "ocr"], "held_out: expected rewards that are not in rewards, got 'ocr'"),
+        (["--held-out", "beauty"], "create: name: expected one of"),
+        (
+            ["--rewards", "jpeg", "--held-out", "ocr"],
+            "RLConfig: evaluate_every: expected at least 1, as rewards are held",
+        ),
         (["--reward-options", "jpeg.quality"], "reward_options: expected NAME.OPTION=VALUE"),
         (
             ["--rewards", "jpeg", "--reward-options", "jpeg.size=3"],
