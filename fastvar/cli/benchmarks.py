@@ -55,6 +55,8 @@ class BenchmarkOptions:
     """Infinity: what reads the prompts, as in `fastvar train`; by default what the model was trained with."""
     grids: str = ""
     """Infinity: token grids, as in `fastvar sample`; by default the model's own."""
+    dtype: Annotated[str, OneOf("", "float32", "bfloat16")] = ""
+    """Infinity: "float32" or "bfloat16" for the weights; by default as they were saved."""
 
     def check(self) -> None:
         """Raise a ValueError that names a setting which makes no sense, without loading anything."""
@@ -114,14 +116,19 @@ class BenchmarkOptions:
 
     def _model(self, model: Path, device: torch.device) -> Model:
         """A VAR, or an Infinity with its text encoder."""
+        import torch
+
         from fastvar.cli.infinity import encoder_of, is_infinity, load
         from fastvar.schedule import ScaleSchedule
 
         if not is_infinity(model):
+            for name in ("tokenizer", "text_encoder", "grids", "dtype"):
+                if getattr(self, name):
+                    raise ValueError(f"evaluate: {name}: expected none with a VAR, as it has no such option")
             return load_model(model, device=str(device)).eval()
         net = load("model", model, self.tokenizer, ScaleSchedule.parse(self.grids) if self.grids else None)
         net.text_encoder = encoder_of(self.text_encoder, net.config, device)
-        return net.to(device).eval()
+        return net.to(device, getattr(torch, self.dtype) if self.dtype else None).eval()
 
     def _made(
         self, output: Path, model: Model | None, samples: int, prompt_file: Path | None, device: torch.device

@@ -127,11 +127,20 @@ def read_cvtg(data: Path) -> list[Item]:
             file = folder / f"{regions}.json"
             if not file.is_file():
                 continue
-            for entry in read_json_object(file, "benchmark: data").get("data_list", []):
-                prompt = entry["prompt"]
+            for index, prompt in _prompts(file):
                 if not words_of(prompt):
                     raise ValueError(f"benchmark: data: expected words in single quotes, got {prompt!r} in {file}")
-                items.append(Item(f"{folder.name}/{regions}/{entry['index']}", prompt, prompt, str(regions)))
+                items.append(Item(f"{folder.name}/{regions}/{index}", prompt, prompt, str(regions)))
     if not items:
         raise ValueError(f"benchmark: data: expected CVTG/2.json and the like in {data}, got none")
     return items
+
+
+def _prompts(file: Path) -> list[tuple[int, str]]:
+    """Index and prompt of each entry of a file."""
+    content = read_json_object(file, "benchmark: data")
+    try:
+        return [(int(entry["index"]), str(entry["prompt"])) for entry in content["data_list"]]
+    except (KeyError, TypeError, ValueError) as error:
+        expected = 'a list "data_list" of objects with "index" and "prompt"'
+        raise ValueError(f"benchmark: data: expected {expected}, got {file} ({error!r})") from error

@@ -14,7 +14,7 @@ from PIL import Image
 from fastvar.bars import progress_bar
 from fastvar.evaluation import draw
 from fastvar.files import json_text, read_json_object, write_json
-from fastvar.image_benchmarks.items import Item
+from fastvar.image_benchmarks.items import Item, as_tensor
 from fastvar.models import Model, SamplingOptions
 from fastvar.pictures import read_picture, save_picture, to_uint8
 from fastvar.rl.measuring import fingerprint
@@ -64,12 +64,10 @@ def draw_items(model: Model, items: Sequence[Item], folder: Path, options: Sampl
 
 
 def _subject(model: Model, items: Sequence[Item]) -> torch.Tensor | None:
-    from torchvision.transforms.functional import pil_to_tensor
-
     height, width = model.tokenizer.config.image_size
     photographs = [read_picture(item.references[0], "benchmark: data") for item in items]
     resized = [image.resize((width, height), Image.Resampling.BICUBIC) for image in photographs]
-    references = torch.stack([pil_to_tensor(image) / 255 for image in resized])
+    references = torch.stack([as_tensor(image) for image in resized])
     return subject_of(model, Prompts([item.text for item in items], references=references))
 
 

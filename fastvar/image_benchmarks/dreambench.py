@@ -113,7 +113,9 @@ def read_dreambench(data: Path, per_prompt: int, token: str = "") -> list[Item]:
         if not photographs:
             raise ValueError(f"benchmark: data: expected photographs of {subject} in {data / subject}, got none")
         for number, template in enumerate(parts[kind in LIVE]):
-            asked, compared = (" ".join(template.format(word, kind).split()) for word in (token, ""))
+            asked, compared = (
+                " ".join(template.replace("{0}", word).replace("{1}", kind).split()) for word in (token, "")
+            )
             items += [
                 Item(f"{subject}/{number:02d}_{image}", asked, compared, subject, photographs)
                 for image in range(per_prompt)

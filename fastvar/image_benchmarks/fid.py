@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ class FID:
         self._kept, self._layer = output, features
         self._weights = "torch-fidelity's public weights" if weights is None else str(weights)
         self._given = _read_statistics(reference) if reference.suffix == ".npz" else None
-        self._real = [] if self._given is not None else folder_items(reference)
+        self._real = [] if self._given is not None else folder_items(reference, "data")
         path = None if weights is None else str(weights)
         self.network = FeatureExtractorInceptionV3(
             "inception-v3-compat", [features], feature_extractor_weights_path=path
@@ -99,15 +100,19 @@ class FID:
         return {"fid": fid_statistics_to_metric(found, real, False)[KEY_METRIC_FID], **figures}
 
 
-def folder_items(folder: Path) -> list[Item]:
+def folder_items(folder: Path, option: str = "images") -> list[Item]:
     """The images of a folder and those in it; an item's text is the path of its file as seen from the folder.
+
+    Args:
+        folder: of the images.
+        option: what gave it, as it opens messages.
 
     Raises:
         ValueError: no such folder, fewer than two images.
     """
     files = [file.relative_to(folder) for file in images_below(folder)] if folder.is_dir() else []
     if len(files) < 2:
-        raise ValueError(f"benchmark: images: expected a folder of at least 2 images, got {len(files)} in {folder}")
+        raise ValueError(f"benchmark: {option}: expected a folder of at least 2 images, got {len(files)} in {folder}")
     return [Item(str(file.with_suffix("")), "", str(file)) for file in files]
 
 
@@ -125,5 +130,5 @@ def _read_statistics(path: Path) -> Statistics:
     try:
         with np.load(path) as file:  # no pickles
             return {name: np.asarray(file[name], dtype=np.float64) for name in ("mu", "sigma")}
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, BadZipFile) as error:
         raise ValueError(f'benchmark: data: expected "mu" and "sigma" in {path}, got {error}') from error

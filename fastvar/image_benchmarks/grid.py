@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.transforms.functional import pil_to_tensor
 
 from fastvar.image_benchmarks.figures import rows_by_group
-from fastvar.image_benchmarks.items import Item
+from fastvar.image_benchmarks.items import Item, as_tensor
 from fastvar.pictures import image_grid, read_picture
 
 COLUMNS, ROWS, SIDE = 8, 30, 128
@@ -39,4 +38,4 @@ def _spread(rows: Sequence[Any], most: int) -> list[Any]:
 def _cell(file: Path) -> torch.Tensor:
     from PIL import ImageOps
 
-    return pil_to_tensor(ImageOps.pad(read_picture(file, "benchmark: images"), (SIDE, SIDE), color="white")) / 255
+    return as_tensor(ImageOps.pad(read_picture(file, "benchmark: images"), (SIDE, SIDE), color="white"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,5 +70,9 @@ def read_image(file: Path) -> torch.Tensor:
     Raises:
         ValueError: a file that is no picture; names it.
     """
-    pixels = np.array(read_picture(file, "benchmark: images"))
-    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
+    return as_tensor(read_picture(file, "benchmark: images"))
+
+
+def as_tensor(picture: Any) -> torch.Tensor:
+    """A PIL RGB image as (3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +70,11 @@ def test_by_hand(tmp_path: Path) -> None:
 def test_another_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data: expected CVTG/2\.json and the like in .*, got none"):
         read_cvtg(tmp_path)
+    (tmp_path / "CVTG").mkdir()
+    for content in ({}, {"data_list": [{"index": "../../x", "prompt": "'a'"}]}, {"data_list": [{"index": 1}]}):
+        (tmp_path / "CVTG/4.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r'data: expected a list "data_list" of objects .* got .*4\.json'):
+            read_cvtg(tmp_path)
     make_cvtg(tmp_path, {"CVTG/4": ["no quotes"]})
     with pytest.raises(ValueError, match=r"data: expected words in single quotes, got 'no quotes' in .*4\.json"):
         read_cvtg(tmp_path)

@@ -73,5 +73,8 @@ def test_by_hand(tmp_path: Path, weights: Path) -> None:
             *(tmp_path / "images", tmp_path / "out"),
         )
     np.savez(tmp_path / "real.npz", mean=mu)
+    (tmp_path / "damaged.npz").write_bytes((tmp_path / "real.npz").read_bytes()[:50])
+    with pytest.raises(ValueError, match=r'data: expected "mu" and "sigma" in .*damaged\.npz'):
+        FID(items, tmp_path / "damaged.npz", tmp_path, weights=weights, features="64")
     with pytest.raises(ValueError, match=r'data: expected "mu" and "sigma" in .*real\.npz'):
         FID(items, tmp_path / "real.npz", tmp_path, weights=weights, features="64")
