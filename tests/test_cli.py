@@ -115,6 +115,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         (["sample", "--model", "x", "--labels", "1", "--output", "."], "output: expected a file, got the folder ."),
         (["sample", "--model", "x", "--labels", "1", "--output", "file/a.png"], "expected a folder, got the file file"),
         (["choose-middle", "--model", "x", "--output", "m.svg"], "whose name ends in .png, got m.svg"),
+        (["choose-middle", "--model", "x", "--held-out", "jpeg"], "choose-middle: held_out: expected none, as nothing"),
         (["evaluate", "--model", "x", "--output", "."], "output: expected a file, got the folder ."),
         (["train", *DATA, "--output", "file", "--tokenizer", "x"], "output: expected a folder, got the file file"),
         (["train-tokenizer", *DATA, "--output", "file/run"], "output: expected a folder, got the file file"),

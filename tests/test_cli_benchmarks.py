@@ -97,6 +97,16 @@ def test_hps_of_a_var(tmp_path: Path, small: None, capsys: pytest.CaptureFixture
     assert "evaluate: grids: expected none with a VAR" in capsys.readouterr().err
 
 
+def test_rewards_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_var().save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/sketch.txt").write_text("3\ta sketch\n0\tanother\n")
+    command = ["--benchmark", "prompts", "--data", tmp_path / "data", "--model", tmp_path / "model"]
+    run(*command, "--rewards", "colour", "jpeg", "--output", tmp_path / "out")
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["categories"]["sketch"]["images"] == 2 and {"colour", "jpeg", "jpeg_95"} <= set(figures)
+
+
 def test_fid_of_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So many images, each class as often."""
     made: list[Any] = []
@@ -122,7 +132,10 @@ def test_fid_of_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--benchmark", "geneval"], "benchmark: expected one of ('', 'dreambench', 'cvtg-2k', 'hps', 'fid'), got"),
+        (
+            ["--benchmark", "geneval"],
+            "benchmark: expected one of ('', 'dreambench', 'cvtg-2k', 'hps', 'prompts', 'fid')",
+        ),
         (["--benchmark", "hps", "--model", "x"], "evaluate: data: expected the data of hps, got none"),
         (["--benchmark", "hps", "--data", "."], "evaluate: model, images: expected exactly one of them"),
         (

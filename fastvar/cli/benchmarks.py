@@ -17,10 +17,11 @@ from fastvar.ranges import CountOrNone, OneOf, check_fields
 if TYPE_CHECKING:
     import torch
 
+    from fastvar.cli.reinforcement import RewardOptions
     from fastvar.image_benchmarks import Benchmark
     from fastvar.models import Model, SamplingOptions
 
-BENCHMARKS = ("dreambench", "cvtg-2k", "hps", "fid")
+BENCHMARKS = ("dreambench", "cvtg-2k", "hps", "prompts", "fid")
 PUBLISHED = {"dino": "dino", "clip": "openai"}  # weights by default
 
 
@@ -29,11 +30,11 @@ class BenchmarkOptions:
     """A benchmark of images instead of rewards; see docs/evaluation.md."""
 
     benchmark: Annotated[str, OneOf("", *BENCHMARKS)] = ""
-    """One of "dreambench", "cvtg-2k", "hps" and "fid"; `output` is then a folder, from which a run goes on that was
-    stopped."""
+    """One of "dreambench", "cvtg-2k", "hps", "prompts" (any rewards) and "fid"; `output` is then a folder, from which a
+    run goes on that was stopped."""
     data: Path | None = None
-    """Its data: the folder of dreambooth's data set, that of CVTG-2K, one of files of prompts by category (hps); for
-    fid real images, or their statistics in a .npz."""
+    """Its data: the folder of dreambooth's data set, that of CVTG-2K, one of files of prompts by category (hps,
+    prompts); for fid real images, or their statistics in a .npz."""
     images: Path | None = None
     """Score the images of this folder instead of a model's; docs/evaluation.md says how their files are called."""
     take: CountOrNone = 0
@@ -82,7 +83,7 @@ class BenchmarkOptions:
         model: Path | None,
         output: Path | None,
         samples: int,
-        prompt_file: Path | None,
+        scoring: RewardOptions,
         device: str | None,
         seed: int,
         options: SamplingOptions,
@@ -93,7 +94,7 @@ class BenchmarkOptions:
             model: to draw from, unless there are images.
             output: the folder.
             samples: how many images of fid are drawn.
-            prompt_file: prompts of fid for a model of texts, a line each.
+            scoring: the rewards of prompts, and the file of prompts of fid for a model of texts, a line each.
             device, seed, options: as `fastvar evaluate`.
         """
         from fastvar.image_benchmarks import draw_items, run_benchmark
@@ -105,7 +106,7 @@ class BenchmarkOptions:
         output_folder("output", output)
         place = chosen_device(device)
         drawn = None if model is None else self._model(model, place)
-        benchmark = self._made(output, drawn, samples, prompt_file, place)
+        benchmark = self._made(output, drawn, samples, scoring, place)
         images = self.images
         if drawn is not None:
             images = output / "images"
@@ -131,10 +132,10 @@ class BenchmarkOptions:
         return net.to(device, getattr(torch, self.dtype) if self.dtype else None).eval()
 
     def _made(
-        self, output: Path, model: Model | None, samples: int, prompt_file: Path | None, device: torch.device
+        self, output: Path, model: Model | None, samples: int, scoring: RewardOptions, device: torch.device
     ) -> Benchmark:
         """The benchmark with what it scores by."""
-        from fastvar.image_benchmarks import CVTG2K, FID, DreamBench, HPSBenchmark
+        from fastvar.image_benchmarks import CVTG2K, FID, DreamBench, HPSBenchmark, PromptBenchmark
         from fastvar.rl.rewards import CLIPImageReward, CLIPTextReward, DINOReward, HPSv2Reward
 
         assert self.data is not None  # checked
@@ -158,7 +159,9 @@ class BenchmarkOptions:
         if self.benchmark == "hps":
             reward = HPSv2Reward(checkpoint=self._weights("hpsv2"))
             return HPSBenchmark(self.data, reward, per_prompt=self.per_prompt or 1, take=self.take)
-        items = self._fid_items(model, samples, prompt_file)
+        if self.benchmark == "prompts":
+            return PromptBenchmark(self.data, scoring.reward(), per_prompt=self.per_prompt or 1, take=self.take)
+        items = self._fid_items(model, samples, scoring.prompt_file)
         weights = self._given().get("inception")
         return FID(
             items, self.data, output / "reference", weights=None if weights is None else Path(weights), device=device

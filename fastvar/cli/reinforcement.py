@@ -139,6 +139,8 @@ class ChooseMiddle:
         from fastvar.rl.choose_middle import ENOUGH, explained_shares, recommended_middle
 
         output_file("output", self.output, ".png")
+        if self.scoring.held_out:
+            raise ValueError(f"choose-middle: held_out: expected none, as nothing learns, got {self.scoring.held_out}")
         var = load_model(self.model, device=self.device)
         prompts = self.scoring.load_prompts(var, count=max(self.prompt_count, 100), train=False)
         prompts = prompts.take([i * len(prompts) // self.prompt_count for i in range(self.prompt_count)])
@@ -193,7 +195,7 @@ class Evaluate:
                 model=self.model,
                 output=self.output,
                 samples=self.samples,
-                prompt_file=self.scoring.prompt_file,
+                scoring=self.scoring,
                 device=self.device,
                 seed=self.seed,
                 options=self.options,

@@ -7,8 +7,8 @@ from fastvar.image_benchmarks.cvtg import CVTG2K, count_words
 from fastvar.image_benchmarks.drawing import draw_items
 from fastvar.image_benchmarks.dreambench import DreamBench
 from fastvar.image_benchmarks.fid import FID, class_items, folder_items
-from fastvar.image_benchmarks.hps import HPSBenchmark
 from fastvar.image_benchmarks.items import Item, taken_prompts
+from fastvar.image_benchmarks.prompts import HPSBenchmark, PromptBenchmark
 from fastvar.image_benchmarks.scoring import Benchmark, run_benchmark, score_files
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "DreamBench",
     "HPSBenchmark",
     "Item",
+    "PromptBenchmark",
     "class_items",
     "count_words",
     "draw_items",

@@ -41,9 +41,7 @@ def draw_items(model: Model, items: Sequence[Item], folder: Path, options: Sampl
     Raises:
         ValueError: a folder of images that were drawn otherwise, a model that cannot draw the items.
     """
-    classes = not model.config.text_length
-    if classes != all(isinstance(item.prompt, int) for item in items):
-        raise ValueError(f"benchmark: model: expected one of {'texts' if classes else 'classes'}, got another one")
+    conditions = _conditions(model, items)
     subjects = model.config.subject != "none"
     if subjects and not all(item.references for item in items):
         raise ValueError("benchmark: model: expected one without a subject prefix, as there are no photographs")
@@ -55,12 +53,27 @@ def draw_items(model: Model, items: Sequence[Item], folder: Path, options: Sampl
             paths = [folder / f"{item.name}.png" for item in batch]
             if all(path.is_file() for path in paths):
                 continue
-            prompts: Any = [item.prompt for item in batch]
             subject = _subject(model, batch) if subjects else None
-            conditions = torch.tensor(prompts) if classes else prompts
-            images = draw(model, conditions, options, seed=seed, first_sample=start, subject=subject)
+            images = draw(
+                model, conditions[start : start + size], options, seed=seed, first_sample=start, subject=subject
+            )
             for path, pixels in zip(paths, to_uint8(images), strict=True):
                 save_picture(Image.fromarray(pixels), path)
+
+
+def _conditions(model: Model, items: Sequence[Item]) -> Any:
+    """What the model draws the items from: (n,) classes, or n texts."""
+    prompts = [item.prompt for item in items]
+    if model.config.text_length:
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("benchmark: model: expected one of classes, got one of texts")
+        return prompts
+    try:
+        return torch.tensor(
+            [prompt if isinstance(prompt, int) else model.config.class_index(prompt) for prompt in prompts]
+        )
+    except ValueError as error:
+        raise ValueError(f"benchmark: data: {error}") from None
 
 
 def _subject(model: Model, items: Sequence[Item]) -> torch.Tensor | None:

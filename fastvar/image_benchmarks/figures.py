@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from statistics import fmean
 from typing import Any
 
@@ -13,9 +14,12 @@ from fastvar.image_benchmarks.items import Item
 
 
 def mean_figure(name: str, values: torch.Tensor | Sequence[float]) -> dict[str, Any]:
-    """The mean of values (n,), n >= 1; no interval of a single one."""
-    sample = [float(value) for value in values]
-    return {name: fmean(sample), f"{name}_95": mean_interval(sample) if len(sample) > 1 else None}
+    """The mean of values (n,) but for those that are missing (not finite): None where all are; no interval of one."""
+    sample = [value for value in map(float, values) if isfinite(value)]
+    return {
+        name: fmean(sample) if sample else None,
+        f"{name}_95": mean_interval(sample) if len(sample) > 1 else None,
+    }
 
 
 def ratio_figure(name: str, parts: torch.Tensor, wholes: torch.Tensor) -> dict[str, Any]:

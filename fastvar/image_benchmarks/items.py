@@ -18,7 +18,7 @@ class Item(NamedTuple):
 
     Attributes:
         name: of its file below the folder of images, without the ending.
-        prompt: what a model is asked for: a text, or a class.
+        prompt: what a model is asked for: a text, or a class by name or index.
         text: what the image is compared with.
         group: what figures are grouped by: a subject, a number of regions, a category.
         references: photographs of the subject.

@@ -68,5 +68,16 @@ def test_texts_and_subjects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == [(["a", "ab"], 0, (2, *shape)), (["b"], 2, (1, *shape))]
     with pytest.raises(ValueError, match="model: expected one without a subject prefix, as there are no photographs"):
         draw_items(var, [Item("a", "a")], tmp_path / "others", OPTIONS)
-    with pytest.raises(ValueError, match="model: expected one of classes, got another one"):
+    with pytest.raises(ValueError, match="model: expected one of classes, got one of texts"):
         draw_items(var, class_items(2, 2), tmp_path / "others", OPTIONS)
+
+
+def test_classes_by_name(tmp_path: Path) -> None:
+    var = tiny_var(class_names=("cat", "dog", "7", "cup", "car"))
+    draw_items(var, [Item("a", "dog"), Item("b", "4"), Item("c", "7")], tmp_path, OPTIONS)
+    expected = var.generate(torch.tensor([1, 4, 2]), top_k=4).images
+    assert expected is not None
+    found = saved(tmp_path, ["a", "b", "c"])
+    torch.testing.assert_close(found, expected, atol=0.5 / 255 + 1e-6, rtol=0)
+    with pytest.raises(ValueError, match=r"^benchmark: data: .*got 'cow'"):
+        draw_items(var, [Item("a", "cow")], tmp_path / "others", OPTIONS)

@@ -1,4 +1,4 @@
-"""HPS by category, with a small CLIP of random weights, by hand."""
+"""Prompts by category, scored by any rewards; HPS with a small CLIP of random weights; by hand."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from statistics import fmean
 import pytest
 import torch
 
-from fastvar.image_benchmarks import HPSBenchmark, run_benchmark
-from fastvar.image_benchmarks.hps import read_categories
+from fastvar.image_benchmarks import HPSBenchmark, PromptBenchmark, run_benchmark
+from fastvar.image_benchmarks.prompts import read_categories
+from fastvar.rl.rewards import ColourReward, RewardSum
 from tests.helpers.pictures import save_images, smooth_images
 
 open_clip = pytest.importorskip("open_clip")
@@ -31,6 +32,27 @@ def test_prompts(tmp_path: Path) -> None:
         read_categories(tmp_path)
     with pytest.raises(ValueError, match=r"data: expected files of prompts .* got none"):
         read_categories(tmp_path / "nowhere")
+
+
+def test_any_rewards(tmp_path: Path) -> None:
+    """The label before a tab is for the model alone; a score that is missing is in no mean."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/sketch.txt").write_text("dog\ta sketch of a dog\n7\ta sketch of a cat\na line\n")
+    asked: list[str] = []
+
+    def unsure(images: torch.Tensor, prompts: list[str], references: object) -> torch.Tensor:
+        asked.extend(prompts)
+        return torch.tensor([torch.nan, 2.0, 4.0])
+
+    reward = RewardSum({"red": ColourReward(), "unsure": unsure})  # type: ignore[dict-item]
+    benchmark = PromptBenchmark(tmp_path / "data", reward)
+    assert [item.prompt for item in benchmark.items] == ["dog", "7", "a line"]
+    images = smooth_images(3)
+    save_images(tmp_path / "images", [item.name for item in benchmark.items], images)
+    figures = run_benchmark(benchmark, tmp_path / "images", tmp_path / "out")["figures"]
+    assert asked == ["a sketch of a dog", "a sketch of a cat", "a line"]
+    assert figures["unsure"] == 3.0 and figures["categories"]["sketch"]["unsure"] == 3.0
+    assert figures["red"] == pytest.approx(ColourReward()(images).scores.mean().item(), abs=1e-5)
 
 
 def test_by_hand(tmp_path: Path, tiny_clip: str) -> None:
