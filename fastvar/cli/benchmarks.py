@@ -38,7 +38,7 @@ class BenchmarkOptions:
     images: Path | None = None
     """Score the images of this folder instead of a model's; docs/evaluation.md says how their files are called."""
     take: CountOrNone = 0
-    """Score so many prompts, evenly spread; 0 for all."""
+    """Score so many prompts, spread over all; 0 for all."""
     per_prompt: CountOrNone = 0
     """Images of each prompt; 0 for as many as are published: 4 of dreambench, 1 of the others."""
     token: str = ""

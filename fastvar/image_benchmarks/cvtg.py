@@ -61,7 +61,7 @@ class CVTG2K:
         reader: what reads the images; published figures are PaddleOCR's.
         clip_score: a `CLIPTextReward` with `clip_score`; published figures are those of OpenAI's ViT-L/14 on the bare
             prompt.
-        take: score so many prompts, evenly spread; 0 for all.
+        take: score so many prompts, see `taken_prompts`; 0 for all.
 
     Raises:
         ValueError: another folder, a prompt without quoted words.

@@ -36,7 +36,7 @@ class DreamBench:
         dino, clip_image: what compares with photographs.
         clip_text: what compares with prompts.
         per_prompt: images of each prompt; 4 as published.
-        take: score so many prompts, evenly spread; 0 for all.
+        take: score so many prompts, see `taken_prompts`; 0 for all.
         token: what stands before the class in a prompt to a model, such as "sks"; never in what CLIP-T reads.
 
     Raises:

@@ -21,13 +21,14 @@ def picture_grid(items: Sequence[Item], files: Sequence[Path]) -> Any:
     groups = list(rows_by_group(items).values())
     if len(groups) == 1:
         groups = [groups[0][i : i + COLUMNS] for i in range(0, len(groups[0]), COLUMNS)]
-    cells: list[torch.Tensor] = []
+    lines = []
     for rows in _spread(groups, ROWS):
-        shown = list(items[rows[0]].references[:1])
-        shown += [files[row] for row in _spread(rows, COLUMNS - len(shown))]
-        cells += [_cell(file) for file in shown]
-        cells += [torch.ones(3, SIDE, SIDE)] * (COLUMNS - len(shown))
-    return image_grid(torch.stack(cells), COLUMNS)
+        first = list(items[rows[0]].references[:1])
+        lines.append([*first, *(files[row] for row in _spread(rows, COLUMNS - len(first)))])
+    columns = max(map(len, lines))
+    white = torch.ones(3, SIDE, SIDE)
+    cells = [_cell(line[i]) if i < len(line) else white for line in lines for i in range(columns)]
+    return image_grid(torch.stack(cells), columns)
 
 
 def _spread(rows: Sequence[Any], most: int) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 
 from fastvar.data.folder import EXTENSIONS
 from fastvar.pictures import read_picture
+from fastvar.random import derive
 
 
 class Item(NamedTuple):
@@ -32,12 +34,17 @@ class Item(NamedTuple):
 
 
 def taken_prompts(items: Sequence[Item], per_prompt: int, count: int) -> list[Item]:
-    """The items of `count` prompts, evenly spread, of which each has `per_prompt` adjacent ones; of all for 0."""
+    """The items of `count` prompts, of which each has `per_prompt` adjacent ones; of all for 0.
+
+    One is taken of each of `count` equal parts, at random but always the same: at equal steps all subjects of a
+    benchmark would have the same prompt.
+    """
     prompts = len(items) // per_prompt
     if not count or count >= prompts:
         return list(items)
-    starts = [i * prompts // count * per_prompt for i in range(count)]
-    return [item for start in starts for item in items[start : start + per_prompt]]
+    ends = [i * prompts // count for i in range(count + 1)]
+    chosen = [low + derive(0, "take", low) % (high - low) for low, high in pairwise(ends)]
+    return [item for prompt in chosen for item in items[prompt * per_prompt : (prompt + 1) * per_prompt]]
 
 
 def find_files(folder: Path, items: Sequence[Item]) -> list[Path]:

@@ -27,7 +27,7 @@ class PromptBenchmark:
             each line; for a model of classes CLASS TAB PROMPT, a class by name or index and what its image should show.
         reward: what scores; weights play no part.
         per_prompt: images of each prompt; more than one tell of diversity.
-        take: score so many prompts, evenly spread; 0 for all.
+        take: score so many prompts, see `taken_prompts`; 0 for all.
 
     Raises:
         ValueError: no prompts, or a file that holds something else.

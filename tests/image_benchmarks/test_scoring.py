@@ -69,8 +69,8 @@ def test_a_whole_run(tmp_path: Path, images: torch.Tensor) -> None:
     assert [line["name"] for line in lines] == NAMES and lines[5]["text"] == "text of b/1"
     assert lines[5]["mean"] == pytest.approx(images[5].mean().item()) and lines[5]["size"] == "24"
     assert "vector" not in lines[0]
-    with Image.open(tmp_path / "out/grid.png") as picture:  # a row of eight cells for each group
-        assert picture.size == (2 + 8 * 130, 2 + 2 * 130)
+    with Image.open(tmp_path / "out/grid.png") as picture:  # a row for each group
+        assert picture.size == (2 + 4 * 130, 2 + 2 * 130)
 
 
 def test_nothing_is_scored_twice(tmp_path: Path, images: torch.Tensor) -> None:
@@ -126,8 +126,14 @@ def test_files_that_do_not_fit(tmp_path: Path, images: torch.Tensor) -> None:
         run_benchmark(benchmark(), tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_prompts_are_taken_evenly_and_whole() -> None:
-    items = [Item(str(i), "") for i in range(12)]
-    names = [item.name for item in taken_prompts(items, 2, 4)]
-    assert names == ["0", "1", "2", "3", "6", "7", "8", "9"]
-    assert taken_prompts(items, 2, 0) == taken_prompts(items, 2, 9) == items
+def test_prompts_are_taken_of_equal_parts_and_whole() -> None:
+    """Three subjects with 25 prompts of two images: of each a prompt, and not all the same."""
+    items = [Item(f"{subject}/{number}", "") for subject in "abc" for number in range(50)]
+    places = [item.name.split("/") for item in taken_prompts(items, 2, 3)]
+    assert [subject for subject, _ in places] == list("aabbcc")
+    numbers = [int(number) for _, number in places]
+    assert all(number % 2 == 0 for number in numbers[::2]) and numbers[1::2] == [number + 1 for number in numbers[::2]]
+    assert len(set(numbers[::2])) > 1
+    for count in (1, 2, 7, 74):
+        assert len({item.name for item in taken_prompts(items, 2, count)}) == 2 * count
+    assert taken_prompts(items, 2, 0) == taken_prompts(items, 2, 75) == taken_prompts(items, 2, 90) == items
