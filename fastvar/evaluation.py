@@ -71,6 +71,7 @@ def draw(
     options: SamplingOptions,
     *,
     seed: int = 0,
+    first_sample: int = 0,
     subject: torch.Tensor | None = None,
     negative: str | None = None,
     title: str = "sampling",
@@ -82,6 +83,7 @@ def draw(
         prompts: N classes or texts, as the model's `generate` takes them.
         options: how.
         seed: of the samples.
+        first_sample: the number of the first one; a sample depends on the seed and its number.
         subject: (N, L, C) pyramids of reference subjects, or None.
         negative: the text that guidance keeps away from, for models of texts; None for what the model has learned.
         title: of the progress bar.
@@ -99,7 +101,7 @@ def draw(
             batch,
             subject=None if subject is None else subject[rows],
             seed=seed,
-            first_sample=start,
+            first_sample=first_sample + start,
             **away,
             **options.arguments(model),
         )

@@ -352,6 +352,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ('middle if segment == "fine" else 0,', "0,", "rl/test_rollout.py::test_shapes_of_the_segments"),
     ],
     "fastvar/rl/evaluate.py": [
+        (", held_out=True)", ")", "rl/test_held_out.py::test_evaluations_show_it"),
         (
             "i * len(prompts) // groups",
             "i % len(prompts)",
@@ -391,6 +392,43 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_rewards.py::test_weighted_sum_and_each_reward",
         ),
         ("deviations[0] / (spread[0] + 1e-6)", "deviations[0]", "rl/test_rewards.py::test_standardised"),
+    ],
+    "fastvar/rl/preflight.py": [
+        (", held_out=True)", ")", "rl/test_held_out.py::test_it_is_tried_before_the_first_step"),
+    ],
+    "fastvar/rl/rewards/models.py": [
+        ("self._device or images.device", "images.device", "rl/test_reward_models.py::test_a_device_of_its_own"),
+    ],
+    "fastvar/rl/rewards/openclip.py": [
+        ("_NETWORKS[self.name] = model", "pass", "rl/test_reward_models.py::test_weights_are_loaded_once"),
+    ],
+    "fastvar/image_benchmarks/scoring.py": [
+        ('about.get("of") != of', "False", "image_benchmarks/test_scoring.py::test_nothing_is_scored_twice"),
+        (
+            "_write(path, of, part)",
+            "pass",
+            "image_benchmarks/test_scoring.py::test_nothing_is_scored_twice",
+        ),
+    ],
+    "fastvar/image_benchmarks/drawing.py": [
+        ("first_sample=start", "first_sample=0", "image_benchmarks/test_drawing.py::test_images_of_classes"),
+        ("seed=seed, first", "first", "image_benchmarks/test_drawing.py::test_images_of_classes"),
+    ],
+    "fastvar/image_benchmarks/dreambench.py": [
+        ("torch.cat(features).mean(0)", "features[0][0]", "image_benchmarks/test_dreambench.py::test_by_hand"),
+        ("parts[kind in LIVE]", "parts[0]", "image_benchmarks/test_dreambench.py::test_prompts"),
+    ],
+    "fastvar/image_benchmarks/cvtg.py": [
+        (
+            "(Counter(goal) & Counter(found)).total()",
+            "sum(word in found for word in goal)",
+            "image_benchmarks/test_cvtg.py::test_words",
+        ),
+        (
+            'taken["right"], taken["words"]',
+            'taken["right"] / taken["words"], torch.ones(len(rows))',
+            "image_benchmarks/test_cvtg.py::test_by_hand",
+        ),
     ],
     "fastvar/rl/rewards/ocr.py": [
         ("min((confidence for other", "max((confidence for other", "rl/test_rewards.py::test_ocr_by_hand"),
@@ -783,7 +821,12 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     ],
     "fastvar/evaluation.py": [
         ("            seed=seed,\n", "            seed=0,\n", "test_evaluation.py::test_drawing"),
-        ("first_sample=start", "first_sample=0", "test_evaluation.py::test_drawing[2]"),
+        ("first_sample=first_sample + start", "first_sample=first_sample", "test_evaluation.py::test_drawing[2]"),
+        (
+            "first_sample=first_sample + start",
+            "first_sample=start",
+            "image_benchmarks/test_drawing.py::test_images_of_classes",
+        ),
         ('"ned": self.similarity,', '"ned": self.accuracy,', "test_evaluation.py::test_reading"),
     ],
     "fastvar/handwriting/evaluation.py": [

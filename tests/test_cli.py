@@ -116,6 +116,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         (["sample", "--model", "x", "--labels", "1", "--output", "."], "output: expected a file, got the folder ."),
         (["sample", "--model", "x", "--labels", "1", "--output", "file/a.png"], "expected a folder, got the file file"),
         (["choose-middle", "--model", "x", "--output", "m.svg"], "whose name ends in .png, got m.svg"),
+        (["choose-middle", "--model", "x", "--held-out", "jpeg"], "choose-middle: held_out: expected none, as nothing"),
         (["evaluate", "--model", "x", "--output", "."], "output: expected a file, got the folder ."),
         (["train", *DATA, "--output", "file", "--tokenizer", "x"], "output: expected a folder, got the file file"),
         (["train-tokenizer", *DATA, "--output", "file/run"], "output: expected a folder, got the file file"),
@@ -329,10 +330,12 @@ def test_reinforcement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     run(
         *["rl", *start, "--output", tmp_path / "rl", *few, "--adapter-rank", "2", "--kl-weight", "0.01"],
         *["--rewards", "jpeg=0.5", "colour", "--reward-options", "colour.channel=blue", "jpeg.larger=true"],
-        *["--evaluate-every", "2", "--evaluation-samples", "8"],
+        *["--evaluate-every", "2", "--evaluation-samples", "8", "--held-out", "ocr"],
     )
     lines = [json.loads(line) for line in (tmp_path / "rl/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 5 and {"reward/jpeg", "reward/colour", "evaluation/return"} <= set(lines[-1])
+    assert "evaluation/held_out/ocr" in lines[-1] and "reward/ocr" not in lines[-1]
+    assert json.loads((tmp_path / "rl/rewards.json").read_text())["ocr"]["weight"] is None
     run("evaluate", "--model", tmp_path / "rl/best", "--samples", "8")
     draws = ["--prefixes", "2", "--continuations", "2", "--rewards", "colour"]
     run("choose-middle", *start, *draws, "--output", tmp_path / "m.png")
@@ -342,6 +345,12 @@ def test_reinforcement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["--rewards", "jpeg=nan"], "rewards: expected finite weights, got jpeg=nan"),
         (["--rewards", "jpeg=0"], "RewardSum: weights: expected one other than 0, as nothing would be learned"),
         (["--rewards", "jpeg=much"], "rewards: expected NAME or NAME=WEIGHT, got 'jpeg=much'"),
+        (["--held-out", "ocr"], "held_out: expected rewards that are not in rewards, got 'ocr'"),
+        (["--held-out", "beauty"], "create: name: expected one of"),
+        (
+            ["--rewards", "jpeg", "--held-out", "ocr"],
+            "RLConfig: evaluate_every: expected at least 1, as rewards are held",
+        ),
         (["--reward-options", "jpeg.quality"], "reward_options: expected NAME.OPTION=VALUE"),
         (
             ["--rewards", "jpeg", "--reward-options", "jpeg.size=3"],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
+
+from fastvar.ranges import OneOf
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +31,9 @@ class ModelOptions:
     """Infinity: the tokenizer's file or folder, if the model was not saved with it."""
     text_encoder: str = ""
     """Infinity: what reads the prompts, as in `fastvar train`; by default what the model was trained with."""
+    grids: str = ""
+    """Infinity: token grids, which decide the size of the images, or a preset such as "infinity-0.25M-1.500" (pixels
+    and height / width); by default the model's own."""
 
     def load(self, device: str | None, *, read_on: str | None = None) -> Model:
         """The model with its tokenizer, on a device; by default on the GPU if there is one. `read_on` is the device of
@@ -39,14 +44,32 @@ class ModelOptions:
             ValueError: another model, one without a tokenizer or a text encoder, a device that is not here.
         """
         from fastvar.cli.infinity import is_infinity, load_with_encoder
+        from fastvar.schedule import ScaleSchedule
 
         if is_infinity(self.model):
             place, reader = chosen_device(device), chosen_device(device if read_on is None else read_on)
-            return load_with_encoder(self.model, self.tokenizer, self.text_encoder, reader).to(place)
-        for name in ("tokenizer", "text_encoder"):
-            if getattr(self, name):
-                raise ValueError(f"{name}: expected none with a VAR, as it has no such option")
+            schedule = ScaleSchedule.parse(self.grids) if self.grids else None
+            return load_with_encoder(self.model, self.tokenizer, self.text_encoder, reader, schedule).to(place)
+        for option in fields(self):
+            if option.name != "model" and getattr(self, option.name):
+                raise ValueError(f"{option.name}: expected none with a VAR, as it has no such option")
         return load_model(self.model, device=device)
+
+
+@dataclass(frozen=True)
+class DrawnWith(ModelOptions):
+    """A VAR or an Infinity to draw with, where there may be none."""
+
+    model: Path | None = None  # type: ignore[assignment]
+    """Folder of the model, or of the run that trained it; or public weights of an Infinity."""
+    dtype: Annotated[str, OneOf("", "float32", "bfloat16")] = ""
+    """Infinity: "float32" or "bfloat16" for the weights; by default as they were saved."""
+
+    def load(self, device: str | None, *, read_on: str | None = None) -> Model:
+        import torch
+
+        model = super().load(device, read_on=read_on)
+        return model.to(getattr(torch, self.dtype)) if self.dtype else model
 
 
 def load_model(folder: Path, *, device: str | None = None) -> VAR:

@@ -80,9 +80,15 @@ def encoder_of(name: str, config: InfinityConfig | None, device: torch.device) -
     return load_encoder(name, max_length=longest, dtype=dtype, device=device)
 
 
-def load_with_encoder(model: Path, tokenizer: Path | None, text_encoder: str, device: torch.device) -> Infinity:
+def load_with_encoder(
+    model: Path,
+    tokenizer: Path | None,
+    text_encoder: str,
+    device: torch.device,
+    schedule: ScaleSchedule | None = None,
+) -> Infinity:
     """An Infinity as `load` finds it, with the text encoder that `encoder_of` finds; only that is on the device."""
-    net = load("model", model, tokenizer)
+    net = load("model", model, tokenizer, schedule)
     encoder = encoder_of(text_encoder, net.config, device)
     net.config, net.text_encoder = replace(net.config, text_encoder=encoder.name), encoder
     return net

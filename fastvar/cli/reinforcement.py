@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastvar.cli.common import Flat, ModelOptions, device_of_process, train_on
+from fastvar.cli.benchmarks import BenchmarkOptions
+from fastvar.cli.common import DrawnWith, Flat, ModelOptions, device_of_process, train_on
 from fastvar.cli.outputs import output_file, output_folder, say
 from fastvar.cli.sources import PromptOptions
 from fastvar.evaluation import GUIDED
@@ -29,6 +30,9 @@ class RewardOptions(PromptOptions):
     clip-t, colour, dino, hpsv2, jpeg, ocr, remote and subject."""
     reward_options: tuple[str, ...] = ()
     """Options of rewards as NAME.OPTION=VALUE, the value as JSON has it or plain text: "clip-t.pretrained=openai"."""
+    held_out: tuple[str, ...] = ()
+    """Names of rewards that evaluations show and nothing learns from: where the others rise and they fall, those are
+    being exploited."""
     standardise: bool = False
     """Subtract each reward's mean over the batch and divide by its standard deviation before weighing."""
 
@@ -42,14 +46,20 @@ class RewardOptions(PromptOptions):
             check_options(name, options[name])
             if not math.isfinite(weight):
                 raise ValueError(f"rewards: expected finite weights, got {name}={weight}")
+        for name in self.held_out:
+            check_options(name, options[name])
+            if name in weights:
+                raise ValueError(f"held_out: expected rewards that are not in rewards, got {name!r}")
 
     def reward(self) -> RewardSum:
         """The weighted sum."""
         from fastvar.rl.rewards import RewardSum, create
 
         weights, options = self._parsed()
-        rewards = {name: create(name, **options[name]) for name in weights}
-        return RewardSum(rewards, weights, standardise=self.standardise)
+        rewards, held_out = (
+            {name: create(name, **options[name]) for name in names} for names in (weights, self.held_out)
+        )
+        return RewardSum(rewards, weights, standardise=self.standardise, held_out=held_out)
 
     def _parsed(self) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
         """Weights and options by the names of rewards."""
@@ -57,13 +67,15 @@ class RewardOptions(PromptOptions):
         for item in self.rewards:
             name, _, weight = item.partition("=")
             weights[name] = _number("rewards", item, weight) if weight else 1.0
-        options: dict[str, dict[str, Any]] = {name: {} for name in weights}
+        options: dict[str, dict[str, Any]] = {name: {} for name in (*weights, *self.held_out)}
         for item in self.reward_options:
             path, equals, value = item.partition("=")
             name, dot, option = path.partition(".")
             if not (equals and dot) or name not in options:
-                raise ValueError(f"reward_options: expected NAME.OPTION=VALUE with NAME out of {weights}, got {item!r}")
-            options[name][option] = _json_or_text(value)
+                raise ValueError(
+                    f"reward_options: expected NAME.OPTION=VALUE with NAME out of {(*options,)}, got {item!r}"
+                )
+            options[name][option] = json_or_text(value)
         return weights, options
 
 
@@ -126,6 +138,8 @@ class ChooseMiddle:
         from fastvar.rl.choose_middle import ENOUGH, explained_shares, recommended_middle
 
         output_file("output", self.output, ".png")
+        if self.scoring.held_out:
+            raise ValueError(f"choose-middle: held_out: expected none, as nothing learns, got {self.scoring.held_out}")
         model = self.drawn_with.load(self.device)
         prompts = self.scoring.load_prompts(model, count=max(self.prompt_count, 100), train=False)
         prompts = prompts.take([i * len(prompts) // self.prompt_count for i in range(self.prompt_count)])
@@ -154,24 +168,38 @@ class ChooseMiddle:
 @dataclass(frozen=True)
 class Evaluate:
     """Score samples of a model: rewards and diversity with 95 % intervals. Without a file of prompts also word accuracy
-    and NED, and with a subject prefix how often a sample matches its reference."""
+    and NED, and with a subject prefix how often a sample matches its reference. With --benchmark a published benchmark
+    instead, of a model's images or of those of a folder."""
 
-    drawn_with: Annotated[ModelOptions, Flat]
+    drawn_with: Annotated[DrawnWith, Flat] = field(default_factory=DrawnWith)
     samples: Annotated[int, Range(8)] = 400
     """Images to draw for each part."""
     output: Path | None = None
-    """Also write the figures to this JSON file."""
+    """Also write the figures to this JSON file; of a benchmark the folder of all that it makes."""
     device: str | None = None
     """"cpu", "cuda" or one GPU such as "cuda:1"; by default the GPU, if there is one."""
     scoring: Annotated[RewardOptions, Flat] = field(default_factory=RewardOptions)
     seed: Seed = 0
     """Seed of the samples that are read."""
     options: Annotated[SamplingOptions, Flat] = GUIDED
+    benchmark: Annotated[BenchmarkOptions, Flat] = field(default_factory=BenchmarkOptions)
 
     def run(self) -> None:
         from fastvar.files import json_text, write_json
         from fastvar.rl import evaluate_policy
 
+        if self.benchmark.benchmark:
+            return self.benchmark.run(
+                self.drawn_with,
+                output=self.output,
+                samples=self.samples,
+                scoring=self.scoring,
+                device=self.device,
+                seed=self.seed,
+                options=self.options,
+            )
+        if self.drawn_with.model is None:
+            raise ValueError("evaluate: model: expected a folder, got none")
         if self.output is not None:
             output_file("output", self.output)
         var = self.drawn_with.load(self.device)
@@ -181,6 +209,7 @@ class Evaluate:
         scored = evaluate_policy(var, reward, prompts, samples=self.samples, options=self.options)
         figures["rewards"] = {"images": len(scored.images), **scored.metrics}
         figures["rewards"] |= {f"{name}_95": interval for name, interval in scored.intervals.items()}
+        figures["reward_descriptions"] = reward.descriptions()
         print(json_text(figures, indent=2))
         if self.output is not None:
             write_json(self.output, figures)
@@ -214,7 +243,8 @@ def _number(option: str, item: str, text: str) -> float:
         raise ValueError(f"{option}: expected NAME or NAME=WEIGHT, got {item!r}") from None
 
 
-def _json_or_text(text: str) -> Any:
+def json_or_text(text: str) -> Any:
+    """A value as JSON has it, or else the text."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

@@ -87,6 +87,23 @@ def mean_interval(values: Iterable[float]) -> tuple[float, float]:
     return centre - half, centre + half
 
 
+def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
+    """95 % confidence interval of sum(parts) / sum(wholes), such as the words that were read of those of all images.
+
+    By the normal approximation, with the spread over pairs of part - ratio * whole (the delta method): what belongs to
+    one image is not independent. Raises ValueError for fewer than two pairs, or wholes that add up to nothing.
+    """
+    if len(parts) != len(wholes) or len(parts) < 2 or not sum(wholes) > 0:
+        raise ValueError(
+            f"ratio_interval: wholes: expected as many as parts, at least 2, above 0 in all, got {len(wholes)} of "
+            f"{len(parts)}, {sum(wholes)} in all"
+        )
+    ratio = sum(parts) / sum(wholes)
+    rest = [part - ratio * whole for part, whole in zip(parts, wholes, strict=True)]
+    half = _NORMAL_95 * stdev(rest) * math.sqrt(len(rest)) / sum(wholes)
+    return ratio - half, ratio + half
+
+
 def _pairs(name: str, readings: Sequence[Reading | str], texts: Sequence[str]) -> list[tuple[str, str]]:
     if len(readings) != len(texts) or not texts:
         raise ValueError(

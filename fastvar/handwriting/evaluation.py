@@ -14,7 +14,7 @@ from fastvar.handwriting.matching import match_reference, subject_distances
 from fastvar.handwriting.reader import Reader
 from fastvar.models import VAR, SamplingOptions
 from fastvar.rl import Prompts
-from fastvar.rl.rewards import Reward
+from fastvar.rl.rewards import Description, Reward
 
 FARTHEST = 4.0  # distances from here on are as bad as no character at all
 
@@ -59,6 +59,8 @@ class SubjectReward:
     Copying the reference whatever the prompt says scores best: weigh it against a reward for the text, and watch the
     diversity. For photographs see "dino" and "clip-i".
     """
+
+    description = Description("none", "ink apart from paper", f"{-FARTHEST} to 0; 0 for a copy of the reference")
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str], references: torch.Tensor | None = None) -> Reward:
         """Score images (B, 3, H, W) in [0, 1] against references (B, 3, h, w): minus the distance, from -4 (or no

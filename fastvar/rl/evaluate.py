@@ -26,7 +26,7 @@ class Evaluation(NamedTuple):
         images: (N, 3, H, W) in [0, 1], four of a prompt adjacent.
         prompts: N.
         metrics: the mean "return" (weighted sum of the rewards, not standardised), each reward's mean by name, and
-            "diversity", see `fastvar.data.metrics.diversity`.
+            "diversity", see `fastvar.data.metrics.diversity`. Held-out rewards are under "held_out/NAME".
         intervals: 95 % intervals of the rewards' means and of the diversity, over prompts.
     """
 
@@ -85,7 +85,7 @@ def draw_evaluation(
 
 def score_evaluation(drawn: Rollout, reward: RewardSum) -> Part:
     """Scores of drawn images."""
-    each, _ = reward.ask(drawn.images, drawn.prompts.texts, drawn.prompts.references)
+    each, _ = reward.ask(drawn.images, drawn.prompts.texts, drawn.prompts.references, held_out=True)
     return Part(drawn.images.cpu(), drawn.prompts, {name: scores.cpu() for name, scores in each.items()})
 
 
@@ -97,7 +97,8 @@ def summarise(parts: Sequence[Part], reward: RewardSum) -> Evaluation:
     reward.check(each)
     metrics = {"return": float(reward.combine(each, standardise=False).nanmean())}
     intervals = {}
-    for name, scores in each.items():
+    for asked, scores in each.items():
+        name = f"held_out/{asked}" if asked in reward.held_out else asked
         metrics[name] = float(scores.nanmean())
         groups = scores.view(-1, PER_PROMPT).nanmean(1)
         known = groups[groups.isfinite()].tolist()

@@ -69,6 +69,6 @@ def try_rewards(model: Model, prompts: Prompts, reward: RewardSum) -> None:
     images = torch.full((2, 3, *model.tokenizer.config.image_size), 0.5, device=model.device)
     references = None if first.references is None else first.references.to(model.device)
     try:
-        reward.ask(images, first.texts, references)
+        reward.ask(images, first.texts, references, held_out=True)
     except RuntimeError as error:
         raise RuntimeError(f"before the first step, with a blank picture of {first.texts[0]!r}: {error}") from error

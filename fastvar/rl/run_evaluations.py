@@ -26,6 +26,9 @@ class RunEvaluations:
         output: the run's folder, which gets `pictures/` and `best/`.
         processes: of the run.
         progress: knows the best evaluation so far.
+
+    Raises:
+        ValueError: held-out rewards that no evaluation would ask.
     """
 
     def __init__(
@@ -37,6 +40,11 @@ class RunEvaluations:
         processes: Processes,
         progress: Progress,
     ) -> None:
+        if reward.held_out and not config.evaluate_every:
+            held_out = tuple(reward.held_out)
+            raise ValueError(
+                f"RLConfig: evaluate_every: expected at least 1, as rewards are held out {held_out}, got 0"
+            )
         self.prompts, self.reward, self.config = prompts, reward, config
         self.output, self.processes, self.progress = output, processes, progress
 

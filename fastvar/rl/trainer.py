@@ -10,6 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
+from fastvar.files import write_json
 from fastvar.models import Model
 from fastvar.ops import PolicyLoss, group_advantages
 from fastvar.random import derive
@@ -162,6 +163,8 @@ class VMRGRPOTrainer(Generic[Policy]):
         with locked(output, active=main), Interrupts() as interrupts:
             settings = run_settings(config, self.policy, self.model, self.fingerprint, self.reward, self.prompts)
             first = begin(output, settings, config, self.checkpoints, self.processes)
+            if main:
+                write_json(output / "rewards.json", self.reward.descriptions())
             log = RunLog(output, first, config.iterations, title="vmr-grpo", shown=_SHOWN, active=main)
             try:
                 if first == 0 and config.evaluate_every:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastvar.data import Reading, mean_interval, normalised_edit_distance, wilson_interval, word_accuracy
-from fastvar.data.metrics import diversity, edit_distance, edit_similarity
+from fastvar.data.metrics import diversity, edit_distance, edit_similarity, ratio_interval
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,19 @@ def test_diversity():
     assert diversity(images, 3) == pytest.approx([2 / 3, 0])
     with pytest.raises(ValueError, match=r"diversity: images: expected groups of 4 \(at least 2\), got 6 images"):
         diversity(images, 4)
+
+
+def test_ratio_interval():
+    """The delta method: the spread of part - ratio * whole, over the mean whole."""
+    parts, wholes = [2, 1, 2, 0], [3, 2, 4, 1]
+    ratio = 5 / 10
+    rest = [2 - 1.5, 1 - 1, 2 - 2, 0 - 0.5]
+    deviation = math.sqrt(sum(value**2 for value in rest) / 3)  # their mean is 0
+    half = 1.959963984540054 * deviation / math.sqrt(4) / (10 / 4)
+    assert ratio_interval(parts, wholes) == pytest.approx((ratio - half, ratio + half))
+    assert ratio_interval([1, 2], [2, 4]) == (0.5, 0.5)  # all alike
+    ones = [0.2, 0.5, 0.9]
+    assert ratio_interval(ones, [1, 1, 1]) == pytest.approx(mean_interval(ones))
+    for bad in (([1], [1]), ([1, 2], [1]), ([0, 0], [0, 0])):
+        with pytest.raises(ValueError, match="ratio_interval: wholes: expected as many as parts"):
+            ratio_interval(*bad)

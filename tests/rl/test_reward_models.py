@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -463,6 +464,55 @@ def test_missing_packages(name: str, package: str, options: dict[str, Any], monk
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"{package} is needed: pip install .*\[rewards\]"):
         create(name, **options)
+
+
+def test_descriptions(tiny: str, dino: DINOReward) -> None:
+    """Which weights, and the bytes of all of them: float32, and open_clip's buffers."""
+
+    def size(*networks: nn.Module) -> int:
+        return sum(part.numel() * part.element_size() for network in networks for part in network.state_dict().values())
+
+    assert dino.description.weights == "timm vit_small_patch16_224, random"
+    assert dino.description.memory == size(dino.model) > 4 * 21e6 and "248" in dino.description.preprocessing
+    aesthetic: Any = create("aesthetic", pretrained=None, head=None, model=tiny)
+    assert aesthetic.description.weights == f"open_clip {tiny}, random and a linear head, random"
+    assert aesthetic.description.memory == size(aesthetic.clip.model, aesthetic.head)
+    for options, expected in (({}, "-1 to 1"), ({"clip_score": True}, "0 to 2.5")):
+        assert create("clip-t", pretrained=None, model=tiny, **options).description.range == expected  # type: ignore[attr-defined]
+    hps: Any = create("hpsv2", checkpoint=None, model=tiny)
+    assert "black borders" in hps.description.preprocessing
+
+
+def test_weights_are_loaded_once(tiny: str, tmp_path: Path) -> None:
+    """Rewards by the same weights share a network; random ones are each their own."""
+    first: Any = create("clip-t", pretrained=None, model=tiny)
+    path = tmp_path / "clip.pt"
+    torch.save(first.clip.model.state_dict(), path)
+    one: Any = create("clip-t", pretrained=path, model=tiny)
+    other: Any = create("clip-i", pretrained=str(path), model=tiny, batch_size=3)
+    assert one.clip.model is other.clip.model and other.clip.batch_size == 3
+    assert create("clip-i", pretrained=None, model=tiny).clip.model is not first.clip.model  # type: ignore[attr-defined]
+
+
+def test_a_device_of_its_own(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images go there, and the scores come back to theirs."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none on "meta"
+    reward: Any = create("clip-i", pretrained=None, model=tiny, device="meta")
+    seen: list[torch.device] = []
+    reward.frozen(lambda images: seen.append(images.device), images_of(1, 8, 8))
+    assert seen == [torch.device("meta")]
+    other: Any = create("clip-i", pretrained=None, model=tiny, device="cpu")
+    images = images_of(2, 8, 8)
+    torch.testing.assert_close(other(images, [], images).scores, torch.ones(2))
+
+
+def test_embedding(dino: DINOReward) -> None:
+    """Products of embeddings are the scores."""
+    images, references = images_of(2, 20, 30), images_of(2, 40, 20, seed=1)
+    product = (dino.embed(images) * dino.embed(references)).sum(1)
+    torch.testing.assert_close(product, dino(images, [], references).scores)
+    with pytest.raises(ValueError, match=r"DINOReward: images: expected values in \[0, 1\]"):
+        dino.embed(images * 255)
 
 
 def test_importing_is_light() -> None:

@@ -4,7 +4,16 @@ Importing them is cheap: packages that a reward needs are imported, and weights 
 """
 
 from fastvar.rl.rewards.aesthetic import AestheticReward
-from fastvar.rl.rewards.base import Reward, RewardFunction, RewardSum, available, check_options, create, register
+from fastvar.rl.rewards.base import (
+    Description,
+    Reward,
+    RewardFunction,
+    RewardSum,
+    available,
+    check_options,
+    create,
+    register,
+)
 from fastvar.rl.rewards.clip import CLIPImageReward, CLIPTextReward
 from fastvar.rl.rewards.dino import DINOReward
 from fastvar.rl.rewards.hps import HPSv2Reward
@@ -19,6 +28,7 @@ __all__ = [
     "CLIPTextReward",
     "ColourReward",
     "DINOReward",
+    "Description",
     "EasyOCRReader",
     "HPSv2Reward",
     "JPEGSizeReward",

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fastvar.rl.rewards.base import register
-from fastvar.rl.rewards.models import ModelReward, freeze, load_weights
-from fastvar.rl.rewards.openclip import OpenCLIP
+from fastvar.rl.rewards.models import ModelReward, freeze, load_weights, weights_name
+from fastvar.rl.rewards.openclip import CROPPED, OpenCLIP
 
 
 class AestheticHead(nn.Module):
@@ -45,7 +45,7 @@ class AestheticReward(ModelReward):
         head: the path of the head's state dict (LAION's sac+logos+ava1-l14-linearMSE.pth), or None for random weights
             (for tests).
         model: an architecture of open_clip; the published head belongs to ViT-L/14, whose embedding has 768 numbers.
-        batch_size: images that go through the model at once.
+        batch_size, device: as `ModelReward`.
 
     Raises:
         ImportError: open_clip is not installed.
@@ -54,6 +54,9 @@ class AestheticReward(ModelReward):
     Source: LAION-Aesthetics predictor V2 (github.com/christophschuhmann/improved-aesthetic-predictor).
     """
 
+    preprocessing = CROPPED
+    scores = "about 1 to 10, mostly 4 to 7"
+
     def __init__(
         self,
         *,
@@ -61,13 +64,18 @@ class AestheticReward(ModelReward):
         head: str | Path | None,
         model: str = "ViT-L-14-quickgelu",
         batch_size: int = 32,
+        device: str | None = None,
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(batch_size, device)
         self.clip = OpenCLIP(type(self).__name__, model, pretrained, batch_size)
         network = AestheticHead(self.clip.width)
         if head is not None:
             load_weights(network, head, "AestheticReward: head")
         self.head = freeze(network)
+        self._head_name = f"a linear head, {weights_name(head)}"
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {self.clip.name: self.clip.model, self._head_name: self.head}
 
     def score(self, images: Tensor, prompts: Sequence[str], references: Tensor | None) -> Tensor:
         return self.head.to(images.device)(self.clip.images(images))

@@ -26,6 +26,22 @@ class Reward(NamedTuple):
     mask: torch.Tensor | None = None
 
 
+class Description(NamedTuple):
+    """What a reward is, as reports state it.
+
+    Attributes:
+        weights: the networks and their weights; "none" without any.
+        preprocessing: what is done with an image first.
+        range: of the scores.
+        memory: bytes of the weights on their device.
+    """
+
+    weights: str = "not said"
+    preprocessing: str = "not said"
+    range: str = "not said"
+    memory: int = 0
+
+
 class RewardFunction(Protocol):
     """A callable that scores images."""
 
@@ -43,7 +59,8 @@ class RewardFunction(Protocol):
             a `Reward`, or its scores (B,) alone.
 
         A reward may also have a method `check_texts(texts)` that raises a ValueError for a prompt which it can never
-        score. It is asked about all prompts before anything is drawn.
+        score. It is asked about all prompts before anything is drawn. An attribute `description`, a `Description`, is
+        written into reports.
         """
 
 
@@ -99,9 +116,11 @@ class RewardSum:
         weights: by name, 1 by default.
         standardise: divide each reward's deviation from the batch's mean by the batch's standard deviation first, so
             that weights compare like with like.
+        held_out: by name, rewards that evaluations ask too and nothing learns from: where the sum rises and they fall,
+            the sum is being exploited.
 
     Raises:
-        ValueError: no reward, a weight for an unknown one or one that is not finite.
+        ValueError: no reward, a weight for an unknown one or one that is not finite, a held-out one that is in the sum.
     """
 
     def __init__(
@@ -110,10 +129,15 @@ class RewardSum:
         weights: Mapping[str, float] | None = None,
         *,
         standardise: bool = False,
+        held_out: Mapping[str, RewardFunction] | None = None,
     ) -> None:
         if not rewards:
             raise ValueError("RewardSum: rewards: expected at least one, got none")
-        taken = sorted({"return", "diversity"} & set(rewards))
+        self.held_out = dict(held_out or {})
+        twice = sorted(set(self.held_out) & set(rewards))
+        if twice:
+            raise ValueError(f"RewardSum: held_out: expected rewards that are not in the sum, got {twice}")
+        taken = sorted({"return", "diversity"} & {*rewards, *self.held_out})
         if taken:
             raise ValueError(f"RewardSum: rewards: expected other names than {taken}, which metrics have")
         unknown = sorted(set(weights or {}) - set(rewards))
@@ -134,10 +158,15 @@ class RewardSum:
 
     @torch.no_grad()
     def ask(
-        self, images: torch.Tensor, prompts: Sequence[str], references: torch.Tensor | None = None
+        self,
+        images: torch.Tensor,
+        prompts: Sequence[str],
+        references: torch.Tensor | None = None,
+        *,
+        held_out: bool = False,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """Each reward's own scores (B,) float64, unweighted, and their mask; arguments as `RewardFunction`. An infinite
-        score is missing: NaN takes its place.
+        score is missing: NaN takes its place. With `held_out` those that are held out are asked too.
 
         The mask is the union of the rewards' masks, None if any reward with a weight has none: it was then decided
         everywhere.
@@ -148,11 +177,11 @@ class RewardSum:
         mask: torch.Tensor | None = None
         everywhere = False
         each: dict[str, torch.Tensor] = {}
-        for name, function in self.rewards.items():
+        for name, function in {**self.rewards, **(self.held_out if held_out else {})}.items():
             reward = self._ask(name, function, images, prompts, references)
             scores = reward.scores.detach().to(images.device, torch.float64)
             each[name] = torch.where(scores.isfinite(), scores, torch.nan)
-            if self.weights[name] == 0:
+            if not self.weights.get(name):
                 continue
             if reward.mask is None:
                 everywhere = True
@@ -167,11 +196,19 @@ class RewardSum:
         Raises:
             ValueError: names a reward and a text that it cannot score.
         """
-        for name, function in self.rewards.items():
+        for name, function in {**self.rewards, **self.held_out}.items():
             try:
                 getattr(function, "check_texts", lambda _: None)(texts)
             except ValueError as error:
                 raise ValueError(f"reward {name!r}: {error}") from error
+
+    def descriptions(self) -> dict[str, dict[str, Any]]:
+        """By name what each reward is, ready for JSON: its `Description` and its weight, None if it is held out."""
+        functions = {**self.rewards, **self.held_out}
+        return {
+            name: {"weight": self.weights.get(name), **getattr(function, "description", Description())._asdict()}
+            for name, function in functions.items()
+        }
 
     def check(self, each: Mapping[str, torch.Tensor]) -> None:
         """Scores by name, of the whole batch: those of several processes are to be put together before.
@@ -198,7 +235,7 @@ class RewardSum:
         standardise = self.standardise if standardise is None else standardise
         total = torch.zeros_like(next(iter(each.values())), dtype=torch.float64)
         for name, scores in each.items():
-            if self.weights[name] == 0:
+            if not self.weights.get(name):
                 continue
             if standardise:
                 _, deviations, spread = centred(scores[None])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastvar.rl.rewards.base import register
+from fastvar.rl.rewards.base import Description, register
 from fastvar.rl.rewards.models import ModelReward, ReferenceReward
-from fastvar.rl.rewards.openclip import OpenCLIP
+from fastvar.rl.rewards.openclip import CROPPED, OpenCLIP
 
 
 @register("clip-t")
@@ -25,7 +25,7 @@ class CLIPTextReward(ModelReward):
             for a tag, and cannot be for a path.
         clip_score: give CLIPScore.
         template: what the model reads, "{}" being the prompt; "{}" by default, "A photo depicts {}" for CLIPScore.
-        batch_size: images that go through the model at once.
+        batch_size, device: as `ModelReward`.
 
     Raises:
         ImportError: open_clip is not installed.
@@ -33,6 +33,9 @@ class CLIPTextReward(ModelReward):
 
     Source: CLIP (arXiv 2103.00020), CLIPScore (arXiv 2104.08718), DreamBench (arXiv 2208.12242).
     """
+
+    preprocessing = CROPPED
+    scores = "-1 to 1"
 
     def __init__(
         self,
@@ -42,13 +45,22 @@ class CLIPTextReward(ModelReward):
         clip_score: bool = False,
         template: str | None = None,
         batch_size: int = 64,
+        device: str | None = None,
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(batch_size, device)
         self.template = ("A photo depicts {}" if clip_score else "{}") if template is None else template
         if "{}" not in self.template:
             raise ValueError(f"CLIPTextReward: template: expected '{{}}' in it for the prompt, got {template!r}")
         self.clip_score = clip_score
         self.clip = OpenCLIP(type(self).__name__, model, pretrained, batch_size)
+
+    @property
+    def description(self) -> Description:
+        own = super().description
+        return own._replace(range="0 to 2.5") if self.clip_score else own
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {self.clip.name: self.clip.model}
 
     def score(self, images: Tensor, prompts: Sequence[str], references: Tensor | None) -> Tensor:
         self.check_prompts(images, prompts)
@@ -66,7 +78,7 @@ class CLIPImageReward(ReferenceReward):
     Args:
         pretrained: as `CLIPTextReward`.
         model: as `CLIPTextReward`.
-        batch_size: images that go through the model at once.
+        batch_size, device: as `ModelReward`.
 
     Raises:
         ImportError: open_clip is not installed.
@@ -75,11 +87,22 @@ class CLIPImageReward(ReferenceReward):
     Source: DreamBench (arXiv 2208.12242).
     """
 
+    preprocessing = CROPPED
+    scores = "-1 to 1; 1 for a copy of a reference"
+
     def __init__(
-        self, *, pretrained: str | Path | None, model: str = "ViT-B-32-quickgelu", batch_size: int = 64
+        self,
+        *,
+        pretrained: str | Path | None,
+        model: str = "ViT-B-32-quickgelu",
+        batch_size: int = 64,
+        device: str | None = None,
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(batch_size, device)
         self.clip = OpenCLIP(type(self).__name__, model, pretrained, batch_size)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {self.clip.name: self.clip.model}
 
     def features(self, images: Tensor) -> Tensor:
         return self.clip.images(images)

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fastvar.rl.rewards.base import register
-from fastvar.rl.rewards.models import ReferenceReward, freeze, load_weights, require, unit_features
+from fastvar.rl.rewards.models import ReferenceReward, freeze, load_weights, require, unit_features, weights_name
 from fastvar.rl.rewards.preprocessing import IMAGENET_MEAN, IMAGENET_STD, crop_square
 
 
@@ -23,7 +23,7 @@ class DINOReward(ReferenceReward):
         pretrained: the weights, always to be named: "dino", which timm fetches if it is not in its cache, the path of a
             state dict, or None for random weights (for tests).
         model: an architecture of timm, for images of 224, that `pretrained` is a tag of.
-        batch_size: images that go through the model at once.
+        batch_size, device: as `ModelReward`.
 
     Raises:
         ImportError: timm is not installed.
@@ -32,10 +32,20 @@ class DINOReward(ReferenceReward):
     Source: DINO (arXiv 2104.14294), DreamBench (arXiv 2208.12242).
     """
 
+    preprocessing = (
+        "the shorter side becomes 248 (bicubic, antialias), the central 224 are cut out, ImageNet's statistics"
+    )
+    scores = "-1 to 1; 1 for a copy of a reference"
+
     def __init__(
-        self, *, pretrained: str | Path | None, model: str = "vit_small_patch16_224", batch_size: int = 64
+        self,
+        *,
+        pretrained: str | Path | None,
+        model: str = "vit_small_patch16_224",
+        batch_size: int = 64,
+        device: str | None = None,
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(batch_size, device)
         timm = require("timm")
         if not timm.is_model(model) or "." in model:
             raise ValueError(f"DINOReward: model: expected an architecture of timm without a tag, got {model!r}")
@@ -49,6 +59,10 @@ class DINOReward(ReferenceReward):
         if pretrained is not None and not known:
             load_weights(network, pretrained, "DINOReward: pretrained")
         self.model: nn.Module = freeze(network)
+        self._name = f"timm {model}, {weights_name(pretrained)}"
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {self._name: self.model}
 
     def features(self, images: Tensor) -> Tensor:
         def encode(chunk: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastvar.installation import install_command
 from fastvar.pictures import check_images
-from fastvar.rl.rewards.base import Reward
+from fastvar.rl.rewards.base import Description, Reward
 from fastvar.weights import read_weights, reason, without_wrappers
 
 
@@ -26,6 +27,17 @@ def require(package: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise ImportError(f"{package} is needed: {install_command('rewards')} ({error})") from error
+
+
+def weights_name(pretrained: str | Path | None) -> str:
+    """Weights as a description has them: a tag, a path, or "random"."""
+    return "random" if pretrained is None else str(pretrained)
+
+
+def memory_of(*networks: nn.Module) -> int:
+    """Bytes of the weights of networks."""
+    tensors = [tensor for network in networks for tensor in network.state_dict().values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -59,20 +71,37 @@ def load_weights(model: nn.Module, path: str | Path, owner: str) -> None:
 class ModelReward:
     """Base of the rewards by a frozen model; a subclass implements `score`.
 
-    The model follows the images from device to device, computes in float32 whatever autocast says, and takes
-    `batch_size` images at a time. Scores carry no gradient and are decided everywhere in the image: no mask.
+    The model computes in float32 whatever autocast says and takes `batch_size` images at a time. Scores carry no
+    gradient and are decided everywhere in the image: no mask. A subclass has `networks`, and says in words what its
+    `preprocessing` is and in what range its `scores` are.
 
     Args:
         batch_size: images that go through the model at once.
+        device: where the model is, such as "cuda:1"; by default it follows the images from device to device.
 
     Raises:
         ValueError: a batch size below 1.
+        RuntimeError: no such device (by torch).
     """
 
-    def __init__(self, batch_size: int) -> None:
+    preprocessing: ClassVar[str]
+    scores: ClassVar[str]
+
+    def __init__(self, batch_size: int, device: str | None = None) -> None:
         if batch_size < 1:
             raise ValueError(f"{type(self).__name__}: batch_size: expected at least 1, got {batch_size}")
         self.batch_size = batch_size
+        self._device = None if device is None else torch.device(device)  # it decides no score: no run's setting
+
+    @property
+    def description(self) -> Description:
+        """Which weights, what is done with images, which scores, how much memory."""
+        networks = self.networks()
+        return Description(" and ".join(networks), self.preprocessing, self.scores, memory_of(*networks.values()))
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks by what their weights are."""
+        raise NotImplementedError
 
     def __call__(self, images: Tensor, prompts: Sequence[str] = (), references: Tensor | None = None) -> Reward:
         """Score images (B, 3, H, W) in [0, 1]; arguments as `RewardFunction`. Scores are (B,) float32.
@@ -83,8 +112,15 @@ class ModelReward:
         check_images(images, f"{type(self).__name__}: images")
         if not len(images):
             return Reward(torch.zeros(0, device=images.device))
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            return Reward(self.score(images.float(), prompts, references))
+        scores = self.frozen(lambda moved: self.score(moved, prompts, references), images)
+        return Reward(scores.to(images.device))
+
+    @torch.no_grad()
+    def frozen(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """A function of images (B, 3, H, W) in float32 on the model's device, without gradients and autocast."""
+        images = images.to(self._device or images.device, torch.float32)
+        with torch.autocast(images.device.type, enabled=False):
+            return function(images)
 
     def score(self, images: Tensor, prompts: Sequence[str], references: Tensor | None) -> Tensor:
         """The scores (B,) float32 of at least one image; called without gradients and without autocast."""
@@ -103,8 +139,17 @@ class ReferenceReward(ModelReward):
     """
 
     def features(self, images: Tensor) -> Tensor:
-        """Unit features (N, D) of images (N, 3, H, W)."""
+        """Unit features (N, D) of images (N, 3, H, W); called as `score`."""
         raise NotImplementedError
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Unit features (N, D) float32 of images (N, 3, H, W) in [0, 1], whose products are the cosines.
+
+        Raises:
+            ValueError: images of another shape or range.
+        """
+        check_images(images, f"{type(self).__name__}: images")
+        return self.frozen(self.features, images)
 
     def score(self, images: Tensor, prompts: Sequence[str], references: Tensor | None) -> Tensor:
         name = f"{type(self).__name__}: references"

@@ -12,7 +12,7 @@ import torch
 from fastvar.builtin import DEFAULT_READER, READERS
 from fastvar.data import Reader
 from fastvar.data.metrics import edit_similarity
-from fastvar.rl.rewards.base import Reward, register
+from fastvar.rl.rewards.base import Description, Reward, register
 
 PENALTY = 0.6
 
@@ -71,7 +71,15 @@ class OCRReward:
                 raise ValueError(f"OCRReward: reader: expected one of {tuple(READERS)}, got {reader!r}")
         elif options:
             raise ValueError(f"OCRReward: options: expected none beside a reader, got {sorted(options)}")
+        self._reader_name = reader if isinstance(reader, str) else type(reader).__name__
         self.reader: Reader = resolve_name(READERS[reader])(**options) if isinstance(reader, str) else reader
+
+    @property
+    def description(self) -> Description:
+        """Which reader."""
+        own = Description(f"those of the reader {self._reader_name}", "the reader's own")
+        scores = f"{-PENALTY} to 2; 2 where all is read, and nothing else"
+        return getattr(self.reader, "description", own)._replace(range=scores)
 
     def check_texts(self, texts: Sequence[str]) -> None:
         """Raise a ValueError for a text without a word."""

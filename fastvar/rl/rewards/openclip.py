@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from fastvar.rl.rewards.models import freeze, require, unit_features
+from fastvar.rl.rewards.models import freeze, require, unit_features, weights_name
 from fastvar.rl.rewards.preprocessing import crop_square
 from fastvar.weights import reason
 
 _REMEMBERED = 4096  # texts whose features are kept; at most 16 MB
+CROPPED = "the shorter side becomes the model's (bicubic, antialias), the centre is cut out, the model's statistics"
+# Loaded once for all rewards that use the same weights, for as long as one does.
+_NETWORKS: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
 class OpenCLIP:
@@ -46,16 +51,21 @@ class OpenCLIP:
         if pretrained is not None and not tag and not Path(pretrained).is_file():
             known = open_clip.list_pretrained_tags_by_model(name)
             raise ValueError(f"{owner}: pretrained: expected a file or one of {known}, got {str(pretrained)!r}")
+        self.name = f"open_clip {name}, {weights_name(pretrained)}"
+        model = _NETWORKS.get(self.name) if pretrained is not None else None
         try:
-            model = open_clip.create_model(
-                name, pretrained=None if pretrained is None else str(pretrained), pretrained_hf=False
-            )
+            if model is None:
+                model = open_clip.create_model(
+                    name, pretrained=None if pretrained is None else str(pretrained), pretrained_hf=False
+                )
         except Exception as error:
             if pretrained is None or tag:
                 raise
             raise ValueError(
                 f"{owner}: pretrained: expected a state dict of {name}, got {pretrained}: {reason(error)}"
             ) from error
+        if pretrained is not None:
+            _NETWORKS[self.name] = model
         seen = model.visual.preprocess_cfg
         sides = (seen["size"],) * 2 if isinstance(seen["size"], int) else tuple(seen["size"])
         if (seen["resize_mode"], seen["interpolation"]) != ("shortest", "bicubic") or sides[0] != sides[1]:

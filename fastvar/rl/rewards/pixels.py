@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from fastvar.pictures import to_uint8
-from fastvar.rl.rewards.base import Reward, register
+from fastvar.rl.rewards.base import Description, Reward, register
 
 
 @register("jpeg")
@@ -30,6 +30,11 @@ class JPEGSizeReward:
             raise ValueError(f"JPEGSizeReward: quality: expected 1 to 95, got {quality}")
         self.sign = 1.0 if larger else -1.0
         self.quality = quality
+
+    @property
+    def description(self) -> Description:
+        """No network."""
+        return Description("none", "8 bits a channel", f"{'0 up' if self.sign > 0 else 'up to 0'}, kilobytes")
 
     def __call__(
         self, images: torch.Tensor, prompts: Sequence[str] = (), references: torch.Tensor | None = None
@@ -71,6 +76,11 @@ class ColourReward:
         if contrast and (region is None or (region[2] - region[0]) * (region[3] - region[1]) >= 0.9):
             raise ValueError(f"ColourReward: contrast: expected a region that is a part of the image, got {region}")
         self.channel, self.region, self.contrast = _CHANNELS.index(channel), region, contrast
+
+    @property
+    def description(self) -> Description:
+        """No network."""
+        return Description("none", "none", "-20 to 20" if self.contrast else "-10 to 10")
 
     def __call__(
         self, images: torch.Tensor, prompts: Sequence[str] = (), references: torch.Tensor | None = None

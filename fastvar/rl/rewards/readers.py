@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvar.data import Reading
+from fastvar.installation import install_command
 from fastvar.pictures import check_images, to_uint8
+from fastvar.rl.rewards.base import Description
+from fastvar.rl.rewards.models import memory_of
 
 
 class WordReading(Reading):
@@ -54,11 +57,20 @@ class EasyOCRReader:
         try:
             import easyocr
         except ImportError as error:
-            raise ImportError(f"easyocr is needed: pip install easyocr ({error})") from error
+            remedy = f"pip install easyocr, or {install_command('ocr')}"
+            raise ImportError(f"easyocr is needed: {remedy} ({error})") from error
         gpu = torch.cuda.is_available() if gpu is None else gpu
         self._reader = easyocr.Reader(
             list(languages), gpu=gpu, download_enabled=download, **({"verbose": False} | options)
         )
+        self._weights = f"EasyOCR's for {', '.join(languages)}"
+
+    @property
+    def description(self) -> Description:
+        """Which weights, and how much memory they take."""
+        parts = [getattr(self._reader, name, None) for name in ("detector", "recognizer")]
+        networks = [part for part in parts if isinstance(part, nn.Module)]
+        return Description(self._weights, "EasyOCR's own", memory=memory_of(*networks))
 
     def __call__(self, images: Tensor) -> list[WordReading]:
         """Read images (B, 3, H, W) in [0, 1]. Boxes are x0, y0, x1, y1 in pixels, inside the image.

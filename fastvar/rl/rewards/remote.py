@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fastvar.pictures import check_images, png, read_picture, to_uint8
-from fastvar.rl.rewards.base import Reward, RewardFunction, register
+from fastvar.rl.rewards.base import Description, Reward, RewardFunction, register
 
 _EXCERPT = 200  # characters of a failed answer that a message shows
 
@@ -72,6 +72,12 @@ class RemoteReward:
         self.url, self.timeout, self.retries, self.backoff, self.batch_size = url, timeout, retries, backoff, batch_size
         self.headers = {"Content-Type": "application/json"} | dict(headers or {})
         self._opener = urllib.request.build_opener(_NoRedirection)
+
+    @property
+    def description(self) -> Description:
+        """Where the model is; what it is, its server knows."""
+        server = f"the server's at {self.url}"
+        return Description(server, f"8 bits a channel, then {server}", server)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], references: Tensor | None = None) -> Reward:
         """Score images (B, 3, H, W) in [0, 1]; references (B, 3, H, W) or None. Arguments as `RewardFunction`."""
