@@ -94,7 +94,7 @@ def test_hps_of_a_var(tmp_path: Path, small: None, capsys: pytest.CaptureFixture
     assert (tmp_path / "out/images/photo/00001_1.png").is_file()
     with pytest.raises(SystemExit):
         run(*command, "--weights", "hpsv2=random", "--output", tmp_path / "out", "--grids", "1,2")
-    assert "evaluate: grids: expected none with a VAR" in capsys.readouterr().err
+    assert "grids: expected none with a VAR" in capsys.readouterr().err
 
 
 def test_rewards_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
