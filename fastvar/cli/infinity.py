@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastvar.cli.common import chosen_device, load_encoder, load_saved
+from fastvar.data.pairs import is_pairs
 from fastvar.evaluation import GUIDED, draw
 from fastvar.models import BSQTokenizer, Infinity, InfinityConfig, TextEncoder, load_infinity
 from fastvar.models.pretrained import CONFIG_NAME, saved_class
@@ -86,6 +87,9 @@ def train_infinity(options: Train) -> TrainResult[Infinity]:
     device, budget = chosen_device(options.device), options.budget
     if device.type == "cuda" and device.index is None:  # each process has its own
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    data = options.data.data
+    if options.subject != "none" and data != "handwriting" and not is_pairs(data):
+        raise ValueError(f"train: subject: expected none with the task infinity and {data}, which has no references")
     schedules = [infinity_schedule(budget, ratio) for ratio in infinity_ratios()] if budget else None
     own = infinity_schedule(budget) if budget else None
     start = None if options.start is None else load("start", options.start, options.tokenizer, own)
@@ -100,6 +104,8 @@ def train_infinity(options: Train) -> TrainResult[Infinity]:
         net = start.float()  # AdamW needs it
         net.config = replace(net.config, text_encoder=encoder.name)
         net.text_encoder = encoder
+        if options.subject not in ("none", net.config.subject):
+            net = net.add_subject(options.subject)
     net.gradient_checkpointing = options.gradient_checkpointing
     sizes = [net.tokenizer.config.image_size_of(schedule) for schedule in schedules or [net.schedule]]
     dataset = options.data.load_with_texts(sizes, seed=options.train.seed)
@@ -125,5 +131,6 @@ def _new(options: Train, tokenizer: BSQTokenizer, encoder: TextEncoder) -> Infin
         text_length=encoder.max_length,
         text_encoder=encoder.name,
         pool_heads=options.heads,
+        subject=options.subject,
     )
     return Infinity(config, tokenizer, encoder)
