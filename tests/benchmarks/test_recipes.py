@@ -47,7 +47,7 @@ def test_models_without_weights(name: str) -> None:
 
 
 def test_adapters_cost_less() -> None:
-    """No reference (4 bytes of a parameter), no moments (8), no gradients (4) and no bf16 copies (2) of frozen weights."""
+    """Bytes of a parameter: no reference 4, no moments 8, no gradients 4, no bf16 copies of frozen weights 2."""
     recipe = recipes.recipe_of("one_card")
     model, place = ARCHITECTURES["VAR-d30"], recipes.Cluster(1)
     command: RL = next(recipes.command(recipe, step) for step in recipe.steps if step.name == "rl")
