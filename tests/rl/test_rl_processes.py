@@ -132,7 +132,7 @@ def test_two_processes_are_one(micro_batch: int, adapters: bool, tmp_path: Path)
 def test_another_number_of_processes_goes_on(tmp_path: Path) -> None:
     """Nine rows in three groups, which two processes cannot share out evenly: begun on one process and gone on with on
     two, the run is that of one."""
-    common = {"group_size": 3, "evaluate_every": 2, "evaluation_samples": 12}
+    common = {"group_size": 3, "filter_groups": False, "evaluate_every": 2, "evaluation_samples": 12}
     here(script(tmp_path, "one", iterations=4, **common))
     here(script(tmp_path, "two", iterations=2, **common))
     launch(2, script(tmp_path, "two", iterations=4, **common))
