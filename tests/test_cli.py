@@ -442,6 +442,20 @@ def test_subjects_of_pairs(tmp_path: Path) -> None:
     assert first[0][1] != second[0][1]
 
 
+def test_numbers_of_several_lengths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In given shares, in training and in evaluations, which are told apart by them."""
+    shares = ["--region-shares", "1=0.5", "2=0.5"]
+    run("train-tokenizer", "--output", tmp_path / "vq", *SMALL, *FEW)
+    shape = ["--depth", "1", "--width", "16", "--heads", "2"]
+    run("train", "--output", tmp_path / "var", "--tokenizer", tmp_path / "vq", *shape, *FEW, *shares, "--cache-tokens")
+    data = json.loads((tmp_path / "var/settings.json").read_text())["data"]
+    assert VAR.from_pretrained(tmp_path / "var/model").config.text_length == 2 and data["kind"] == "TokenDataset"
+    capsys.readouterr()
+    run("evaluate", "--model", tmp_path / "var", "--samples", "12", *shares, "--rewards", "jpeg")
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["reading"]["images"] == 12 and figures["reading_1"]["images"] == figures["reading_2"]["images"] == 6
+
+
 def drawn(path: Path, command: list[object]) -> list[list[bytes]]:
     """The images of a grid of two rows of three."""
     run(*command)
