@@ -13,6 +13,7 @@ import pytest
 from fastvar.cli import command_of, main
 from fastvar.cli.recipe import Recipe, intervals, table_text
 from fastvar.cli.reinforcement import RL, Evaluate
+from fastvar.files import write_json
 from fastvar.ranges import check_fields
 from tests.helpers.policies import policy
 
@@ -135,6 +136,28 @@ def test_an_interrupted_recipe_goes_on(toy: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(RL, "run", own)
     run(*arguments)
     assert (output / "table.md").is_file()
+
+
+def test_other_processes_wait_for_the_first(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take part in training alone; an evaluation and the record of a step are the first process's."""
+    output, ran, waited = toy.parent / "out", list[str](), list[str]()
+    arguments = ["recipe", toy, "--output", output, "--inputs", f"policy={toy.parent / 'policy'}"]
+    for kind in (Evaluate, RL):
+        monkeypatch.setattr(kind, "run", lambda self: ran.append(type(self).__name__))
+    steps = [step for step in Recipe.read(toy).steps]
+    places = {"policy": str(toy.parent / "policy"), "output": str(output), "recipes": str(toy.parent)}
+    done: dict[str, Any] = {}
+
+    def first_process(seconds: float) -> None:
+        step = steps[len(done)]
+        waited.append(step.name)
+        done[step.name] = {"arguments": step.arguments(places), "seconds": 1.0}
+        write_json(output / "steps.json", done)
+
+    monkeypatch.setattr("fastvar.cli.recipe.time.sleep", first_process)
+    monkeypatch.setenv("RANK", "1")
+    run(*arguments)
+    assert ran == ["RL"] and waited == ["before", "rl", "after"] and not (output / "table.json").exists()
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastvar.cli.common import chosen_device, load_encoder, load_saved
-from fastvar.data.pairs import is_pairs
 from fastvar.evaluation import GUIDED, draw
 from fastvar.models import BSQTokenizer, Infinity, InfinityConfig, TextEncoder, load_infinity
 from fastvar.models.pretrained import CONFIG_NAME, saved_class
@@ -87,8 +86,8 @@ def train_infinity(options: Train) -> TrainResult[Infinity]:
     device, budget = chosen_device(options.device), options.budget
     if device.type == "cuda" and device.index is None:  # each process has its own
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    data = options.data.data
-    if options.subject != "none" and data != "handwriting" and not is_pairs(data):
+    if options.subject != "none" and not options.data.has_references:
+        data = options.data.data
         raise ValueError(f"train: subject: expected none with the task infinity and {data}, which has no references")
     schedules = [infinity_schedule(budget, ratio) for ratio in infinity_ratios()] if budget else None
     own = infinity_schedule(budget) if budget else None

@@ -21,6 +21,7 @@ from fastvar.ranges import check_fields
 from fastvar.training.lock import locked
 
 _DONE = "steps.json"
+_SHARED = ("train-tokenizer", "train", "rl")  # what several processes do together; all else the first one does alone
 
 
 @dataclass(frozen=True)
@@ -144,15 +145,18 @@ class RunRecipe:
         with locked(self.output, active=main):
             made = provenance()
             for number, ((step, folder, arguments), command) in enumerate(zip(plan, commands, strict=True), 1):
-                done = read_json_object(folder / _DONE, "recipe") if (folder / _DONE).is_file() else {}
-                if done.get(step.name, {}).get("arguments") == arguments:
+                if _is_done(folder, step, arguments):
                     continue
                 say(f"step {number} of {len(plan)}: {step.name}")
                 start = time.perf_counter()
-                command.run()
+                if main or step.command in _SHARED:
+                    command.run()
+                while not main and not _is_done(folder, step, arguments):
+                    time.sleep(1)  # where the first process fails, its launcher ends the others
                 if main:
                     seconds = round(time.perf_counter() - start, 1)
-                    write_json(folder / _DONE, {**done, step.name: {"arguments": arguments, "seconds": seconds}})
+                    record = {step.name: {"arguments": arguments, "seconds": seconds}}
+                    write_json(folder / _DONE, {**_done(folder), **record})
             if main:
                 self._table(recipe, plan, made)
 
@@ -179,14 +183,21 @@ class RunRecipe:
                 found = read_json_object(self.output / "figures" / f"{step.name}.json", "recipe")
                 for name, value, interval in intervals(found):
                     figures.setdefault(name, {})[step.column] = {"value": value, "interval_95": interval}
-        seconds = {
-            step.name: read_json_object(folder / _DONE, "recipe")[step.name]["seconds"] for step, folder, _ in plan
-        }
+        seconds = {step.name: _done(folder)[step.name]["seconds"] for step, folder, _ in plan}
         table = {"title": recipe.title, "figures": figures, "seconds": seconds, "provenance": made}
         write_json(self.output / "table.json", table)
         text = table_text(table)
         write_text(self.output / "table.md", text)
         say(text)
+
+
+def _done(folder: Path) -> dict[str, Any]:
+    """What a folder's steps were called with and took, by name."""
+    return read_json_object(folder / _DONE, "recipe") if (folder / _DONE).is_file() else {}
+
+
+def _is_done(folder: Path, step: Step, arguments: list[str]) -> bool:
+    return _done(folder).get(step.name, {}).get("arguments") == arguments
 
 
 def intervals(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -45,6 +45,13 @@ class DataOptions:
     skip_bad: bool = False
     """Images with texts: leave out those that have none or cannot be read, with a warning, instead of stopping."""
 
+    @property
+    def has_references(self) -> bool:
+        """Whether each image comes with a reference of its subject."""
+        from fastvar.data.pairs import is_pairs
+
+        return self.data == "handwriting" or is_pairs(self.data)
+
     def load(
         self, size: tuple[int, int], *, train: bool, seed: int, classes: Sequence[str] | None = None
     ) -> HandwritingScenes | MixedScenes | ImageFolder | SubjectPairs:
