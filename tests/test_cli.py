@@ -35,7 +35,7 @@ from fastvar.rl.rewards.base import _REGISTRY
 from fastvar.training import TrainConfig
 from fastvar.training.interrupts import Interrupted
 from tests.golden.golden import load_case
-from tests.helpers.tiny import tiny_var
+from tests.helpers.tiny import tiny_infinity, tiny_var
 
 DATA = ["--data", "handwriting"]
 COMMANDS = (
@@ -402,6 +402,10 @@ def test_prompts_of_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     )
     ours, others = (made.load_prompts(var, count=10, train=train).texts for train in (True, False))
     assert len(ours) == len(others) == 10 and set(ours) != set(others) and all(t.startswith('Say "w') for t in ours)
+    net = tiny_infinity()  # reads any text: nothing says how many digits
+    assert PromptOptions(region_shares=("2=1",)).load_prompts(net, count=3, train=True).texts == ["00", "33", "66"]
+    with pytest.raises(ValueError, match="prompt_file: expected a file, or --region-shares"):
+        PromptOptions().load_prompts(net, count=3, train=True)
     for i in range(2):
         Image.new("RGB", (9, 9), (200 * i, 0, 0)).save(tmp_path / f"{i}.png")
     photos = PromptOptions(

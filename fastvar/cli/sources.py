@@ -17,7 +17,7 @@ from fastvar.ranges import Count, OneOf
 if TYPE_CHECKING:
     from fastvar.data import ImageFolder, SubjectPairs, TextImages, TextPrompt
     from fastvar.handwriting import HandwritingScenes, MixedScenes
-    from fastvar.models import VAR, SamplingOptions, VARConfig
+    from fastvar.models import Model, SamplingOptions, VARConfig
     from fastvar.rl import Prompts
 
 
@@ -156,7 +156,7 @@ class PromptOptions:
     reference_place: Annotated[str, OneOf("own", "scene")] = "own"
     """Where handwriting's references show their digit: at a place of its "own" or as in the "scene"; as in training."""
 
-    def load_prompts(self, var: VAR, *, count: int, train: bool) -> Prompts:
+    def load_prompts(self, var: Model, *, count: int, train: bool) -> Prompts:
         """What to draw with a model: the file's prompts, those made of words, or those of handwriting (`count` scenes
         of a split), with each of the references."""
         from fastvar.data.pairs import read_references
@@ -169,17 +169,20 @@ class PromptOptions:
         repeated = found.repeated(len(photos))
         return Prompts(repeated.texts, repeated.labels, photos.repeat(len(found), 1, 1, 1))
 
-    def _prompts(self, var: VAR, count: int, train: bool) -> Prompts:
+    def _prompts(self, var: Model, count: int, train: bool) -> Prompts:
         import torch
 
-        from fastvar.handwriting.evaluation import prompts
+        from fastvar.handwriting.evaluation import numbers, prompts
+        from fastvar.models import VAR
         from fastvar.rl import Prompts
 
+        config: Any
         config, shares = var.config, parse_shares(self.region_shares)
         if self.prompt_file is not None or self.prompt_words is not None:
             chosen = [item.prompt for item in self._text_prompts(shares, count, train)]
             if config.text_length:
-                config.encode_text(chosen)  # raises for a text that the model cannot write
+                if isinstance(var, VAR):
+                    config.encode_text(chosen)  # raises for a text that the model cannot write
                 return Prompts(chosen)
             columns = [line.partition("\t") for line in chosen]
             for line, (_, _, text) in zip(chosen, columns, strict=True):
@@ -189,6 +192,12 @@ class PromptOptions:
             return Prompts([text for *_, text in columns], torch.tensor(indices))
         if not config.text_length:
             raise ValueError("prompt_file: expected a file, as the model has a class condition")
+        if not isinstance(var, VAR):
+            if not shares:
+                raise ValueError(
+                    "prompt_file: expected a file, or --region-shares for numbers, as the model reads any text"
+                )
+            return Prompts(numbers(count, shares))
         split = "train" if train else "test"
         return prompts(var, count, split=split, reference_place=self.reference_place, shares=shares)
 
@@ -220,11 +229,14 @@ class PromptOptions:
             raise ValueError(f"region_shares: expected prompts of each of {list(shares)} texts in {self.prompt_file}")
         return [found[i] for i in chosen]
 
-    def figures(self, var: VAR, samples: int, options: SamplingOptions, seed: int) -> dict[str, Any]:
+    def figures(self, var: Model, samples: int, options: SamplingOptions, seed: int) -> dict[str, Any]:
         """How well a model of handwriting writes what it is asked for, ready for JSON; nothing of other prompts."""
         from fastvar.handwriting.evaluation import figures
+        from fastvar.models import VAR
 
-        if self.prompt_file is not None or self.prompt_words is not None or not var.config.text_length:
-            return {}
         shares = parse_shares(self.region_shares)
+        if self.prompt_file is not None or self.prompt_words is not None:
+            return {}
+        if not isinstance(var, VAR) or not var.config.text_length:
+            return {}
         return figures(var, samples, options, seed=seed, reference_place=self.reference_place, shares=shares)
