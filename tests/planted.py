@@ -200,8 +200,8 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     ],
     "fastvar/cli/recipe.py": [
         (
-            '.get("arguments") == arguments',
-            '.get("arguments")',
+            "crc32(json.dumps(arguments).encode(), known_by)",
+            "crc32(json.dumps(arguments).encode())",
             "test_recipes.py::test_steps_run_once",
         ),
     ],

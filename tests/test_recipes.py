@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from fastvar.cli import command_of, main
-from fastvar.cli.recipe import Recipe, intervals, table_text
+from fastvar.cli.recipe import Recipe, _plan, intervals, table_text
 from fastvar.cli.reinforcement import RL, Evaluate
-from fastvar.files import write_json
 from fastvar.ranges import check_fields
 from tests.helpers.policies import policy
 
@@ -97,7 +96,7 @@ samples = 8
 
 
 def test_steps_run_once(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """One after the other; again, nothing is done twice but what changed."""
+    """One after the other; again, nothing is done twice but what changed, and what follows it."""
     output = toy.parent / "out"
     arguments = ["recipe", toy, "--output", output, "--inputs", f"policy={toy.parent / 'policy'}"]
     run(*arguments)
@@ -120,9 +119,9 @@ def test_steps_run_once(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         monkeypatch.setattr(kind, "run", lambda self: ran.append(type(self).__name__))
     run(*arguments)
     assert ran == []
-    toy.write_text(toy.read_text().replace("samples = 8", "samples = 12"))
+    toy.write_text(toy.read_text().replace("iterations = 1", "iterations = 2"))
     run(*arguments)
-    assert ran == ["Evaluate", "Evaluate"]
+    assert ran == ["RL", "Evaluate"]
 
 
 def test_an_interrupted_recipe_goes_on(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,15 +143,12 @@ def test_other_processes_wait_for_the_first(toy: Path, monkeypatch: pytest.Monke
     arguments = ["recipe", toy, "--output", output, "--inputs", f"policy={toy.parent / 'policy'}"]
     for kind in (Evaluate, RL):
         monkeypatch.setattr(kind, "run", lambda self: ran.append(type(self).__name__))
-    steps = [step for step in Recipe.read(toy).steps]
-    places = {"policy": str(toy.parent / "policy"), "output": str(output), "recipes": str(toy.parent)}
-    done: dict[str, Any] = {}
+    places = {"policy": str(toy.parent / "policy")}
+    plan = list(_plan(toy, Recipe.read(toy), output, output, places))
 
     def first_process(seconds: float) -> None:
-        step = steps[len(done)]
-        waited.append(step.name)
-        done[step.name] = {"arguments": step.arguments(places), "seconds": 1.0}
-        write_json(output / "steps.json", done)
+        waited.append(plan[len(waited)].step.name)
+        plan[len(waited) - 1].record(1.0)
 
     monkeypatch.setattr("fastvar.cli.recipe.time.sleep", first_process)
     monkeypatch.setenv("RANK", "1")

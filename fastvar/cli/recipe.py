@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -10,7 +11,8 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import tyro
 
@@ -107,6 +109,32 @@ class Recipe:
         return recipe
 
 
+class Planned(NamedTuple):
+    """A step as it is to be run.
+
+    Attributes:
+        step: of the recipe or of its base.
+        folder: of the two's outputs.
+        arguments: of the command line.
+        known_by: a checksum of its arguments and of those of all steps before it. What is done is known by it: where an
+            early step changes, all that follow are made again.
+    """
+
+    step: Step
+    folder: Path
+    arguments: list[str]
+    known_by: int
+
+    @property
+    def done(self) -> bool:
+        return _records(self.folder).get(self.step.name, {}).get("known_by") == self.known_by
+
+    def record(self, seconds: float) -> None:
+        """That it is done."""
+        own = {"arguments": self.arguments, "known_by": self.known_by, "seconds": round(seconds, 1)}
+        write_json(self.folder / _DONE, {**_records(self.folder), self.step.name: own})
+
+
 @dataclass(frozen=True)
 class RunRecipe:
     """Run the steps of a recipe, commands of fastvar, one after the other, and write a table of figures before and
@@ -131,32 +159,30 @@ class RunRecipe:
         base = self.base or self.output.parent / "base"
         plan = [*_plan(self.file, recipe, self.output, base, self._given(recipe))]
         if self.show:
-            for step, _, arguments in plan:
-                print(f"# {step.name}\nfastvar {shlex.join(arguments)}")
+            for planned in plan:
+                print(f"# {planned.step.name}\nfastvar {shlex.join(planned.arguments)}")
             return
         from fastvar.cli import command_of
 
         for folder in (self.output, base):
             output_folder("output", folder)
-        commands = [command_of(arguments) for *_, arguments in plan]  # all of them are checked before the first is run
+        commands = [command_of(planned.arguments) for planned in plan]  # all are checked before the first is run
         for command in commands:
             check_fields(command)
         main = os.environ.get("RANK", "0") == "0"
         with locked(self.output, active=main):
             made = provenance()
-            for number, ((step, folder, arguments), command) in enumerate(zip(plan, commands, strict=True), 1):
-                if _is_done(folder, step, arguments):
+            for number, (planned, command) in enumerate(zip(plan, commands, strict=True), 1):
+                if planned.done:
                     continue
-                say(f"step {number} of {len(plan)}: {step.name}")
+                say(f"step {number} of {len(plan)}: {planned.step.name}")
                 start = time.perf_counter()
-                if main or step.command in _SHARED:
+                if main or planned.step.command in _SHARED:
                     command.run()
-                while not main and not _is_done(folder, step, arguments):
+                while not main and not planned.done:
                     time.sleep(1)  # where the first process fails, its launcher ends the others
                 if main:
-                    seconds = round(time.perf_counter() - start, 1)
-                    record = {step.name: {"arguments": arguments, "seconds": seconds}}
-                    write_json(folder / _DONE, {**_done(folder), **record})
+                    planned.record(time.perf_counter() - start)
             if main:
                 self._table(recipe, plan, made)
 
@@ -176,14 +202,14 @@ class RunRecipe:
             )
         return given
 
-    def _table(self, recipe: Recipe, plan: list[tuple[Step, Path, list[str]]], made: dict[str, str]) -> None:
+    def _table(self, recipe: Recipe, plan: list[Planned], made: dict[str, str]) -> None:
         figures: dict[str, dict[str, Any]] = {}
         for step in recipe.steps:
             if step.column:
                 found = read_json_object(self.output / "figures" / f"{step.name}.json", "recipe")
                 for name, value, interval in intervals(found):
                     figures.setdefault(name, {})[step.column] = {"value": value, "interval_95": interval}
-        seconds = {step.name: _done(folder)[step.name]["seconds"] for step, folder, _ in plan}
+        seconds = {step.name: _records(folder)[step.name]["seconds"] for step, folder, *_ in plan}
         table = {"title": recipe.title, "figures": figures, "seconds": seconds, "provenance": made}
         write_json(self.output / "table.json", table)
         text = table_text(table)
@@ -191,13 +217,9 @@ class RunRecipe:
         say(text)
 
 
-def _done(folder: Path) -> dict[str, Any]:
-    """What a folder's steps were called with and took, by name."""
+def _records(folder: Path) -> dict[str, Any]:
+    """What a folder's steps were and took, by name."""
     return read_json_object(folder / _DONE, "recipe") if (folder / _DONE).is_file() else {}
-
-
-def _is_done(folder: Path, step: Step, arguments: list[str]) -> bool:
-    return _done(folder).get(step.name, {}).get("arguments") == arguments
 
 
 def intervals(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -227,16 +249,15 @@ def _cell(found: Mapping[str, Any] | None) -> str:
     return f"{found['value']:.3f} ({low} to {high})"
 
 
-def _plan(
-    file: Path, recipe: Recipe, output: Path, base: Path, inputs: Mapping[str, str]
-) -> Iterator[tuple[Step, Path, list[str]]]:
-    """Every step with the folder that it belongs to and its command line, those of the base first."""
-    if recipe.base:
-        for step in Recipe.read(file.parent / recipe.base).steps:
-            yield step, base, step.arguments({"output": str(base)})
-    places = {**inputs, "output": str(output), "base": str(base), "recipes": str(file.parent)}
-    for step in recipe.steps:
-        yield step, output, step.arguments(places)
+def _plan(file: Path, recipe: Recipe, output: Path, base: Path, inputs: Mapping[str, str]) -> Iterator[Planned]:
+    """Every step, those of the base first."""
+    steps = [(step, base) for step in Recipe.read(file.parent / recipe.base).steps] if recipe.base else []
+    known_by = 0
+    for step, folder in [*steps, *((step, output) for step in recipe.steps)]:
+        places = {**inputs, "output": str(folder), "base": str(base), "recipes": str(file.parent)}
+        arguments = step.arguments(places)
+        known_by = crc32(json.dumps(arguments).encode(), known_by)
+        yield Planned(step, folder, arguments, known_by)
 
 
 def _filled(step: str, text: str, places: Mapping[str, str]) -> str:
