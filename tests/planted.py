@@ -168,7 +168,56 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     "kernels/token_log_probs/reference.py": [
         ("call.reference, call.temperature)", "call.reference)", "ops/test_policy_loss.py::test_equals_the_definition"),
     ],
+    "fastvar/data/prompt_sets.py": [
+        ("quoted_texts(prompt) or (prompt,)", "(prompt,)", "data/test_prompt_sets.py::test_quoted_texts"),
+        (
+            'key=lambda entry: int(entry["index"])',
+            'key=lambda entry: str(entry["index"])',
+            "data/test_prompt_sets.py::test_cvtg",
+        ),
+    ],
+    "fastvar/data/regions.py": [
+        (
+            'derive(seed, "regions", number)',
+            'derive(0, "regions", number)',
+            "data/test_regions.py::test_drawn_to_the_target",
+        ),
+    ],
+    "fastvar/data/pairs.py": [
+        (
+            "int(torch.randint(len(item.references), ()))",
+            "0",
+            "data/test_pairs.py::test_items",
+        ),
+    ],
+    "fastvar/cli/sources.py": [
+        ("seed=0 if train else 1", "seed=0", "test_cli.py::test_prompts_of_texts"),
+        (
+            "found.repeated(len(photos))",
+            "found.take(list(range(len(found))) * len(photos))",
+            "test_cli.py::test_prompts_of_texts",
+        ),
+    ],
+    "fastvar/cli/recipe.py": [
+        (
+            "crc32(json.dumps(arguments).encode(), known_by)",
+            "crc32(json.dumps(arguments).encode())",
+            "test_recipes.py::test_steps_run_once",
+        ),
+    ],
+    "recipes/hpsv3/server.py": [
+        (
+            "prompts=prompts[part], image_paths=images[part]",
+            "prompts=prompts, image_paths=images[part]",
+            "rl/test_hpsv3_server.py::test_scores_come_back",
+        ),
+    ],
     "fastvar/rl/trainer.py": [
+        (
+            "        mask[len(own) :] = 0\n",
+            "",
+            "rl/test_rl_processes.py::test_another_number_of_processes_goes_on",
+        ),
         (
             "rollout.continuations, eta=config.eta",
             "rollout.continuations",

@@ -35,11 +35,13 @@ from fastvar.rl.config import TOLERANCES
 from fastvar.rl.rewards.base import _REGISTRY
 from fastvar.training import TrainConfig
 from fastvar.training.interrupts import Interrupted
+from tests.golden.golden import load_case
+from tests.helpers.tiny import tiny_infinity, tiny_var
 
 DATA = ["--data", "handwriting"]
 COMMANDS = (
     *("train-tokenizer", "train", "encode-text", "sample", "evaluate", "demo", "info", "build"),
-    *("rl", "choose-middle", "ablate"),
+    *("rl", "choose-middle", "ablate", "recipe", "import"),
 )
 SMALL = ["--grids", "1,3x4,6x8", "--vocab-size", "16", "--code-channels", "8", "--channels", "8", "--norm-groups", "4"]
 FEW = ["--steps", "3", "--batch-size", "4", "--scenes", "16", "--log-every", "1", *DATA]
@@ -392,6 +394,103 @@ def test_prompts_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         run(*rl, "--prompt-file", tmp_path / "prompts.txt")
     assert "prompt_file: expected lines CLASS TAB PROMPT, got 'a a first thing'" in capsys.readouterr().err
+
+
+def test_prompts_of_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets filtered for training and drawn for evaluations by their number of texts; prompts of words, others for
+    evaluations; numbers by their digits; photos of a subject, each with every prompt."""
+    var = tiny_var(num_classes=0, text_length=40, alphabet="".join(map(chr, range(32, 127))), subject="block_causal")
+    lines = [f"{i} says {' '.join(f'{chr(34)}{k}{chr(34)}' for k in range(n))}" for n in range(1, 7) for i in range(9)]
+    (tmp_path / "set.txt").write_text("\n".join(lines))
+    shares = ("2=0.5", "4=0.5")
+    options = PromptOptions(prompt_file=tmp_path / "set.txt", region_shares=shares)
+    trained = options.load_prompts(var, count=100, train=True).texts
+    assert trained == [*lines[9:18], *lines[27:36]]
+    drawn = options.load_prompts(var, count=10, train=False).texts
+    assert len(drawn) == 10 and sum(text in lines[9:18] for text in drawn) == 5 and set(drawn) < set(trained)
+    (tmp_path / "words.txt").write_text(" ".join(f"w{i}" for i in range(20)))
+    (tmp_path / "templates.txt").write_text("Say {}.\n")
+    made = PromptOptions(
+        prompt_words=tmp_path / "words.txt", prompt_templates=tmp_path / "templates.txt", region_shares=("1=1", "2=1")
+    )
+    ours, others = (made.load_prompts(var, count=10, train=train).texts for train in (True, False))
+    assert len(ours) == len(others) == 10 and set(ours) != set(others) and all(t.startswith('Say "w') for t in ours)
+    net = tiny_infinity()  # reads any text: nothing says how many digits
+    assert PromptOptions(region_shares=("2=1",)).load_prompts(net, count=3, train=True).texts == ["00", "33", "66"]
+    with pytest.raises(ValueError, match="prompt_file: expected a file, or --region-shares"):
+        PromptOptions().load_prompts(net, count=3, train=True)
+    for i in range(2):
+        Image.new("RGB", (9, 9), (200 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    photos = PromptOptions(
+        prompt_file=tmp_path / "set.txt", region_shares=shares, references=(tmp_path / "0.png", tmp_path / "1.png")
+    )
+    found = photos.load_prompts(var, count=10, train=True)
+    assert found.texts[:4] == [trained[0]] * 2 + [trained[1]] * 2 and found.references is not None
+    assert found.references[:4, 0, 0, 0].mul(255).round().tolist() == [0, 200, 0, 200]
+    for wrong, message in (
+        ({"region_shares": ("2",)}, "region_shares: expected REGIONS=SHARE, got '2'"),
+        ({"region_shares": ("7=1",)}, "region_shares: expected regions from 1 to 6"),
+        ({"region_shares": ("2=-1",)}, "region_shares: quotas: shares: expected numbers from 0 on"),
+        ({"prompt_words": tmp_path / "words.txt"}, "prompt_words: expected none beside --prompt-file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PromptOptions(prompt_file=tmp_path / "set.txt", **wrong).load_prompts(var, count=4, train=False)
+
+
+def test_subjects_of_pairs(tmp_path: Path) -> None:
+    """Trained on a list of targets and references, sampled with several photos, each in its turn."""
+    lines = []
+    for i in range(3):
+        Image.new("RGB", (32, 24), (80 * i, 90, 20)).save(tmp_path / f"{i}.png")
+        lines.append({"image": f"{i}.png", "text": f"cat {i}", "references": ["0.png", "1.png"]})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run("train-tokenizer", "--output", tmp_path / "vq", *SMALL, *FEW)
+    few = ["--steps", "2", "--batch-size", "2", "--data", tmp_path / "pairs.jsonl"]
+    shape = ["--depth", "1", "--width", "16", "--heads", "2", "--subject", "block_causal", "--gate-init", "1"]
+    run("train", "--output", tmp_path / "var", "--tokenizer", tmp_path / "vq", *shape, *few)
+    config = VAR.from_pretrained(tmp_path / "var/model").config
+    assert config.alphabet == " 012act" and config.text_length == 5 and config.gate_init == 1
+    sample = ["sample", "--model", tmp_path / "var", "--labels", "cat 0", "cat", "--count", 3, "--output"]
+    photos = [tmp_path / "0.png", tmp_path / "2.png"]
+    both = drawn(tmp_path / "a.png", [*sample, tmp_path / "a.png", "--references", *photos])
+    first, second = (drawn(tmp_path / "b.png", [*sample, tmp_path / "b.png", "--subject", photo]) for photo in photos)
+    for row in range(2):
+        assert both[row][0] == first[row][0] and both[row][1] == second[row][1] and both[row][2] == first[row][2]
+    assert first[0][1] != second[0][1]
+
+
+def test_numbers_of_several_lengths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In given shares, in training and in evaluations, which are told apart by them."""
+    shares = ["--region-shares", "1=0.5", "2=0.5"]
+    run("train-tokenizer", "--output", tmp_path / "vq", *SMALL, *FEW)
+    shape = ["--depth", "1", "--width", "16", "--heads", "2"]
+    run("train", "--output", tmp_path / "var", "--tokenizer", tmp_path / "vq", *shape, *FEW, *shares, "--cache-tokens")
+    data = json.loads((tmp_path / "var/settings.json").read_text())["data"]
+    assert VAR.from_pretrained(tmp_path / "var/model").config.text_length == 2 and data["kind"] == "TokenDataset"
+    capsys.readouterr()
+    run("evaluate", "--model", tmp_path / "var", "--samples", "12", *shares, "--rewards", "jpeg")
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["reading"]["images"] == 12 and figures["reading_1"]["images"] == figures["reading_2"]["images"] == 6
+
+
+def drawn(path: Path, command: list[object]) -> list[list[bytes]]:
+    """The images of a grid of two rows of three."""
+    run(*command)
+    with Image.open(path) as picture:
+        return [
+            [picture.crop((2 + 34 * x, 2 + 26 * y, 34 + 34 * x, 26 + 26 * y)).tobytes() for x in range(3)]
+            for y in range(2)
+        ]
+
+
+def test_public_weights_become_a_model(tmp_path: Path) -> None:
+    case = load_case("var_tiny")
+    torch.save(case.transformer, tmp_path / "var.pth")
+    torch.save(case.tokenizer, tmp_path / "vae.pth")
+    weights = ["--weights", tmp_path / "var.pth", "--tokenizer", tmp_path / "vae.pth"]
+    run("import", *weights, "--output", tmp_path / "model")
+    run("sample", "--model", tmp_path / "model", "--labels", "1", "--count", 1, "--output", tmp_path / "a.png")
+    assert (tmp_path / "a.png").is_file()
 
 
 def test_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

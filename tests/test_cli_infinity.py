@@ -104,6 +104,23 @@ def test_ratios(work: Path) -> None:
     check(loaded.add_subject())
 
 
+def test_subjects_of_pairs(work: Path) -> None:
+    """A subject added to a model that has none, trained on a folder of subjects, and drawn from two photos."""
+    train = ["train", "--task", "infinity", "--tokenizer", work / "bsq", *SHAPE, "--text-encoder", "characters-12"]
+    run(*train, "--data", work / "data", "--output", work / "run")
+    for number in range(2):
+        write(work / f"subjects/cat/{number}.png", 12, 12, f"a cat {number}")
+        write(work / f"subjects/cat/references/{number}.png", 20, 10, colour=100 * number)
+    subject = ["--start", work / "run", "--subject", "block_causal", "--data", work / "subjects"]
+    run(*train, *subject, "--output", work / "subject")
+    assert Infinity.from_pretrained(work / "subject/model").config.subject == "block_causal"
+    run(*train, *subject[2:], "--output", work / "new")
+    photos = [work / f"subjects/cat/references/{number}.png" for number in range(2)]
+    sample = ["sample", "--model", work / "subject", "--prompt", "a cat", "--count", 2, "--references", *photos]
+    run(*sample, "--output", work / "a.png")
+    assert Image.open(work / "a.png").size == (2 + 2 * 8, 2 + 8)
+
+
 def test_handwriting(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pkgutil import resolve_name
+from typing import Any
 
 import tyro
 
@@ -24,10 +25,24 @@ COMMANDS = {
     "choose-middle": "fastvar.cli.reinforcement:ChooseMiddle",
     "ablate": "fastvar.cli.reinforcement:Ablate",
     "demo": "fastvar.cli.demo:Demo",
+    "recipe": "fastvar.cli.recipe:RunRecipe",
+    "import": "fastvar.cli.importing:Import",
     "info": "fastvar.cli.info:Info",
     "build": "fastvar.cli.build:Build",
     "tune": "fastvar.cli.tune:Tune",
 }
+
+
+def command_of(given: list[str]) -> Any:
+    """What arguments ask for, as the object whose `run()` does it; a mistake in them ends with exit status 2."""
+    called = given[:1] if given[:1] and given[0] in COMMANDS else COMMANDS
+    return tyro.extras.subcommand_cli_from_dict(
+        {name: resolve_name(COMMANDS[name]) for name in called},
+        prog="fastvar",
+        description="Visual autoregressive models: train, sample, evaluate, learn from rewards. "
+        "fastvar --version prints the version.",
+        args=given,
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,14 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given == ["--version"]:
         print(f"fastvar {fastvar.__version__}")
         return
-    called = given[:1] if given[:1] and given[0] in COMMANDS else COMMANDS
-    command = tyro.extras.subcommand_cli_from_dict(
-        {name: resolve_name(COMMANDS[name]) for name in called},
-        prog="fastvar",
-        description="Visual autoregressive models: train, sample, evaluate, learn from rewards. "
-        "fastvar --version prints the version.",
-        args=given,
-    )
+    command = command_of(given)
     try:
         check_fields(command)
         command.run()

@@ -153,7 +153,7 @@ class BenchmarkOptions:
             return class_items(model.config.num_classes, samples)
         if prompt_file is None:
             raise ValueError("evaluate: prompt_file: expected one, as the model draws texts, got none")
-        prompts = [line for line in read_text(prompt_file, "prompt_file").splitlines() if line.strip()]
+        prompts = [line for line in read_text(prompt_file, "prompt_file").split("\n") if line.strip()]
         return [Item(f"{i:06d}", prompts[i % len(prompts)]) for i in range(samples)]
 
     def _given(self) -> dict[str, str]:

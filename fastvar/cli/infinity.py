@@ -97,6 +97,9 @@ def load_with_encoder(
 def train_infinity(options: Train) -> TrainResult[Infinity]:
     """Train an Infinity as `fastvar train --task infinity` is asked to."""
     device, budget = torch.device(device_of_process(options.device)), options.budget
+    if options.subject != "none" and not options.data.has_references:
+        data = options.data.data
+        raise ValueError(f"train: subject: expected none with the task infinity and {data}, which has no references")
     schedules = [infinity_schedule(budget, ratio) for ratio in infinity_ratios()] if budget else None
     own = infinity_schedule(budget) if budget else None
     start = None if options.start is None else load("start", options.start, options.tokenizer, own)
@@ -111,6 +114,9 @@ def train_infinity(options: Train) -> TrainResult[Infinity]:
         net = start.float()  # AdamW needs it
         net.config = replace(net.config, text_encoder=encoder.name)
         net.text_encoder = encoder
+        kind = (options.subject, options.subject_own_tokens)
+        if options.subject != "none" and kind != (net.config.subject, net.config.subject_own_tokens):
+            net = net.add_subject(options.subject, own_tokens=options.subject_own_tokens)
     net.gradient_checkpointing = options.gradient_checkpointing
     sizes = [net.tokenizer.config.image_size_of(schedule) for schedule in schedules or [net.schedule]]
     dataset = options.data.load_with_texts(sizes, seed=options.train.seed)
@@ -136,5 +142,7 @@ def _new(options: Train, tokenizer: BSQTokenizer, encoder: TextEncoder) -> Infin
         text_length=encoder.max_length,
         text_encoder=encoder.name,
         pool_heads=options.heads,
+        subject=options.subject,
+        subject_own_tokens=options.subject_own_tokens,
     )
     return Infinity(config, tokenizer, encoder)

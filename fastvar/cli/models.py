@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import tyro
+
 from fastvar.cli.common import Flat, chosen_device, class_index, load_model, load_saved, train_on
 from fastvar.cli.outputs import output_file, output_folder, say
 from fastvar.cli.sources import DataOptions, examples
@@ -13,7 +15,7 @@ from fastvar.evaluation import GUIDED
 from fastvar.models import SamplingOptions
 from fastvar.models.injection import SUBJECTS
 from fastvar.random import derive
-from fastvar.ranges import Count, CountOrNone, OneOf, Positive, Range, Seed, Share
+from fastvar.ranges import Count, CountOrNone, Number, OneOf, Positive, Range, Seed, Share
 from fastvar.schedule import INFINITY_BUDGETS
 from fastvar.training.loop import TrainConfig
 
@@ -93,7 +95,7 @@ class TrainTokenizer:
 
 
 # options of a task alone
-_VAR = ("subject", "subject_own_tokens", "cache_tokens", "label_smoothing", "scale_weights")
+_VAR = ("gate_init", "cache_tokens", "label_smoothing", "scale_weights")
 _INFINITY = ("text_encoder", "budget", "flip_strength")
 
 
@@ -128,11 +130,13 @@ class Train:
     gradient_checkpointing: bool = False
     """Compute the blocks again in the backward pass: less memory, more time."""
     subject: Annotated[str, OneOf(*SUBJECTS)] = "none"
-    """VAR: prefix of a reference subject: "none"; all its scales, "block_causal" or "bidirectional"; "last_scale", the
+    """Prefix of a reference subject: "none"; all its scales, "block_causal" or "bidirectional"; "last_scale", the
     finest alone; "interleaved", where a scale of the image sees the subject's up to it. Only for data with
     references."""
     subject_own_tokens: bool = False
-    """VAR: each scale of the subject is the codes of its own tokens, instead of the complete feature map resized."""
+    """Each scale of the subject is the codes of its own tokens, instead of the complete feature map resized."""
+    gate_init: Number = 0.0
+    """VAR: where the residual gates start; small models that are trained for minutes learn faster from 1."""
     cache_tokens: bool = False
     """VAR: encode the whole data set once, in memory, instead of every batch; images are then not augmented anew."""
     label_smoothing: Share = 0.0
@@ -193,17 +197,21 @@ class Train:
                     num_classes=0 if text_length else dataset.num_classes,
                     class_names=() if text_length else _class_names(dataset),
                     text_length=text_length,
+                    alphabet=getattr(dataset, "alphabet", VARConfig.alphabet),
                     subject=self.subject,
                     subject_own_tokens=self.subject_own_tokens,
+                    gate_init=self.gate_init,
                 ),
                 tokenizer,
             )
         if model.config.subject != "none" and "reference" not in dataset[0]:
             raise ValueError(f'train: subject: expected "none", as {self.data.data} has no references')
         model.gradient_checkpointing = self.gradient_checkpointing
+        texts = getattr(dataset, "texts", None)
+        shown = examples(model.config, 32) if texts is None else [texts[i % len(texts)] for i in range(32)]
         task = VARTask(
             model,
-            self._picture,
+            lambda averaged: self._picture(averaged, shown),
             label_smoothing=self.label_smoothing,
             scale_weights=self.scale_weights or None,
         )
@@ -223,11 +231,11 @@ class Train:
                     f"train: {field_.name}: expected none with the task {self.task}, as it has no such option"
                 )
 
-    def _picture(self, model: VAR) -> Any:
+    def _picture(self, model: VAR, shown: Any) -> Any:
         from fastvar.evaluation import draw
         from fastvar.pictures import image_grid
 
-        return image_grid(draw(model, examples(model.config, 32), GUIDED), 8)
+        return image_grid(draw(model, shown, GUIDED), 8)
 
 
 def _class_names(folder: ImageFolder) -> tuple[str, ...]:
@@ -251,8 +259,9 @@ class Sample:
     """Infinity: a text that guidance keeps away from, instead of what the model has learned for none."""
     count: Count = 8
     """Images per label."""
-    subject: Path | None = None
-    """An image of the reference subject, for a model with a subject prefix."""
+    references: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["--subject"])] = ()
+    """Photos of the reference subject, for a model with a subject prefix; the images of a label show one after the
+    other."""
     tokenizer: Path | None = None
     """Infinity: the tokenizer's file or folder, if the model was not saved with it."""
     text_encoder: str = ""
@@ -274,6 +283,7 @@ class Sample:
         import torch
 
         from fastvar.cli.infinity import is_infinity
+        from fastvar.data.pairs import read_references
         from fastvar.evaluation import draw
         from fastvar.pictures import image_grid, save_picture
 
@@ -292,12 +302,12 @@ class Sample:
         if not model.config.text_length:
             labels = torch.tensor([class_index("sample: labels", label, model.config) for label in texts])
         subject = None
-        if self.subject is not None:
+        if self.references:
             if self.grids:
                 raise ValueError("sample: grids: expected none with a subject, which has the model's own")
-            image = _read_image(self.subject, model.tokenizer.config.image_size)
-            tokens = model.tokenizer.encode(image[None].to(model.device))
-            subject = model.pyramid(tokens).expand(len(texts), -1, -1)
+            photos = read_references(self.references, model.tokenizer.config.image_size, "sample: subject")
+            pyramids = model.pyramid(model.tokenizer.encode(photos.to(model.device)))
+            subject = pyramids[torch.arange(self.count) % len(photos)].repeat(len(texts) // self.count, 1, 1)
         images = draw(model, labels, self.options, seed=self.seed, subject=subject, negative=self.negative or None)
         save_picture(image_grid(images, self.count, zoom=self.zoom), self.output)
         print(self.output)
@@ -313,13 +323,3 @@ class Sample:
         net = load("model", self.model, self.tokenizer, ScaleSchedule.parse(self.grids) if self.grids else None)
         net.text_encoder = encoder_of(self.text_encoder, net.config, device)
         return net.to(device, getattr(torch, self.dtype) if self.dtype else None)
-
-
-def _read_image(path: Path, size: tuple[int, int]) -> Any:
-    from PIL import Image
-    from torchvision.transforms.functional import pil_to_tensor
-
-    from fastvar.pictures import read_picture
-
-    resized = read_picture(path, "sample: subject").resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    return pil_to_tensor(resized).float() / 127.5 - 1

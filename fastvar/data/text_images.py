@@ -16,6 +16,8 @@ from zlib import crc32
 from torch.utils.data import Dataset
 
 from fastvar.data.folder import EXTENSIONS, image_transform, images_below
+from fastvar.data.prompt_sets import quoted_texts
+from fastvar.data.regions import with_regions
 from fastvar.files import read_text
 from fastvar.pictures import picture_size, read_picture
 
@@ -33,12 +35,14 @@ class TextImage(NamedTuple):
         path: the file that has it.
         place: (start, length) of its bytes in that file; None for all of them.
         text: the text.
+        regions: of text in the image: its boxes where a list has them, else the texts that are quoted in its text.
     """
 
     name: str
     path: Path
     place: tuple[int, int] | None
     text: str
+    regions: int
 
     def open(self) -> Path | io.BytesIO:
         """What Pillow reads."""
@@ -69,10 +73,10 @@ def find_text_images(source: str | Path, *, skip_bad: bool = False) -> list[Text
     Args:
         source: a folder of images, each beside a file of its name that ends in .txt (searched for in depth; a folder
             that has tars instead is one of shards); a .jsonl, each line of which is an object with "image", a path as
-            seen from the file's folder, and "text"; or one tar or a pattern ("shards/*.tar") of tars, not compressed,
-            in which NAME.jpg (or .png and so on) and NAME.txt belong together. Images of one name and several endings
-            have one text. All texts are in UTF-8; white space
-            around them is left out.
+            seen from the file's folder, "text", and perhaps "boxes", a list with a box for each region of text; or one
+            tar or a pattern ("shards/*.tar") of tars, not compressed, in which NAME.jpg (or .png and so on) and
+            NAME.txt belong together. Images of one name and several endings have one text. All texts are in UTF-8;
+            white space around them is left out.
         skip_bad: leave out images without a text in UTF-8 and lines that say nothing, with a warning, instead of
             stopping.
 
@@ -85,20 +89,22 @@ def find_text_images(source: str | Path, *, skip_bad: bool = False) -> list[Text
             found.append(item)
         else:
             bad.append(item)
-    _refuse(bad, skip_bad)
+    refuse(_OWNER, "images with a text each", bad, skip_bad)
     if not found:
         raise ValueError(f"{_OWNER}: expected images with texts, got none in {source}")
     return found
 
 
-def _refuse(bad: Sequence[BadItem], skip_bad: bool) -> None:
+def refuse(owner: str, expected: str, bad: Sequence[BadItem], skip_bad: bool) -> None:
+    """Raise a ValueError that names some of what cannot be taken, or, to be left out, warn of it. owner: "class:
+    argument", as it opens the message; expected: what all should have been."""
     if not bad:
         return
     named = "; ".join(f"{item.name}: {item.reason}" for item in bad[:_NAMED])
     more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
     if not skip_bad:
-        raise ValueError(f"{_OWNER}: expected images with a text each, got {len(bad)} others: {named}{more}")
-    logger.warning("%s: %d images are left out: %s%s", _OWNER, len(bad), named, more)
+        raise ValueError(f"{owner}: expected {expected}, got {len(bad)} others: {named}{more}")
+    logger.warning("%s: %d images are left out: %s%s", owner, len(bad), named, more)
 
 
 def _items(source: str) -> Iterator[TextImage | BadItem]:
@@ -122,7 +128,7 @@ def _beside(image: Path) -> TextImage | BadItem:
     if not caption.is_file():
         return BadItem(str(image), f"{caption.name} is missing")
     try:
-        return TextImage(str(image), image, None, read_text(caption, _OWNER).strip())
+        return _text_image(str(image), image, None, read_text(caption, _OWNER).strip())
     except (ValueError, OSError) as error:
         return BadItem(str(image), str(error))
 
@@ -133,11 +139,12 @@ def _listed(path: Path) -> Iterator[TextImage | BadItem]:
             continue
         try:
             entry = json.loads(line)
-            image, text = path.parent / entry["image"], entry["text"].strip()
+            image, text, boxes = path.parent / entry["image"], entry["text"].strip(), entry.get("boxes")
+            regions = None if boxes is None else len(boxes)
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             yield BadItem(f"{path}, line {number}", 'it is no object with texts under "image" and "text"')
             continue
-        yield TextImage(str(image), image, None, text)
+        yield _text_image(str(image), image, None, text, regions)
 
 
 def _in_tar(path: Path) -> Iterator[TextImage | BadItem]:
@@ -169,7 +176,20 @@ def _in_tar(path: Path) -> Iterator[TextImage | BadItem]:
         except UnicodeDecodeError as error:
             yield BadItem(shown, f"expected text in UTF-8, got {key}.txt ({error.reason})")
             continue
-        yield TextImage(shown, path, (member.offset_data, member.size), text)
+        yield _text_image(shown, path, (member.offset_data, member.size), text)
+
+
+def _text_image(
+    name: str, path: Path, place: tuple[int, int] | None, text: str, regions: int | None = None
+) -> TextImage:
+    return TextImage(name, path, place, text, len(quoted_texts(text)) if regions is None else regions)
+
+
+def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> int:
+    """Which of the sizes (H, W) has the ratio of height to width that is nearest to a picture's; the first of equal
+    ones."""
+    ratio = math.log(height / width)
+    return min(range(len(sizes)), key=lambda i: abs(ratio - math.log(sizes[i][0] / sizes[i][1])))
 
 
 class TextImages(Dataset[dict[str, Any]]):
@@ -185,6 +205,7 @@ class TextImages(Dataset[dict[str, Any]]):
             first of equal ones.
         skip_bad: leave out what cannot be taken, with a warning, instead of stopping: images without a text, and files
             whose head is none of a picture.
+        regions: take only images with so many regions of text, bins as `fastvar.data.regions` has them; all by default.
 
     Attributes:
         items: the images, see `TextImage`.
@@ -196,29 +217,36 @@ class TextImages(Dataset[dict[str, Any]]):
         ValueError: as `find_text_images`; sizes that are none. When an item is read, a damaged picture, by its name.
     """
 
-    def __init__(self, source: str | Path, *, sizes: Sequence[tuple[int, int]], skip_bad: bool = False) -> None:
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        sizes: Sequence[tuple[int, int]],
+        skip_bad: bool = False,
+        regions: Sequence[int] = (),
+    ) -> None:
         if not sizes or any(len(size) != 2 or min(size) < 1 for size in sizes):
             raise ValueError(f"TextImages: sizes: expected pairs (height, width) of pixels, got {sizes!r}")
         self.sizes = tuple((height, width) for height, width in sizes)
         self.items, self.buckets, bad = list[TextImage](), list[int](), list[BadItem]()
-        for item in find_text_images(source, skip_bad=skip_bad):
+        self.regions = tuple(regions)
+        found = find_text_images(source, skip_bad=skip_bad)
+        if regions:
+            found = [found[i] for i in with_regions([item.regions for item in found], regions)]
+        for item in found:
             try:
                 height, width = picture_size(item.open())
             except Exception as error:  # what a damaged file makes of Pillow is anything
                 bad.append(BadItem(item.name, f"no readable image ({error})"))
                 continue
             self.items.append(item)
-            self.buckets.append(self._nearest(height, width))
-        _refuse(bad, skip_bad)
+            self.buckets.append(nearest_size(height, width, self.sizes))
+        refuse(_OWNER, "images with a text each", bad, skip_bad)
         if not self.items:
             raise ValueError(f"{_OWNER}: expected images with texts, got none in {source}")
         self._transforms = [image_transform(size, train=False, margin=1.0) for size in self.sizes]
         told = "\0".join(part for item in self.items for part in (Path(item.name).name, item.text))
         self.checksum = crc32(told.encode("utf-8", "replace"))
-
-    def _nearest(self, height: int, width: int) -> int:
-        ratio = math.log(height / width)
-        return min(range(len(self.sizes)), key=lambda i: abs(ratio - math.log(self.sizes[i][0] / self.sizes[i][1])))
 
     @property
     def texts(self) -> list[str]:

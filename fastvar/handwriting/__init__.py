@@ -6,7 +6,8 @@ nor scipy nor torchvision: they are asked for on first use.
 
 from fastvar.handwriting.dataset import HandwritingScenes
 from fastvar.handwriting.matching import ReferenceMatch, match_reference
+from fastvar.handwriting.mixed import MixedScenes
 from fastvar.handwriting.reader import Reader
 from fastvar.handwriting.scans import scan_partition
 
-__all__ = ["HandwritingScenes", "Reader", "ReferenceMatch", "match_reference", "scan_partition"]
+__all__ = ["HandwritingScenes", "MixedScenes", "Reader", "ReferenceMatch", "match_reference", "scan_partition"]

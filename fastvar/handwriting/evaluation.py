@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fastvar.data import wilson_interval
-from fastvar.evaluation import ReadingScore, evaluate_texts
+from fastvar.data.regions import quotas
+from fastvar.evaluation import ReadingScore, evaluate_texts, score_reading
 from fastvar.handwriting.dataset import HandwritingScenes
 from fastvar.handwriting.matching import match_reference, subject_distances
+from fastvar.handwriting.mixed import MixedScenes
 from fastvar.handwriting.reader import Reader
 from fastvar.models import VAR, SamplingOptions
 from fastvar.rl import Prompts
@@ -26,13 +28,26 @@ def every_number(digits: int, count: int) -> list[str]:
     return [f"{number:0{digits}d}" for number in numbers]
 
 
+def numbers(count: int, shares: Mapping[int, float]) -> list[str]:
+    """`count` numbers, so many of 2 digits, of 3 and so on as their shares say, spread evenly over all of that length;
+    those of each length one after the other."""
+    return [number for digits, part in quotas(shares, count).items() for number in every_number(digits, part)]
+
+
 def scenes_for(var: VAR, count: int, *, split: str, reference_place: str) -> HandwritingScenes:
     """Scenes of the size and the number of digits that a model draws."""
     size, digits = var.tokenizer.config.image_size, var.config.text_length
     return HandwritingScenes(length=count, size=size, digits=digits, split=split, reference_place=reference_place)
 
 
-def prompts(var: VAR, count: int, *, split: str = "train", reference_place: str = "own") -> Prompts:
+def prompts(
+    var: VAR,
+    count: int,
+    *,
+    split: str = "train",
+    reference_place: str = "own",
+    shares: Mapping[int, float] | None = None,
+) -> Prompts:
     """A source of prompts (`fastvar.rl.prompts.PromptSource`): numbers spread evenly over all that a model can write,
     or, for one with a subject prefix, texts and references of `HandwritingScenes`.
 
@@ -40,6 +55,7 @@ def prompts(var: VAR, count: int, *, split: str = "train", reference_place: str 
         var: a model with a text condition.
         count: the most prompts.
         split, reference_place: of the scenes, see `HandwritingScenes`.
+        shares: of numbers by their digits; by default all have as many as the model can write.
 
     Raises:
         ValueError: a model with a class condition.
@@ -48,8 +64,13 @@ def prompts(var: VAR, count: int, *, split: str = "train", reference_place: str 
     if not digits:
         raise ValueError("prompts: var: expected a model with a text condition")
     if var.config.subject == "none":
-        return Prompts(every_number(digits, min(count, 10**digits)))
-    items = scenes_for(var, count, split=split, reference_place=reference_place).batch(range(count))
+        return Prompts(numbers(count, shares) if shares else every_number(digits, min(count, 10**digits)))
+    scenes: HandwritingScenes | MixedScenes = scenes_for(var, count, split=split, reference_place=reference_place)
+    if shares:
+        scenes = MixedScenes(
+            length=count, shares=shares, size=scenes.size, split=split, reference_place=reference_place
+        )
+    items = scenes.batch(range(count))
     return Prompts(items["text"], references=items["reference"] * 0.5 + 0.5)
 
 
@@ -112,13 +133,27 @@ def evaluate_subject(
 
 
 def figures(
-    var: VAR, samples: int, options: SamplingOptions, *, seed: int = 0, reference_place: str = "own"
+    var: VAR,
+    samples: int,
+    options: SamplingOptions,
+    *,
+    seed: int = 0,
+    reference_place: str = "own",
+    shares: Mapping[int, float] | None = None,
 ) -> dict[str, Any]:
     """ "reading", and with a subject prefix "subject_match", of so many samples of a model with a text condition; ready
-    for JSON. Arguments as `HandwritingScenes` and `draw`."""
+    for JSON. Arguments as `HandwritingScenes`, `draw` and `prompts`; with shares without a subject prefix also the
+    reading of the numbers of 2 digits ("reading_2"), of 3 and so on."""
     if var.config.subject == "none":
-        numbers = every_number(var.config.text_length, samples)
-        return {"reading": evaluate_texts(var, numbers, options, Reader(), seed=seed).summary()}
+        texts = numbers(samples, shares) if shares else every_number(var.config.text_length, samples)
+        read = evaluate_texts(var, texts, options, Reader(), seed=seed)
+        found = {"reading": read.summary()}
+        for digits in shares or ():
+            rows = [row for row, text in enumerate(texts) if len(text) == digits]
+            if len(rows) > 1:
+                own = score_reading(read.images[rows], [texts[row] for row in rows], Reader())
+                found[f"reading_{digits}"] = own.summary()
+        return found
     scenes = scenes_for(var, samples, split="test", reference_place=reference_place)
     read, match = evaluate_subject(var, scenes, options, Reader(), seed=seed)
     return {"subject_match": match, "reading": read.summary()}

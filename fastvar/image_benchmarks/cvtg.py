@@ -12,15 +12,13 @@ import torch
 
 from fastvar.data import Reader
 from fastvar.data.metrics import edit_similarity
-from fastvar.files import read_json_object
+from fastvar.data.prompt_sets import read_cvtg
 from fastvar.image_benchmarks.figures import mean_figure, ratio_figure, rows_by_group
 from fastvar.image_benchmarks.items import Item, taken_prompts
 from fastvar.image_benchmarks.scoring import Scores
 from fastvar.rl.rewards.base import Description
 from fastvar.rl.rewards.clip import CLIPTextReward
 
-SETS = ("cvtg", "cvtg-style")
-REGIONS = (2, 3, 4, 5)
 _QUOTED = re.compile(r"'(.*?)'")
 
 
@@ -74,7 +72,7 @@ class CVTG2K:
 
     def __init__(self, data: Path, reader: Reader, clip_score: CLIPTextReward, *, take: int = 0) -> None:
         self.reader, self.clip_score = reader, clip_score
-        self.items: Sequence[Item] = taken_prompts(read_cvtg(data), 1, take)
+        self.items: Sequence[Item] = taken_prompts(items_of(data), 1, take)
 
     def describe(self) -> dict[str, Any]:
         """Which reader and which weights."""
@@ -118,29 +116,12 @@ def words_of(prompt: str) -> list[str]:
     return [word for text in _QUOTED.findall(prompt) for word in text.split()]
 
 
-def read_cvtg(data: Path) -> list[Item]:
-    """All images of CVTG-2K, by set, number of regions and their order in the files; errors as there."""
-    folders = [path for path in sorted(data.iterdir()) if path.name.lower() in SETS] if data.is_dir() else []
-    items = []
-    for folder in folders:
-        for regions in REGIONS:
-            file = folder / f"{regions}.json"
-            if not file.is_file():
-                continue
-            for index, prompt in _prompts(file):
-                if not words_of(prompt):
-                    raise ValueError(f"benchmark: data: expected words in single quotes, got {prompt!r} in {file}")
-                items.append(Item(f"{folder.name}/{regions}/{index}", prompt, prompt, str(regions)))
-    if not items:
-        raise ValueError(f"benchmark: data: expected CVTG/2.json and the like in {data}, got none")
-    return items
-
-
-def _prompts(file: Path) -> list[tuple[int, str]]:
-    """Index and prompt of each entry of a file."""
-    content = read_json_object(file, "benchmark: data")
-    try:
-        return [(int(entry["index"]), str(entry["prompt"])) for entry in content["data_list"]]
-    except (KeyError, TypeError, ValueError) as error:
-        expected = 'a list "data_list" of objects with "index" and "prompt"'
-        raise ValueError(f"benchmark: data: expected {expected}, got {file} ({error!r})") from error
+def items_of(data: Path) -> list[Item]:
+    """All images of CVTG-2K, by set, number of regions and index; errors as there."""
+    prompts = read_cvtg(data, "benchmark: data")
+    for prompt in prompts:
+        if not words_of(prompt.prompt):
+            raise ValueError(
+                f"benchmark: data: expected words in single quotes, got {prompt.prompt!r} of {prompt.name} in {data}"
+            )
+    return [Item(each.name, each.prompt, each.prompt, str(each.regions)) for each in prompts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,23 +18,13 @@ class RewardError(RuntimeError):
     """A reward raised, answered in a wrong shape or only with NaN; names it."""
 
 
-def accelerator_for(prompts: int, group_size: int) -> Accelerator:
-    """The accelerator of a run whose rollouts have `group_size` rows for each of `prompts` prompts.
-
-    Raises:
-        ValueError: the processes cannot share out the rows evenly.
-    """
+def make_accelerator() -> Accelerator:
+    """The accelerator of a run."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     # Which parameters take part depends on the segment and on whether there are references.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
-    processes, rows = accelerator.num_processes, prompts * group_size
-    sharded = accelerator.distributed_type == "FSDP"
-    if rows % processes or (sharded and prompts % processes):
-        expected = f"prompts {prompts}" if sharded else f"prompts x group_size = {rows}"
-        raise ValueError(f"VMRGRPOTrainer: expected a number of processes that divides {expected}, got {processes}")
-    return accelerator
+    return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
 
 
 class Processes:
@@ -49,6 +40,13 @@ class Processes:
         self.accelerator = accelerator
         self.index, self.count = accelerator.process_index, accelerator.num_processes
         self.main = accelerator.is_main_process
+
+    def drawn_prompts(self, prompts: int, group_size: int) -> int:
+        """How many prompts a rollout draws so that all processes have as many rows, under FSDP as many groups, whose
+        passes through the model are to be made together: `prompts` and perhaps some that count for nothing."""
+        sharded = self.accelerator.distributed_type == "FSDP"
+        step = self.count if sharded else self.count // math.gcd(self.count, group_size)
+        return -(-prompts // step) * step
 
     def share(self, rows: int) -> range:
         """This process's part of so many rows, which the number of processes divides."""

@@ -20,7 +20,7 @@ from fastvar.rl.config import RLConfig
 from fastvar.rl.measuring import Clock, UpdateMeasurements, fingerprint, peak_memory, reward_metrics
 from fastvar.rl.micro_batches import MicroBatch, micro_batches
 from fastvar.rl.preflight import before_the_first_step
-from fastvar.rl.processes import Processes, RewardError, accelerator_for
+from fastvar.rl.processes import Processes, RewardError, make_accelerator
 from fastvar.rl.progress import Progress
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.resuming import begin, run_settings
@@ -109,8 +109,9 @@ class VMRGRPOTrainer(Generic[Policy]):
         evaluation = self.prompts if evaluation is None else evaluation
         evaluation = evaluation if isinstance(evaluation, Prompts) else Prompts(evaluation)
         self.reward, self.config, self.output = reward, config, output
-        self.accelerator = accelerator_for(config.prompts, config.group_size)
+        self.accelerator = make_accelerator()
         self.processes = Processes(self.accelerator)
+        self.drawn_prompts = self.processes.drawn_prompts(config.prompts, config.group_size)
         check_alone("RLConfig: update_graphs", config.update_graphs, self.accelerator)
 
         policy = policy.to(self.accelerator.device).eval()
@@ -245,6 +246,7 @@ class VMRGRPOTrainer(Generic[Policy]):
         config = self.config
         generator = torch.Generator().manual_seed(derive(config.seed, "prompts", iteration))
         chosen = torch.randint(len(self.prompts), (config.prompts,), generator=generator).tolist()
+        chosen += chosen[-1:] * (self.drawn_prompts - config.prompts)
         with self._autocast(), torch.no_grad():
             return self.model(
                 roll_out,
@@ -255,7 +257,7 @@ class VMRGRPOTrainer(Generic[Policy]):
                 continuations=config.continuations,
                 seed=derive(config.seed, "rollout", iteration),
                 options=config.rollout,
-                rows=self.processes.share(config.prompts * config.group_size),
+                rows=self.processes.share(self.drawn_prompts * config.group_size),
                 continue_with=self.reference if config.reference_continues else None,
             )
 
@@ -268,7 +270,9 @@ class VMRGRPOTrainer(Generic[Policy]):
         config, processes, device = self.config, self.processes, rollout.tokens.device
         schedule = self.policy.schedule
         scores = processes.rewarded(lambda: score(rollout, self.reward, schedule, use_mask=config.use_mask))
-        each = {name: processes.gather(values.to(device)) for name, values in scores.each.items()}
+        asked, drawn = (number * config.group_size for number in (config.prompts, self.drawn_prompts))
+        images = asked * rollout.continuations  # all others count for nothing
+        each = {name: processes.gather(values.to(device))[:images] for name, values in scores.each.items()}
         processes.rewarded(lambda: self.reward.check(each))
         combined = self.reward.combine(each)
         returns = middle_returns(combined, rollout.continuations, eta=config.eta)
@@ -278,6 +282,7 @@ class VMRGRPOTrainer(Generic[Policy]):
             normalise=config.normalise,
             spread_floor=config.spread_floor,
         ).float()
+        advantages = torch.nn.functional.pad(advantages, (0, drawn - asked))
         # A group whose returns are equal has advantages of exactly 0.
         spreads = (advantages.view(-1, config.group_size) != 0).any(1).repeat_interleave(config.group_size)
 
@@ -287,6 +292,7 @@ class VMRGRPOTrainer(Generic[Policy]):
         masked = processes.all(scores.mask is not None)
         if scores.mask is not None and masked:
             mask = mask * scores.mask
+        own = mask[: max(asked - rollout.rows.start, 0)]
         metrics = {
             **reward_metrics(
                 self.reward,
@@ -294,11 +300,12 @@ class VMRGRPOTrainer(Generic[Policy]):
                 combined.view(-1, config.group_size, rollout.continuations),
                 returns.view(-1, config.group_size),
             ),
-            "groups_without_spread": 1 - float(spreads.float().mean()),
-            "mask_share": processes.mean(float(mask.mean())),
+            "groups_without_spread": 1 - float(spreads[:asked].float().mean()),
+            "mask_share": processes.total(float(own.sum())) / processes.total(own.numel()),
         }
         if config.filter_groups:
             mask = mask * spreads[rows, None]
+        mask[len(own) :] = 0
         schedule = schedule.with_num_tokens(rollout.tokens.shape[1])
         mask[:, : schedule.starts[rollout.first_scale]] = 0
         totals = processes.sum(token_totals(mask, schedule))

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastvar.models import Model
 from fastvar.training.sharded import gather_for_methods as gather_for_methods
+from fastvar.training.sharded import name_blocks
 
 
 class CalledPolicy(nn.Module):
@@ -21,6 +22,7 @@ class CalledPolicy(nn.Module):
     def __init__(self, policy: Model) -> None:
         super().__init__()
         self.policy = policy
+        name_blocks(self, policy.blocks)
 
     def forward(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """`function(policy, *arguments, **options)`."""

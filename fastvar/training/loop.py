@@ -40,7 +40,7 @@ from fastvar.training.interrupts import Interrupted, Interrupts, SharedRequests
 from fastvar.training.lock import locked
 from fastvar.training.log import RunLog
 from fastvar.training.settings import SEEDS, check_enough_steps, check_same_settings, write_settings
-from fastvar.training.sharded import gather_for_methods
+from fastvar.training.sharded import gather_for_methods, name_blocks
 from fastvar.training.space import check_space
 
 if TYPE_CHECKING:
@@ -249,6 +249,7 @@ def _train(
         parameter_groups(task.model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
     )
     ema = EMA(task.model, config.ema_decay)
+    name_blocks(task.model, getattr(task.model, "blocks", ()))
     model, optimizer = accelerator.prepare(task.model, optimizer)
     gather_for_methods(model)
     checkpoints = Checkpoints(accelerator, output, model, optimizer, ema, keep=config.keep, minutes=config.save_minutes)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch import nn
 
 
@@ -15,3 +18,8 @@ def gather_for_methods(model: nn.Module) -> None:
             for method in ("modulate", "read_text", "keys_and_values", "mix"):
                 if hasattr(module, method):
                     register_fsdp_forward_method(module, method)
+
+
+def name_blocks(model: Any, blocks: Iterable[nn.Module]) -> None:
+    """Tell accelerate's FSDP2 plugin, under TRANSFORMER_BASED_WRAP, what to shard and gather as one: each block."""
+    model._no_split_modules = sorted({type(block).__name__ for block in blocks})

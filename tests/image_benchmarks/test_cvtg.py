@@ -12,7 +12,7 @@ import torch
 
 from fastvar.data.metrics import ratio_interval
 from fastvar.image_benchmarks import CVTG2K, count_words, run_benchmark
-from fastvar.image_benchmarks.cvtg import read_cvtg, words_of
+from fastvar.image_benchmarks.cvtg import items_of, words_of
 from tests.helpers.pictures import make_cvtg, save_images, smooth_images
 
 PROMPTS = {
@@ -68,13 +68,15 @@ def test_by_hand(tmp_path: Path) -> None:
 
 
 def test_another_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data: expected CVTG/2\.json and the like in .*, got none"):
-        read_cvtg(tmp_path)
+    nothing = r"data: expected prompts, the folders CVTG and CVTG-Style with 2\.json to 5\.json in .*, got none"
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ValueError, match=nothing):
+            items_of(folder)
     (tmp_path / "CVTG").mkdir()
-    for content in ({}, {"data_list": [{"index": "../../x", "prompt": "'a'"}]}, {"data_list": [{"index": 1}]}):
+    for content in ({"data_list": [{"index": "../../x", "prompt": "'a'"}]}, {"data_list": [{"index": 1}]}):
         (tmp_path / "CVTG/4.json").write_text(json.dumps(content))
-        with pytest.raises(ValueError, match=r'data: expected a list "data_list" of objects .* got .*4\.json'):
-            read_cvtg(tmp_path)
+        with pytest.raises(ValueError, match=r"data: expected prompts by index, .* got .*4\.json"):
+            items_of(tmp_path)
     make_cvtg(tmp_path, {"CVTG/4": ["no quotes"]})
-    with pytest.raises(ValueError, match=r"data: expected words in single quotes, got 'no quotes' in .*4\.json"):
-        read_cvtg(tmp_path)
+    with pytest.raises(ValueError, match=r"data: expected words in single quotes, got 'no quotes' of CVTG/4/0"):
+        items_of(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import signal
 import subprocess
 import sys
@@ -29,6 +30,20 @@ var = add_adapters(policy(), 2) if {adapters} else policy()
 VMRGRPOTrainer(var, patchy, PROMPTS, config, Path({output!r})).train()
 """
 
+# accelerate's plugin shards on accelerators alone: its state is told that these processes have one
+_ON_CPUS = """
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+PartialState(cpu=True)
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+"""
+_PLUGIN = """
+trainer = VMRGRPOTrainer(var, patchy, PROMPTS, config, Path({output!r}))
+assert trainer.accelerator.is_fsdp2 and trainer.processes.count == 2
+for part in (trainer.policy.blocks[0].qkv, trainer.policy.head):
+    assert type(part.weight).__name__ == "DTensor", part
+trainer.train()
+"""
 
 _SHARDED = """
 import sys; sys.path[:0] = [{root!r}]
@@ -82,6 +97,13 @@ def launch(processes: int, path: str) -> None:
     call("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", path)
 
 
+def here(path: str) -> None:
+    """One process, this one."""
+    threads = torch.get_num_threads()
+    runpy.run_path(path)
+    torch.set_num_threads(threads)
+
+
 def call(module: str, *arguments: object) -> None:
     command = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
@@ -103,6 +125,34 @@ def test_two_processes_are_one(micro_batch: int, adapters: bool, tmp_path: Path)
     launch(1, script(tmp_path, "one", **common))
     launch(2, script(tmp_path, "two", micro_batch=micro_batch, **common))
     assert metrics(tmp_path / "one")[-1]["kl"] > 0
+    same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on(tmp_path: Path) -> None:
+    """Nine rows in three groups, which two processes cannot share out evenly: begun on one process and gone on with on
+    two, the run is that of one."""
+    common = {"group_size": 3, "filter_groups": False, "evaluate_every": 2, "evaluation_samples": 12}
+    here(script(tmp_path, "one", iterations=4, **common))
+    here(script(tmp_path, "two", iterations=2, **common))
+    launch(2, script(tmp_path, "two", iterations=4, **common))
+    assert metrics(tmp_path / "one")[-1]["kl"] > 0
+    same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_accelerates_own_plugin(tmp_path: Path) -> None:
+    """FSDP2 as recipes/fsdp2.yaml asks accelerate for it, with three prompts on two processes, micro-batches and an
+    evaluation: the run of one process."""
+    common = {"iterations": 4, "evaluate_every": 2, "evaluation_samples": 12, "micro_batch": 3}
+    here(script(tmp_path, "one", **common))
+    path = Path(script(tmp_path, "two", **common))
+    text, end = path.read_text(), "VMRGRPOTrainer(var, patchy"
+    assert text.count(end) == 1
+    plugin = _PLUGIN.format(output=str(tmp_path / "two"))
+    path.write_text(_ON_CPUS + text[: text.index(end)] + plugin)
+    config = ["--config_file", ROOT / "recipes/fsdp2.yaml", "--num_processes", 2, "--main_process_port", 0]
+    call("accelerate.commands.launch", *config, path)
     same_run(tmp_path / "one", tmp_path / "two")
 
 

@@ -12,6 +12,7 @@ import torch
 from fastvar.builtin import DEFAULT_READER, READERS
 from fastvar.data import Reader
 from fastvar.data.metrics import edit_similarity
+from fastvar.data.prompt_sets import words_to_show
 from fastvar.rl.rewards.base import Description, Reward, register
 
 PENALTY = 0.6
@@ -53,7 +54,8 @@ def ocr_score(truth: Sequence[str], read: Sequence[tuple[str, float]]) -> float:
 
 @register("ocr")
 class OCRReward:
-    """Reads images and compares with the prompt's words; the mask is the boxes of what was read.
+    """Reads images and compares with the words that the prompt asks for: those between quotes, or all of a prompt
+    without quotes (`fastvar.data.prompt_sets.words_to_show`). The mask is the boxes of what was read.
 
     Args:
         reader: a `fastvar.data.Reader`, or the name of one in `fastvar.builtin.READERS`, such as "easyocr" (a package
@@ -84,7 +86,7 @@ class OCRReward:
     def check_texts(self, texts: Sequence[str]) -> None:
         """Raise a ValueError for a text without a word."""
         for text in texts:
-            if not text.split():
+            if not words_to_show(text):
                 raise ValueError(f"OCRReward: prompts: expected at least one word in each, got {text!r}")
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str], references: torch.Tensor | None = None) -> Reward:
@@ -95,7 +97,7 @@ class OCRReward:
         scores = []
         for row, (reading, prompt) in enumerate(zip(readings, prompts, strict=True)):
             words = list(zip(reading.words, reading.word_confidences, strict=True))
-            scores.append(ocr_score(prompt.split(), words))
+            scores.append(ocr_score(words_to_show(prompt), words))
             for left, top, right, bottom in reading.boxes.tolist():
                 rows = slice(max(int(top), 0), max(int(-(-bottom // 1)), 0))
                 columns = slice(max(int(left), 0), max(int(-(-right // 1)), 0))
