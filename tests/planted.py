@@ -117,6 +117,11 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_wiring.py::test_the_fine_segment_is_trained_alone",
         ),
         ("        mask_totals=mask_totals,\n", "", "rl/test_rollout.py::test_gradients_of_parts_add_up"),
+        (
+            "model.take(rollout.conditions, rows)",
+            "model.take(rollout.conditions, range(len(rows)))",
+            "rl/test_infinity_policy.py::test_log_probs_of_rollout_and_training_agree",
+        ),
     ],
     "kernels/token_log_probs/policy.py": [
         ("cost + options.kl_weight * kl", "cost", "rl/test_wiring.py::test_kl"),
@@ -328,6 +333,16 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_wiring.py::test_the_best_is_kept",
         ),
         (
+            "continue_with=self.reference if config.reference_continues else None",
+            "continue_with=None",
+            "rl/test_infinity_policy.py::test_continue_with_of_the_trainer",
+        ),
+        (
+            "config.loss.kl_weight != 0 or config.reference_continues",
+            "config.loss.kl_weight != 0",
+            "rl/test_infinity_policy.py::test_continue_with_of_the_trainer",
+        ),
+        (
             'self.progress.kl = measured.get("kl", 0.0)',
             "self.progress.kl = 0.0",
             "rl/test_trainer.py::test_stops_at_a_large_kl",
@@ -399,6 +414,16 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_rollout.py::test_chunks_do_not_change_the_images[3-coarse]",
         ),
         ('middle if segment == "fine" else 0,', "0,", "rl/test_rollout.py::test_shapes_of_the_segments"),
+        (
+            "with as_reference(reference, self.model):",
+            "if reference is not None:",
+            "rl/test_infinity_policy.py::test_the_reference_may_be_the_policy_without_adapters",
+        ),
+        (
+            "guided = self.options.guides(reference)",
+            "guided = False",
+            "rl/test_infinity_policy.py::test_the_reference_continues[2.0-policy]",
+        ),
     ],
     "fastvar/rl/evaluate.py": [
         (", held_out=True)", ")", "rl/test_held_out.py::test_evaluations_show_it"),
@@ -709,6 +734,11 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "if guided:",
             "models/test_infinity_sampling.py::test_guidance_on_logits",
         ),
+        (
+            "Head(self.logits(hidden))",
+            "Head(hidden, self.head.weight, self.head.bias)",
+            "rl/test_infinity_policy.py::test_bf16",
+        ),
     ],
     "fastvar/models/infinity_block.py": [
         ("finest=rotation_grid(schedule)", "finest=None", "models/test_infinity_golden.py::test_logits"),
@@ -840,6 +870,11 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_wiring.py::test_rollouts_are_drawn_as_told",
         ),
         ("lengths[:rows] = tokens", "lengths[:] = tokens", "models/test_var_sampling.py::test_guidance[block_causal]"),
+        (
+            "model.schedule, subject, guided, log_probs=False",
+            "model.schedule, None, guided, log_probs=False",
+            "rl/test_infinity_policy.py::test_the_reference_continues",
+        ),
     ],
     "fastvar/data/folder.py": [
         (

@@ -131,10 +131,11 @@ def test_guidance_of_each_scale_in_rollouts() -> None:
 
 
 def test_the_reward_rises(tmp_path: Path) -> None:
-    config = replace(QUICK, iterations=30, prompts=3, group_size=8, learning_rate=3e-3, save_every=30)
+    """Of about 3 to nearly 4 in the last of ten iterations."""
+    config = replace(QUICK, iterations=10, group_size=8, learning_rate=1e-2, save_every=10)
     trainer(tmp_path, config).train()
     rewards = [line["reward"] for line in lines(tmp_path)]
-    assert fmean(rewards[-6:]) - fmean(rewards[:6]) > 0.5
+    assert fmean(rewards[-3:]) - fmean(rewards[:3]) > 0.5
     assert all(line["rollout_difference"] < 1e-4 for line in lines(tmp_path))
 
 
@@ -158,10 +159,31 @@ def test_command_resumes_exactly(adapters: bool, tmp_path: Path, monkeypatch: py
     assert straight[-1].items() <= parts[-1].items() and straight[-1]["kl"] > 0
     weights = [Infinity.from_pretrained(name).state_dict() for name in ("straight", "parts", "policy")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    assert not torch.equal(
-        weights[0]["head.bias" if not adapters else "blocks.0.qkv.weight"],
-        weights[2]["head.bias" if not adapters else "blocks.0.qkv.weight"],
-    )
+    name = "blocks.0.qkv.weight"
+    assert not torch.equal(weights[0][name], weights[2][name])
+
+
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What else takes a model and prompts, with the encoder that is asked for."""
+    monkeypatch.chdir(tmp_path)
+    bitwise_policy().save_pretrained("policy")
+    policy().save_pretrained("var")
+    Path("prompts.txt").write_text("\n".join(TEXTS))
+    prompts = ["--prompt-file", "prompts.txt", "--rewards", "colour"]
+    asked = ["--model", "policy", "--text-encoder", "characters-16"]
+    main(["evaluate", *asked, *prompts, "--samples", "8"])
+    assert json.loads(capsys.readouterr().out)["rewards"]["images"] == 8
+    draws = ["--prompt-count", "2", "--prefixes", "2", "--continuations", "2"]
+    main(["choose-middle", *asked, *prompts, *draws])
+    assert "<- recommended" in capsys.readouterr().out
+    for given, message in (
+        ([*asked, "--output", "x"], "prompt_file: expected a file, as the model reads any text"),
+        (["--model", "policy", *prompts, "--output", "x"], "text_encoder: expected a name, as the model has none"),
+        (["--model", "var", *asked[2:], "--output", "x"], "text_encoder: expected none with a VAR"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["rl", *given])
+        assert message in capsys.readouterr().err
 
 
 def test_bf16(tmp_path: Path) -> None:
