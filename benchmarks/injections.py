@@ -38,13 +38,21 @@ PAGE = records.ROOT / "docs" / "ablations.md"
 FIGURES = {"word_accuracy": "read exactly", "shape": "shape", "ink": "ink", "joint": "both"}
 
 
-def main(model: Path | None = None, rows: Path = ROWS, steps: int = 250, seeds: int = 3, samples: int = 400) -> None:
+def main(
+    model: Path | None = None,
+    rows: Path = ROWS,
+    steps: int = 120,
+    scenes: int = 4000,
+    seeds: int = 3,
+    samples: int = 200,
+) -> None:
     """Run what is missing, or write the table.
 
     Args:
         model: folder of the VAR to start from; None for the table.
         rows: file of JSON lines.
         steps: of each run, of the demo's batches.
+        scenes: to train on.
         seeds: of the first of them all kinds are run before the next one's.
         samples: images that each run is judged by.
     """
@@ -52,15 +60,15 @@ def main(model: Path | None = None, rows: Path = ROWS, steps: int = 250, seeds: 
         PAGE.write_text(between(PAGE.read_text(), "injections", table(records.read(rows))))
         return
     start, reader = VAR.from_pretrained(model), Reader()
-    scenes: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "size": start.tokenizer.config.image_size,
         "digits": start.config.text_length,
         "reference_place": "scene",
     }
-    tokens = TokenDataset(HandwritingScenes(length=DemoConfig().scenes, **scenes), start.tokenizer, reference=True)
+    tokens = TokenDataset(HandwritingScenes(length=scenes, **settings), start.tokenizer, reference=True)
     done = [_key(row) for row in records.read(rows)] if rows.is_file() else []
     for seed in range(seeds):
-        held_out = HandwritingScenes(length=samples, split="test", seed=seed, **scenes)
+        held_out = HandwritingScenes(length=samples, split="test", seed=seed, **settings)
         for own_tokens in (False, True):
             for subject in SUBJECTS[1:]:
                 if (subject, own_tokens, seed) not in done:

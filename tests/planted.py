@@ -361,6 +361,11 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     ],
     "fastvar/rl/prompts.py": [
         (
+            "model.pyramid(",
+            "model.tokenizer.pyramid(",
+            "rl/test_wiring.py::test_references_reach_the_model_as_it_was_trained",
+        ),
+        (
             "for i in range(len(self)) for _ in range(times)",
             "for _ in range(times) for i in range(len(self))",
             "rl/test_wiring.py::test_prompts_of_continuations_are_adjacent",
@@ -634,6 +639,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/training/infinity_task.py": [
+        ("net.pyramid(", "net.tokenizer.pyramid(", "training/test_infinity_task.py::test_a_subject_is_read"),
         (
             "seed=int(torch.randint(2**31, ()))",
             "seed=0",
@@ -674,6 +680,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ("margin=1.0", "margin=1.125", "data/test_text_images.py::test_an_image_fills_its_size"),
     ],
     "fastvar/training/var_task.py": [
+        ("var.pyramid(", "var.tokenizer.pyramid(", "training/test_var_task.py::test_a_subject_is_read"),
         (
             "[model.scale_index.cpu()]",
             "[model.scale_index.cpu() * 0]",
@@ -770,6 +777,11 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "models/test_infinity_subject.py::test_subjects_are_dropped_in_training",
         ),
         (
+            "rope=rope, by_scale=by_scale)",
+            "rope=rope)",
+            "models/test_injections.py::test_what_an_image_sees_of_its_subject",
+        ),
+        (
             "return x, visible, positions.rope_of(start, schedule.num_tokens)",
             "return x, visible, None",
             "models/test_infinity_subject.py::test_the_prefix_has_the_positions_of_its_own_grids",
@@ -791,7 +803,20 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     "fastvar/models/text.py": [
         ("attn_mask=text.valid", "attn_mask=None", "models/test_text.py::test_attention_reads_each_text_alone"),
     ],
+    "fastvar/models/var_block.py": [
+        (
+            "if prefix.lengths is not None:",
+            "if False:",
+            "models/test_injections.py::test_dropped_subjects_are_not_seen",
+            "models/test_injections.py::test_interleaved_attention_is_that_of_its_mask",
+        ),
+    ],
     "fastvar/models/sampling.py": [
+        (
+            "prefix_tokens=end if by_scale else None",
+            "prefix_tokens=None",
+            "models/test_injections.py::test_sampling_agrees_with_training",
+        ),
         (
             "temperature=options.temperature[k]",
             "temperature=1.0",

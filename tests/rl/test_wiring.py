@@ -168,12 +168,15 @@ def test_rollouts_are_drawn_as_told() -> None:
         assert not torch.equal(rollout.tokens, other.tokens), name
 
 
-def test_references_reach_the_model_as_it_was_trained() -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["complete", "own tokens"])
+def test_references_reach_the_model_as_it_was_trained(own: bool) -> None:
     """Images in [0, 1], encoded in [-1, 1]."""
-    var = policy().add_subject()
+    var = policy().add_subject(own_tokens=own)
     references = torch.rand(2, 3, *var.tokenizer.config.image_size, generator=torch.Generator().manual_seed(0))
     found = subject_of(var, Prompts(["1", "2"], references=references))
-    assert found is not None and torch.equal(found, var.tokenizer.pyramid(var.tokenizer.encode(2 * references - 1)))
+    tokens = var.tokenizer.encode(2 * references - 1)
+    expected = var.tokenizer.codes(tokens) if own else var.tokenizer.pyramid(tokens)
+    assert found is not None and torch.equal(found, expected)
 
 
 def test_other_prompts_have_another_fingerprint() -> None:

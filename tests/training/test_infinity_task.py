@@ -83,12 +83,14 @@ def test_equals_the_definition(weighted: bool) -> None:
     torch.testing.assert_close(logged["bits_right_finest"], right[:, 5:].float().mean())
 
 
-def test_a_subject_is_read() -> None:
-    net = infinity(condition_dropout=0.0, subject_dropout=0.0).add_subject()
+@pytest.mark.parametrize("own", [False, True], ids=["complete", "own tokens"])
+def test_a_subject_is_read(own: bool) -> None:
+    net = infinity(condition_dropout=0.0, subject_dropout=0.0).add_subject(own_tokens=own)
     task, batch = InfinityTask(net, flip_strength=0.0), batch_of()
     batch["reference"] = batch["image"].flip(0)
     quantized = net.tokenizer.quantize(batch["image"])
-    subject = net.tokenizer.pyramid(net.tokenizer.encode(batch["reference"]))
+    tokens = net.tokenizer.encode(batch["reference"])
+    subject = net.tokenizer.codes(tokens) if own else net.tokenizer.pyramid(tokens)
     logits = net(batch["text"], quantized.teacher_forcing, subject=subject)
     loss = bitwise_loss(logits, quantized.bits, scale_weights(net.schedule, logits.device))
     torch.testing.assert_close(task.loss(net, batch)[0], loss)

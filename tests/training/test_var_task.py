@@ -103,6 +103,17 @@ def test_options_that_do_not_go_together() -> None:
         var(labels, inputs, tokens=tokens, label_smoothing=0.0, temperature=0.5)
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["complete", "own tokens"])
+def test_a_subject_is_read(own: bool) -> None:
+    var = model().add_subject("interleaved", own_tokens=own).eval()
+    labels, (tokens, reference) = torch.tensor([0, 2]), torch.randint(16, (2, 2, var.schedule.num_tokens))
+    subject = var.tokenizer.codes(reference) if own else var.tokenizer.pyramid(reference)
+    inputs = var.tokenizer.teacher_forcing(tokens)
+    expected = var(labels, inputs, subject=subject, tokens=tokens, label_smoothing=0.0).loss
+    loss, _ = VARTask(var).loss(var, {"tokens": tokens, "reference_tokens": reference, "label": labels})
+    torch.testing.assert_close(loss, expected)
+
+
 def test_a_run_is_not_resumed_with_another_loss(tmp_path: Path) -> None:
     settings = {name: dict(VARTask(model(), label_smoothing=e).identity) for name, e in (("a", 0.0), ("b", 0.1))}
     path = tmp_path / "settings.json"
