@@ -58,6 +58,10 @@ def test_dreambench_of_an_infinity(tmp_path: Path, small: None, capsys: pytest.C
     run(*command, "--take", 2)
     assert json.loads(capsys.readouterr().out) == figures
     assert [image.stat().st_mtime_ns for image in images] == before
+    for option, value, named in (("--grids", "1,2,4", "config"), ("--token", "xyz", "items"), ("--seed", 5, "seed")):
+        with pytest.raises(SystemExit):
+            run(*command, "--take", 2, option, value)
+        assert f"were drawn with another {named}\n" in capsys.readouterr().err
 
 
 def test_cvtg_of_a_folder(

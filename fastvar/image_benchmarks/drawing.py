@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -88,10 +89,15 @@ def _check_drawn(model: Model, items: Sequence[Item], folder: Path, options: Sam
     """Raise a ValueError that names what the folder's images were drawn with otherwise; write it to a new folder."""
     settings = {
         "model": [fingerprint(model), fingerprint(model.tokenizer)],
-        "items": crc32(json_text([(item.name, item.prompt) for item in items]).encode()),
+        "config": asdict(model.config),
+        "text_encoder": getattr(getattr(model, "text_encoder", None), "name", None),
+        "items": crc32(
+            json_text([(item.name, item.prompt, [*map(str, item.references[:1])]) for item in items]).encode()
+        ),
         "seed": seed,
         **{name: value for name, value in asdict(options).items() if name not in _SPEED},
     }
+    settings = json.loads(json_text(settings))  # as it is read again
     path = folder / DRAWN
     if not path.is_file():
         write_json(path, settings)

@@ -23,9 +23,13 @@ def mean_figure(name: str, values: torch.Tensor | Sequence[float]) -> dict[str, 
 
 
 def ratio_figure(name: str, parts: torch.Tensor, wholes: torch.Tensor) -> dict[str, Any]:
-    """The sum of parts (n,) over the sum of wholes (n,)."""
+    """The share that parts (n,) have of wholes (n,), all together; its interval is cut off at 0 and 1."""
     pairs = parts.tolist(), wholes.tolist()
-    return {name: sum(pairs[0]) / sum(pairs[1]), f"{name}_95": ratio_interval(*pairs) if len(parts) > 1 else None}
+    interval = None
+    if len(parts) > 1:
+        low, high = ratio_interval(*pairs)
+        interval = max(low, 0.0), min(high, 1.0)
+    return {name: sum(pairs[0]) / sum(pairs[1]), f"{name}_95": interval}
 
 
 def rows_by_group(items: Sequence[Item]) -> dict[str, list[int]]:
