@@ -54,7 +54,7 @@ from fastvar.models import SamplingOptions
 from fastvar.rl import *
 from fastvar.rl.wrapping import CalledPolicy, gather_for_methods
 from fastvar.training.ema import EMA
-from tests.helpers.policies import policy
+from tests.helpers.policies import bitwise_policy, policy
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -62,8 +62,9 @@ mesh = init_device_mesh("cpu", (2,))
 advantages = torch.arange(8.0) - 3.5
 
 
-def step(sharded):
-    var = policy().add_subject()
+def step(make, sharded):
+    torch.manual_seed(0)
+    var = make().add_subject()
     references = torch.rand(2, 3, *var.tokenizer.config.image_size, generator=torch.Generator().manual_seed(0))
     ema, model = EMA(var, 0.5), CalledPolicy(var)
     if sharded:
@@ -81,8 +82,9 @@ def step(sharded):
     return [rollout.tokens, *ema.model.state_dict().values()]
 
 
-for one, two in zip(step(False), step(True), strict=True):
-    torch.testing.assert_close(two, one)
+for make in (policy, bitwise_policy):
+    for one, two in zip(step(make, False), step(make, True), strict=True):
+        torch.testing.assert_close(two, one)
 """
 
 
