@@ -117,19 +117,18 @@ def _key(row: Mapping[str, Any]) -> tuple[str, bool, int]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each kind of subject: per cent read and matched, means over seeds with 95 % intervals (Student's t),
-    and the mean seconds of a step."""
-    head = ["subject", "its tokens", *FIGURES.values(), "ms a step", "seeds"]
+    """A line for each kind of subject: per cent read and matched, means over seeds with 95 % intervals (Student's t; of
+    a single seed that of its images)."""
+    head = ["subject", "its tokens", *FIGURES.values(), "seeds"]
     lines = [_line(head), _line(["---"] * len(head))]
     for subject, own_tokens in dict.fromkeys(_key(row)[:2] for row in rows):
         runs = [row for row in rows if _key(row)[:2] == (subject, own_tokens)]
         cells = [f"`{subject}`", "own" if own_tokens else "complete"]
         for name in FIGURES:
-            values = [100 * row[name] for row in runs]
-            low, high = student_interval(values)
-            cells.append(f"{fmean(values):.1f} ({low:.1f} to {high:.1f})")
-        pace = fmean(row["seconds"] / row["train"]["steps"] for row in runs)
-        lines.append(_line([*cells, f"{1000 * pace:.0f}", str(len(runs))]))
+            values = [row[name] for row in runs]
+            low, high = student_interval(values) if len(runs) > 1 else runs[0][f"{name}_95"]
+            cells.append(f"{100 * fmean(values):.1f} ({100 * low:.1f} to {100 * high:.1f})")
+        lines.append(_line([*cells, str(len(runs))]))
     return "".join(lines)
 
 
