@@ -177,7 +177,10 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     main(["choose-middle", *asked, *prompts, *draws])
     assert "<- recommended" in capsys.readouterr().out
     for given, message in (
-        ([*asked, "--output", "x"], "prompt_file: expected a file, as the model reads any text"),
+        (
+            [*asked, "--output", "x"],
+            "prompt_file: expected a file, or --region-shares for numbers, as the model reads any text",
+        ),
         (["--model", "policy", *prompts, "--output", "x"], "text_encoder: expected a name, as the model has none"),
         (["--model", "var", *asked[2:], "--output", "x"], "text_encoder: expected none with a VAR"),
     ):
