@@ -112,6 +112,7 @@ def run(folder: Path, name: str, output: Path = DATA, metrics: tuple[str, ...] =
         "benchmark": "run",
         **records.provenance(),
         "name": name,
+        "provenance": json.loads((folder / "provenance.json").read_text()),
         "settings": json.loads((folder / "settings.json").read_text()),
         "metrics": {metric: [[line["step"], line[metric]] for line in lines if metric in line] for metric in metrics},
     }

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import records, report
 from benchmarks.cases import OURS, Setting, setting_name
 from benchmarks.cluster import SEGMENTS, Cluster, Memory, Plan, cycle, fit, memory, rollout, work
-from benchmarks.costs import ARCHITECTURES, GIB, Architecture, decoding, sampling, subject, total, training
+from benchmarks.costs import ARCHITECTURES, GIB, RATES, Architecture, decoding, sampling, subject, total, training
+from benchmarks.suites import generate
 from benchmarks.suites.generate import shape_of
 from benchmarks.suites.vmr_grpo_step import make_policy
 from fastvar.files import write_text
@@ -100,6 +101,18 @@ def steps_table(rows: Sequence[Row]) -> str:
 
     columns = ["suite", "setting", "device, date", "TFLOP", "predicted, s", "measured, s", "ratio"]
     return table(columns, [*known(rows, "training_step", line), *known(rows, "generate", line)])
+
+
+def infinity_table() -> str:
+    """What sampling of Infinity-2B takes at least."""
+    lines = []
+    for setting in generate.SUITE.settings["gpu"]:
+        if str(setting.get("model")).startswith("Infinity"):
+            flops, moved = generate.work(shape_of(setting), setting["batch"], torch.bfloat16)
+            least = max(flops / RATES.matmul, moved / RATES.bandwidth)
+            cells = (number(flops / 1e12), number(moved / 1e9), number(least))
+            lines.append((setting["model"], str(setting["batch"]), *cells))
+    return table(["model", "batch", "TFLOP", "GB", "s, at least"], lines)
 
 
 def savings_table(rows: Sequence[Row]) -> str:
@@ -184,7 +197,7 @@ def with_tables(text: str) -> str:
     rows = records.read(report.ROWS) if report.ROWS.is_file() else []
     newest = [dict(row) for place in report.PLACES for row in report.newest(rows, place)]
     tables = {"work": work_table(), "memory": memory_table(), "cycle": cycle_table()}
-    tables |= {"steps": steps_table(newest), "savings": savings_table(newest)}
+    tables |= {"steps": steps_table(newest), "savings": savings_table(newest), "infinity": infinity_table()}
     for name, content in tables.items():
         text = report.between(text, name, content)
     return text

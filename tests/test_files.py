@@ -29,6 +29,7 @@ def test_a_metric_that_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None
         log.close()
     assert "Infinity" not in (text := (tmp_path / "metrics.jsonl").read_text()) and text.count('"loss": null') == 2
     assert [math.isnan(line["loss"]) for line in read_metrics(tmp_path / "metrics.jsonl")] == [True, True]
+    assert {"command", "date", "versions"} <= json.loads((tmp_path / "provenance.json").read_text()).keys()
 
 
 def test_after_an_error_all_is_as_before(tmp_path: Path) -> None:

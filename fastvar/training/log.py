@@ -16,13 +16,16 @@ from typing import Any
 from tqdm import tqdm
 
 from fastvar.bars import progress_bar
-from fastvar.files import json_text, write_text
+from fastvar.files import json_text, write_json, write_text
+from fastvar.provenance import provenance
 
 
 class RunLog:
     """Writes metrics of the main process to `metrics.jsonl` and TensorBoard and shows them on a progress bar, on a
     terminal or in a notebook; also to Weights & Biases, if it is installed and the environment variable WANDB_PROJECT
     names a project.
+
+    What a run was begun with (command, commit, machine) goes to `provenance.json`.
 
     A metric that is not finite is null in the file. Each line also has the run's seconds so far. On resuming, lines of
     steps after `first_step` are dropped, as they will be written again, and the seconds go on from the last line that
@@ -53,6 +56,8 @@ class RunLog:
         self._bar = progress_bar(total=last_step, initial=first_step, desc=title, active=active)
         if not active:
             return
+        if first_step == 0:
+            write_json(output / "provenance.json", provenance())
         kept = [line for line in read_metrics(self.path) if line["step"] <= first_step]
         write_text(self.path, "".join(json_text(line) + "\n" for line in kept))
         self._start = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)

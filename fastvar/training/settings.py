@@ -30,7 +30,7 @@ def check_same_settings(path: Path, settings: dict[str, Any], *, may_change: Seq
                 for name in {**old, **now}
                 if name not in may_change
                 and old.get(name) != now.get(name)
-                and (name in old or (part != "data" and now[name] not in ([], {}, "", False)))
+                and (name in old or (part != "data" and now[name] is not False and now[name] not in ([], {}, "")))
             ]
             different += [f"{part}.{name} was {old.get(name)}, is {now.get(name)}" for name in names]
         elif old != now:

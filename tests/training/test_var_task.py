@@ -132,3 +132,5 @@ def test_a_run_is_not_resumed_with_another_loss(tmp_path: Path) -> None:
     check_same_settings(path, now)
     with pytest.raises(ValueError, match=r"model\.class_names was None, is \['cat'\]"):
         check_same_settings(path, now | {"model": {"depth": 2, "class_names": ["cat"]}})
+    with pytest.raises(ValueError, match=r"model\.rate was None, is 0\.0"):  # a number is a choice
+        check_same_settings(path, now | {"model": {"depth": 2, "rate": 0.0}})
