@@ -25,6 +25,7 @@ COMMANDS = {
     "ablate": "fastvar.cli.reinforcement:Ablate",
     "demo": "fastvar.cli.demo:Demo",
     "info": "fastvar.cli.info:Info",
+    "shim": "fastvar.cli.shim:Shim",
     "build": "fastvar.cli.build:Build",
     "tune": "fastvar.cli.tune:Tune",
 }
