@@ -14,6 +14,11 @@ from torch import nn
 PATCHES = (1, 2, 3, 4)
 
 
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int, cosine: bool) -> None:
         super().__init__()
@@ -204,7 +209,7 @@ class PublicVAR(nn.Module):
         x, modulation = x.to(half), self._modulation(condition).to(half)
         for block in self.blocks:
             x = block(x=x, cond_BD=modulation, attn_bias=mask)
-        return self.head(self.head_nm(x.float(), condition)).float()
+        return wide(self.head(self.head_nm(wide(x), condition)))
 
     @torch.no_grad()
     def autoregressive_infer_cfg(
@@ -223,7 +228,7 @@ class PublicVAR(nn.Module):
             modulation = self._modulation(condition)
             for block in self.blocks:
                 x = block(x=x, cond_BD=modulation, attn_bias=None)
-            t, logits = cfg * k / 3, self.head(self.head_nm(x.float(), condition)).float()
+            t, logits = cfg * k / 3, wide(self.head(self.head_nm(wide(x), condition)))
             logits = (1 + t) * logits[:batch] - t * logits[batch:]
             drawn.append(sample_with_top_k_top_p_(logits, rng=rng, top_k=top_k, top_p=top_p)[..., 0])
             codes = quantizer.embedding(drawn[-1])
