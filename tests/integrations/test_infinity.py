@@ -78,7 +78,7 @@ def _padded(*arguments: Any) -> Any:
 def test_a_forgotten_scale_does_no_harm(parts: str) -> None:
     """A block that does not hand on which scale it is at gets the positions of a block that does."""
     model, logits = PublicInfinity(forgets=True).eval(), []
-    model.head.register_forward_hook(lambda *results: logits.append(results[-1]))
+    model.head.register_forward_hook(lambda *results: logits.append(results[-1].clone()))
     model.autoregressive_infer_cfg(TEXTS, SIZES, top_k=1)
     with apply(model, parts):
         model.autoregressive_infer_cfg(TEXTS, SIZES, top_k=1)
