@@ -233,6 +233,8 @@ def _call(problem: Problem, name: str, pass_: str) -> Callable[[], Any]:
             with torch.no_grad():
                 return function(**problem.inputs)
 
+        if hasattr(function, "setup"):
+            forward.setup = function.setup
         return forward
     inputs, leaves = _with_leaves(problem.inputs, problem.gradients)
     if pass_ == "backward":

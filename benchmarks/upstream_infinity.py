@@ -27,6 +27,7 @@ from torch import nn
 from benchmarks.cases import relative_error
 from benchmarks.rivals import checkout, missing_package
 from benchmarks.shapes import ModelShape
+from fastvar.integrations import attention
 from fastvar.models import (
     BSQTokenizer,
     BSQTokenizerConfig,
@@ -114,7 +115,9 @@ def public_package() -> SimpleNamespace | str:
     without = missing_package("flash_attn", torch.device("cuda")) is not None
     if without:
         met["flash_attn"] = _module(
-            "flash_attn", flash_attn_func=flash_attn_func, flash_attn_varlen_kvpacked_func=attend_to_texts
+            "flash_attn",
+            flash_attn_func=attention.flash_attn_func,
+            flash_attn_varlen_kvpacked_func=attention.flash_attn_varlen_kvpacked_func,
         )
     if find_spec("timm.models.layers") is None:
         met["timm.models.layers"] = importlib.import_module("timm.layers")
@@ -205,36 +208,6 @@ def _build(
                 parameter.normal_(std=0.5)
     net.__dict__["vae"] = vae  # no submodule
     return net.eval()
-
-
-def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Imported, but not called."""
-    raise NotImplementedError
-
-
-def attend_to_texts(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-) -> torch.Tensor:
-    """As many queries of each of B texts, (B n, H, c), to keys and values of packed texts (T, 2, H, c), by SDPA over
-    padded texts; nothing waits for the device."""
-    count = len(cu_seqlens_k) - 1
-    mask = None
-    if count * max_seqlen_k != len(kv):
-        place = torch.arange(max_seqlen_k, device=kv.device)
-        rows = cu_seqlens_k[:-1, None] + place
-        mask = (rows < cu_seqlens_k[1:, None])[:, None, None]  # [B, 1, 1, longest]
-        kv = kv[rows.clamp_max(len(kv) - 1)].flatten(0, 1)
-    k, v = kv.unflatten(0, (count, max_seqlen_k)).permute(2, 0, 3, 1, 4)
-    q = q.unflatten(0, (count, max_seqlen_q)).transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)
-    return out.transpose(1, 2).flatten(0, 1)
 
 
 def as_its_scripts(upstream: Any) -> Any:

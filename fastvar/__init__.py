@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __version__ = "2026.11.0"
 __all__ = ["ScaleSchedule", "__version__", "explain", "support"]
 
-_SUBPACKAGES = ("data", "models", "ops", "rl", "training")
+_SUBPACKAGES = ("data", "integrations", "models", "ops", "rl", "training")
 _NAMES = {"ScaleSchedule": "fastvar.schedule", "explain": "fastvar.ops", "support": "fastvar.ops"}
 
 

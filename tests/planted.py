@@ -928,6 +928,41 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ("stdev(sample) / math.sqrt(len(sample))", "stdev(sample)", "data/test_metrics.py::test_mean_interval"),
         ("(group_size * (group_size - 1))", "group_size**2", "data/test_metrics.py::test_diversity"),
     ],
+    "fastvar/integrations/patching.py": [
+        ("members.pop(name, None)", "pass", "integrations/test_var.py::test_everything_is_restored"),
+        (
+            "if torch.equal(found, torch.where(seen, 0.0, -torch.inf)):",
+            "if not diagonal:",
+            "integrations/test_var.py::test_other_masks_are_left_to_the_model",
+        ),
+        ("if kept is not of:", "if True:", "integrations/test_var.py::test_it_reads_no_mask_and_keeps_one_cache"),
+    ],
+    "fastvar/integrations/var.py": [
+        (
+            "versions == _versions(tokens)",
+            "True",
+            "integrations/test_var.py::test_changed_tokens_have_their_own_inputs",
+        ),
+        ("max(capacity, end)", "end", "integrations/test_var.py::test_it_reads_no_mask_and_keeps_one_cache"),
+        (
+            "softmax_scale=attention.scale)",
+            "softmax_scale=1.0)",
+            "integrations/test_var.py::test_training_and_sampling_agree",
+        ),
+    ],
+    "fastvar/integrations/samplers.py": [
+        ("if smooth else", "if None else", "integrations/test_var.py::test_smoothing_reads_truncated_logits"),
+    ],
+    "fastvar/integrations/infinity.py": [
+        ("start = filled(self)", "start = 0", "integrations/test_infinity.py::test_a_forgotten_scale_does_no_harm"),
+    ],
+    "fastvar/integrations/shims.py": [
+        (
+            "if inner and not _is_ours(sys.modules.get(package)):",
+            "if False:",
+            "integrations/test_shims.py::test_a_real_package_is_never_hidden",
+        ),
+    ],
     "fastvar/evaluation.py": [
         ("            seed=seed,\n", "            seed=0,\n", "test_evaluation.py::test_drawing"),
         ("first_sample=first_sample + start", "first_sample=first_sample", "test_evaluation.py::test_drawing[2]"),

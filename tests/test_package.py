@@ -77,7 +77,18 @@ def test_submodules_are_reached_from_the_package() -> None:
 def test_what_there_is_can_be_listed() -> None:
     done = python("import fastvar; print(*dir(fastvar))")
     names = set(done.stdout.split())
-    assert {"data", "models", "ops", "rl", "training", "ScaleSchedule", "explain", "support", "__version__"} <= names
+    assert {
+        "data",
+        "integrations",
+        "models",
+        "ops",
+        "rl",
+        "training",
+        "ScaleSchedule",
+        "explain",
+        "support",
+        "__version__",
+    } <= names
 
 
 def test_versions_agree() -> None:
@@ -139,6 +150,9 @@ def test_layers_point_down() -> None:
         "kernels": ("fastvar.ops", "fastvar.kernels", "fastvar.models", "fastvar.data", "fastvar.training"),
         "fastvar/ops": ("fastvar.models", "fastvar.data", "fastvar.training", "fastvar.rl", "fastvar.handwriting"),
         "fastvar/models": ("fastvar.data", "fastvar.training", "fastvar.rl", "fastvar.cli", "fastvar.handwriting"),
+        "fastvar/integrations": (
+            *(f"fastvar.{folder}" for folder in ("models", "data", "training", "rl", "cli", "handwriting")),
+        ),
         "fastvar/training": ("fastvar.rl", "fastvar.cli", "fastvar.handwriting"),
         "fastvar/rl": ("fastvar.cli", "fastvar.handwriting", "fastvar.image_benchmarks"),
         "fastvar/data": ("fastvar.training", "fastvar.rl", "fastvar.cli", "fastvar.models", "fastvar.handwriting"),

@@ -85,11 +85,13 @@ class Sampler:
         sample: from labels or texts and sampling options to anything.
         tokens: from the same to the tokens (B, L) or bits (B, L, d) sampled.
         truncation: the options when called.
+        model: that samples, of a rival.
     """
 
     sample: Callable[..., Any]
     tokens: Callable[..., torch.Tensor]
     truncation: Mapping[str, float]
+    model: Any = None
 
     def __call__(self, prompts: Any) -> Sampler:
         self.sample(prompts, **self.truncation)
@@ -120,7 +122,7 @@ def upstream_sampler(upstream: Any, device: torch.device, autocast: torch.dtype 
             sample(labels, **options)
         return torch.cat(looked_up, 1)
 
-    return Sampler(sample, tokens, TRUNCATION)
+    return Sampler(sample, tokens, TRUNCATION, upstream)
 
 
 def our_infinity_sampler(net: Infinity, decode: bool = False, graphs: bool | None = None) -> Sampler:
@@ -143,7 +145,7 @@ def upstream_infinity_sampler(net: Infinity, upstream: Any, decode: bool, autoca
 
         return call
 
-    return Sampler(run(upstream_infinity.sample), run(upstream_infinity.sampled_bits), INFINITY_TRUNCATION)
+    return Sampler(run(upstream_infinity.sample), run(upstream_infinity.sampled_bits), INFINITY_TRUNCATION, upstream)
 
 
 def likeliest(var: VAR, labels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ COMMANDS = {
     "recipe": "fastvar.cli.recipe:RunRecipe",
     "import": "fastvar.cli.importing:Import",
     "info": "fastvar.cli.info:Info",
+    "shim": "fastvar.cli.shim:Shim",
     "build": "fastvar.cli.build:Build",
     "tune": "fastvar.cli.tune:Tune",
 }

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from benchmarks import upstream_infinity
 from benchmarks.cases import OURS, Suite, setting_name
 from benchmarks.runner import Checked, Options, Runner, Wrong
 from benchmarks.suites import generate, training_step
-from benchmarks.upstream_infinity import attend_to_texts, public_package, texts_of
+from benchmarks.upstream_infinity import public_package, texts_of
 from fastvar.models import Infinity
 
 TINY = [
@@ -77,18 +76,6 @@ def test_ours_is_checked_without_the_public_code(suite: Suite, setting: Any, mon
         monkeypatch.setattr(Infinity, "generate", lambda *a, **k: right(*a, **{**k, "guidance": 1.5}))
         with pytest.raises(Wrong, match="fastvar: error"):
             checked(suite, setting)
-
-
-@pytest.mark.parametrize("lengths", [(3, 1, 5), (4, 4)])
-def test_attention_to_texts_of_several_lengths(lengths: tuple[int, ...]) -> None:
-    q, kv = torch.randn(len(lengths) * 6, 2, 8), torch.randn(sum(lengths), 2, 2, 8)
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    found = attend_to_texts(q, kv, torch.arange(0, len(q) + 1, 6), ends, 6, max(lengths), softmax_scale=0.3)
-    each = [
-        F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (queries, *of_text.unbind(1))), scale=0.3)
-        for queries, of_text in zip(q.split(6), kv.split(lengths), strict=True)
-    ]
-    torch.testing.assert_close(found, torch.cat(each, 1).transpose(0, 1))
 
 
 def test_lengths_of_texts() -> None:

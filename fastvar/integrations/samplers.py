@@ -1,0 +1,81 @@
+"""Samplers of the public code, which draw by a function that their module knows by name."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
+from types import MethodType
+from typing import Any
+
+import torch
+
+from fastvar.integrations.patching import Applied, Replaced
+from fastvar.ops import sample_bits, sample_tokens
+
+_PREFIX = "sample_with_top_k_top_p_"
+
+
+def replace(applied: Applied, place: str, found: Any) -> None:
+    """Let the methods of an object that draw do it without a sort, bits in closed form.
+
+    While such a method runs, the name in its module stands for our function; other models of the module draw as ever.
+    """
+    for name, drawn_by in _methods_that_draw(type(found)):  # type: ignore[arg-type]  # a class is hashable
+        method = getattr(type(found), name)
+        drawing = _drawing(method, inspect.unwrap(method).__globals__, drawn_by)
+        applied.set(found, name, MethodType(drawing, found))
+        what, note = f"{name} draws without a sort, bits in closed form", "equal seeds draw other images than before"
+        applied.replaced.append(Replaced("sampler", place, type(found).__name__, what, note))
+
+
+@cache
+def _methods_that_draw(kind: type) -> list[tuple[str, str]]:
+    """Names of methods of a class, and of the function that each draws by."""
+    found = []
+    for name, method in inspect.getmembers(kind, inspect.isfunction):
+        inner = inspect.unwrap(method)
+        names = [each for each in inner.__code__.co_names if each.startswith(_PREFIX) and each in inner.__globals__]
+        found += [(name, each) for each in names[:1]]
+    return found
+
+
+def _drawing(method: Callable[..., Any], names: dict[str, Any], drawn_by: str) -> Callable[..., Any]:
+    former = names[drawn_by]
+
+    def draw(
+        logits_BlV: torch.Tensor, top_k: int = 0, top_p: float = 0.0, rng: Any = None, num_samples: int = 1
+    ) -> torch.Tensor:
+        if num_samples != 1:
+            return former(logits_BlV, top_k=top_k, top_p=top_p, rng=rng, num_samples=num_samples)
+        return sample(logits_BlV, top_k, top_p, rng)
+
+    @wraps(method)
+    def drawing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # smoothing reads the logits that the former function has truncated in place
+        smooth = inspect.signature(method).bind(self, *args, **kwargs).arguments.get("more_smooth")
+        with contextlib.nullcontext() if smooth else _named(names, drawn_by, draw):
+            return method(self, *args, **kwargs)
+
+    return drawing
+
+
+def sample(logits: torch.Tensor, top_k: int, top_p: float, rng: torch.Generator | None) -> torch.Tensor:
+    """One draw of each row of logits (B, n, V), (B, n, 1) int64; a generator gives the seeds."""
+    seeds = torch.randint(2**62, (len(logits),), generator=rng, device=logits.device)
+    options: dict[str, Any] = {"top_p": min(top_p, 1.0), "seeds": seeds}
+    if logits.shape[2] == 2:
+        difference = (logits[..., 1] - logits[..., 0])[..., None]
+        return sample_bits(difference, top_k=min(top_k, 2), **options).bits.long()
+    return sample_tokens(logits, top_k=top_k, **options).tokens[..., None]
+
+
+@contextlib.contextmanager
+def _named(names: dict[str, Any], name: str, function: Callable[..., Any]) -> Iterator[None]:
+    before = names[name]
+    names[name] = function
+    try:
+        yield
+    finally:
+        names[name] = before

@@ -1,0 +1,137 @@
+"""An Infinity of the public code patched and not: the same numbers, and right ones where the public code is wrong."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from fastvar.integrations import apply
+from fastvar.integrations.infinity import loss_weights
+from tests.helpers.public_infinity import BITS, LENGTHS, SIZES, WIDTH, PublicInfinity, SelfCorrection
+
+TEXTS = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(2)), torch.tensor([0, 2, 5]).int(), 3
+INPUTS = torch.randn(2, sum(LENGTHS) - 1, BITS, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def trained(model: Any, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Logits, and gradients in one row."""
+    parameters = list(model.parameters())
+    logits = model((TEXTS[0].to(dtype), *TEXTS[1:]), INPUTS.to(dtype), SIZES)
+    gradients = torch.autograd.grad(logits.square().mean(), parameters)
+    return [logits.detach(), torch.cat([g.flatten() for g in gradients])]
+
+
+@pytest.mark.parametrize("padding", [0, 7])
+@pytest.mark.parametrize("precision", ["float32", "autocast"])
+def test_training_and_sampling_agree(precision: str, padding: int) -> None:
+    """As near to float64 as the plain code, and the likeliest bits exactly in float32."""
+    model = PublicInfinity(padding=padding).eval()
+
+    def both() -> tuple[Any, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            return trained(model), model.autoregressive_infer_cfg(TEXTS, SIZES, top_k=1)
+
+    exact = trained(copy.deepcopy(model).double(), torch.float64)
+    (plain, bits), applied = both(), apply(model)
+    found, drawn = both()
+    for ours, theirs, right in zip(found, plain, exact, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - right).norm() <= 2 * (theirs - right).norm() + 1e-6 * right.norm()
+    assert (drawn != bits).double().mean() <= (0 if precision == "float32" else 0.05)
+    assert applied.left == [] and {each.part for each in applied.replaced} == {
+        "attention", "blocks", "texts", "sampler",
+    }  # fmt: skip
+
+
+def test_no_mask_is_made_and_texts_are_read_once_an_image() -> None:
+    model, read = PublicInfinity(), []
+    with apply(model) as applied:
+        assert model.use_flex_attn
+        with patch("tests.helpers.public_infinity.torch.where", side_effect=AssertionError):
+            model(TEXTS, INPUTS, SIZES)
+        with patch("fastvar.integrations.infinity.padded", side_effect=lambda *a: read.append(1) or _padded(*a)):
+            model.autoregressive_infer_cfg(TEXTS, SIZES)
+        assert len(read) == 3  # two blocks and the pool
+    assert not model.use_flex_attn and model.attn_fn_compile_dict == {}
+    assert any(each.what == "no dense mask is made" for each in applied.replaced)
+    model.C = 100
+    with apply(model) as applied:
+        assert "a width that is a multiple of 128, it has 100" in str(applied) and not model.use_flex_attn
+
+
+def _padded(*arguments: Any) -> Any:
+    from fastvar.integrations.attention import padded
+
+    return padded(*arguments)
+
+
+@pytest.mark.parametrize("parts", ["all", "attention", "blocks"])
+def test_a_forgotten_scale_does_no_harm(parts: str) -> None:
+    """A block that does not hand on which scale it is at gets the positions of a block that does."""
+    model, logits = PublicInfinity(forgets=True).eval(), []
+    model.head.register_forward_hook(lambda *results: logits.append(results[-1].clone()))
+    model.autoregressive_infer_cfg(TEXTS, SIZES, top_k=1)
+    with apply(model, parts):
+        model.autoregressive_infer_cfg(TEXTS, SIZES, top_k=1)
+    for block in model.blocks:
+        block.forgets = False
+    model.autoregressive_infer_cfg(TEXTS, SIZES, top_k=1)
+    wrong, found, right = logits[: len(SIZES)], logits[len(SIZES) : -len(SIZES)], logits[-len(SIZES) :]
+    torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
+    assert (wrong[1] - right[1]).abs().max() > 1e-3
+
+
+def test_everything_is_restored() -> None:
+    model = PublicInfinity()
+    twin = copy.deepcopy(model)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    with apply(model):
+        trained(model)
+        model.autoregressive_infer_cfg(TEXTS, SIZES, top_p=0.9)
+        assert model.state_dict().keys() == twin.state_dict().keys()
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert all(torch.equal(a, b) for a, b in zip(trained(model), trained(twin), strict=True))
+    first, second = (each.autoregressive_infer_cfg(TEXTS, SIZES) for each in (model, twin))
+    assert torch.equal(first, second)
+
+
+def test_videos_are_left_to_the_model() -> None:
+    model = PublicInfinity()
+    attention, x, sizes = model.blocks[0].sa, torch.randn(1, 2, WIDTH), [(2, 1, 1)]
+    rotations = {str(tuple(sizes)): model.rope2d_freqs_grid[str(tuple(SIZES))]}
+    expected = attention(x, None, None, sizes, rotations)
+    with apply(model, "attention"):
+        assert torch.equal(attention(x, None, None, sizes, rotations), expected)
+
+
+def test_self_correction() -> None:
+    features = torch.randn(2, BITS, 3, 4)
+    plain = SelfCorrection()
+    expected = plain.flip_requant(SIZES, None, features, "cpu")
+    with apply(plain, "quantizer"):
+        inputs, bits = plain.flip_requant(SIZES, None, features[:, :, None], "cpu")
+    torch.testing.assert_close(inputs, expected[0])
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(bits, expected[1], strict=True))
+    flipping = SelfCorrection(strength=0.3)
+    with apply(flipping):
+        first, second = (flipping.flip_requant(SIZES, None, features, "cpu") for _ in range(2))
+    assert torch.equal(first[1][0], bits[0]) and not torch.equal(first[0], second[0])
+    flipping.apply_spatial_patchify = True
+    with pytest.raises(ValueError, match="got SelfCorrection: its tokens are patches of 2 x 2"):
+        apply(flipping)
+
+
+def test_weights_of_the_loss() -> None:
+    """In inverse proportion to the root of a grid's area."""
+    weights = loss_weights(SIZES)
+    assert weights.shape == (17,) and weights.sum().item() == pytest.approx(1)
+    assert weights[0] / weights[1] == pytest.approx(2) and weights[1] / weights[-1] == pytest.approx(3**0.5)

@@ -1,0 +1,271 @@
+"""A VAR of the public code patched and not: the same numbers, and nothing left after `undo`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from fastvar.integrations import PARTS, apply
+from tests.helpers import public_var
+from tests.helpers.public_var import Kitchen, PublicVAR
+
+LABELS = torch.tensor([1, 4])
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def made(kind: str) -> Any:
+    return {
+        "cosine": PublicVAR,
+        "znorm": lambda: PublicVAR(znorm=True),
+        "shared": lambda: PublicVAR(shared=True),
+        "fork": Kitchen,
+    }[kind]().eval()
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    """Logits and gradients of a step, of which the quantizer's come from the inputs."""
+    (quantizer,) = model.vae_quant_proxy
+    features = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    tokens = quantizer.f_to_idxBl_or_fhat(features.to(quantizer.embedding.weight.dtype), False)
+    parameters = dict([*model.named_parameters(), *quantizer.named_parameters()])
+    logits = model(LABELS, quantizer.idxBl_to_var_input(tokens))
+    gradients = torch.autograd.grad(logits.square().mean(), list(parameters.values()), allow_unused=True)
+    found = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
+    return {**found, "logits": logits.detach(), "tokens": torch.cat(tokens, 1)}
+
+
+def doubled(model: Any) -> Any:
+    model = copy.deepcopy(model).double()
+    model.vae_quant_proxy[0].double()
+    return model
+
+
+def agree(found: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> None:
+    """Results are as near to those in float64 as the plain code's."""
+    assert found.keys() == plain.keys() and torch.equal(found["tokens"], plain["tokens"])
+    assert all(found[name].dtype == plain[name].dtype for name in plain)
+
+    def error(results: dict[str, torch.Tensor]) -> float:
+        each = [
+            (results[name].double() - value).norm() / value.norm()
+            for name, value in exact.items()
+            if value.any() and name != "tokens"
+        ]
+        return torch.stack(each).square().mean().sqrt().item()
+
+    assert error(found) <= 2 * error(plain) + 1e-6
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+@pytest.mark.parametrize("kind", ["cosine", "znorm", "shared", "fork"])
+def test_training_and_sampling_agree(kind: str, precision: str) -> None:
+    """The likeliest tokens exactly in float32, logits and gradients to rounding."""
+    model = made(kind)
+    if precision == "bfloat16":
+        for block in model.blocks:
+            block.bfloat16()
+
+    def both() -> tuple[Any, ...]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32"):
+            return trained(model), *model.autoregressive_infer_cfg(LABELS, top_k=1)
+
+    exact, expected = trained(doubled(model)), both()
+    with apply(model) as applied:
+        found = both()
+    agree(found[0], expected[0], exact)
+    different = (found[1] != expected[1]).double().mean()
+    if precision == "float32":
+        assert different == 0
+        torch.testing.assert_close(found[2], expected[2], atol=1e-5, rtol=1e-5)
+    assert different <= 0.1  # where two tokens are about as likely, roundings in 16 bits decide
+    parts = [each.part for each in applied.replaced]
+    assert {"attention", "quantizer", "sampler", "blocks"} == set(parts) and parts.count("attention") == 2
+    assert [each.kind for each in applied.left] == (["KitchenNorm"] if kind == "fork" else [])
+
+
+def test_everything_is_restored() -> None:
+    """A step while patched, then undone: state, methods and outputs are those of a model that was never patched."""
+    model = made("cosine").train()
+    before = {name: dict(vars(module)) for name, module in everything(model)}
+    twin = copy.deepcopy(model)
+    applied = apply(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    trained(model)
+    optimizer.step()
+    model.autoregressive_infer_cfg(LABELS, top_k=3)
+    assert not vars(public_var)["sample_with_top_k_top_p_"].__closure__  # the module's own again
+    assert "_fastvar" in vars(model.blocks[0]) and model.state_dict().keys() == twin.state_dict().keys()
+    applied.undo()
+    applied.undo()  # twice is once
+    for name, module in everything(model):
+        assert vars(module).keys() == before[name].keys(), name
+    for name, value in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    results = []
+    for each in (model, twin):
+        torch.manual_seed(3)
+        results.append((trained(each), each.autoregressive_infer_cfg(LABELS, top_k=5)))
+    (left, images), (right, others) = results
+    assert all(torch.equal(left[name], right[name]) for name in right)
+    assert all(torch.equal(a, b) for a, b in zip(images, others, strict=True))
+
+
+def everything(model: Any) -> list[tuple[str, Any]]:
+    return [*model.named_modules(), ("quantizer", model.vae_quant_proxy[0])]
+
+
+def test_what_it_says() -> None:
+    model = made("fork")
+    with apply(model) as applied:
+        report = str(applied)
+    assert "replaced: attention: 2 x KitchenAttention (blocks.0.attn, ...): attention without a dense mask" in report
+    left = (
+        "left: blocks: 1 x KitchenNorm (head_nm): its forward takes (x_BLC, cond_BD, tone), expected (x_BLC, cond_BD)"
+    )
+    assert left in report and "note: equal seeds draw other images than before" in report
+    model.blocks[1].attn.attn_drop = 0.1
+    with apply(model, "attention") as applied:
+        assert [(each.place, each.why) for each in applied.left] == [
+            ("blocks.1.attn", "it drops attention weights, which the operators do not")
+        ]
+        assert [each.place for each in applied.replaced] == ["blocks.0.attn"]
+
+
+@pytest.mark.parametrize("part", ["attention", "blocks", "quantizer", "sampler"])
+def test_each_part_alone(part: str) -> None:
+    model = made("cosine")
+    exact = trained(doubled(model))
+    expected, drawn = trained(model), model.autoregressive_infer_cfg(LABELS, top_k=1)
+    with apply(model, part) as applied:
+        agree(trained(model), expected, exact)
+        assert torch.equal(model.autoregressive_infer_cfg(LABELS, top_k=1)[0], drawn[0])
+    assert {each.part for each in applied.replaced} == {part}
+
+
+def test_mistakes() -> None:
+    model = made("cosine")
+    with pytest.raises(ValueError, match=r"parts: expected some of attention, .*, got speed"):
+        apply(model, ("attention", "speed"))
+    with pytest.raises(ValueError, match="model: expected a VAR or an Infinity, got Linear, found no blocks with"):
+        apply(torch.nn.Linear(2, 2))
+    for part in PARTS:
+        if part != "texts":
+            with apply(model, part), pytest.raises(ValueError, match="model: is patched already; undo that first"):
+                apply(model)
+
+
+def test_other_masks_are_left_to_the_model() -> None:
+    """A mask that is not the schedule's is the former method's affair; one of scales apart is understood."""
+    model, x = made("cosine"), torch.randn(2, 30, 16)
+    attention = model.blocks[0].attn
+    level = model.attn_bias_for_masking.isfinite().sum(-1)[0, 0]
+    for seen, known in ((level[:, None] == level, True), (level[:, None] <= level, False)):
+        mask = torch.where(seen, 0.0, -torch.inf)[None, None]
+        expected = attention(x, attn_bias=mask)
+        with apply(model, "attention"), patch("fastvar.integrations.var.attend_to_scales", wraps=attend()) as ours:
+            torch.testing.assert_close(attention(x, attn_bias=mask), expected, atol=1e-5, rtol=1e-5)
+            assert ours.called == known
+
+
+def attend() -> Any:
+    from fastvar.integrations import var
+
+    return var.attend_to_scales
+
+
+def test_it_reads_no_mask_and_keeps_one_cache() -> None:
+    """In training SDPA gets no mask; in sampling modulations are made once and keys are written into one memory."""
+    model = made("cosine")
+    places, counted = set(), []
+    model.blocks[0].ada_lin.register_forward_hook(lambda *_: counted.append(1))
+    with apply(model):
+        model.blocks[0].attn.register_forward_hook(lambda module, *_: places.add(module.cached_k.data_ptr()))
+        model.autoregressive_infer_cfg(LABELS)
+        assert len(places) == 1 and len(counted) == 1
+        assert model.blocks[0].attn.cached_k is None  # and none is kept
+
+
+def test_smoothing_reads_truncated_logits() -> None:
+    model = made("cosine")
+    expected = model.autoregressive_infer_cfg(LABELS, top_k=2, more_smooth=True)
+    with apply(model, "sampler"):
+        found = model.autoregressive_infer_cfg(LABELS, top_k=2, more_smooth=True)
+    assert torch.equal(found[1], expected[1])
+
+
+def test_draws_follow_the_generator() -> None:
+    model = made("cosine")
+    with apply(model):
+        first, again, other = (model.autoregressive_infer_cfg(LABELS, g_seed=s, top_p=0.9)[0] for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_changed_tokens_have_their_own_inputs() -> None:
+    """The inputs that came with tokens are not given for tokens that were changed since, nor a second time."""
+    (quantizer,) = made("cosine").vae_quant_proxy
+    quantizer.requires_grad_(False)
+    features = torch.randn(2, 4, 4, 4)
+    with apply(quantizer):
+        tokens = quantizer.f_to_idxBl_or_fhat(features, False)
+        with patch("fastvar.integrations.var.accumulate_scale", side_effect=AssertionError):
+            expected = quantizer.idxBl_to_var_input(tokens)
+        torch.testing.assert_close(quantizer.idxBl_to_var_input(tokens), expected)
+        tokens = quantizer.f_to_idxBl_or_fhat(features, False)
+        tokens[1][0, 0] = (tokens[1][0, 0] + 1) % 32
+        changed = quantizer.idxBl_to_var_input(tokens)
+    torch.testing.assert_close(changed, quantizer.idxBl_to_var_input(tokens))
+    assert not torch.equal(changed, expected)
+
+
+def test_a_copy_has_methods_of_its_own() -> None:
+    """As an average of weights is made; hooks and checkpointing work."""
+    model = made("cosine")
+    with apply(model):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.head_nm.ada_lin[1].bias.add_(1)
+            other.blocks[0].attn.v_bias.add_(1)
+        assert other.blocks[0].attn.forward.__self__ is other.blocks[0].attn
+        inputs, seen = torch.randn(2, 29, 4), []
+        assert not torch.equal(model(LABELS, inputs), other(LABELS, inputs))
+        model.blocks[0].attn.register_forward_hook(lambda *_: seen.append(1))
+        logits = model(LABELS, inputs)
+        torch.testing.assert_close(checkpoint(model, LABELS, inputs, use_reentrant=False), logits)
+        assert len(seen) == 2
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_wrapped_models_learn_as_before(sharded: bool, tmp_path: Path) -> None:
+    """DDP, and FSDP with each block and the whole sharded, of one process."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, inputs = made("cosine"), torch.randn(2, 29, 4)
+        plain = copy.deepcopy(model)
+        apply(model)
+        if sharded:
+            for block in model.blocks:
+                fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
+            wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        else:
+            wrapped = DistributedDataParallel(model)
+        for each in (wrapped, plain):
+            each(LABELS, inputs).square().mean().backward()
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            gradient = ours.grad.full_tensor() if sharded else ours.grad
+            torch.testing.assert_close(gradient, theirs.grad, atol=1e-5, rtol=1e-3)
+    finally:
+        distributed.destroy_process_group()
