@@ -159,7 +159,7 @@ def _attend(
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     shared = k.shape[1] != q.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=shared)
-    return out.transpose(1, 2)
+    return out.transpose(1, 2).contiguous()  # callers view it as (B, n, H D)
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:

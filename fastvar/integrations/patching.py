@@ -225,7 +225,7 @@ def apply(model: Any, parts: str | Iterable[str] = "all") -> Applied:
 
 def own(found: Any) -> Own:
     """What a patched object knows besides."""
-    return vars(found)[_OWN]
+    return found._fastvar
 
 
 def _replace(applied: Applied, objects: Sequence[tuple[str, Any]], wanted: Sequence[str]) -> None:

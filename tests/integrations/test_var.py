@@ -248,6 +248,14 @@ def test_a_copy_has_methods_of_its_own() -> None:
         assert len(seen) == 2
 
 
+def test_it_compiles_to_one_graph() -> None:
+    model, inputs = made("cosine"), torch.randn(2, 29, 4)
+    with apply(model), torch.no_grad():
+        expected = model(LABELS, inputs)  # looks at the mask
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(LABELS, inputs), expected)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_wrapped_models_learn_as_before(sharded: bool, tmp_path: Path) -> None:
     """DDP, and FSDP with each block and the whole sharded, of one process."""
