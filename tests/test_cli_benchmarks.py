@@ -26,20 +26,25 @@ def run(*arguments: Any) -> None:
 
 
 @pytest.fixture
-def small(tiny_clip: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """Small networks in place of the published architectures."""
+def small(tiny_clip: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:  # noqa: F811
+    """Small networks in place of the published architectures; what CLIP's rewards of texts were asked for."""
+    asked: list[dict[str, Any]] = []
     for name in ("CLIPImageReward", "HPSv2Reward"):
         monkeypatch.setattr(rewards, name, partial(getattr(rewards, name), model=tiny_clip))
     text = rewards.CLIPTextReward
 
     def small_text(**options: Any) -> Any:
+        asked.append(options)
         return text(**{**options, "model": tiny_clip})
 
     monkeypatch.setattr(rewards, "CLIPTextReward", small_text)
     monkeypatch.setattr(rewards, "DINOReward", partial(rewards.DINOReward, model="vit_tiny_patch16_224"))
+    return asked
 
 
-def test_dreambench_of_an_infinity(tmp_path: Path, small: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dreambench_of_an_infinity(
+    tmp_path: Path, small: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Texts with the token, a subject's photograph, four images of each prompt; then only what is missing."""
     net = tiny_infinity(text_length=40, text_encoder="characters-12", subject="block_causal")
     net.save_pretrained(tmp_path / "model")
@@ -47,6 +52,7 @@ def test_dreambench_of_an_infinity(tmp_path: Path, small: None, capsys: pytest.C
     command = ["--benchmark", "dreambench", "--data", data, "--model", tmp_path / "model", "--token", "sks"]
     command += ["--weights", "dino=random", "clip=random", "--output", tmp_path / "out", "--device", "cpu"]
     run(*command, "--take", 2)
+    assert small == [{"pretrained": None}]
     figures = json.loads(capsys.readouterr().out)
     assert set(figures["subjects"]) == {"bowl2", "cat"}
     assert {"dino", "clip-i", "clip-t", "dino_95", "diversity", "diversity_95"} <= set(figures)
@@ -65,7 +71,10 @@ def test_dreambench_of_an_infinity(tmp_path: Path, small: None, capsys: pytest.C
 
 
 def test_cvtg_of_a_folder(
-    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    small: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     made: list[dict[str, Any]] = []
 
@@ -84,11 +93,13 @@ def test_cvtg_of_a_folder(
     figures = json.loads(capsys.readouterr().out)
     assert figures["word_accuracy"] == 0.5 and figures["regions"]["2"]["images"] == 1 and "clip_score" in figures
     assert made[0]["download_enabled"] is True
+    # the template is CLIPScore's own, "A photo depicts {}"
+    assert small == [{"pretrained": None, "model": "ViT-L-14-quickgelu", "clip_score": True}]
     scored_by = json.loads((tmp_path / "out/summary.json").read_text())["scored_by"]
     assert scored_by["reader"]["weights"] == "EasyOCR's for en" and scored_by["clip_score"]["range"] == "0 to 2.5"
 
 
-def test_hps_of_a_var(tmp_path: Path, small: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hps_of_a_var(tmp_path: Path, small: Any, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_var(num_classes=0, text_length=3, alphabet="abc").save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/photo.txt").write_text("ab\nc\n")

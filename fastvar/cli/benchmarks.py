@@ -128,9 +128,7 @@ class BenchmarkOptions:
             )
         if self.benchmark == "cvtg-2k":
             reader = resolve_name(READERS[self.reader])(**_options(self.reader_options))
-            clip_score = CLIPTextReward(
-                pretrained=self._weights("clip"), model="ViT-L-14-quickgelu", clip_score=True, template="{}"
-            )
+            clip_score = CLIPTextReward(pretrained=self._weights("clip"), model="ViT-L-14-quickgelu", clip_score=True)
             return CVTG2K(self.data, reader, clip_score, take=self.take)
         if self.benchmark == "hps":
             reward = HPSv2Reward(checkpoint=self._weights("hpsv2"))
