@@ -16,8 +16,7 @@ from fastvar.data.metrics import edit_similarity
 from fastvar.data.prompt_sets import read_cvtg
 from fastvar.image_benchmarks.figures import mean_figure, ratio_figure, rows_by_group
 from fastvar.image_benchmarks.items import Item, taken_prompts
-from fastvar.image_benchmarks.scoring import Scores
-from fastvar.rl.rewards.base import Description
+from fastvar.image_benchmarks.scoring import Scores, describe_scorers
 from fastvar.rl.rewards.clip import CLIPTextReward
 
 _QUOTED = re.compile(r"'(.*?)'")
@@ -82,9 +81,7 @@ class CVTG2K:
 
     def describe(self) -> dict[str, Any]:
         """Which reader and which weights."""
-        reader = getattr(self.reader, "description", Description(type(self.reader).__name__))
-        scorers = {"reader": reader, "clip_score": self.clip_score.description}
-        return {name: description._asdict() for name, description in scorers.items()}
+        return describe_scorers({"reader": self.reader, "clip_score": self.clip_score})
 
     def score(self, images: torch.Tensor, items: Sequence[Item]) -> Scores:
         """Of each image the counts of its words, what was read, and CLIPScore."""

@@ -12,7 +12,7 @@ import torch
 from fastvar.files import read_text
 from fastvar.image_benchmarks.figures import mean_figure, rows_by_group
 from fastvar.image_benchmarks.items import Item, taken_prompts
-from fastvar.image_benchmarks.scoring import Scores
+from fastvar.image_benchmarks.scoring import Scores, describe_scorers
 from fastvar.rl.rewards.base import RewardSum
 from fastvar.rl.rewards.hps import HPSv2Reward
 
@@ -41,7 +41,7 @@ class PromptBenchmark:
 
     def describe(self) -> dict[str, Any]:
         """What each reward is."""
-        return self.reward.descriptions()
+        return describe_scorers({**self.reward.rewards, **self.reward.held_out})
 
     def score(self, images: torch.Tensor, items: Sequence[Item]) -> Scores:
         """Each reward's scores (n,)."""

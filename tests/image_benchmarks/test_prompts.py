@@ -55,6 +55,27 @@ def test_any_rewards(tmp_path: Path) -> None:
     assert figures["red"] == pytest.approx(ColourReward()(images).scores.mean().item(), abs=1e-5)
 
 
+def test_scores_by_something_else_are_made_again(tmp_path: Path, tiny_clip: str) -> None:
+    """In one folder: another option of a reward, another benchmark by the same reward."""
+    from fastvar.rl.rewards import HPSv2Reward
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/photo.txt").write_text("a dog\n")
+    images = smooth_images(1)
+    save_images(tmp_path / "images", ["photo/00000"], images)
+
+    def figures(benchmark: PromptBenchmark) -> dict[str, float]:
+        return run_benchmark(benchmark, tmp_path / "images", tmp_path / "out")["figures"]
+
+    for channel in ("red", "blue"):
+        reward = ColourReward(channel=channel)
+        found = figures(PromptBenchmark(tmp_path / "data", RewardSum({"colour": reward})))
+        assert found["colour"] == pytest.approx(float(reward(images).scores), abs=1e-5)
+    hps = HPSv2Reward(checkpoint=None, model=tiny_clip)
+    score = figures(PromptBenchmark(tmp_path / "data", RewardSum({"hpsv2": hps})))["hpsv2"]
+    assert figures(HPSBenchmark(tmp_path / "data", hps))["hpsv2"] == pytest.approx(100 * score, rel=1e-5)
+
+
 def test_by_hand(tmp_path: Path, tiny_clip: str) -> None:
     from fastvar.rl.rewards import HPSv2Reward
 
