@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from fastvar.cli import main
+from fastvar.image_benchmarks import FID
 from fastvar.rl import rewards
 from tests.helpers.pictures import make_cvtg, make_dreambench, save_images, smooth_images
 from tests.helpers.tiny import tiny_infinity, tiny_var
-from tests.image_benchmarks.conftest import tiny_clip  # noqa: F401
+from tests.image_benchmarks.conftest import inception, tiny_clip  # noqa: F401
 
 pytest.importorskip("open_clip")
 
@@ -117,31 +118,41 @@ def test_rewards_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (tmp_path / "data").mkdir()
     (tmp_path / "data/sketch.txt").write_text("3\ta sketch\n0\tanother\n")
     command = ["--benchmark", "prompts", "--data", tmp_path / "data", "--model", tmp_path / "model"]
-    run(*command, "--rewards", "colour", "jpeg", "--output", tmp_path / "out")
+    run(*command, "--rewards", "colour", "--held-out", "jpeg", "--output", tmp_path / "out")
     figures = json.loads(capsys.readouterr().out)
-    assert figures["categories"]["sketch"]["images"] == 2 and {"colour", "jpeg", "jpeg_95"} <= set(figures)
+    assert figures["categories"]["sketch"]["images"] == 2
+    assert {"colour", "held_out/jpeg", "held_out/jpeg_95"} <= set(figures)
 
 
-def test_fid_of_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many images, each class as often."""
+def test_fid_of_classes(
+    tmp_path: Path,
+    inception: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """So many images, each class as often; scored again as a folder they have the same distance."""
     made: list[Any] = []
-
-    class Stopped(Exception):
-        pass
 
     def fid(*arguments: Any, **options: Any) -> Any:
         made.append((arguments, options))
-        raise Stopped
+        return FID(*arguments, **options, features="64")  # the root of a matrix of 2048 takes seconds
 
     monkeypatch.setattr("fastvar.image_benchmarks.FID", fid)
     tiny_var().save_pretrained(tmp_path / "model")
-    command = ["--benchmark", "fid", "--data", tmp_path / "real", "--output", tmp_path / "out", "--device", "cpu"]
-    with pytest.raises(Stopped):
-        run(*command, "--model", tmp_path / "model", "--samples", 8, "--weights", f"inception={tmp_path}/w.pth")
+    save_images(tmp_path / "real", "abc", smooth_images(3))
+    command = ["--benchmark", "fid", "--data", tmp_path / "real", "--weights", f"inception={inception}"]
+    command += ["--device", "cpu", "--output"]
+    run(*command, tmp_path / "out", "--model", tmp_path / "model", "--samples", 8)
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["reference_images"] == 3 and figures["fid"] > 0
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["images"] == 8 and f"layer 64, {inception} (" in summary["scored_by"]["weights"]
+    run(*command, tmp_path / "again", "--images", tmp_path / "out/images")
+    assert json.loads(capsys.readouterr().out)["fid"] == pytest.approx(figures["fid"], rel=1e-3)
     (items, data, kept), options = made[0]
     assert [item.prompt for item in items] == [0, 1, 2, 3, 4, 0, 1, 2]
     assert (data, kept) == (tmp_path / "real", tmp_path / "out/reference")
-    assert options == {"weights": tmp_path / "w.pth", "device": torch.device("cpu")}
+    assert options == {"weights": inception, "device": torch.device("cpu")}
 
 
 @pytest.mark.parametrize(
@@ -160,6 +171,24 @@ def test_fid_of_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--benchmark", "cvtg-2k", "--data", ".", "--reader", "eyes"], "evaluate: reader: expected one of ('easyocr'"),
         (["--benchmark", "hps", "--data", ".", "--weights", "hps=x"], "evaluate: weights: expected NAME=TAG with NAME"),
         (["--benchmark", "fid", "--data", ".", "--take", "2"], "evaluate: take: expected 0 for fid, got 2"),
+        (["--benchmark", "hps", "--data", ".", "--token", "sks"], "evaluate: token: expected '' for hps, got 'sks'"),
+        (
+            ["--benchmark", "prompts", "--data", ".", "--reader", "handwriting"],
+            "evaluate: reader: expected 'easyocr' for prompts, got 'handwriting': it is not read there",
+        ),
+        (
+            ["--benchmark", "hps", "--data", ".", "--images", ".", "--output", "out", "--rewards", "jpeg"],
+            "evaluate: rewards: expected ('ocr',) for hps, got ('jpeg',): it is not read there",
+        ),
+        (
+            ["--benchmark", "prompts", "--data", ".", "--weights", "clip=openai"],
+            "evaluate: weights: expected none for prompts, got 'clip=openai'",
+        ),
+        (
+            ["--benchmark", "fid", "--data", ".", "--weights", "inception=random"],
+            "evaluate: weights: expected a file of Inception's weights, got 'inception=random'",
+        ),
+        (["--take", "3"], "evaluate: take: expected 0 without a benchmark, got 3"),
         (
             ["--benchmark", "hps", "--data", ".", "--images", ".", "--output", "out"],
             "evaluate: weights: expected hpsv2=PATH for hps, got none",
