@@ -484,10 +484,26 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     "fastvar/image_benchmarks/scoring.py": [
         ('about.get("of") != of', "False", "image_benchmarks/test_scoring.py::test_nothing_is_scored_twice"),
         (
+            "[benchmark.name, ",
+            "[",
+            "image_benchmarks/test_prompts.py::test_scores_by_something_else_are_made_again",
+        ),
+        (
+            '"options": plain_options(scorer),',
+            "",
+            "image_benchmarks/test_prompts.py::test_scores_by_something_else_are_made_again",
+        ),
+        (
             "_write(path, of, part)",
             "pass",
             "image_benchmarks/test_scoring.py::test_nothing_is_scored_twice",
         ),
+    ],
+    "fastvar/image_benchmarks/prompts.py": [
+        (".view(-1, self.per_prompt).nanmean(1)", "", "image_benchmarks/test_prompts.py::test_by_hand"),
+    ],
+    "fastvar/cli/benchmarks.py": [
+        ("self._check_read(scoring)", "pass", "test_cli_benchmarks.py::test_a_mistake_is_one_line"),
     ],
     "fastvar/image_benchmarks/drawing.py": [
         ("first_sample=start", "first_sample=0", "image_benchmarks/test_drawing.py::test_images_of_classes"),

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from fastvar.cli import main
+from fastvar.image_benchmarks import FID
 from fastvar.rl import rewards
 from tests.helpers.pictures import make_cvtg, make_dreambench, save_images, smooth_images
 from tests.helpers.tiny import tiny_infinity, tiny_var
-from tests.image_benchmarks.conftest import tiny_clip  # noqa: F401
+from tests.image_benchmarks.conftest import inception, tiny_clip  # noqa: F401
 
 pytest.importorskip("open_clip")
 
@@ -26,20 +27,25 @@ def run(*arguments: Any) -> None:
 
 
 @pytest.fixture
-def small(tiny_clip: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """Small networks in place of the published architectures."""
+def small(tiny_clip: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:  # noqa: F811
+    """Small networks in place of the published architectures; what CLIP's rewards of texts were asked for."""
+    asked: list[dict[str, Any]] = []
     for name in ("CLIPImageReward", "HPSv2Reward"):
         monkeypatch.setattr(rewards, name, partial(getattr(rewards, name), model=tiny_clip))
     text = rewards.CLIPTextReward
 
     def small_text(**options: Any) -> Any:
+        asked.append(options)
         return text(**{**options, "model": tiny_clip})
 
     monkeypatch.setattr(rewards, "CLIPTextReward", small_text)
     monkeypatch.setattr(rewards, "DINOReward", partial(rewards.DINOReward, model="vit_tiny_patch16_224"))
+    return asked
 
 
-def test_dreambench_of_an_infinity(tmp_path: Path, small: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dreambench_of_an_infinity(
+    tmp_path: Path, small: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Texts with the token, a subject's photograph, four images of each prompt; then only what is missing."""
     net = tiny_infinity(text_length=40, text_encoder="characters-12", subject="block_causal")
     net.save_pretrained(tmp_path / "model")
@@ -47,6 +53,7 @@ def test_dreambench_of_an_infinity(tmp_path: Path, small: None, capsys: pytest.C
     command = ["--benchmark", "dreambench", "--data", data, "--model", tmp_path / "model", "--token", "sks"]
     command += ["--weights", "dino=random", "clip=random", "--output", tmp_path / "out", "--device", "cpu"]
     run(*command, "--take", 2)
+    assert small == [{"pretrained": None}]
     figures = json.loads(capsys.readouterr().out)
     assert set(figures["subjects"]) == {"bowl2", "cat"}
     assert {"dino", "clip-i", "clip-t", "dino_95", "diversity", "diversity_95"} <= set(figures)
@@ -65,7 +72,10 @@ def test_dreambench_of_an_infinity(tmp_path: Path, small: None, capsys: pytest.C
 
 
 def test_cvtg_of_a_folder(
-    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    small: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     made: list[dict[str, Any]] = []
 
@@ -84,11 +94,13 @@ def test_cvtg_of_a_folder(
     figures = json.loads(capsys.readouterr().out)
     assert figures["word_accuracy"] == 0.5 and figures["regions"]["2"]["images"] == 1 and "clip_score" in figures
     assert made[0]["download_enabled"] is True
+    # the template is CLIPScore's own, "A photo depicts {}"
+    assert small == [{"pretrained": None, "model": "ViT-L-14-quickgelu", "clip_score": True}]
     scored_by = json.loads((tmp_path / "out/summary.json").read_text())["scored_by"]
     assert scored_by["reader"]["weights"] == "EasyOCR's for en" and scored_by["clip_score"]["range"] == "0 to 2.5"
 
 
-def test_hps_of_a_var(tmp_path: Path, small: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hps_of_a_var(tmp_path: Path, small: Any, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_var(num_classes=0, text_length=3, alphabet="abc").save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/photo.txt").write_text("ab\nc\n")
@@ -106,31 +118,41 @@ def test_rewards_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (tmp_path / "data").mkdir()
     (tmp_path / "data/sketch.txt").write_text("3\ta sketch\n0\tanother\n")
     command = ["--benchmark", "prompts", "--data", tmp_path / "data", "--model", tmp_path / "model"]
-    run(*command, "--rewards", "colour", "jpeg", "--output", tmp_path / "out")
+    run(*command, "--rewards", "colour", "--held-out", "jpeg", "--output", tmp_path / "out")
     figures = json.loads(capsys.readouterr().out)
-    assert figures["categories"]["sketch"]["images"] == 2 and {"colour", "jpeg", "jpeg_95"} <= set(figures)
+    assert figures["categories"]["sketch"]["images"] == 2
+    assert {"colour", "held_out/jpeg", "held_out/jpeg_95"} <= set(figures)
 
 
-def test_fid_of_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many images, each class as often."""
+def test_fid_of_classes(
+    tmp_path: Path,
+    inception: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """So many images, each class as often; scored again as a folder they have the same distance."""
     made: list[Any] = []
-
-    class Stopped(Exception):
-        pass
 
     def fid(*arguments: Any, **options: Any) -> Any:
         made.append((arguments, options))
-        raise Stopped
+        return FID(*arguments, **options, features="64")  # the root of a matrix of 2048 takes seconds
 
     monkeypatch.setattr("fastvar.image_benchmarks.FID", fid)
     tiny_var().save_pretrained(tmp_path / "model")
-    command = ["--benchmark", "fid", "--data", tmp_path / "real", "--output", tmp_path / "out", "--device", "cpu"]
-    with pytest.raises(Stopped):
-        run(*command, "--model", tmp_path / "model", "--samples", 8, "--weights", f"inception={tmp_path}/w.pth")
+    save_images(tmp_path / "real", "abc", smooth_images(3))
+    command = ["--benchmark", "fid", "--data", tmp_path / "real", "--weights", f"inception={inception}"]
+    command += ["--device", "cpu", "--output"]
+    run(*command, tmp_path / "out", "--model", tmp_path / "model", "--samples", 8)
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["reference_images"] == 3 and figures["fid"] > 0
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["images"] == 8 and f"layer 64, {inception} (" in summary["scored_by"]["weights"]
+    run(*command, tmp_path / "again", "--images", tmp_path / "out/images")
+    assert json.loads(capsys.readouterr().out)["fid"] == pytest.approx(figures["fid"], rel=1e-3)
     (items, data, kept), options = made[0]
     assert [item.prompt for item in items] == [0, 1, 2, 3, 4, 0, 1, 2]
     assert (data, kept) == (tmp_path / "real", tmp_path / "out/reference")
-    assert options == {"weights": tmp_path / "w.pth", "device": torch.device("cpu")}
+    assert options == {"weights": inception, "device": torch.device("cpu")}
 
 
 @pytest.mark.parametrize(
@@ -149,6 +171,24 @@ def test_fid_of_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--benchmark", "cvtg-2k", "--data", ".", "--reader", "eyes"], "evaluate: reader: expected one of ('easyocr'"),
         (["--benchmark", "hps", "--data", ".", "--weights", "hps=x"], "evaluate: weights: expected NAME=TAG with NAME"),
         (["--benchmark", "fid", "--data", ".", "--take", "2"], "evaluate: take: expected 0 for fid, got 2"),
+        (["--benchmark", "hps", "--data", ".", "--token", "sks"], "evaluate: token: expected '' for hps, got 'sks'"),
+        (
+            ["--benchmark", "prompts", "--data", ".", "--reader", "handwriting"],
+            "evaluate: reader: expected 'easyocr' for prompts, got 'handwriting': it is not read there",
+        ),
+        (
+            ["--benchmark", "hps", "--data", ".", "--images", ".", "--output", "out", "--rewards", "jpeg"],
+            "evaluate: rewards: expected ('ocr',) for hps, got ('jpeg',): it is not read there",
+        ),
+        (
+            ["--benchmark", "prompts", "--data", ".", "--weights", "clip=openai"],
+            "evaluate: weights: expected none for prompts, got 'clip=openai'",
+        ),
+        (
+            ["--benchmark", "fid", "--data", ".", "--weights", "inception=random"],
+            "evaluate: weights: expected a file of Inception's weights, got 'inception=random'",
+        ),
+        (["--take", "3"], "evaluate: take: expected 0 without a benchmark, got 3"),
         (
             ["--benchmark", "hps", "--data", ".", "--images", ".", "--output", "out"],
             "evaluate: weights: expected hpsv2=PATH for hps, got none",

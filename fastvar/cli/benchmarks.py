@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +21,21 @@ if TYPE_CHECKING:
     from fastvar.image_benchmarks import Benchmark
     from fastvar.models import Model, SamplingOptions
 
-BENCHMARKS = ("dreambench", "cvtg-2k", "hps", "prompts", "fid")
+# The options beside `data`, `images` and `weights` that each reads, and the names of its weights.
+READS = {
+    "dreambench": ("take", "per_prompt", "token"),
+    "cvtg-2k": ("take", "reader", "reader_options"),
+    "hps": ("take", "per_prompt"),
+    "prompts": ("take", "per_prompt", "rewards", "reward_options", "held_out"),
+    "fid": ("prompt_file",),
+}
+WEIGHTS = {
+    "dreambench": ("dino", "clip"),
+    "cvtg-2k": ("clip",),
+    "hps": ("hpsv2",),
+    "prompts": (),
+    "fid": ("inception",),
+}
 PUBLISHED = {"dino": "dino", "clip": "openai"}  # weights by default
 
 
@@ -29,7 +43,7 @@ PUBLISHED = {"dino": "dino", "clip": "openai"}  # weights by default
 class BenchmarkOptions:
     """A benchmark of images instead of rewards; see docs/evaluation.md."""
 
-    benchmark: Annotated[str, OneOf("", *BENCHMARKS)] = ""
+    benchmark: Annotated[str, OneOf("", *READS)] = ""
     """One of "dreambench", "cvtg-2k", "hps", "prompts" (any rewards) and "fid"; `output` is then a folder, from which a
     run goes on that was stopped."""
     data: Path | None = None
@@ -44,8 +58,8 @@ class BenchmarkOptions:
     token: str = ""
     """dreambench: what stands before the class in a prompt to the model, such as "sks"."""
     weights: tuple[str, ...] = ()
-    """Weights as NAME=TAG or NAME=PATH, out of dino, clip, hpsv2 and inception; "random" for a trial. By default the
-    published ones of dino and clip, and torch-fidelity's of inception."""
+    """Weights as NAME=TAG or NAME=PATH, out of dino, clip, hpsv2 and inception; "random" for a trial, but of inception.
+    By default the published ones of dino and clip, and torch-fidelity's of inception."""
     reader: str = "easyocr"
     """cvtg-2k: what reads images, a name of a reader as of the reward "ocr"."""
     reader_options: tuple[str, ...] = ()
@@ -54,20 +68,30 @@ class BenchmarkOptions:
     def check(self) -> None:
         """Raise a ValueError that names a setting which makes no sense, without loading anything."""
         check_fields(self)
+        self._check_read(self, ("benchmark", "data", "images", "weights") if self.benchmark else ())
         if not self.benchmark:
             return
         if self.data is None:
             raise ValueError(f"evaluate: data: expected the data of {self.benchmark}, got none")
-        for name, those in (("per_prompt", ("cvtg-2k", "fid")), ("take", ("fid",))):
-            if getattr(self, name) and self.benchmark in those:
-                raise ValueError(f"evaluate: {name}: expected 0 for {self.benchmark}, got {getattr(self, name)}")
         if self.reader not in READERS:
             raise ValueError(f"evaluate: reader: expected one of {tuple(READERS)}, got {self.reader!r}")
         for item in self.weights:
-            name, equals, _ = item.partition("=")
-            if not equals or name not in ("dino", "clip", "hpsv2", "inception"):
-                expected = "NAME=TAG with NAME out of dino, clip, hpsv2 and inception"
-                raise ValueError(f"evaluate: weights: expected {expected}, got {item!r}")
+            name, equals, value = item.partition("=")
+            names = WEIGHTS[self.benchmark]
+            if not equals or name not in names:
+                expected = f"NAME=TAG with NAME out of {names}" if names else "none"
+                raise ValueError(f"evaluate: weights: expected {expected} for {self.benchmark}, got {item!r}")
+            if (name, value) == ("inception", "random"):
+                raise ValueError(f"evaluate: weights: expected a file of Inception's weights, got {item!r}")
+
+    def _check_read(self, options: Any, beside: tuple[str, ...] = ()) -> None:
+        """Raise a ValueError that names an option which is not its default, and which nothing reads."""
+        of = f"for {self.benchmark}" if self.benchmark else "without a benchmark"
+        for field in fields(options):
+            value = getattr(options, field.name)
+            if value != field.default and field.name not in (*beside, *READS.get(self.benchmark, ())):
+                expected = f"expected {field.default!r} {of}, got {value!r}"
+                raise ValueError(f"evaluate: {field.name}: {expected}: it is not read there")
 
     def run(
         self,
@@ -91,6 +115,7 @@ class BenchmarkOptions:
         """
         from fastvar.image_benchmarks import draw_items, run_benchmark
 
+        self._check_read(scoring)
         if (drawn_with.model is None) == (self.images is None):
             raise ValueError("evaluate: model, images: expected exactly one of them")
         if output is None:
@@ -128,9 +153,7 @@ class BenchmarkOptions:
             )
         if self.benchmark == "cvtg-2k":
             reader = resolve_name(READERS[self.reader])(**_options(self.reader_options))
-            clip_score = CLIPTextReward(
-                pretrained=self._weights("clip"), model="ViT-L-14-quickgelu", clip_score=True, template="{}"
-            )
+            clip_score = CLIPTextReward(pretrained=self._weights("clip"), model="ViT-L-14-quickgelu", clip_score=True)
             return CVTG2K(self.data, reader, clip_score, take=self.take)
         if self.benchmark == "hps":
             reward = HPSv2Reward(checkpoint=self._weights("hpsv2"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,7 @@ from fastvar.data.metrics import edit_similarity
 from fastvar.data.prompt_sets import read_cvtg
 from fastvar.image_benchmarks.figures import mean_figure, ratio_figure, rows_by_group
 from fastvar.image_benchmarks.items import Item, taken_prompts
-from fastvar.image_benchmarks.scoring import Scores
-from fastvar.rl.rewards.base import Description
+from fastvar.image_benchmarks.scoring import Scores, describe_scorers
 from fastvar.rl.rewards.clip import CLIPTextReward
 
 _QUOTED = re.compile(r"'(.*?)'")
@@ -28,37 +28,42 @@ class WordCounts(NamedTuple):
     Attributes:
         words: how many there should be.
         right: how many of them were read, each reading counting once.
-        similarity: the sum over them of 1 - edit distance / longer length to the nearest word that was read.
+        present: how many of them are among the words that were read; one reading counts for all that are equal.
+        similarity: the sum over them of 1 - edit distance / longer length to the closest word that was read.
     """
 
     words: int
     right: int
+    present: int
     similarity: float
 
 
 def count_words(truth: Sequence[str], read: Sequence[str]) -> WordCounts:
-    """Compare words in lower case, whatever their order."""
+    """Compare words in lower case, whatever their order. The closest reading is difflib's, as published: it need not be
+    the one with the least edit distance."""
     goal, found = ([word.lower() for word in words] for words in (truth, read))
     right = (Counter(goal) & Counter(found)).total()
-    return WordCounts(
-        len(goal), right, sum(max((edit_similarity(word, other) for other in found), default=0.0) for word in goal)
-    )
+    present = sum(word in found for word in goal)
+    closest = [get_close_matches(word, found, n=1, cutoff=0) for word in goal]
+    similarity = sum(edit_similarity(word, *other) for word, other in zip(goal, closest, strict=True) if other)
+    return WordCounts(len(goal), right, present, similarity)
 
 
 class CVTG2K:
     """Word accuracy, NED and CLIPScore, all in all, by the number of regions and by set.
 
     The words of an image are those between single quotes in its prompt. Word accuracy is the share of all words of all
-    images that were read, as multisets; NED the mean over all words of the similarity to the nearest reading; CLIPScore
-    the mean over images. Intervals are over images.
+    images that were read, as multisets; as published, where one reading counts for all equal words, it is
+    "word_accuracy_published". NED is the mean over all words of the similarity to the closest reading; CLIPScore the
+    mean over images. Intervals are over images.
 
     An image is SET/REGIONS/INDEX.png, as CVTG/2/0.png: the layout of the published evaluation.
 
     Args:
         data: the unpacked folder, with CVTG and CVTG-Style, in each 2.json to 5.json.
         reader: what reads the images; published figures are PaddleOCR's.
-        clip_score: a `CLIPTextReward` with `clip_score`; published figures are those of OpenAI's ViT-L/14 on the bare
-            prompt.
+        clip_score: a `CLIPTextReward` with `clip_score`; published figures are those of OpenAI's ViT-L/14 on
+            its default template, "A photo depicts {}".
         take: score so many prompts, see `taken_prompts`; 0 for all.
 
     Raises:
@@ -76,9 +81,7 @@ class CVTG2K:
 
     def describe(self) -> dict[str, Any]:
         """Which reader and which weights."""
-        reader = getattr(self.reader, "description", Description(type(self.reader).__name__))
-        scorers = {"reader": reader, "clip_score": self.clip_score.description}
-        return {name: description._asdict() for name, description in scorers.items()}
+        return describe_scorers({"reader": self.reader, "clip_score": self.clip_score})
 
     def score(self, images: torch.Tensor, items: Sequence[Item]) -> Scores:
         """Of each image the counts of its words, what was read, and CLIPScore."""
@@ -99,6 +102,7 @@ class CVTG2K:
             return {
                 "images": len(rows),
                 **ratio_figure("word_accuracy", taken["right"], taken["words"]),
+                **ratio_figure("word_accuracy_published", taken["present"], taken["words"]),
                 **ratio_figure("ned", taken["similarity"], taken["words"]),
                 **mean_figure("clip_score", taken["clip_score"]),
             }

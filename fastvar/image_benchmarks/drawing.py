@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 from fastvar.bars import progress_bar
+from fastvar.data.pairs import read_references
 from fastvar.evaluation import draw
 from fastvar.files import json_text, read_json_object, write_json
-from fastvar.image_benchmarks.items import Item, as_tensor
+from fastvar.image_benchmarks.items import Item
 from fastvar.models import Model, SamplingOptions
-from fastvar.pictures import read_picture, save_picture, to_uint8
+from fastvar.pictures import save_picture, to_uint8
 from fastvar.rl.measuring import fingerprint
 from fastvar.rl.prompts import Prompts, subject_of
 from fastvar.training.lock import locked
@@ -30,7 +31,8 @@ def draw_items(model: Model, items: Sequence[Item], folder: Path, options: Sampl
     """Draw the images of items into a folder, NAME.png; files that are there are left as they are.
 
     An image depends on the model, the options, the seed and its place among the items, not on the batch. A model with
-    a subject prefix gets the first photograph of an item's subject, resized to its own size; others the prompt alone.
+    a subject prefix gets the first photograph of an item's subject, as `read_references` makes it of the model's own
+    size; others the prompt alone.
 
     Args:
         model: in evaluation mode, with its tokenizer and text encoder.
@@ -78,10 +80,8 @@ def _conditions(model: Model, items: Sequence[Item]) -> Any:
 
 
 def _subject(model: Model, items: Sequence[Item]) -> torch.Tensor | None:
-    height, width = model.tokenizer.config.image_size
-    photographs = [read_picture(item.references[0], "benchmark: data") for item in items]
-    resized = [image.resize((width, height), Image.Resampling.BICUBIC) for image in photographs]
-    references = torch.stack([as_tensor(image) for image in resized])
+    photographs = [item.references[0] for item in items]
+    references = read_references(photographs, model.tokenizer.config.image_size, "benchmark: data") * 0.5 + 0.5
     return subject_of(model, Prompts([item.text for item in items], references=references))
 
 

@@ -13,7 +13,7 @@ from fastvar.data.folder import images_below
 from fastvar.files import read_text
 from fastvar.image_benchmarks.figures import mean_figure, rows_by_group
 from fastvar.image_benchmarks.items import Item, read_image, taken_prompts
-from fastvar.image_benchmarks.scoring import Scores
+from fastvar.image_benchmarks.scoring import Scores, describe_scorers
 from fastvar.rl.rewards.clip import CLIPTextReward
 from fastvar.rl.rewards.models import ReferenceReward
 
@@ -65,8 +65,7 @@ class DreamBench:
 
     def describe(self) -> dict[str, Any]:
         """The weights."""
-        scorers = {**self.likeness, "clip-t": self.clip_text}
-        return {name: scorer.description._asdict() for name, scorer in scorers.items()}
+        return describe_scorers({**self.likeness, "clip-t": self.clip_text})
 
     def score(self, images: torch.Tensor, items: Sequence[Item]) -> Scores:
         """Cosines (n,)."""

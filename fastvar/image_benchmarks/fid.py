@@ -14,6 +14,7 @@ from fastvar.data.folder import images_below
 from fastvar.image_benchmarks.items import Item
 from fastvar.image_benchmarks.scoring import Scores, score_files
 from fastvar.installation import install_command
+from fastvar.rl.rewards.models import weights_name
 
 Statistics = dict[str, np.ndarray]  # "mu" (d,) and "sigma" (d, d), float64
 
@@ -62,7 +63,7 @@ class FID:
             raise ValueError(f"benchmark: weights: expected a file of Inception's weights, got {weights}")
         self.items, self.reference, self.device = items, reference, device
         self._kept, self._layer = output, features
-        self._weights = "torch-fidelity's public weights" if weights is None else str(weights)
+        self._weights = "torch-fidelity's public weights" if weights is None else weights_name(weights)
         self._given = _read_statistics(reference) if reference.suffix == ".npz" else None
         self._real = [] if self._given is not None else folder_items(reference, "data")
         path = None if weights is None else str(weights)

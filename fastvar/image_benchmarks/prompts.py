@@ -12,20 +12,22 @@ import torch
 from fastvar.files import read_text
 from fastvar.image_benchmarks.figures import mean_figure, rows_by_group
 from fastvar.image_benchmarks.items import Item, taken_prompts
-from fastvar.image_benchmarks.scoring import Scores
+from fastvar.image_benchmarks.scoring import Scores, describe_scorers
 from fastvar.rl.rewards.base import RewardSum
 from fastvar.rl.rewards.hps import HPSv2Reward
 
 
 class PromptBenchmark:
-    """Any rewards of images and prompts: means over all images and over those of each category, with intervals.
+    """Any rewards of images and prompts: means over the images of each prompt, then over all prompts and those of each
+    category; intervals are over prompts.
 
     An image is CATEGORY/NNNNN.png, NNNNN the prompt from 00000; further images of it are CATEGORY/NNNNN_1.png, ...
 
     Args:
         data: a folder of files of prompts whose names are the categories: .json, a list of texts, or .txt, a prompt on
-            each line; for a model of classes CLASS TAB PROMPT, a class by name or index and what its image should show.
-        reward: what scores; weights play no part.
+            each line; for a model of classes lines CLASS TAB PROMPT, a class by name or index and what its image should
+            show.
+        reward: what scores; weights play no part. Those that are held out are scored too, as "held_out/NAME".
         per_prompt: images of each prompt; more than one tell of diversity.
         take: score so many prompts, see `taken_prompts`; 0 for all.
 
@@ -41,19 +43,20 @@ class PromptBenchmark:
 
     def describe(self) -> dict[str, Any]:
         """What each reward is."""
-        return self.reward.descriptions()
+        return describe_scorers({**self.reward.rewards, **self.reward.held_out})
 
     def score(self, images: torch.Tensor, items: Sequence[Item]) -> Scores:
         """Each reward's scores (n,)."""
-        return dict(self.reward.ask(images, [item.text for item in items])[0])
+        return dict(self.reward.ask(images, [item.text for item in items], held_out=True)[0])
 
     def summarise(self, items: Sequence[Item], scores: Scores) -> dict[str, Any]:
         """All in all, and by category."""
 
         def of(rows: Sequence[int]) -> dict[str, Any]:
             figures: dict[str, Any] = {"images": len(rows)}
-            for name in self.reward.rewards:
-                figures |= mean_figure(name, scores[name][rows])
+            for name in (*self.reward.rewards, *self.reward.held_out):
+                prompts = scores[name][rows].view(-1, self.per_prompt).nanmean(1)
+                figures |= mean_figure(f"held_out/{name}" if name in self.reward.held_out else name, prompts)
             return figures
 
         categories = {group: of(rows) for group, rows in rows_by_group(items).items()}
@@ -86,13 +89,13 @@ def read_categories(data: Path, per_prompt: int = 1) -> list[Item]:
         if file.suffix not in (".json", ".txt"):
             continue
         text = read_text(file, "benchmark: data")
-        prompts = (
-            _listed(file, text) if file.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
-        )
-        for number, prompt in enumerate(prompts):
-            label, _, text = prompt.rpartition("\t")
+        if file.suffix == ".json":
+            prompts = [("", prompt) for prompt in _listed(file, text)]
+        else:
+            prompts = [line.rpartition("\t")[::2] for line in text.split("\n") if line.strip()]
+        for number, (label, prompt) in enumerate(prompts):
             names = [f"{file.stem}/{number:05d}{f'_{image}' if image else ''}" for image in range(per_prompt)]
-            items += [Item(name, label or text, text, file.stem) for name in names]
+            items += [Item(name, label or prompt, prompt, file.stem) for name in names]
     if not items:
         raise ValueError(f"benchmark: data: expected files of prompts (CATEGORY.json or .txt) in {data}, got none")
     return items

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from fastvar.image_benchmarks.grid import picture_grid
 from fastvar.image_benchmarks.items import Item, find_files, read_image
 from fastvar.pictures import save_picture
 from fastvar.provenance import provenance
+from fastvar.rl.rewards.base import Description, description_of, plain_options
 from fastvar.training.lock import locked
 
 PART = 32  # images of a file of scores: what an interrupted run scores again
@@ -39,13 +40,24 @@ class Benchmark(Protocol):
     per_prompt: int
 
     def describe(self) -> dict[str, Any]:
-        """By what is scored, ready for JSON: scores that were made otherwise are made again."""
+        """By what is scored, with all options, ready for JSON: scores that were made otherwise are made again."""
 
     def score(self, images: torch.Tensor, items: Sequence[Item]) -> Scores:
         """Scores of images (n, 3, H, W) in [0, 1] of n items."""
 
     def summarise(self, items: Sequence[Item], scores: Scores) -> dict[str, Any]:
         """The figures of all scores, ready for JSON, each with its 95 % interval under NAME_95."""
+
+
+def describe_scorers(scorers: Mapping[str, Any]) -> dict[str, Any]:
+    """By name the description of each reward or reader and its plain options, ready for JSON."""
+    return {
+        name: {
+            **description_of(scorer, Description(type(scorer).__name__))._asdict(),
+            "options": plain_options(scorer),
+        }
+        for name, scorer in scorers.items()
+    }
 
 
 def run_benchmark(
@@ -112,13 +124,13 @@ def score_files(
 
 
 def _identity(benchmark: Benchmark, items: Sequence[Item], files: Sequence[Path]) -> str:
-    """What scores depend on: the scorer, texts, and files by their size and time of change."""
+    """What scores depend on: the benchmark, its scorers, texts, and files by their size and time of change."""
     stats = [file.stat() for file in files]
     of = [
         (item.name, item.text, [str(path) for path in item.references], stat.st_size, stat.st_mtime_ns)
         for item, stat in zip(items, stats, strict=True)
     ]
-    return json_text([benchmark.describe(), benchmark.per_prompt, of])
+    return json_text([benchmark.name, benchmark.describe(), benchmark.per_prompt, of])
 
 
 def _score(benchmark: Benchmark, items: Sequence[Item], files: Sequence[Path], device: str | torch.device) -> Scores:

@@ -15,6 +15,7 @@ from fastvar.rl.config import MAY_CHANGE, RLConfig
 from fastvar.rl.processes import Processes
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.rewards import RewardSum
+from fastvar.rl.rewards.base import plain_options
 from fastvar.training.checkpoints import Checkpoints
 from fastvar.training.settings import SEEDS, check_enough_steps, check_same_settings, write_settings
 
@@ -73,11 +74,9 @@ def begin(
 
 
 def _reward_options(reward: RewardSum) -> dict[str, Any]:
-    """What tells a reward from another one of its name: plain public attributes."""
-    plain = (bool, int, float, str, tuple, list)
+    """What tells a reward from another one of its name."""
     return {
         f"{name}.{option}": value
         for name, function in reward.rewards.items()
-        for option, value in getattr(function, "__dict__", {}).items()
-        if not option.startswith("_") and isinstance(value, plain)
+        for option, value in plain_options(function).items()
     }

@@ -1,10 +1,12 @@
-"""A CLIP that is quick."""
+"""A CLIP that is quick, and weights of Inception."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +20,17 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     path.write_text(json.dumps({"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}))
     open_clip.add_model_config(path)
     return name
+
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of Inception in a file, which its class asks for."""
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["64"])
+    torch.save(network.state_dict(), path)
+    return path

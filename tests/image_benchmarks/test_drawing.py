@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastvar.data.pairs import read_references
 from fastvar.image_benchmarks import Item, class_items, draw_items
 from fastvar.image_benchmarks import drawing as module
 from fastvar.image_benchmarks.items import read_image
@@ -54,18 +55,22 @@ def test_a_folder_of_other_images(tmp_path: Path) -> None:
 def test_texts_and_subjects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt goes to the model, and the first photograph as its subject."""
     var = tiny_var(subject="block_causal", num_classes=0, text_length=2, alphabet="ab")
-    save_images(tmp_path, ["photo"], smooth_images(1, 9, 13))
+    save_images(tmp_path, ["photo"], smooth_images(1, 16, 48))
     items = [Item(name, name, references=(tmp_path / "photo.png", tmp_path / "none.png")) for name in ("a", "ab", "b")]
     calls: list[Any] = []
 
     def draw(model: Any, prompts: Any, options: Any, **rest: Any) -> torch.Tensor:
-        calls.append((prompts, rest["first_sample"], rest["subject"].shape))
+        calls.append((prompts, rest["first_sample"], rest["subject"]))
         return torch.zeros(len(prompts), 3, 4, 4)
 
     monkeypatch.setattr(module, "draw", draw)
     draw_items(var, items, tmp_path / "images", OPTIONS)
-    shape = (var.schedule.num_tokens, var.config.code_channels)
-    assert calls == [(["a", "ab"], 0, (2, *shape)), (["b"], 2, (1, *shape))]
+    assert [call[:2] for call in calls] == [(["a", "ab"], 0), (["b"], 2)]
+    # as in training: resized until it covers the model's size, its centre cut out
+    photograph = read_references([tmp_path / "photo.png"], var.tokenizer.config.image_size, "test")
+    expected = var.pyramid(var.tokenizer.encode(photograph))
+    torch.testing.assert_close(calls[0][2], expected.expand(2, -1, -1))
+    torch.testing.assert_close(calls[1][2], expected)
     with pytest.raises(ValueError, match="model: expected one without a subject prefix, as there are no photographs"):
         draw_items(var, [Item("a", "a")], tmp_path / "others", OPTIONS)
     with pytest.raises(ValueError, match="model: expected one of classes, got one of texts"):

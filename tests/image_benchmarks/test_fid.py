@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from scipy.linalg import sqrtm
 
 from fastvar.image_benchmarks import FID, Item, class_items, folder_items, run_benchmark
@@ -30,27 +29,13 @@ def test_items(tmp_path: Path) -> None:
     assert class_items(3, 5)[4].name == "000004"
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights of Inception in a file, which its class asks for."""
-    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["64"])
-    torch.save(network.state_dict(), path)
-    return path
-
-
-def test_by_hand(tmp_path: Path, weights: Path) -> None:
+def test_by_hand(tmp_path: Path, inception: Path) -> None:
     """Against a folder, and against the statistics of that folder in a file."""
     images, real = smooth_images(5, seed=1), smooth_images(4, 30, 30, seed=2)
     save_images(tmp_path / "images", "abcde", images)
     save_images(tmp_path / "real", ["x/1", "x/2", "y/1", "y/2"], real, ".bmp")
     items = folder_items(tmp_path / "images")
-    fid = FID(items, tmp_path / "real", tmp_path / "out/reference", weights=weights, features="64")
+    fid = FID(items, tmp_path / "real", tmp_path / "out/reference", weights=inception, features="64")
     figures = run_benchmark(fid, tmp_path / "images", tmp_path / "out")["figures"]
     assert figures["reference_images"] == 4
 
@@ -63,18 +48,18 @@ def test_by_hand(tmp_path: Path, weights: Path) -> None:
     assert gap > 0 and figures["fid"] == pytest.approx(expected, rel=1e-3)
 
     np.savez(tmp_path / "real.npz", mu=mu, sigma=sigma)
-    given = FID(items, tmp_path / "real.npz", tmp_path / "out/reference", weights=weights, features="64")
+    given = FID(items, tmp_path / "real.npz", tmp_path / "out/reference", weights=inception, features="64")
     again = run_benchmark(given, tmp_path / "images", tmp_path / "out")["figures"]
     assert again["fid"] == pytest.approx(figures["fid"], rel=1e-6) and "reference_images" not in again
     np.savez(tmp_path / "real.npz", mu=mu[:3], sigma=sigma[:3, :3])
     with pytest.raises(ValueError, match="reference: expected statistics of 64 features, got 3"):
         run_benchmark(
-            FID(items, tmp_path / "real.npz", tmp_path, weights=weights, features="64"),
+            FID(items, tmp_path / "real.npz", tmp_path, weights=inception, features="64"),
             *(tmp_path / "images", tmp_path / "out"),
         )
     np.savez(tmp_path / "real.npz", mean=mu)
     (tmp_path / "damaged.npz").write_bytes((tmp_path / "real.npz").read_bytes()[:50])
     with pytest.raises(ValueError, match=r'data: expected "mu" and "sigma" in .*damaged\.npz'):
-        FID(items, tmp_path / "damaged.npz", tmp_path, weights=weights, features="64")
+        FID(items, tmp_path / "damaged.npz", tmp_path, weights=inception, features="64")
     with pytest.raises(ValueError, match=r'data: expected "mu" and "sigma" in .*real\.npz'):
-        FID(items, tmp_path / "real.npz", tmp_path, weights=weights, features="64")
+        FID(items, tmp_path / "real.npz", tmp_path, weights=inception, features="64")

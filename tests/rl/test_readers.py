@@ -42,6 +42,14 @@ class FakeReader:
         }[blue]
 
 
+class Quantised(torch.nn.Module):
+    """Has in its state dict what a dynamically quantised layer has there."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}dtype"] = torch.qint8
+        destination[f"{prefix}packed"] = (torch.zeros(1), None)
+
+
 @pytest.fixture(autouse=True)
 def easyocr(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "easyocr", SimpleNamespace(Reader=FakeReader))
@@ -66,6 +74,19 @@ def test_options_and_no_download() -> None:
     create("ocr", reader="easyocr", languages=("de", "en"), gpu="cuda:1", download=True, model_storage_directory="m")
     options = {"gpu": "cuda:1", "download_enabled": True, "verbose": False, "model_storage_directory": "m"}
     assert FakeReader.made == (["de", "en"], options)
+
+
+def test_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU EasyOCR quantises layers, whose state dict has more than tensors; an error is not taken for silence."""
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    network.add_module("quantised", Quantised())
+    monkeypatch.setattr(FakeReader, "recognizer", network, raising=False)
+    reward: Any = create("ocr", reader="easyocr", languages=["de", "en"], recog_network="latin_g2")
+    assert reward.description.weights == "EasyOCR's for de, en, recog_network=latin_g2"
+    assert reward.description.memory == 4 * (6 + 2 + 4 * 2) + 8 and reward.description.range.startswith("-0.6 to 2")
+    monkeypatch.setattr(EasyOCRReader, "description", property(lambda reader: reader.missing))
+    with pytest.raises(AttributeError, match="missing"):
+        _ = reward.description
 
 
 def test_reward() -> None:

@@ -4,6 +4,7 @@ from PIL images through the libraries' own transforms. Nothing may open a socket
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from fastvar.pictures import to_uint8
 from fastvar.rl.rewards import AestheticReward, CLIPTextReward, DINOReward, HPSv2Reward, available, create
 from fastvar.rl.rewards.aesthetic import AestheticHead
+from fastvar.rl.rewards.models import weights_name
 from fastvar.rl.rewards.preprocessing import (
     CLIP_MEAN,
     CLIP_STD,
@@ -481,6 +483,17 @@ def test_descriptions(tiny: str, dino: DINOReward) -> None:
         assert create("clip-t", pretrained=None, model=tiny, **options).description.range == expected  # type: ignore[attr-defined]
     hps: Any = create("hpsv2", checkpoint=None, model=tiny)
     assert "black borders" in hps.description.preprocessing
+
+
+def test_a_description_knows_the_file_of_weights(tmp_path: Path) -> None:
+    """Scores of other weights at the same path are not taken for theirs."""
+    path = tmp_path / "weights.pt"
+    path.write_bytes(b"12")
+    os.utime(path, ns=(0, 10**18))
+    assert weights_name(path) == f"{path} (2 bytes, of 2001-09-09T01:46:40+00:00)"
+    os.utime(path, ns=(0, 10**18 + 10**9))
+    assert weights_name(path).endswith("01:46:41+00:00)")
+    assert (weights_name("openai"), weights_name(None)) == ("openai", "random")
 
 
 def test_weights_are_loaded_once(tiny: str, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class AestheticHead(nn.Module):
 
 @register("aesthetic")
 class AestheticReward(ModelReward):
-    """LAION's aesthetic score: an affine function of CLIP's unit embedding; people's 1 to 10, mostly 4 to 7.
+    """LAION's aesthetic score: an affine function of CLIP's unit embedding; people's 1 to 10.
 
     Args:
         pretrained: CLIP's weights as for `CLIPTextReward`; the published head belongs to "openai".
@@ -55,7 +55,7 @@ class AestheticReward(ModelReward):
     """
 
     preprocessing = CROPPED
-    scores = "about 1 to 10, mostly 4 to 7"
+    scores = "about 1 to 10"
 
     def __init__(
         self,

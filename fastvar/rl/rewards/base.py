@@ -64,6 +64,22 @@ class RewardFunction(Protocol):
         """
 
 
+def description_of(scorer: Any, default: Description = Description()) -> Description:  # noqa: B008
+    """What a reward or a reader says of itself, or else the default. What goes wrong in saying it is raised: `getattr`
+    would take an AttributeError within a property for its absence."""
+    return scorer.description if "description" in dir(scorer) else default
+
+
+def plain_options(scorer: Any) -> dict[str, Any]:
+    """What tells a reward or a reader from another one of its class: plain public attributes."""
+    plain = (bool, int, float, str, tuple, list)
+    return {
+        option: value
+        for option, value in getattr(scorer, "__dict__", {}).items()
+        if not option.startswith("_") and isinstance(value, plain)
+    }
+
+
 _REGISTRY: dict[str, Callable[..., RewardFunction]] = {}
 
 
@@ -206,7 +222,7 @@ class RewardSum:
         """By name what each reward is, ready for JSON: its `Description` and its weight, None if it is held out."""
         functions = {**self.rewards, **self.held_out}
         return {
-            name: {"weight": self.weights.get(name), **getattr(function, "description", Description())._asdict()}
+            name: {"weight": self.weights.get(name), **description_of(function)._asdict()}
             for name, function in functions.items()
         }
 

@@ -15,7 +15,7 @@ from fastvar.rl.rewards.preprocessing import pad_square
 
 @register("hpsv2")
 class HPSv2Reward(ModelReward):
-    """HPSv2: the cosine of image and prompt in a CLIP tuned on preferences, in [-1, 1], mostly 0.2 to 0.35.
+    """HPSv2: the cosine of image and prompt in a CLIP tuned on preferences, in [-1, 1].
 
     The longer side becomes 224 (bicubic, antialias) and black borders fill the square: nothing is cut off.
 
@@ -33,7 +33,7 @@ class HPSv2Reward(ModelReward):
     """
 
     preprocessing = "the longer side becomes the model's (bicubic, antialias), black borders, CLIP's statistics"
-    scores = "-1 to 1, mostly 0.2 to 0.35"
+    scores = "-1 to 1"
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
@@ -30,14 +31,23 @@ def require(package: str) -> ModuleType:
 
 
 def weights_name(pretrained: str | Path | None) -> str:
-    """Weights as a description has them: a tag, a path, or "random"."""
-    return "random" if pretrained is None else str(pretrained)
+    """Weights as a description has them: a tag, "random", or a path with the size and the time of its file, by
+    which scores of other weights at the same path are known."""
+    if pretrained is None:
+        return "random"
+    path = Path(pretrained)
+    if not path.is_file():
+        return str(pretrained)
+    stat = path.stat()
+    changed = datetime.fromtimestamp(stat.st_mtime, UTC).isoformat()
+    return f"{pretrained} ({stat.st_size} bytes, of {changed})"
 
 
 def memory_of(*networks: nn.Module) -> int:
-    """Bytes of the weights of networks."""
-    tensors = [tensor for network in networks for tensor in network.state_dict().values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Bytes of the weights of networks. A state dict of quantised layers has more than tensors: what is packed there is
+    not counted."""
+    values = [value for network in networks for value in network.state_dict().values()]
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
 
 
 def freeze(model: nn.Module) -> nn.Module:

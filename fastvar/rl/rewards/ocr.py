@@ -13,7 +13,7 @@ from fastvar.builtin import DEFAULT_READER, READERS
 from fastvar.data import Reader
 from fastvar.data.metrics import edit_similarity
 from fastvar.data.prompt_sets import words_to_show
-from fastvar.rl.rewards.base import Description, Reward, register
+from fastvar.rl.rewards.base import Description, Reward, description_of, register
 
 PENALTY = 0.6
 
@@ -81,7 +81,7 @@ class OCRReward:
         """Which reader."""
         own = Description(f"those of the reader {self._reader_name}", "the reader's own")
         scores = f"{-PENALTY} to 2; 2 where all is read, and nothing else"
-        return getattr(self.reader, "description", own)._replace(range=scores)
+        return description_of(self.reader, own)._replace(range=scores)
 
     def check_texts(self, texts: Sequence[str]) -> None:
         """Raise a ValueError for a text without a word."""

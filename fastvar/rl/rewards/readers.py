@@ -63,7 +63,8 @@ class EasyOCRReader:
         self._reader = easyocr.Reader(
             list(languages), gpu=gpu, download_enabled=download, **({"verbose": False} | options)
         )
-        self._weights = f"EasyOCR's for {', '.join(languages)}"
+        told = "".join(f", {name}={value}" for name, value in options.items())
+        self._weights = f"EasyOCR's for {', '.join(languages)}{told}"
 
     @property
     def description(self) -> Description:
