@@ -124,6 +124,18 @@ def test_steps_run_once(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert ran == ["RL", "Evaluate"]
 
 
+def test_changed_training_starts_anew(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """If it is asked to; otherwise a run is not thrown away."""
+    output = toy.parent / "out"
+    arguments = ["recipe", toy, "--output", output, "--inputs", f"policy={toy.parent / 'policy'}"]
+    run(*arguments)
+    toy.write_text(toy.read_text().replace("middle = 0", "middle = 0\nlearning-rate = 1e-3"))
+    assert "start anew with --no-resume" in refused(capsys, *arguments)
+    run(*arguments, "--no-resume")
+    assert re.findall(r"step \d of 3: (\w+)", capsys.readouterr().out) == ["rl", "after"]
+    assert json.loads((output / "rl/settings.json").read_text())["rl"]["learning_rate"] == 1e-3
+
+
 def test_an_interrupted_recipe_goes_on(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = toy.parent / "out"
     arguments = ["recipe", toy, "--output", output, "--inputs", f"policy={toy.parent / 'policy'}"]

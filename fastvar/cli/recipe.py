@@ -117,7 +117,7 @@ class Planned(NamedTuple):
         folder: of the two's outputs.
         arguments: of the command line.
         known_by: a checksum of its arguments and of those of all steps before it. What is done is known by it: where an
-            early step changes, all that follow are made again.
+            early step changes, all that follow are run again.
     """
 
     step: Step
@@ -151,6 +151,9 @@ class RunRecipe:
     output."""
     inputs: tuple[str, ...] = ()
     """What the recipe asks for, as NAME=PATH; it says what in its file."""
+    resume: bool = True
+    """Let training that was stopped, or that has changed, go on from its last checkpoint; what has other settings than
+    its checkpoint is refused. With --no-resume every step that is not done starts anew, over what its folder has."""
     show: bool = False
     """Only print the commands."""
 
@@ -166,7 +169,10 @@ class RunRecipe:
 
         for folder in (self.output, base):
             output_folder("output", folder)
-        commands = [command_of(planned.arguments) for planned in plan]  # all are checked before the first is run
+        anew = [] if self.resume else ["--no-resume"]
+        commands = [  # all are checked before the first is run
+            command_of([*planned.arguments, *(anew if planned.step.command in _SHARED else [])]) for planned in plan
+        ]
         for command in commands:
             check_fields(command)
         main = os.environ.get("RANK", "0") == "0"
