@@ -41,6 +41,8 @@ def test_commands_of_the_files(name: str, tmp_path: Path, capsys: pytest.Capture
         command = command_of(step.arguments(places))
         check_fields(command)
         assert isinstance(command, Evaluate) == bool(step.column)
+        if isinstance(command, RL):  # what is held out is only seen by evaluations
+            assert command.rl.evaluate_every or not command.scoring.held_out
     assert not (tmp_path / "out").exists()
 
 
