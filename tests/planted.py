@@ -209,6 +209,16 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "crc32(json.dumps(arguments).encode())",
             "test_recipes.py::test_steps_run_once",
         ),
+        (
+            "planned.recorded or not self.resume",
+            "not self.resume",
+            "test_recipes.py::test_a_benchmark_is_in_the_table",
+        ),
+        (
+            'else ["--no-resume"]',
+            "else []",
+            "test_recipes.py::test_changed_training_starts_anew",
+        ),
     ],
     "recipes/hpsv3/server.py": [
         (

@@ -437,6 +437,22 @@ def test_prompts_of_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             PromptOptions(prompt_file=tmp_path / "set.txt", **wrong).load_prompts(var, count=4, train=False)
 
 
+def test_regions_of_other_images(tmp_path: Path) -> None:
+    """Refused and not ignored."""
+    (tmp_path / "subjects/cat/references").mkdir(parents=True)
+    (tmp_path / "classes/cat").mkdir(parents=True)
+    for place in ("subjects/cat/references", "subjects/cat", "classes/cat"):
+        Image.new("RGB", (24, 24)).save(tmp_path / place / "0.png")
+    (tmp_path / "subjects/cat/0.txt").write_text('a "sign"')
+    for name in ("subjects", "classes"):
+        plain, with_shares = (DataOptions(str(tmp_path / name), region_shares=shares) for shares in ((), ("2=1",)))
+        assert len(plain.load((24, 24), train=True, seed=0)) == 1
+        with pytest.raises(ValueError, match=f"region_shares: expected none, .*, got 2=1 with .*{name}"):
+            with_shares.load((24, 24), train=True, seed=0)
+    with pytest.raises(ValueError, match="region_shares: expected none"):
+        DataOptions(str(tmp_path / "subjects"), region_shares=("2=1",)).load_with_texts([(24, 24)], seed=0)
+
+
 def test_subjects_of_pairs(tmp_path: Path) -> None:
     """Trained on a list of targets and references, sampled with several photos, each in its turn."""
     lines = []

@@ -41,15 +41,28 @@ def test_commands_of_the_files(name: str, tmp_path: Path, capsys: pytest.Capture
         command = command_of(step.arguments(places))
         check_fields(command)
         assert isinstance(command, Evaluate) == bool(step.column)
+        if isinstance(command, RL):  # what is held out is only seen by evaluations
+            assert command.rl.evaluate_every or not command.scoring.held_out
     assert not (tmp_path / "out").exists()
 
 
-def test_small_before_and_after_are_alike() -> None:
-    """But for the model they are the same evaluation."""
+@pytest.mark.parametrize("small", [True, False])
+def test_before_and_after_are_alike(small: bool) -> None:
+    """But for the model they are the same evaluations."""
     for name in SMALL:
-        columns = [step for step in Recipe.read(RECIPES / name, small=True).steps if step.column]
-        before, after = ({k: v for k, v in step.options.items() if k != "model"} for step in columns)
-        assert before == after and columns[0].options["model"] != columns[1].options["model"]
+        steps = Recipe.read(RECIPES / name, small=small).steps
+        columns = [[step for step in steps if step.column == column] for column in ("before", "after")]
+        for before, after in zip(*columns, strict=True):
+            assert before.options.pop("model") != after.options.pop("model") and before.options == after.options
+
+
+def test_benchmarks_of_the_papers() -> None:
+    wanted = {"grpo_for_var.toml": ["prompts", "fid"], "vmr_grpo.toml": ["cvtg-2k"], "dreamvar.toml": ["dreambench"]}
+    for name, benchmarks in wanted.items():
+        steps = Recipe.read(RECIPES / name).steps
+        assert [step.options["benchmark"] for step in steps if "benchmark" in step.options] == benchmarks * 2
+    lines = [line for path in (RECIPES / "styles").glob("*.txt") for line in path.read_text().splitlines()]
+    assert sorted(lines) == sorted((RECIPES / "styles.txt").read_text().splitlines())
 
 
 @pytest.fixture
@@ -124,6 +137,48 @@ def test_steps_run_once(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert ran == ["RL", "Evaluate"]
 
 
+def test_a_benchmark_is_in_the_table(toy: Path) -> None:
+    """Its figures under its name; of a model that has changed its images are drawn again."""
+    (toy.parent / "sets").mkdir()
+    (toy.parent / "sets/numbers.txt").write_text("1\n2\n")
+    toy.write_text(
+        f"""{toy.read_text()}
+[[steps]]
+name = "sets"
+command = "evaluate"
+column = "after"
+[steps.options]
+benchmark = "prompts"
+model = "{{output}}/rl"
+data = "{{recipes}}/sets"
+rewards = ["jpeg"]
+"""
+    )
+    output = toy.parent / "out"
+    arguments = ["recipe", toy, "--output", output, "--inputs", f"policy={toy.parent / 'policy'}"]
+    run(*arguments)
+    found = json.loads((output / "figures/sets/summary.json").read_text())["figures"]
+    figures = json.loads((output / "table.json").read_text())["figures"]
+    assert figures["prompts.jpeg"] == {"after": {"value": found["jpeg"], "interval_95": found["jpeg_95"]}}
+    assert "prompts.categories.numbers.jpeg" in figures and "rewards.jpeg" in figures
+    drawn = (output / "figures/sets/images/drawn.json").read_text()
+    toy.write_text(toy.read_text().replace("iterations = 1", "iterations = 2"))
+    run(*arguments)
+    assert (output / "figures/sets/images/drawn.json").read_text() != drawn
+
+
+def test_changed_training_starts_anew(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """If it is asked to; otherwise a run is not thrown away."""
+    output = toy.parent / "out"
+    arguments = ["recipe", toy, "--output", output, "--inputs", f"policy={toy.parent / 'policy'}"]
+    run(*arguments)
+    toy.write_text(toy.read_text().replace("middle = 0", "middle = 0\nlearning-rate = 1e-3"))
+    assert "start anew with --no-resume" in refused(capsys, *arguments)
+    run(*arguments, "--no-resume")
+    assert re.findall(r"step \d of 3: (\w+)", capsys.readouterr().out) == ["rl", "after"]
+    assert json.loads((output / "rl/settings.json").read_text())["rl"]["learning_rate"] == 1e-3
+
+
 def test_an_interrupted_recipe_goes_on(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = toy.parent / "out"
     arguments = ["recipe", toy, "--output", output, "--inputs", f"policy={toy.parent / 'policy'}"]
@@ -195,7 +250,9 @@ def test_figures_of_all_depths() -> None:
     table: dict[str, Any] = {"title": "T", "seconds": {"x": 61.2}, "provenance": {"commit": "abc"}}
     table["figures"] = {"a": {"before": {"value": 1.0, "interval_95": [0.5, 1.5]}}}
     table["figures"]["c"] = {"after": {"value": None, "interval_95": [None, None]}}
+    table["figures"]["fid"] = {"after": {"value": 2.0, "interval_95": None}}
     text = table_text(table)
+    assert "| fid |  | 2.000 |" in text
     assert (
         "| a | 1.000 (0.500 to 1.500) |  |" in text
         and "| c |  |  |" in text

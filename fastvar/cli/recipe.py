@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,8 @@ class Step:
         name: in its recipe.
         command: of fastvar.
         options: of the command, by name; of texts {output}, {base} and the recipe's inputs are replaced.
-        column: of the table, "before" or "after", that the command's figures belong to; "" for none.
+        column: of the table, "before" or "after", that the figures of an evaluation or a benchmark belong to; "" for
+            none.
     """
 
     name: str
@@ -51,7 +53,7 @@ class Step:
         arguments = [self.command]
         options = dict(self.options)
         if self.column:
-            options["output"] = f"{{output}}/figures/{self.name}.json"
+            options["output"] = str(self._figures(Path("{output}")))
         for name, value in options.items():
             flag = name.replace("_", "-")
             if isinstance(value, bool):
@@ -60,6 +62,21 @@ class Step:
                 items = value if isinstance(value, list) else [value]
                 arguments += [f"--{flag}", *(_filled(self.name, str(item), places) for item in items)]
         return arguments
+
+    def found(self, output: Path) -> dict[str, Any]:
+        """Its figures; those of a benchmark under its name."""
+        place = self._figures(output)
+        if "benchmark" not in self.options:
+            return read_json_object(place, "recipe")
+        return {self.options["benchmark"]: read_json_object(place / "summary.json", "recipe")["figures"]}
+
+    def clear(self, output: Path) -> None:
+        """Remove a benchmark's images, which another model may have drawn."""
+        if "benchmark" in self.options:
+            shutil.rmtree(self._figures(output), ignore_errors=True)
+
+    def _figures(self, output: Path) -> Path:
+        return output / "figures" / (self.name if "benchmark" in self.options else f"{self.name}.json")
 
 
 @dataclass(frozen=True)
@@ -117,7 +134,7 @@ class Planned(NamedTuple):
         folder: of the two's outputs.
         arguments: of the command line.
         known_by: a checksum of its arguments and of those of all steps before it. What is done is known by it: where an
-            early step changes, all that follow are made again.
+            early step changes, all that follow are run again.
     """
 
     step: Step
@@ -127,7 +144,12 @@ class Planned(NamedTuple):
 
     @property
     def done(self) -> bool:
-        return _records(self.folder).get(self.step.name, {}).get("known_by") == self.known_by
+        return self.recorded and _records(self.folder)[self.step.name]["known_by"] == self.known_by
+
+    @property
+    def recorded(self) -> bool:
+        """Whether it is done, perhaps with other options."""
+        return self.step.name in _records(self.folder)
 
     def record(self, seconds: float) -> None:
         """That it is done."""
@@ -151,6 +173,9 @@ class RunRecipe:
     output."""
     inputs: tuple[str, ...] = ()
     """What the recipe asks for, as NAME=PATH; it says what in its file."""
+    resume: bool = True
+    """Let training that was stopped, or that has changed, go on from its last checkpoint; what has other settings than
+    its checkpoint is refused. With --no-resume every step that is not done starts anew, over what its folder has."""
     show: bool = False
     """Only print the commands."""
 
@@ -166,7 +191,10 @@ class RunRecipe:
 
         for folder in (self.output, base):
             output_folder("output", folder)
-        commands = [command_of(planned.arguments) for planned in plan]  # all are checked before the first is run
+        anew = [] if self.resume else ["--no-resume"]
+        commands = [  # all are checked before the first is run
+            command_of([*planned.arguments, *(anew if planned.step.command in _SHARED else [])]) for planned in plan
+        ]
         for command in commands:
             check_fields(command)
         main = os.environ.get("RANK", "0") == "0"
@@ -177,6 +205,8 @@ class RunRecipe:
                     continue
                 say(f"step {number} of {len(plan)}: {planned.step.name}")
                 start = time.perf_counter()
+                if main and (planned.recorded or not self.resume):
+                    planned.step.clear(planned.folder)
                 if main or planned.step.command in _SHARED:
                     command.run()
                 while not main and not planned.done:
@@ -206,8 +236,7 @@ class RunRecipe:
         figures: dict[str, dict[str, Any]] = {}
         for step in recipe.steps:
             if step.column:
-                found = read_json_object(self.output / "figures" / f"{step.name}.json", "recipe")
-                for name, value, interval in intervals(found):
+                for name, value, interval in intervals(step.found(self.output)):
                     figures.setdefault(name, {})[step.column] = {"value": value, "interval_95": interval}
         seconds = {step.name: _records(folder)[step.name]["seconds"] for step, folder, *_ in plan}
         table = {"title": recipe.title, "figures": figures, "seconds": seconds, "provenance": made}
@@ -245,6 +274,8 @@ def table_text(table: Mapping[str, Any]) -> str:
 def _cell(found: Mapping[str, Any] | None) -> str:
     if found is None or found["value"] is None:
         return ""
+    if found["interval_95"] is None:
+        return f"{found['value']:.3f}"
     low, high = ("?" if bound is None else f"{bound:.3f}" for bound in found["interval_95"])
     return f"{found['value']:.3f} ({low} to {high})"
 

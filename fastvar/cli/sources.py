@@ -37,7 +37,7 @@ class DataOptions:
     region_shares: tuple[str, ...] = ()
     """Shares of images by their regions of text, "2=0.2 3=0.3 4=0.3 5=0.2" (6 is six and more). Images with texts:
     those with another number are left out, and the shares are as the data has them. Handwriting: scenes with so many
-    digits, in these shares, instead of --digits."""
+    digits, in these shares, instead of --digits. Images of classes and pairs with references have none."""
     reference_place: Annotated[str, OneOf("own", "scene")] = "own"
     """Handwriting: where a reference shows its digit, at a place of its "own" or as in the "scene", which is easier."""
     flip: bool = True
@@ -65,9 +65,17 @@ class DataOptions:
 
         if self.data == "handwriting":
             return self._handwriting(size, "train" if train else "test", seed)
+        self._refuse_shares()
         if is_pairs(self.data):
             return SubjectPairs(self.data, sizes=[size], skip_bad=self.skip_bad)
         return ImageFolder(self.data, size=size, train=train, flip=self.flip, classes=classes)
+
+    def _refuse_shares(self) -> None:
+        if self.region_shares:
+            raise ValueError(
+                "region_shares: expected none, as only handwriting and images with texts (--task infinity) have any, "
+                f"got {' '.join(self.region_shares)} with {self.data}"
+            )
 
     def _handwriting(self, size: tuple[int, int], split: str, seed: int) -> HandwritingScenes | MixedScenes:
         from fastvar.handwriting import HandwritingScenes, MixedScenes
@@ -90,6 +98,7 @@ class DataOptions:
 
         if self.data != "handwriting":
             if is_pairs(self.data):
+                self._refuse_shares()
                 return SubjectPairs(self.data, sizes=sizes, skip_bad=self.skip_bad)
             regions = [number for number, share in parse_shares(self.region_shares).items() if share]
             return TextImages(self.data, sizes=sizes, skip_bad=self.skip_bad, regions=regions)
@@ -195,7 +204,8 @@ class PromptOptions:
         if not isinstance(var, VAR):
             if not shares:
                 raise ValueError(
-                    "prompt_file: expected a file, or --region-shares for numbers, as the model reads any text"
+                    "prompt_file: expected a file, or --region-shares for numbers, as the model reads any text: "
+                    "2=1 asks one of handwriting for two digits, which rewards alone score"
                 )
             return Prompts(numbers(count, shares))
         split = "train" if train else "test"

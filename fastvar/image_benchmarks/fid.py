@@ -98,7 +98,7 @@ class FID:
         if real["mu"].shape != found["mu"].shape:
             expected, got = len(found["mu"]), len(real["mu"])
             raise ValueError(f"benchmark: reference: expected statistics of {expected} features, got {got}")
-        return {"fid": fid_statistics_to_metric(found, real, False)[KEY_METRIC_FID], **figures}
+        return {"fid": fid_statistics_to_metric(found, real, False)[KEY_METRIC_FID], "fid_95": None, **figures}
 
 
 def folder_items(folder: Path, option: str = "images") -> list[Item]:

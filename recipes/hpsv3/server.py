@@ -2,9 +2,9 @@
 
     fastvar rl ... --rewards remote --reward-options remote.url=http://HOST:8000
 
-A 7B vision-language model: 16 GB of a GPU, and as much again to download at the first start. One request is scored at a
-time. It asks nobody who they are: keep it on this host or behind something that does. The protocol is that of
-fastvar.rl.rewards.remote; this file stands alone, as HPSv3 lives in another environment than fastvar.
+A 7B vision-language model, which is downloaded at the first start. One request is scored at a time. It asks nobody
+who they are: keep it on this host or behind something that does. The protocol is that of fastvar.rl.rewards.remote;
+this file stands alone, as HPSv3 lives in another environment than fastvar.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image
 
 
 class HPSv3:
-    """Scores (about -5 to 15, higher is better) of images for prompts: the mean that the model predicts.
+    """Scores (higher is better) of images for prompts: the mean that the model predicts.
 
     Args:
         device: such as "cuda".
