@@ -534,6 +534,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "target_modules=list(TARGETS)",
             "rl/test_wiring.py::test_adapters_have_their_settings",
         ),
+        ('model.clone("cpu")', "model.clone()", "rl/test_trainer.py::test_what_is_saved_is_made_elsewhere"),
         ('derive(seed, "adapters")', "seed", "rl/test_wiring.py::test_adapters_follow_from_the_seed"),
     ],
     "fastvar/cli/models.py": [

@@ -149,7 +149,8 @@ class VMRGRPOTrainer(Generic[Policy]):
         )
 
     def train(self) -> Policy:
-        """Run all iterations, or those that are left, and return the averaged policy; it is saved in `output/model`.
+        """Run all iterations, or those that are left, and return the averaged policy; it is saved in `output/model`. If
+        it had adapters they are merged, and it is on the CPU.
 
         Raises:
             ValueError: `output` holds a run with other settings.
