@@ -407,6 +407,11 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/rl/rollout.py": [
+        (
+            "range(self.first_prompt, -(-rows.stop // group_size))",
+            "range(len(prompts))",
+            "rl/test_infinity_policy.py::test_texts_are_encoded_once_and_where_they_are_drawn",
+        ),
         ("**self.options.arguments(model),", "", "rl/test_wiring.py::test_rollouts_are_drawn_as_told"),
         (
             "(2 if self.options.guides(model) else 1)",
@@ -419,7 +424,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_rollout.py::test_shapes_of_the_segments",
         ),
         (
-            "row // rows_per_prompt for row in rows",
+            "row // rows_per_prompt - self.first_prompt for row in rows",
             "0 for row in rows",
             "rl/test_wiring.py::test_rollouts_are_drawn_as_told",
         ),
@@ -560,6 +565,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "target_modules=list(TARGETS)",
             "rl/test_wiring.py::test_adapters_have_their_settings",
         ),
+        ('model.clone("cpu")', "model.clone()", "rl/test_trainer.py::test_what_is_saved_is_made_elsewhere"),
         ('derive(seed, "adapters")', "seed", "rl/test_wiring.py::test_adapters_follow_from_the_seed"),
     ],
     "fastvar/cli/models.py": [

@@ -12,8 +12,10 @@ from torch import nn
 
 from fastvar.models import sampling
 from fastvar.models.bsq_tokenizer import BSQTokenizer
+from fastvar.models.encoded_texts import EncodedTexts
 from fastvar.models.infinity_block import TextBlock, rotations, scale_indices
 from fastvar.models.infinity_config import InfinityConfig
+from fastvar.models.kept_texts import KeptTexts
 from fastvar.models.linear import Linear
 from fastvar.models.next_scale import NextScaleModel, Positions
 from fastvar.models.sampling import Generation, PerScale, SamplingState
@@ -125,6 +127,12 @@ class Infinity(NextScaleModel[BSQTokenizer]):
     @text_encoder.setter
     def text_encoder(self, encoder: TextEncoder | None) -> None:
         self._text_encoder = () if encoder is None else (encoder,)
+
+    def keep_texts(self) -> None:
+        """Let the text encoder remember texts (`KeptTexts`), for a caller who asks about the same ones again. One that
+        reads features from a file, or none, is left alone."""
+        if self._text_encoder and not isinstance(self.text_encoder, EncodedTexts | KeptTexts):
+            self.text_encoder = KeptTexts(self.text_encoder)
 
     def _shared(self) -> tuple[object, ...]:
         return (*self._tokenizer, *self._text_encoder)

@@ -38,9 +38,9 @@ class PretrainedModel(nn.Module, ModelHubMixin):
     keeps_dtype: ClassVar[bool] = False  # of the weights that it loads; otherwise they become float32
     config: Any
 
-    def clone(self) -> Self:
-        """A copy with weights of its own, adapters included."""
-        return copy.deepcopy(self)
+    def clone(self, device: torch.device | str | None = None) -> Self:
+        """A copy with weights of its own, adapters included; where this one is, or on a device."""
+        return copy.deepcopy(self, {} if device is None else weights_on(self, device))
 
     def save_pretrained(  # the mixin's would delete the former config first
         self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **options: Any
@@ -98,6 +98,16 @@ class PretrainedModel(nn.Module, ModelHubMixin):
             model = cls(config)
         load_strictly(model, state, path, prefix=prefix, assign=cls.keeps_dtype)
         return model.eval()
+
+
+def weights_on(module: nn.Module, device: torch.device | str) -> dict[int, torch.Tensor]:
+    """What `copy.deepcopy` is to take in place of a module's weights so that its copy is on a device; nothing is copied
+    where they are."""
+    found: dict[int, torch.Tensor] = {
+        id(weight): nn.Parameter(weight.detach().to(device, copy=True), weight.requires_grad)
+        for weight in module.parameters()
+    }
+    return found | {id(buffer): buffer.detach().to(device, copy=True) for buffer in module.buffers()}
 
 
 def saved_class(config: Path) -> type[PretrainedModel] | None:

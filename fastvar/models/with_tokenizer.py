@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastvar.models.pretrained import PretrainedModel, has_model
+from fastvar.models.pretrained import PretrainedModel, has_model, weights_on
 
 TOKENIZER_FOLDER = "tokenizer"
 Tokenizer = TypeVar("Tokenizer", bound=PretrainedModel)
@@ -83,9 +83,14 @@ class WithTokenizer(PretrainedModel, Generic[Tokenizer]):
             self._tokenizer[0].to(self.device)
         return self
 
-    def clone(self) -> Self:
-        """A copy with weights of its own, adapters included, and this one's tokenizer."""
-        return copy.deepcopy(self, {id(shared): shared for shared in self._shared()})
+    def clone(self, device: torch.device | str | None = None) -> Self:
+        """A copy with weights of its own, adapters included, and this one's tokenizer; on a device, if one is given,
+        with a tokenizer of its own there."""
+        taken: dict[int, Any] = {id(shared): shared for shared in self._shared()}
+        if device is not None:
+            taken |= weights_on(self, device)
+            taken |= {id(tokenizer): tokenizer.clone(device) for tokenizer in self._tokenizer}
+        return copy.deepcopy(self, taken)
 
     def _run(self, block: Callable[..., Any], *inputs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():

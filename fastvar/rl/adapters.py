@@ -91,17 +91,21 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 def merged(model: Kind) -> Kind:
     """A copy whose linear layers contain what the adapters add: a plain model."""
-    copy = model.clone()
+    return _merge(model.clone())
+
+
+def plain(model: Kind) -> Kind:
+    """The model without adapters: itself where it has none, or else what `merged` gives, made on the CPU, as there may
+    be no room for one more copy where the model is."""
+    return _merge(model.clone("cpu")) if has_adapters(model) else model
+
+
+def _merge(copy: Kind) -> Kind:
     for name, layer in _adapted(copy):
         layer.merge()
         parent, _, attribute = name.rpartition(".")
         setattr(copy.get_submodule(parent), attribute, layer.get_base_layer())
     return copy
-
-
-def plain(model: Kind) -> Kind:
-    """The model without adapters: `merged` where it has some, or else itself."""
-    return merged(model) if has_adapters(model) else model
 
 
 def _adapted(model: nn.Module) -> list[tuple[str, Any]]:

@@ -88,7 +88,7 @@ def roll_out(
     if segment != "whole" and not 1 <= middle < len(model.schedule):
         raise ValueError(f"roll_out: middle: expected 1 to {len(model.schedule) - 1}, got {middle}")
     rows = range(len(prompts) * group_size) if rows is None else rows
-    artist = _Artist(model, prompts, group_size, seed, options, continue_with)
+    artist = _Artist(model, prompts, rows, group_size, seed, options, continue_with)
     drawn: list[_Drawn] = []
     if segment == "whole":
         drawn = [artist.start(part) for part in _chunks(rows, options.batch_size)]
@@ -112,7 +112,7 @@ def roll_out(
         middle if segment == "fine" else 0,
         rows,
         group_size,
-        None if artist.subject is None else taken(artist.subject, [row // group_size for row in rows]),
+        None if artist.subject is None else taken(artist.subject, artist.owners(rows, group_size)),
         artist.passed_tokens,
     )
 
@@ -125,12 +125,13 @@ class _Drawn(NamedTuple):
 
 
 class _Artist:
-    """Draws parts of one rollout."""
+    """Draws parts of some rows of one rollout; of the prompts it reads those of these rows alone."""
 
     def __init__(
         self,
         model: Model,
         prompts: Prompts,
+        rows: range,
         group_size: int,
         seed: int,
         options: SamplingOptions,
@@ -138,20 +139,25 @@ class _Artist:
     ) -> None:
         self.model, self.reference, self.group_size = model, reference, group_size
         self.seed, self.options = seed, options
-        [self.conditions] = model.batches(prompts.conditions, len(prompts))
-        self.subject = subject_of(model, prompts)
+        self.first_prompt = rows.start // group_size
+        own = prompts.take(range(self.first_prompt, -(-rows.stop // group_size)))
+        [self.conditions] = model.batches(own.conditions, len(own))
+        self.subject = subject_of(model, own)
         self.passed_tokens = 0
 
+    def owners(self, rows: range, rows_per_prompt: int) -> list[int]:
+        """Which of the prompts that were read each row belongs to."""
+        return [row // rows_per_prompt - self.first_prompt for row in rows]
+
     def conditions_of(self, rows: range, rows_per_prompt: int) -> Any:
-        return self.model.take(self.conditions, [row // rows_per_prompt for row in rows])
+        return self.model.take(self.conditions, self.owners(rows, rows_per_prompt))
 
     def subjects_of(self, rows: range, rows_per_prompt: int) -> torch.Tensor | None:
         """One for each prompt where all its rows are there, else one for each row."""
         if self.subject is None:
             return None
         aligned = rows.start % rows_per_prompt == 0 and rows.stop % rows_per_prompt == 0
-        owners = [row // rows_per_prompt for row in (rows[::rows_per_prompt] if aligned else rows)]
-        return taken(self.subject, owners)
+        return taken(self.subject, self.owners(rows[::rows_per_prompt] if aligned else rows, rows_per_prompt))
 
     def start(self, rows: range, *, stop: int | None = None, rows_per_prompt: int | None = None) -> _Drawn:
         """Rows from the first scale on; `rows_per_prompt` of them, G by default, belong to a prompt."""

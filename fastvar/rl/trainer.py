@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 
 from fastvar.files import write_json
-from fastvar.models import Model
+from fastvar.models import Infinity, Model
 from fastvar.ops import PolicyLoss, group_advantages
 from fastvar.random import derive
 from fastvar.rl.adapters import has_adapters, plain
@@ -117,6 +117,8 @@ class VMRGRPOTrainer(Generic[Policy]):
         policy = policy.to(self.accelerator.device).eval()
         policy.gradient_checkpointing = config.gradient_checkpointing
         policy.tokenizer.requires_grad_(False).eval()
+        if isinstance(policy, Infinity):
+            policy.keep_texts()
         written = output if self.processes.main else None
         self.processes.rewarded(lambda: before_the_first_step(policy, self.prompts, evaluation, reward, written))
         self.reference = reference
@@ -149,7 +151,8 @@ class VMRGRPOTrainer(Generic[Policy]):
         )
 
     def train(self) -> Policy:
-        """Run all iterations, or those that are left, and return the averaged policy; it is saved in `output/model`.
+        """Run all iterations, or those that are left, and return the averaged policy; it is saved in `output/model`. If
+        it had adapters they are merged, and it is on the CPU.
 
         Raises:
             ValueError: `output` holds a run with other settings.

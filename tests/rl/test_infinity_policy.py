@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from fastvar.cli import main
 from fastvar.models import Infinity, SamplingOptions, state_after
+from fastvar.models.kept_texts import KeptTexts
 from fastvar.ops import PolicyLossOptions
 from fastvar.rl import Prompts, RLConfig, Rollout, VMRGRPOTrainer, add_adapters, roll_out, segment_loss
 from fastvar.rl.rewards import RewardSum
@@ -197,6 +199,26 @@ def test_bf16(tmp_path: Path) -> None:
     hidden = torch.randn(2, 3, 32)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(net.scored(hidden).hidden, net.logits(hidden))
+
+
+def test_texts_are_encoded_once_and_where_they_are_drawn(tmp_path: Path) -> None:
+    """The trainer asks the encoder about each text once, a rollout about those of its rows; what is kept has an end."""
+    net = bitwise_policy()
+    encoder: Any = net.text_encoder
+    asked: list[str] = []
+    watched = Mock(wraps=encoder, side_effect=lambda texts: asked.extend(texts) or encoder(texts))
+    watched.configure_mock(name=encoder.name, channels=16, max_length=12, dtype=torch.float32)
+    net.text_encoder = watched
+    whole, part = rollout(net, "fine"), rollout(net, "fine", rows=range(6, 12))
+    assert asked == TEXTS + TEXTS[1:] and torch.equal(part.tokens, whole.tokens[6:])
+    asked.clear()
+    trainer(tmp_path, net=net).train()
+    assert asked == TEXTS
+    kept = KeptTexts(watched, most_bytes=9 * 16 * 4)
+    for texts in (TEXTS, TEXTS[::-1], [TEXTS[1]] * 2):
+        for one, two in zip(kept(texts), encoder(texts), strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=0)
+    assert asked[3:] == [*TEXTS, "two dogs", "a cat", "two dogs"]
 
 
 def test_a_text_without_features_is_named_first(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,8 +25,10 @@ from fastvar.rl import (
     VMRGRPOTrainer,
     add_adapters,
     evaluate_policy,
+    merged,
     without_adapters,
 )
+from fastvar.rl.adapters import plain
 from fastvar.rl.rewards import ColourReward, Reward, RewardSum
 from fastvar.training.checkpoints import Checkpoints, saved_steps
 from fastvar.training.interrupts import Interrupted
@@ -331,6 +334,23 @@ def test_adapters(tmp_path: Path) -> None:
     assert any(p.requires_grad for p in adapted.parameters())
     with pytest.raises(ValueError, match="expected a model without adapters"):
         add_adapters(adapted, 4)
+
+
+def test_what_is_saved_is_made_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights behind adapters go to the CPU one by one, never in a copy beside them; a tokenizer goes with them."""
+    pytest.importorskip("peft")
+    adapted = add_adapters(policy(), 2)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    expected = merged(adapted)
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", Mock(side_effect=AssertionError("copied where it is")))
+    found = plain(adapted)
+    assert found.device.type == "cpu" and found.tokenizer is not adapted.tokenizer
+    for model, other in ((found, expected), (found.tokenizer, adapted.tokenizer)):
+        torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+    assert not {p.data_ptr() for p in found.parameters()} & {p.data_ptr() for p in adapted.parameters()}
+    assert plain(expected) is expected
 
 
 def test_without_adapters_restores_what_was_there() -> None:
