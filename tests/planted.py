@@ -983,7 +983,8 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/integrations/samplers.py": [
-        ("if smooth else", "if None else", "integrations/test_var.py::test_smoothing_reads_truncated_logits"),
+        ('.get("more_smooth"):', '.get("x"):', "integrations/test_var.py::test_smoothing_reads_truncated_logits"),
+        ("drawn_by: draw}", "drawn_by: former}", "integrations/test_var.py::test_the_sampler_draws_by_the_operator"),
     ],
     "fastvar/integrations/infinity.py": [
         ("start = filled(self)", "start = 0", "integrations/test_infinity.py::test_a_forgotten_scale_does_no_harm"),

@@ -93,7 +93,8 @@ class SelfAttention(KVCaching):
             capacity = tokens if schedule is None else schedule.num_tokens
             out = attend_to_cache(self, *queries_keys_values(self, x), capacity, rope)
             return self.proj_drop(self.proj(out.flatten(2)))
-        diagonal = False if mask is None and attn_fn is not None else masked(known, mask, schedule, tokens)
+        ours = mask is None and isinstance(attn_fn, partial) and attn_fn.func is _heads_first
+        diagonal = False if ours else masked(known, mask, schedule, tokens)
         if schedule is None or diagonal is None or schedule.num_tokens > tokens:
             arguments = mask, attn_fn, scale_schedule, rope2d_freqs_grid, scale_ind
             return known.former["forward"](x, *arguments)

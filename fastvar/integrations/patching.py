@@ -113,6 +113,8 @@ class Patch(NamedTuple):
             former = getattr(found, name, None)
             if not callable(former):
                 return f"it has no method {name}"
+            if name in vars(found):
+                return f"its {name} was replaced by somebody else"
             takes, expected = _arguments(former), _arguments(MethodType(function, found))
             if takes != expected:
                 return f"its {name} takes ({', '.join(takes)}), expected ({', '.join(expected)})"
@@ -150,20 +152,27 @@ class Applied:
         self._run, self._schedule = Run(), schedule
         self.replaced: list[Replaced] = []
         self.left: list[Left] = []
-        self._before: list[tuple[dict[str, Any], str, Any]] = []
+        self._before: list[tuple[dict[str, Any], str, Any, Any]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Give an object an attribute of its own until `undo`; with the first one comes `_fastvar`."""
         members = vars(owner)
         if name != _OWN and _OWN not in members:
             self.set(owner, _OWN, Own(self._run, self._schedule))
-        self._before.append((members, name, members.get(name, self)))  # itself stands for none
+        self._before.append((members, name, members.get(name, self), value))  # itself stands for none
         members[name] = value
 
     def undo(self) -> None:
-        """Give every object its attributes back. A second call does nothing."""
+        """Give every object its attributes back. A second call does nothing.
+
+        Raises:
+            RuntimeError: one was replaced since, by a library's hooks for instance; nothing is undone.
+        """
+        for members, name, _, own_value in self._before:
+            if members.get(name) is not own_value:
+                raise RuntimeError(f"integrations: undo: expected {name} as it was set, got another; undo that first")
         while self._before:
-            members, name, value = self._before.pop()
+            members, name, value, _ = self._before.pop()
             if value is self:
                 members.pop(name, None)
             else:

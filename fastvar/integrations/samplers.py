@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, wraps
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -20,11 +20,12 @@ _PREFIX = "sample_with_top_k_top_p_"
 def replace(applied: Applied, place: str, found: Any) -> None:
     """Let the methods of an object that draw do it without a sort, bits in closed form.
 
-    While such a method runs, the name in its module stands for our function; other models of the module draw as ever.
+    What runs is a copy of the method with names of its own, among them our function; other models of the module draw as
+    ever, in other threads too.
     """
     for name, drawn_by in _methods_that_draw(type(found)):  # type: ignore[arg-type]  # a class is hashable
         method = getattr(type(found), name)
-        drawing = _drawing(method, inspect.unwrap(method).__globals__, drawn_by)
+        drawing = _drawing(method, drawn_by)
         applied.set(found, name, MethodType(drawing, found))
         what, note = f"{name} draws without a sort, bits in closed form", "equal seeds draw other images than before"
         applied.replaced.append(Replaced("sampler", place, type(found).__name__, what, note))
@@ -41,8 +42,9 @@ def _methods_that_draw(kind: type) -> list[tuple[str, str]]:
     return found
 
 
-def _drawing(method: Callable[..., Any], names: dict[str, Any], drawn_by: str) -> Callable[..., Any]:
-    former = names[drawn_by]
+def _drawing(method: Callable[..., Any], drawn_by: str) -> Callable[..., Any]:
+    inner: Any = inspect.unwrap(method)
+    former = inner.__globals__[drawn_by]
 
     def draw(
         logits_BlV: torch.Tensor, top_k: int = 0, top_p: float = 0.0, rng: Any = None, num_samples: int = 1
@@ -54,9 +56,14 @@ def _drawing(method: Callable[..., Any], names: dict[str, Any], drawn_by: str) -
     @wraps(method)
     def drawing(self: Any, *args: Any, **kwargs: Any) -> Any:
         # smoothing reads the logits that the former function has truncated in place
-        smooth = inspect.signature(method).bind(self, *args, **kwargs).arguments.get("more_smooth")
-        with contextlib.nullcontext() if smooth else _named(names, drawn_by, draw):
+        if inspect.signature(method).bind(self, *args, **kwargs).arguments.get("more_smooth"):
             return method(self, *args, **kwargs)
+        names = {**inner.__globals__, drawn_by: draw}
+        own = FunctionType(inner.__code__, names, inner.__name__, inner.__defaults__, inner.__closure__)
+        own.__kwdefaults__ = inner.__kwdefaults__
+        # the public methods are decorated with torch.no_grad
+        with contextlib.nullcontext() if inner is method else torch.no_grad():
+            return own(self, *args, **kwargs)
 
     return drawing
 
@@ -69,13 +76,3 @@ def sample(logits: torch.Tensor, top_k: int, top_p: float, rng: torch.Generator 
         difference = (logits[..., 1] - logits[..., 0])[..., None]
         return sample_bits(difference, top_k=min(top_k, 2), **options).bits.long()
     return sample_tokens(logits, top_k=top_k, **options).tokens[..., None]
-
-
-@contextlib.contextmanager
-def _named(names: dict[str, Any], name: str, function: Callable[..., Any]) -> Iterator[None]:
-    before = names[name]
-    names[name] = function
-    try:
-        yield
-    finally:
-        names[name] = before

@@ -99,8 +99,15 @@ def masked(known: Own, mask: torch.Tensor | None, schedule: ScaleSchedule | None
     return known.run.block_diagonal(mask, schedule)
 
 
+_PARTS_OF_ATTENTION = ("mat_qkv", "q_bias", "v_bias", "zero_k_bias", "scale_mul_1H11", "proj", "proj_drop")
+
+
 def attention_obstacle(attention: Any) -> str | None:
     """Why the operators cannot do what an attention does."""
+    members = [*attention._parameters, *attention._buffers, *attention._modules]
+    others = [name for name in members if name not in _PARTS_OF_ATTENTION]
+    if others:
+        return f"it has parts that the public one has not: {', '.join(others)}"
     if getattr(attention, "attn_drop", 0):
         return "it drops attention weights, which the operators do not"
     if hasattr(attention, "scale_mul_1H11"):

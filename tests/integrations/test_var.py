@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fastvar.integrations import PARTS, apply
+from fastvar.ops import sample_tokens
 from tests.helpers import public_var
 from tests.helpers.public_var import Kitchen, PublicVAR
 
@@ -197,6 +199,39 @@ def test_it_reads_no_mask_and_keeps_one_cache() -> None:
         model.autoregressive_infer_cfg(LABELS)
         assert len(places) == 1 and len(counted) == 1
         assert model.blocks[0].attn.cached_k is None  # and none is kept
+        run = vars(model.blocks[0].attn)["_fastvar"].run
+        assert not run.caches and not run._kept
+
+
+def test_the_sampler_draws_by_the_operator() -> None:
+    """Of this model alone: the function of its module is the former one while it runs."""
+    model, former, seen = made("cosine"), public_var.sample_with_top_k_top_p_, []
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        seen.append((public_var.sample_with_top_k_top_p_, options["top_k"], options["top_p"]))
+        return sample_tokens(*arguments, **options)
+
+    with apply(model, "sampler"), patch("fastvar.integrations.samplers.sample_tokens", noted):
+        model.autoregressive_infer_cfg(LABELS, top_k=3, top_p=0.9)
+    assert set(seen) == {(former, 3, 0.9)} and len(seen) == 4
+
+
+def test_what_others_have_changed_is_left() -> None:
+    """A method that somebody has replaced, and attention with parts that the public one has not."""
+    model = made("cosine")
+    first, second = (block.attn for block in model.blocks[:2])
+    first.forward = first.forward
+    second.k_norm = torch.nn.LayerNorm(8)
+    with apply(model) as applied:
+        left = {each.why for each in applied.left if each.part == "attention"}
+        assert left == {
+            "its forward was replaced by somebody else",
+            "it has parts that the public one has not: k_norm",
+        }
+    applied = apply(model)
+    model.head_nm.forward = partial(model.head_nm.forward)
+    with pytest.raises(RuntimeError, match="undo: expected forward as it was set, got another"):
+        applied.undo()
 
 
 def test_smoothing_reads_truncated_logits() -> None:
