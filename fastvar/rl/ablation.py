@@ -140,7 +140,8 @@ def iteration_tokens(config: RLConfig, schedule: ScaleSchedule, iteration: int) 
     else:
         coarse = schedule.ends[config.middle - 1]
         if segment == "coarse":
-            drawn, trained = rows * coarse + rows * config.continuations * (whole - coarse), rows * coarse
+            read = 2 if config.reference_continues else 1  # by the reference too, which continues from them
+            drawn, trained = read * rows * coarse + rows * config.continuations * (whole - coarse), rows * coarse
         else:
             drawn, trained = config.prompts * coarse + rows * (whole - coarse), rows * whole
     return drawn * (2 if config.rollout.guides(VAR) else 1) + _BACKWARD * config.updates * trained

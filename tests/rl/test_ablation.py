@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,9 @@ def test_tokens_of_an_iteration() -> None:
     config = RLConfig(prompts=2, group_size=4, middle=2, continuations=3, coarse_updates=1, fine_updates=1)
     assert iteration_tokens(config, SCHEDULE, 0) == 8 * 5 + 24 * 9 + 3 * 8 * 5
     assert iteration_tokens(config, SCHEDULE, 1) == 2 * 5 + 8 * 9 + 3 * 8 * 14
+    by_reference = replace(config, continue_with="reference")
+    assert iteration_tokens(by_reference, SCHEDULE, 0) == 2 * 8 * 5 + 24 * 9 + 3 * 8 * 5
+    assert iteration_tokens(by_reference, SCHEDULE, 1) == iteration_tokens(config, SCHEDULE, 1)
     plain = RLConfig(prompts=2, group_size=4, middle=0, updates=2, rollout=SamplingOptions(guidance=1.0))
     assert iteration_tokens(plain, SCHEDULE, 0) == 2 * 8 * 14 + 3 * 2 * 8 * 14
     assert affordable_iterations(plain, SCHEDULE, 2 * iteration_tokens(plain, SCHEDULE, 0)) == 2
