@@ -271,7 +271,11 @@ def test_small_recipes_to_the_end(tmp_path: Path) -> None:
         for name, value in few.items():
             text = re.sub(rf"(?m)^{name} = \d+", f"{name} = {value}", text)
         text = re.sub(r'(?m)^command = "choose-middle"\n(.*)$', r'command = "choose-middle"\n\1\nprefixes = 2', text)
-        path.write_text(text.replace('rewards = ["ocr"]', 'rewards = ["colour"]').replace('"ocr"', '"ocr=1"'))
+        path.write_text(
+            text.replace(
+                'rewards = ["ocr"]\noutput = "{output}/middle', 'rewards = ["colour"]\noutput = "{output}/middle'
+            )
+        )
     for name in SMALL:
         output = tmp_path / name
         run("recipe", tmp_path / "recipes" / name, "--small", "--output", output)
