@@ -121,6 +121,10 @@ class NextScaleModel(WithTokenizer[Tokenizer]):
         """B, of encoded prompts."""
         raise NotImplementedError
 
+    def keep_texts(self) -> None:
+        """Let the model remember what it reads of texts, for a caller who asks about the same ones again; nothing where
+        reading them takes no time."""
+
     def batches(self, prompts: Any, size: int) -> list[Any]:
         """Prompts in batches of at most `size`, each as `generate` and `hidden` take them; all are checked. None of no
         prompts."""

@@ -25,6 +25,7 @@ from fastvar.ops import (
     sample_tokens,
     token_log_probs,
 )
+from fastvar.ops._numbers import on_device
 from fastvar.ops.token_log_probs import Head
 from fastvar.ranges import GUIDANCE
 from fastvar.schedule import ScaleSchedule
@@ -145,8 +146,7 @@ class VAR(NextScaleModel[VQTokenizer]):
         return list(indices.split(size)) if len(indices) else []
 
     def take(self, batch: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        indices = torch.tensor(rows, dtype=torch.int64)
-        return batch.index_select(0, indices.to(batch.device, non_blocking=True))
+        return batch.index_select(0, on_device(tuple(rows), torch.int64, batch.device))
 
     def begin(self, encoded: torch.Tensor, *, guided: bool) -> tuple[torch.Tensor, Modulations]:
         condition = self.condition(encoded)

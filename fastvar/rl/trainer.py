@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 
 from fastvar.files import write_json
-from fastvar.models import Infinity, Model
+from fastvar.models import Model
 from fastvar.ops import PolicyLoss, group_advantages
 from fastvar.random import derive
 from fastvar.rl.adapters import has_adapters, plain
@@ -37,7 +37,7 @@ from fastvar.training.ema import EMA
 from fastvar.training.graphed import GraphedStep, check_alone
 from fastvar.training.interrupts import Interrupted, Interrupts
 from fastvar.training.lock import locked
-from fastvar.training.log import RunLog
+from fastvar.training.log import RunLog, say
 from fastvar.training.loop import launched_precision, parameter_groups
 
 Policy = TypeVar("Policy", bound=Model)
@@ -112,13 +112,17 @@ class VMRGRPOTrainer(Generic[Policy]):
         self.accelerator = make_accelerator()
         self.processes = Processes(self.accelerator)
         self.drawn_prompts = self.processes.drawn_prompts(config.prompts, config.group_size)
+        if self.drawn_prompts != config.prompts and self.processes.main:
+            say(
+                f"RLConfig: prompts: rollouts draw and score {self.drawn_prompts} instead of {config.prompts}, which "
+                f"{self.processes.count} processes share evenly; those beyond {config.prompts} are not trained"
+            )
         check_alone("RLConfig: update_graphs", config.update_graphs, self.accelerator)
 
         policy = policy.to(self.accelerator.device).eval()
         policy.gradient_checkpointing = config.gradient_checkpointing
         policy.tokenizer.requires_grad_(False).eval()
-        if isinstance(policy, Infinity):
-            policy.keep_texts()
+        policy.keep_texts()
         written = output if self.processes.main else None
         self.processes.rewarded(lambda: before_the_first_step(policy, self.prompts, evaluation, reward, written))
         self.reference = reference

@@ -42,6 +42,8 @@ trainer = VMRGRPOTrainer(var, patchy, PROMPTS, config, Path({output!r}))
 assert trainer.accelerator.is_fsdp2 and trainer.processes.count == 2
 for part in (trainer.policy.blocks[0].qkv, trainer.policy.head):
     assert type(part.weight).__name__ == "DTensor", part
+from torch.distributed.fsdp import FSDPModule
+assert isinstance(trainer.policy.blocks[0], FSDPModule)  # gathered a block at a time
 trainer.train()
 """
 
