@@ -73,7 +73,8 @@ class Session:
     def __init__(self, config: pytest.Config) -> None:
         option = config.getoption
         self.config, self.device = config, device_of(size_of(option("--size")))
-        self.runner = Runner(Options(self.device, budget=option("--seconds")))
+        rounds = (2, 50) if size_of(option("--size")) == "tiny" else (5, 50)  # what is tiny is no result
+        self.runner = Runner(Options(self.device, budget=option("--seconds"), rounds=rounds))
         self.rows: Path = option("--rows")
         self.warm = part_of(option("--warm"))
         self.journal = Journal(self.rows, records.device_name(self.device), bool(self.warm))

@@ -14,11 +14,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import triton
     from triton.runtime import interpreter
 
-    from tests.helpers import bfloat16, bounds_check, reductions
+    from tests.helpers import bfloat16, bounds_check, interpreter_speed, reductions
 
     bounds_check.install()
     bfloat16.install()
     reductions.install()
+    interpreter_speed.install()
     if triton.__version__.startswith("3.6."):
         # Its loop bounds are arrays of one element, which numpy 2.4 no longer takes for integers.
         patch = interpreter._patch_lang_tensor
