@@ -205,7 +205,7 @@ class PromptOptions:
             if not shares:
                 raise ValueError(
                     "prompt_file: expected a file, or --region-shares for numbers, as the model reads any text: "
-                    "2=1 asks one of handwriting for two digits, which rewards alone score"
+                    "2=1 asks one of handwriting for two digits"
                 )
             return Prompts(numbers(count, shares))
         split = "train" if train else "test"
@@ -247,6 +247,8 @@ class PromptOptions:
         shares = parse_shares(self.region_shares)
         if self.prompt_file is not None or self.prompt_words is not None:
             return {}
-        if not isinstance(var, VAR) or not var.config.text_length:
+        if not var.config.text_length:
+            return {}
+        if not isinstance(var, VAR) and (not shares or var.config.subject != "none"):
             return {}
         return figures(var, samples, options, seed=seed, reference_place=self.reference_place, shares=shares)

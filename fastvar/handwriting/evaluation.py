@@ -14,7 +14,7 @@ from fastvar.handwriting.dataset import HandwritingScenes
 from fastvar.handwriting.matching import match_reference, subject_distances
 from fastvar.handwriting.mixed import MixedScenes
 from fastvar.handwriting.reader import Reader
-from fastvar.models import VAR, SamplingOptions
+from fastvar.models import VAR, Model, SamplingOptions
 from fastvar.rl import Prompts
 from fastvar.rl.rewards import Description, Reward
 
@@ -133,7 +133,7 @@ def evaluate_subject(
 
 
 def figures(
-    var: VAR,
+    var: Model,
     samples: int,
     options: SamplingOptions,
     *,
@@ -143,8 +143,8 @@ def figures(
 ) -> dict[str, Any]:
     """ "reading", and with a subject prefix "subject_match", of so many samples of a model with a text condition; ready
     for JSON. Arguments as `HandwritingScenes`, `draw` and `prompts`; with shares without a subject prefix also the
-    reading of the numbers of 2 digits ("reading_2"), of 3 and so on."""
-    if var.config.subject == "none":
+    reading of the numbers of 2 digits ("reading_2"), of 3 and so on. An Infinity needs shares."""
+    if not isinstance(var, VAR) or var.config.subject == "none":
         texts = numbers(samples, shares) if shares else every_number(var.config.text_length, samples)
         read = evaluate_texts(var, texts, options, Reader(), seed=seed)
         found = {"reading": read.summary()}
