@@ -1016,6 +1016,14 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     "fastvar/handwriting/evaluation.py": [
         ("i * total // count", "i", "handwriting/test_evaluation.py::test_numbers_are_spread_over_all"),
     ],
+    "hub/build.py": [
+        (
+            "f'NAMESPACE = \"{identity}\"'",
+            "'NAMESPACE = \"fastvar\"'",
+            "test_hub.py::test_two_builds_and_fastvar_in_one_process",
+        ),
+        ("{'.' * depth}{inner}", "{'.' * depth}fastvar.{inner}", "test_hub.py::test_what_cannot_be_rewritten_is_named"),
+    ],
     "fastvar/report.py": [
         ("<p>{html.escape(text)}</p>", "<p>{text}</p>", "test_report.py::test_page"),
         ("<td>{html.escape(str(c))}</td>", "<td>{c}</td>", "test_report.py::test_page"),
