@@ -41,9 +41,9 @@ wheel: $(VENV)/installed
 	$(VENV)/bin/python -m build --wheel --outdir dist .
 	$(VENV)/bin/python tests/inspect_wheel.py dist/*.whl
 
-# The site, in site/, without a network; a link that leads nowhere is an error.
+# The site, in site/, without a network; a link that leads nowhere is an error, unless --quiet hides it from --strict.
 docs: $(VENV)/installed
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info fastvar/_*.abi3.so fastvar/_build.json
