@@ -63,8 +63,8 @@ def main(model: str, output: str, steps: int = 100) -> None:
     def short(completions: list[str], **_: Any) -> list[float]:
         return [-float(len(text)) for text in completions]
 
-    options = {"loss_type": "bnpo", "beta": 0.04, "use_bias_correction_kl": False}
-    config = GRPOConfig(output_dir=output, max_steps=steps, report_to="none", **options)
+    options = {"loss_type": "bnpo", "beta": 0.04, "use_bias_correction_kl": False, "report_to": "none"}
+    config = GRPOConfig(output_dir=output, max_steps=steps, bf16=torch.cuda.is_available(), **options)
     prompts = Dataset.from_dict({"prompt": ["Say yes.", "Say no."] * 8})
     Trainer(model, reward_funcs=short, args=config, train_dataset=prompts).train()
 
