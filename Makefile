@@ -15,7 +15,7 @@ TEST_FLAGS ?=
 # line sets it too (fastvar/threads.py); pytest, which may import torch first, has it from here.
 export GOMP_SPINCOUNT ?= 2000
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test lint wheel docs clean
 
 $(VENV)/installed: pyproject.toml setup.py
 	@echo "Installing about 6 GB into $(VENV); pip says nothing for some minutes."
@@ -41,5 +41,9 @@ wheel: $(VENV)/installed
 	$(VENV)/bin/python -m build --wheel --outdir dist .
 	$(VENV)/bin/python tests/inspect_wheel.py dist/*.whl
 
+# The site, in site/, without a network; a link that leads nowhere is an error, unless --quiet hides it from --strict.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastvar/_*.abi3.so fastvar/_build.json
+	rm -rf $(VENV) build dist site *.egg-info fastvar/_*.abi3.so fastvar/_build.json

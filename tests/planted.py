@@ -1016,6 +1016,21 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     "fastvar/handwriting/evaluation.py": [
         ("i * total // count", "i", "handwriting/test_evaluation.py::test_numbers_are_spread_over_all"),
     ],
+    "hub/build.py": [
+        (
+            "f'NAMESPACE = \"{identity}\"'",
+            "'NAMESPACE = \"fastvar\"'",
+            "test_hub.py::test_two_builds_and_fastvar_in_one_process",
+        ),
+        ("{'.' * depth}{inner}", "{'.' * depth}fastvar.{inner}", "test_hub.py::test_what_cannot_be_rewritten_is_named"),
+    ],
+    "examples/cross_entropy_in_your_trainer.py": [
+        ("total = total / tokens.shape[2]", "pass", "test_examples.py::test_cross_entropy_of_bits"),
+    ],
+    "examples/policy_loss_in_trl.py": [
+        ("token_mask=mask.bool(),", "", "test_examples.py::test_policy_loss_in_trl"),
+        ("temperature=self.temperature,", "", "test_examples.py::test_policy_loss_in_trl"),
+    ],
     "fastvar/report.py": [
         ("<p>{html.escape(text)}</p>", "<p>{text}</p>", "test_report.py::test_page"),
         ("<td>{html.escape(str(c))}</td>", "<td>{c}</td>", "test_report.py::test_page"),

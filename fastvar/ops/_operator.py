@@ -28,7 +28,8 @@ C = TypeVar("C")
 Grads = Sequence[torch.Tensor | None]
 
 _NOTHING = nullcontext()
-_LIBRARY = torch.library.Library("fastvar", "DEF")
+NAMESPACE = "fastvar"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 class Operator(Generic[C]):
@@ -71,16 +72,17 @@ class Operator(Generic[C]):
 
         _LIBRARY.define(f"{name}({record.schema}, str backend) -> {returns}")
         _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastvar::{name}", fake_forward, lib=_LIBRARY)
-        self.op = getattr(torch.ops.fastvar, name).default
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake_forward, lib=_LIBRARY)
+        operators = getattr(torch.ops, NAMESPACE)
+        self.op = getattr(operators, name).default
         self._function: Any = None
         if differentiable:
             backward = f"{name}_backward"
             arguments = f"Tensor?[] grads, {record.schema}, Tensor[] saved, bool[] needs, str backend"
             _LIBRARY.define(f"{backward}({arguments}) -> Tensor[]")
             _LIBRARY.impl(backward, self._run_backward, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"fastvar::{backward}", self._fake_backward, lib=_LIBRARY)
-            self.backward_op = getattr(torch.ops.fastvar, backward).default
+            torch.library.register_fake(f"{NAMESPACE}::{backward}", self._fake_backward, lib=_LIBRARY)
+            self.backward_op = getattr(operators, backward).default
             self._function = _autograd_function(self)
 
     def __call__(self, call: C, backend: str = "auto") -> Any:

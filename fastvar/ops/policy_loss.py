@@ -191,7 +191,7 @@ def policy_loss(
 ) -> PolicyLoss:
     """The clipped, group-relative policy loss of drawn tokens, from hidden states and the head, without whole logits.
 
-    For token i of sample b and scale t, with l its log-probability, A the advantage and m the mask::
+    For token i of sample b and scale t, with l its log-probability, A the advantage and m the mask:
 
         r_i  = exp(l_i - l_i^old)
         s_i  = min(r_i A_b, clip(r_i, 1 - clip_low, 1 + clip_high) A_b)
