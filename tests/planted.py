@@ -961,17 +961,21 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ("(group_size * (group_size - 1))", "group_size**2", "data/test_metrics.py::test_diversity"),
     ],
     "fastvar/integrations/patching.py": [
-        ("members.pop(name, None)", "pass", "integrations/test_var.py::test_everything_is_restored"),
+        ("vars(owner).pop(name, None)", "pass", "integrations/test_var.py::test_everything_is_restored"),
         (
-            "if torch.equal(found, torch.where(seen, 0.0, -torch.inf)):",
+            "if torch.equal(found, torch.where(seen, 0.0, -torch.inf).to(found.dtype)):",
             "if not diagonal:",
             "integrations/test_var.py::test_other_masks_are_left_to_the_model",
         ),
-        ("if kept is not of:", "if True:", "integrations/test_var.py::test_it_reads_no_mask_and_keeps_one_cache"),
+        (
+            "if len(kept) != len(of) or any(a is not b for a, b in zip(kept, of, strict=True)):",
+            "if True:",
+            "integrations/test_var.py::test_it_reads_no_mask_and_keeps_one_cache",
+        ),
     ],
     "fastvar/integrations/var.py": [
         (
-            "versions == _versions(tokens)",
+            "versions == _versions(known)",
             "True",
             "integrations/test_var.py::test_changed_tokens_have_their_own_inputs",
         ),
@@ -980,6 +984,37 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "softmax_scale=attention.scale)",
             "softmax_scale=1.0)",
             "integrations/test_var.py::test_training_and_sampling_agree",
+        ),
+    ],
+    "fastvar/integrations/hart.py": [
+        (
+            "_attend(q[:, end:], k, v,",
+            "_attend(q[:, end:], k[:, :end], v[:, :end],",
+            "integrations/test_hart.py::test_training_and_sampling_agree",
+        ),
+        (
+            "m_maskgit), texts, m_maskgit)",
+            "m_maskgit), texts)",
+            "integrations/test_hart.py::test_training_and_sampling_agree",
+        ),
+    ],
+    "fastvar/integrations/switti.py": [
+        (
+            "block_diagonal=diagonal)",
+            "block_diagonal=False)",
+            "integrations/test_switti.py::test_training_and_sampling_agree",
+        ),
+        (
+            "torch.is_inference_mode_enabled()",
+            "0",
+            "integrations/test_switti.py::test_training_after_sampling",
+        ),
+    ],
+    "fastvar/integrations/var_fork.py": [
+        (
+            "if any(not _same(",
+            "if False and any(not _same(",
+            "integrations/test_switti.py::test_noise_is_the_former_methods",
         ),
     ],
     "fastvar/integrations/samplers.py": [
