@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fastvar.integrations import PARTS, apply, undo
@@ -378,26 +373,3 @@ def test_it_compiles_to_one_graph() -> None:
         expected = model(LABELS, inputs)  # looks at the mask
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(LABELS, inputs), expected)
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-def test_wrapped_models_learn_as_before(sharded: bool, tmp_path: Path) -> None:
-    """DDP, and FSDP with each block and the whole sharded, of one process."""
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model, inputs = made("cosine"), torch.randn(2, 29, 4)
-        plain = copy.deepcopy(model)
-        apply(model)
-        if sharded:
-            for block in model.blocks:
-                fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
-            wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        else:
-            wrapped = DistributedDataParallel(model)
-        for each in (wrapped, plain):
-            each(LABELS, inputs).square().mean().backward()
-        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-            gradient = ours.grad.full_tensor() if sharded else ours.grad
-            torch.testing.assert_close(gradient, theirs.grad, atol=1e-5, rtol=1e-3)
-    finally:
-        distributed.destroy_process_group()
