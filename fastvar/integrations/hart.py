@@ -250,7 +250,7 @@ class Quantizer:
 PATCHES = (
     Patch(
         "attention",
-        "attention without a dense mask in training, with a preallocated cache in sampling; positions once a scale",
+        "attention without a dense mask in training, with a preallocated cache in sampling; angles once a scale",
         (
             "qkv_proj",
             "q_bias",
@@ -265,17 +265,19 @@ PATCHES = (
         Attention,
         hart_attention_obstacle,
         "keys are kept in the dtype of the products, also under autocast",
+        "its positions: the halves of a pair turn by angles of their own, and by others in each sample",
     ),
     Patch(
         "blocks",
-        "gated residuals in one, modulations once an image; its RMS norms are its own",
+        "gated residuals in one, modulations once an image",
         ("attn", "ffn", "ln_wo_grad", "drop_path", "disable_aln", "sep_aln_pooling_mode", "cross_attn"),
         Block,
         block_obstacle,
+        stays="its RMS norms: the operators have none",
     ),
     Patch(
         "quantizer",
-        "tokens, residual and inputs of teacher forcing of all scales in one; its diffusion is its own",
+        "tokens, residual and inputs of teacher forcing of all scales in one",
         ("quant_resi", "v_patch_nums", "embedding", "Cvae", "prog_si", "f_to_idxBl_and_frest"),
         Quantizer,
         quantizer_obstacle,

@@ -100,6 +100,7 @@ class Patch(NamedTuple):
         methods: a class whose functions become methods of the object.
         obstacle: why one object cannot be patched, or None.
         note: what is different afterwards by intention.
+        stays: what of the object stays as it is, and why.
     """
 
     part: str
@@ -108,6 +109,7 @@ class Patch(NamedTuple):
     methods: type
     obstacle: Callable[[Any], str | None] = lambda found: None
     note: str = ""
+    stays: str = ""
 
     @property
     def functions(self) -> dict[str, Callable[..., Any]]:
@@ -145,7 +147,7 @@ class Replaced(NamedTuple):
 
 
 class Left(NamedTuple):
-    """An object that was recognised and left as it is, and why."""
+    """An object that was recognised and left as it is, or what of one was, and why."""
 
     part: str
     place: str
@@ -307,7 +309,8 @@ def _replace_methods(applied: Applied, place: str, found: Any, patches: Sequence
         if why is None:
             _bind(applied, found, patch)
             applied.replaced.append(Replaced(patch.part, place, kind, patch.what, patch.note))
-        else:
+            why = patch.stays
+        if why:
             applied.left.append(Left(patch.part, place, kind, why))
     for patch, misfit in zip(alike, misfits, strict=True):
         if not fitting and misfit is not None:

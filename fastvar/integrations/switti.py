@@ -141,13 +141,15 @@ PATCHES = (
         SelfAttention,
         attention_obstacle,
         "keys are kept in the dtype of the products, also under autocast",
+        "its LayerNorm of queries and keys over all heads: the operators normalise a head",
     ),
     Patch(
         "blocks",
-        "gated residuals in one, modulations and normed texts once an image; its RMS norms are its own",
+        "gated residuals in one, modulations and normed texts once an image",
         ("attn", "cross_attn", "ffn", "attention_y_norm", "ada_lin", "use_crop_cond", *_NORMS),
         Block,
         lambda block: further_parts(block, *_PARTS_OF_BLOCK),
+        stays="its RMS norms: the operators have none",
     ),
     Patch(
         "quantizer",

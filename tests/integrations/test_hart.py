@@ -17,6 +17,8 @@ from tests.helpers.public_hart import LENGTH, TEXTS, WIDTH, PublicHART
 CONTEXT = torch.randn(2, TEXTS, 5, generator=torch.Generator().manual_seed(2))
 POSITIONS, VALID = torch.tensor([[0, 1, 1], [0, 1, 2]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
 NORM = "its norm is RMSNorm(), expected a LayerNorm without weights"
+NORMS = "its RMS norms: the operators have none"
+POSITIONED = "its positions: the halves of a pair turn by angles of their own"
 
 
 class Bakery(PublicHART):
@@ -81,7 +83,8 @@ def test_training_and_sampling_agree(kind: str, precision: str) -> None:
         torch.testing.assert_close(found[2], expected[2], atol=1e-5, rtol=1e-5)
     parts = [each.part for each in applied.replaced]
     assert {"attention", "quantizer", "sampler", "blocks"} == set(parts) and parts.count("attention") == 2
-    assert [(each.place, each.why) for each in applied.left] == [("head_nm", NORM)]
+    left = {(each.place, each.why.partition(", and by")[0]) for each in applied.left if "1" not in each.place}
+    assert left == {("blocks.0", NORMS), ("head_nm", NORM), ("blocks.0.attn", POSITIONED)}
 
 
 @pytest.mark.parametrize("left", [2, 16])
@@ -164,8 +167,10 @@ def test_what_it_cannot_do_is_left() -> None:
     first.cross_attn = torch.nn.Linear(2, 2)
     second.attn.context_token = 0
     with apply(model, ("attention", "blocks")) as applied:
-        assert {(each.place, each.why) for each in applied.left} == {
+        assert {(each.place, each.why.partition(", and by")[0]) for each in applied.left} == {
             ("blocks.0", "it has parts that the public one has not: cross_attn"),
+            ("blocks.1", NORMS),
+            ("blocks.0.attn", POSITIONED),
             ("blocks.1.attn", "it has no texts before the image"),
             ("head_nm", NORM),
         }

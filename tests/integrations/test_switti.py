@@ -73,7 +73,11 @@ def test_training_and_sampling_agree(kind: str, precision: str) -> None:
         torch.testing.assert_close(found[2], expected[2], atol=1e-5, rtol=1e-5)
     parts = [each.part for each in applied.replaced]
     assert {"attention", "quantizer", "sampler", "blocks"} == set(parts) and parts.count("attention") == 2
-    assert {(each.part, each.why) for each in applied.left} == {("texts", "it keeps keys and values of texts itself")}
+    assert {(each.part, each.why) for each in applied.left} == {
+        ("texts", "it keeps keys and values of texts itself"),
+        ("blocks", "its RMS norms: the operators have none"),
+        ("attention", "its LayerNorm of queries and keys over all heads: the operators normalise a head"),
+    }
 
 
 def test_a_pipeline_in_bfloat16() -> None:
