@@ -972,8 +972,15 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "if True:",
             "integrations/test_var.py::test_it_reads_no_mask_and_keeps_one_cache",
         ),
+        ("self._kept.clear()", "pass", "integrations/test_var.py::test_nothing_is_kept_from_image_to_image"),
+        (
+            "patch.surplus(found) < best.surplus(found)",
+            "False",
+            "integrations/test_hart.py::test_other_grids_are_the_former_methods",
+        ),
     ],
     "fastvar/integrations/var.py": [
+        ("following.to(f_hat.dtype).mT", "following.mT", "integrations/test_switti.py::test_a_pipeline_in_bfloat16"),
         (
             "versions == _versions(known)",
             "True",
@@ -1023,6 +1030,17 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     ],
     "fastvar/integrations/infinity.py": [
         ("start = filled(self)", "start = 0", "integrations/test_infinity.py::test_a_forgotten_scale_does_no_harm"),
+        ("k < self.noise_apply_layers", "True", "integrations/test_infinity.py::test_which_scales_have_flips"),
+        (
+            "if self.checkpointing_sa_only and self.training:",
+            "if False:",
+            "integrations/test_infinity.py::test_checkpoints_of_attention_alone",
+        ),
+        (
+            "if q.shape[2] < k.shape[2]:",
+            "if False:",
+            "integrations/test_infinity.py::test_attention_by_schedule_of_models_made_for_flex_attention",
+        ),
     ],
     "fastvar/integrations/shims.py": [
         (

@@ -12,7 +12,7 @@ import torch
 from fastvar.integrations import apply
 from tests.helpers import public_hart
 from tests.helpers.agreement import agree
-from tests.helpers.public_hart import LENGTH, TEXTS, WIDTH, PublicHART
+from tests.helpers.public_hart import LENGTH, PATCHES, TEXTS, WIDTH, PublicHART
 
 CONTEXT = torch.randn(2, TEXTS, 5, generator=torch.Generator().manual_seed(2))
 POSITIONS, VALID = torch.tensor([[0, 1, 1], [0, 1, 2]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
@@ -73,13 +73,17 @@ def test_training_and_sampling_agree(kind: str, precision: str) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32"):
             return trained(model), *sampled(model, top_k=1)
 
-    exact, expected = trained(doubled(model)), both()
+    exact, logits = trained(doubled(model)), []
+    model.head.register_forward_hook(lambda *results: logits.append(results[-1].detach().clone()))
+    expected = both()
     with apply(model) as applied:
         found = both()
     agree(found[0], expected[0], exact)
     different = (found[1] != expected[1]).double().mean()
     assert different <= (0 if precision == "float32" else 0.1)
     if precision == "float32":
+        half = len(logits) // 2
+        torch.testing.assert_close(logits[half:], logits[:half], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found[2], expected[2], atol=1e-5, rtol=1e-5)
     parts = [each.part for each in applied.replaced]
     assert {"attention", "quantizer", "sampler", "blocks"} == set(parts) and parts.count("attention") == 2
@@ -159,6 +163,8 @@ def test_other_grids_are_the_former_methods() -> None:
     expected = quantizer.idxBl_to_var_input(tokens)
     with apply(quantizer), patch("fastvar.integrations.hart.inputs_of", side_effect=AssertionError):
         torch.testing.assert_close(quantizer.idxBl_to_var_input(tokens, patch_nums=(1, 2, 3, 5)), expected)
+        with pytest.raises(AssertionError):
+            quantizer.idxBl_to_var_input(tokens, patch_nums=PATCHES)
 
 
 def test_what_it_cannot_do_is_left() -> None:

@@ -63,13 +63,17 @@ def test_training_and_sampling_agree(kind: str, precision: str) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32"):
             return trained(pipeline), *pipeline(TEXTS, BIAS, top_k=1)
 
-    exact, expected = trained(doubled(pipeline)), both()
+    exact, logits = trained(doubled(pipeline)), []
+    pipeline.switti.head.register_forward_hook(lambda *results: logits.append(results[-1].detach().clone()))
+    expected = both()
     with apply(pipeline) as applied:
         found = both()
     agree(found[0], expected[0], exact)
     different = (found[1] != expected[1]).double().mean()
     assert different <= (0 if precision == "float32" else 0.1)
     if precision == "float32":
+        half = len(logits) // 2
+        torch.testing.assert_close(logits[half:], logits[:half], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found[2], expected[2], atol=1e-5, rtol=1e-5)
     parts = [each.part for each in applied.replaced]
     assert {"attention", "quantizer", "sampler", "blocks"} == set(parts) and parts.count("attention") == 2
