@@ -157,7 +157,7 @@ def pooled(texts: torch.Tensor, mask: torch.Tensor | None, mode: str) -> torch.T
     if texts.ndim == 2:
         return texts
     if mode == "max":
-        return texts.amax(1)
+        return texts.max(1).values
     assert mask is not None
     return (texts * mask[..., None].to(texts.dtype)).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
 

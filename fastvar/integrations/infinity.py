@@ -67,11 +67,15 @@ def mend_the_loss(applied: Applied, place: str, trainer: Any) -> None:
     method = getattr(trainer, "train_step", None)
     if not hasattr(trainer, "reweight_loss_by_scale") or not inspect.ismethod(method):
         return
+    kind = type(trainer).__name__
     try:
         text = inspect.getsource(method.__func__)
     except OSError:  # typed in a terminal
+        text = None
+    if text is None or method.__func__.__closure__:
+        applied.left.append(Left("loss", place, kind, "its train_step cannot be made anew of its text"))
         return
-    if _WRONG not in text or method.__func__.__closure__:
+    if _WRONG not in text:
         return
     names: dict[str, Any] = {}
     code = compile(textwrap.dedent(text).replace(_WRONG, _RIGHT), f"<fastvar: {method.__qualname__}>", "exec")
@@ -79,7 +83,7 @@ def mend_the_loss(applied: Applied, place: str, trainer: Any) -> None:
     applied.set(trainer, "train_step", MethodType(names["train_step"], trainer))
     note = "reweight_loss_by_scale works, where the public code stops with an error"
     what = "the weights of scales are computed of a tuple"
-    applied.replaced.append(Replaced("loss", place, type(trainer).__name__, what, note))
+    applied.replaced.append(Replaced("loss", place, kind, what, note))
 
 
 def loss_weights(scale_schedule: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -188,7 +188,7 @@ class Applied:
         Raises:
             RuntimeError: one was replaced since, by a library's hooks for instance; nothing is undone.
         """
-        _restore([owner for owner in self._owners if _OWN in vars(owner)])
+        _restore([owner for owner in self._owners if _OWN in vars(owner) and own(owner).run is self._run])
         self._owners.clear()
 
     def __enter__(self) -> Self:

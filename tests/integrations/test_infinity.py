@@ -229,6 +229,14 @@ def test_a_trainers_loss() -> None:
         assert [each.part for each in applied.replaced] == ["loss", "quantizer"]
     with pytest.raises(AttributeError):
         trainer.train_step(SIZES)
+    former = Trainer.train_step
+
+    class Closed(Trainer):
+        def train_step(self, scale_schedule: Any) -> torch.Tensor:
+            return former(self, scale_schedule)
+
+    with apply(Closed()) as applied:
+        assert [each.why for each in applied.left] == ["its train_step cannot be made anew of its text"]
 
 
 def test_self_correction() -> None:

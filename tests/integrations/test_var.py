@@ -279,7 +279,12 @@ def test_copies_and_undoing() -> None:
     undo(other)  # twice is once
     for (name, module), (_, like) in zip(everything(other), everything(plain), strict=True):
         assert vars(module).keys() == vars(like).keys(), name
-    apply(other).undo()
+    applied = apply(other)
+    undo(other)
+    again = apply(other)
+    applied.undo()  # which has nothing of this one
+    assert hasattr(other, "_fastvar")
+    again.undo()
 
 
 def _cache() -> Any:
