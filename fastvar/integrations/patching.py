@@ -159,7 +159,8 @@ class Applied:
     """What `apply` did. Printed it is a report; `undo()` takes it back, as does the end of a `with` block.
 
     Attributes:
-        replaced: what now runs fastvar's operators.
+        replaced: what now runs fastvar's operators; with attention, blocks or texts goes `kv_caching`, by which it is
+            known when an image begins.
         left: what was recognised and left as it is, and why.
     """
 
