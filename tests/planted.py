@@ -961,17 +961,28 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ("(group_size * (group_size - 1))", "group_size**2", "data/test_metrics.py::test_diversity"),
     ],
     "fastvar/integrations/patching.py": [
-        ("members.pop(name, None)", "pass", "integrations/test_var.py::test_everything_is_restored"),
+        ("vars(owner).pop(name, None)", "pass", "integrations/test_var.py::test_everything_is_restored"),
         (
-            "if torch.equal(found, torch.where(seen, 0.0, -torch.inf)):",
+            "if torch.equal(found, torch.where(seen, 0.0, -torch.inf).to(found.dtype)):",
             "if not diagonal:",
             "integrations/test_var.py::test_other_masks_are_left_to_the_model",
         ),
-        ("if kept is not of:", "if True:", "integrations/test_var.py::test_it_reads_no_mask_and_keeps_one_cache"),
+        (
+            "if len(kept) != len(of) or any(a is not b for a, b in zip(kept, of, strict=True)):",
+            "if True:",
+            "integrations/test_var.py::test_it_reads_no_mask_and_keeps_one_cache",
+        ),
+        ("self._kept.clear()", "pass", "integrations/test_var.py::test_nothing_is_kept_from_image_to_image"),
+        (
+            "patch.surplus(found) < best.surplus(found)",
+            "False",
+            "integrations/test_hart.py::test_other_grids_are_the_former_methods",
+        ),
     ],
     "fastvar/integrations/var.py": [
+        ("following.to(f_hat.dtype).mT", "following.mT", "integrations/test_switti.py::test_a_pipeline_in_bfloat16"),
         (
-            "versions == _versions(tokens)",
+            "versions == _versions(known)",
             "True",
             "integrations/test_var.py::test_changed_tokens_have_their_own_inputs",
         ),
@@ -982,12 +993,54 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "integrations/test_var.py::test_training_and_sampling_agree",
         ),
     ],
+    "fastvar/integrations/hart.py": [
+        (
+            "_attend(q[:, end:], k, v,",
+            "_attend(q[:, end:], k[:, :end], v[:, :end],",
+            "integrations/test_hart.py::test_training_and_sampling_agree",
+        ),
+        (
+            "m_maskgit), texts, m_maskgit)",
+            "m_maskgit), texts)",
+            "integrations/test_hart.py::test_training_and_sampling_agree",
+        ),
+    ],
+    "fastvar/integrations/switti.py": [
+        (
+            "block_diagonal=diagonal)",
+            "block_diagonal=False)",
+            "integrations/test_switti.py::test_training_and_sampling_agree",
+        ),
+        (
+            "torch.is_inference_mode_enabled()",
+            "0",
+            "integrations/test_switti.py::test_training_after_sampling",
+        ),
+    ],
+    "fastvar/integrations/var_fork.py": [
+        (
+            "if any(not _same(",
+            "if False and any(not _same(",
+            "integrations/test_switti.py::test_noise_is_the_former_methods",
+        ),
+    ],
     "fastvar/integrations/samplers.py": [
         ('.get("more_smooth"):', '.get("x"):', "integrations/test_var.py::test_smoothing_reads_truncated_logits"),
         ("drawn_by: draw}", "drawn_by: former}", "integrations/test_var.py::test_the_sampler_draws_by_the_operator"),
     ],
     "fastvar/integrations/infinity.py": [
         ("start = filled(self)", "start = 0", "integrations/test_infinity.py::test_a_forgotten_scale_does_no_harm"),
+        ("k < self.noise_apply_layers", "True", "integrations/test_infinity.py::test_which_scales_have_flips"),
+        (
+            "if self.checkpointing_sa_only and self.training:",
+            "if False:",
+            "integrations/test_infinity.py::test_checkpoints_of_attention_alone",
+        ),
+        (
+            "if q.shape[2] < k.shape[2]:",
+            "if False:",
+            "integrations/test_infinity.py::test_attention_by_schedule_of_models_made_for_flex_attention",
+        ),
     ],
     "fastvar/integrations/shims.py": [
         (

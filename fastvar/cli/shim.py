@@ -13,7 +13,7 @@ class Shim:
     """Run a command, `fastvar shim flash_attn -- python their_script.py`, in which imports of a package that is not
     installed find a stand-in made of PyTorch's own attention. An installed one is used as it is."""
 
-    package: tyro.conf.Positional[Literal["flash_attn", "xformers"]]
+    package: tyro.conf.Positional[Literal["flash_attn", "xformers", "hart_backend"]]
     """The package."""
     command: tyro.conf.Positional[tuple[str, ...]]
     """The command, after --."""

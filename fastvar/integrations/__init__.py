@@ -1,12 +1,12 @@
-"""fastvar inside code that people already have: `apply` puts the operators into a VAR or an Infinity of the public code
-or of a fork, `shims` stand in for attention packages that are not there."""
+"""fastvar inside code that people already have: `apply` puts the operators into a VAR, Infinity, HART or Switti of the
+public code or of a fork, `shims` stand in for attention packages that are not there."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastvar.integrations.patching import PARTS, Applied, apply
+    from fastvar.integrations.patching import PARTS, Applied, apply, undo
 
-__all__ = ["PARTS", "Applied", "apply"]
+__all__ = ["PARTS", "Applied", "apply", "undo"]
 
 
 def __getattr__(name: str) -> Any:

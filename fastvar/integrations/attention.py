@@ -123,6 +123,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
 
 
+def rms_norm_into(
+    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epsilon: float, use_quant: bool = False
+) -> None:
+    """As `hart_backend.fused_kernels.rms_norm`, which writes into `out` and has no gradient."""
+    if use_quant:
+        raise NotImplementedError("rms_norm: use_quant: expected False without HART's extension, got True")
+    out.copy_(F.rms_norm(x.detach(), (x.shape[-1],), weight, epsilon))
+
+
 def fused_mlp_func(
     x: torch.Tensor,
     weight1: torch.Tensor,
@@ -142,7 +151,7 @@ def fused_mlp_func(
 
 def not_there(*arguments: Any, **options: Any) -> Any:
     """What the public code imports and does not call."""
-    raise NotImplementedError("flash_attn: this function is not there without flash-attn")
+    raise NotImplementedError("flash_attn: this function is not there without the package")
 
 
 # -- what they share ---------------------------------------------------------------------------------------------------

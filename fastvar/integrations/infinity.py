@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -14,12 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from fastvar.integrations.attention import padded
 from fastvar.integrations.patching import Applied, Left, Patch, Replaced, own
 from fastvar.integrations.var import (
-    KVCaching,
     Tables,
     attend_to_cache,
     attend_to_scales,
     attention_obstacle,
     filled,
+    further_parts,
+    log_scale,
     masked,
     norm_obstacle,
     queries_keys_values,
@@ -51,6 +56,36 @@ def _grids(sizes: tuple[tuple[int, ...], ...]) -> ScaleSchedule | None:
         return None
 
 
+# -- loss --------------------------------------------------------------------------------------------------------------
+
+_WRONG, _RIGHT = "scale_schedule[-1].prod()", "np.prod(scale_schedule[-1])"
+
+
+def mend_the_loss(applied: Applied, place: str, trainer: Any) -> None:
+    """Let a trainer weigh the losses of scales: some versions ask a tuple, the size of the last scale, for `prod`. What
+    runs is its own method, made anew of its text with that line put right."""
+    method = getattr(trainer, "train_step", None)
+    if not hasattr(trainer, "reweight_loss_by_scale") or not inspect.ismethod(method):
+        return
+    kind = type(trainer).__name__
+    try:
+        text = inspect.getsource(method.__func__)
+    except OSError:  # typed in a terminal
+        text = None
+    if text is None or method.__func__.__closure__:
+        applied.left.append(Left("loss", place, kind, "its train_step cannot be made anew of its text"))
+        return
+    if _WRONG not in text:
+        return
+    names: dict[str, Any] = {}
+    code = compile(textwrap.dedent(text).replace(_WRONG, _RIGHT), f"<fastvar: {method.__qualname__}>", "exec")
+    exec(code, method.__func__.__globals__, names)
+    applied.set(trainer, "train_step", MethodType(names["train_step"], trainer))
+    note = "reweight_loss_by_scale works, where the public code stops with an error"
+    what = "the weights of scales are computed of a tuple"
+    applied.replaced.append(Replaced("loss", place, kind, what, note))
+
+
 def loss_weights(scale_schedule: Sequence[Sequence[int]]) -> torch.Tensor:
     """What `reweight_loss_by_scale` weighs tokens with, (L,) float32: in inverse proportion to the side of their grid,
     with a sum of 1. Some versions of the public trainer stop with an error where they compute it."""
@@ -72,7 +107,7 @@ def tables(rotations: Any, scale_schedule: Any, start: int, end: int, device: to
     return cos, sin
 
 
-class SelfAttention(KVCaching):
+class SelfAttention:
     """Methods of Infinity's attention. In sampling the cache says where tokens are, so that a missing `scale_ind` does
     no harm."""
 
@@ -91,7 +126,7 @@ class SelfAttention(KVCaching):
             start = filled(self)
             rope = tables(rope2d_freqs_grid, scale_schedule, start, start + tokens, x.device)
             capacity = tokens if schedule is None else schedule.num_tokens
-            out = attend_to_cache(self, *queries_keys_values(self, x), capacity, rope)
+            out = attend_to_cache(self, *queries_keys_values(self, x), capacity, log_scale(self), rope)
             return self.proj_drop(self.proj(out.flatten(2)))
         ours = mask is None and isinstance(attn_fn, partial) and attn_fn.func is _heads_first
         diagonal = False if ours else masked(known, mask, schedule, tokens)
@@ -124,13 +159,32 @@ class AnySchedule(dict[Any, Callable[..., torch.Tensor]]):
         return self[scale_schedule]
 
     def get(self, scale_schedule: Any, default: Any = None) -> Any:
-        return self[scale_schedule]
+        return default if grids(scale_schedule) is None else self[scale_schedule]
+
+
+@contextmanager
+def constructing(kind: type) -> Iterator[None]:
+    """While it lasts, models of a class that are made with `use_flex_attn` attend by schedule, on any device, in
+    training and in sampling, for which the public constructor asks for a mask of a type that is not there.
+
+    Args:
+        kind: the public `Infinity`, or a fork's.
+    """
+    former = kind.compile_flex_attn  # type: ignore[attr-defined]
+    kind.compile_flex_attn = lambda self: AnySchedule()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        kind.compile_flex_attn = former  # type: ignore[attr-defined]
 
 
 def _heads_first(
     schedule: ScaleSchedule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None
 ) -> torch.Tensor:
-    """(B, H, L', D) each; what follows the schedule's tokens is padding."""
+    """(B, H, L', D) each; what follows the schedule's tokens is padding. Fewer queries than keys, a scale's to a cache,
+    see all of them."""
+    if q.shape[2] < k.shape[2]:
+        return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, scale=scale)
     length = schedule.num_tokens
     q, k, v = (t.to(v.dtype).transpose(1, 2)[:, :length] for t in (q, k, v))
     out = block_causal_attention(q, k, v, schedule, softmax_scale=scale).transpose(1, 2)
@@ -143,7 +197,7 @@ def leave_out_the_mask(applied: Applied, place: str, model: Any) -> None:
         return
     blocks = [each for each in model.modules() if hasattr(each, "mat_qkv")]
     why = None
-    if not blocks or not all(hasattr(each, "_fastvar") for each in blocks):
+    if not blocks or not all(hasattr(each, "_fastvar") and "forward" in own(each).former for each in blocks):
         why = "some of its attention is left as it is, which needs the mask"
     elif getattr(model, "customized_flash_attn", False):
         why = "it calls a flash-attn of its own"
@@ -174,7 +228,7 @@ class CrossAttention:
             k, v = rows.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
             return k, v, None if valid is None else valid[:, None, None]
 
-        k, v, mask = own(self).run.once(self, packed, make)
+        k, v, mask = own(self).run.once(self, make, packed)
         if q is None:  # the pool of a text, whose query is learned
             queries = self.mat_q.to(k.dtype).expand(len(k), -1, -1)[:, None]
         else:
@@ -184,6 +238,14 @@ class CrossAttention:
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------------
+
+
+_PARTS_OF_BLOCK = ("sa", "ca", "ca_norm", "ca_gamma", "ffn", "ln_wo_grad", "drop_path", "ada_lin", "ada_gss")
+
+
+def block_obstacle(block: Any) -> str | None:
+    """Why the operators cannot do what a block does."""
+    return further_parts(block, *_PARTS_OF_BLOCK) or norm_obstacle(block)
 
 
 class CrossBlock:
@@ -213,7 +275,7 @@ class CrossBlock:
                 )
                 return *rows.unbind(1), gate.expand(len(rows), -1)
 
-        gate1, gate2, scale1, scale2, shift1, shift2, gate = own(self).run.once(self, cond_BD, make)
+        gate1, gate2, scale1, scale2, shift1, shift2, gate = own(self).run.once(self, make, cond_BD)
         x, eps = x.float(), self.norm_eps
         h = adaptive_layer_norm(x, scale1, shift1, eps=eps)
         arguments = h, attn_bias_or_two_vector, attn_fn, scale_schedule, rope2d_freqs_grid, scale_ind
@@ -281,7 +343,7 @@ PATCHES = (
         "norms and gated residuals in one, modulations once an image",
         ("sa", "ca", "ca_norm", "ca_gamma", "ffn", "ln_wo_grad", "norm_eps", "checkpointing_sa_only"),
         CrossBlock,
-        norm_obstacle,
+        block_obstacle,
         "tokens have the positions of their scale with fused_norm=False too, where the public code forgets scale_ind",
     ),
     Patch(

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastvar.integrations.var_fork import fits, following
 from fastvar.schedule import ScaleSchedule
 
-PARTS = ("attention", "blocks", "texts", "quantizer", "sampler")
+PARTS = ("attention", "blocks", "texts", "quantizer", "sampler", "loss")
 """What can be replaced: attention in training and sampling; norms, gated residuals and modulations; what tokens see of
-texts; quantisation and teacher forcing; the draw of tokens or bits."""
+texts; quantisation and teacher forcing; the draw of tokens or bits; a line of a trainer's loss."""
 _OWN = "_fastvar"
 
 
@@ -31,8 +32,8 @@ class Run:
     def __init__(self) -> None:
         self.sampling = False
         self.caches: dict[Any, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        self._masks: dict[tuple[ScaleSchedule, int], bool | None] = {}
-        self._kept: dict[Hashable, tuple[Any, Any]] = {}
+        self._masks: dict[tuple[tuple[int, ...], int], bool | None] = {}
+        self._kept: dict[Hashable, tuple[tuple[Any, ...], Any]] = {}
 
     def start(self, sampling: bool) -> None:
         """An image begins or has ended: nothing of the last one is kept."""
@@ -40,29 +41,32 @@ class Run:
         self.caches.clear()
         self._kept.clear()
 
-    def once(self, name: Hashable, of: torch.Tensor, make: Callable[[], Any]) -> Any:
-        """What `make` makes of a tensor, in sampling once an image, as long as the tensor is the same object."""
-        if not self.sampling or torch.is_grad_enabled():
-            return make()
-        kept, made = self._kept.get(name, (None, None))
-        if kept is not of:
+    def once(self, name: Hashable, make: Callable[[], Any], *of: Any) -> Any:
+        """What `make` makes of some objects, in sampling once an image, as long as they are the same objects."""
+        return self.keep(name, make, *of) if self.sampling and not torch.is_grad_enabled() else make()
+
+    def keep(self, name: Hashable, make: Callable[[], Any], *of: Any) -> Any:
+        """As `once`, in training too: for what has no gradient."""
+        kept, made = self._kept.get(name, ((), None))
+        if len(kept) != len(of) or any(a is not b for a, b in zip(kept, of, strict=True)):
             made = make()
             self._kept[name] = of, made
         return made
 
-    def block_diagonal(self, mask: torch.Tensor, schedule: ScaleSchedule) -> bool | None:
-        """Whether a mask (1, 1, L', L') of zeros and minus infinities shows the L tokens of a schedule, which padding
-        may follow, their own scale alone; False if also the coarser scales, None if it is neither.
+    def block_diagonal(self, mask: torch.Tensor, lengths: tuple[int, ...]) -> bool | None:
+        """Whether a mask (1, 1, L', L') of zeros and minus infinities shows the L tokens of scales of these lengths,
+        which padding may follow, their own scale alone; False if also the coarser scales, None if it is neither.
 
-        Looked at once for each schedule and length, as that waits for the device.
+        Looked at once for each lengths, as that waits for the device.
         """
-        length, key = schedule.num_tokens, (schedule, mask.shape[-1])
+        key = lengths, mask.shape[-1]
         if key not in self._masks:
-            scale, found = torch.tensor(schedule.scale_of_token), mask[0, 0, :length].detach().float().cpu()
+            scale = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(mask.device)
+            found = mask[0, 0, : len(scale)].detach()
             self._masks[key] = None
             for diagonal, seen in ((False, scale[:, None] >= scale), (True, scale[:, None] == scale)):
-                seen = F.pad(seen, (0, mask.shape[-1] - length))
-                if torch.equal(found, torch.where(seen, 0.0, -torch.inf)):
+                seen = F.pad(seen, (0, mask.shape[-1] - len(scale)))
+                if torch.equal(found, torch.where(seen, 0.0, -torch.inf).to(found.dtype)):
                     self._masks[key] = diagonal
         return self._masks[key]
 
@@ -75,12 +79,14 @@ class Own:
         run: shared by all of its model.
         schedule: the model's, if it has one.
         former: the methods before, bound.
+        changed: what each attribute was before and what it was set to; the object itself stands for none.
         quantized: of a quantizer the tokens of its last call, their versions, and the inputs that belong to them.
     """
 
     run: Run
     schedule: ScaleSchedule | None
     former: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     quantized: tuple[Any, Any, torch.Tensor] | None = None
 
 
@@ -94,6 +100,7 @@ class Patch(NamedTuple):
         methods: a class whose functions become methods of the object.
         obstacle: why one object cannot be patched, or None.
         note: what is different afterwards by intention.
+        stays: what of the object stays as it is, and why.
     """
 
     part: str
@@ -102,6 +109,7 @@ class Patch(NamedTuple):
     methods: type
     obstacle: Callable[[Any], str | None] = lambda found: None
     note: str = ""
+    stays: str = ""
 
     @property
     def functions(self) -> dict[str, Callable[..., Any]]:
@@ -116,9 +124,16 @@ class Patch(NamedTuple):
             if name in vars(found):
                 return f"its {name} was replaced by somebody else"
             takes, expected = _arguments(former), _arguments(MethodType(function, found))
-            if takes != expected:
+            if not fits(former, expected):
                 return f"its {name} takes ({', '.join(takes)}), expected ({', '.join(expected)})"
         return None
+
+    def surplus(self, found: Any) -> int:
+        """How many arguments more the methods of an object take that has them."""
+        return sum(
+            len(_arguments(getattr(found, name))) - len(_arguments(MethodType(function, found)))
+            for name, function in self.functions.items()
+        )
 
 
 class Replaced(NamedTuple):
@@ -132,7 +147,7 @@ class Replaced(NamedTuple):
 
 
 class Left(NamedTuple):
-    """An object that was recognised and left as it is, and why."""
+    """An object that was recognised and left as it is, or what of one was, and why."""
 
     part: str
     place: str
@@ -144,7 +159,8 @@ class Applied:
     """What `apply` did. Printed it is a report; `undo()` takes it back, as does the end of a `with` block.
 
     Attributes:
-        replaced: what now runs fastvar's operators.
+        replaced: what now runs fastvar's operators; with attention, blocks or texts goes `kv_caching`, by which it is
+            known when an image begins.
         left: what was recognised and left as it is, and why.
     """
 
@@ -152,15 +168,20 @@ class Applied:
         self._run, self._schedule = Run(), schedule
         self.replaced: list[Replaced] = []
         self.left: list[Left] = []
-        self._before: list[tuple[dict[str, Any], str, Any, Any]] = []
+        self._owners: list[Any] = []
+
+    def own(self, owner: Any) -> Own:
+        """What an object knows besides, which it has from now on until `undo`."""
+        if _OWN not in vars(owner):
+            vars(owner)[_OWN] = Own(self._run, self._schedule)
+            self._owners.append(owner)
+        return own(owner)
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """Give an object an attribute of its own until `undo`; with the first one comes `_fastvar`."""
-        members = vars(owner)
-        if name != _OWN and _OWN not in members:
-            self.set(owner, _OWN, Own(self._run, self._schedule))
-        self._before.append((members, name, members.get(name, self), value))  # itself stands for none
-        members[name] = value
+        """Give an object an attribute of its own, or another class by the name `__class__`, until `undo`."""
+        changed = self.own(owner).changed
+        changed[name] = changed[name][0] if name in changed else _attribute(owner, name), value
+        _put(owner, name, value)
 
     def undo(self) -> None:
         """Give every object its attributes back. A second call does nothing.
@@ -168,15 +189,8 @@ class Applied:
         Raises:
             RuntimeError: one was replaced since, by a library's hooks for instance; nothing is undone.
         """
-        for members, name, _, own_value in self._before:
-            if members.get(name) is not own_value:
-                raise RuntimeError(f"integrations: undo: expected {name} as it was set, got another; undo that first")
-        while self._before:
-            members, name, value, _ = self._before.pop()
-            if value is self:
-                members.pop(name, None)
-            else:
-                members[name] = value
+        _restore([owner for owner in self._owners if _OWN in vars(owner) and own(owner).run is self._run])
+        self._owners.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -191,16 +205,18 @@ class Applied:
 
 
 def apply(model: Any, parts: str | Iterable[str] = "all") -> Applied:
-    """Put fastvar's operators in place of methods of a model that has the attributes of the public VAR or Infinity.
+    """Put fastvar's operators in place of methods of a model that has the attributes of the public VAR, Infinity, HART
+    or Switti.
 
     Objects are recognised by their attributes, never by the names of classes or modules, and get methods of their own:
     parameters, state dict, hooks, autocast, checkpointing and wrapping by DDP or FSDP are as before. Apply before a
     model is wrapped or compiled. What a fork changed inside a method that has kept its arguments is not seen: compare
-    logits once with and without.
+    logits once with and without. A method that takes further arguments with defaults is replaced for calls that leave
+    them at these.
 
     Args:
-        model: the model; or a tokenizer, or Infinity's `BitwiseSelfCorrection`. What the model holds in tuples (its
-            tokenizer) belongs to it.
+        model: the model; or a tokenizer, Infinity's `BitwiseSelfCorrection` or trainer, Switti's pipeline. What a model
+            holds in tuples (its tokenizer) belongs to it. What is patched already with another model stays so.
         parts: "all", or some of `PARTS`.
 
     Returns:
@@ -216,7 +232,7 @@ def apply(model: Any, parts: str | Iterable[str] = "all") -> Applied:
     if unknown:
         raise ValueError(f"integrations.apply: parts: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
     objects = list(_objects(model))
-    if any(hasattr(found, _OWN) for _, found in objects):
+    if hasattr(model, _OWN):
         raise ValueError("integrations.apply: model: is patched already; undo that first")
     applied = Applied(next(filter(None, (_schedule(found) for _, found in objects)), None))
     try:
@@ -225,11 +241,22 @@ def apply(model: Any, parts: str | Iterable[str] = "all") -> Applied:
         applied.undo()
         raise
     if not applied.replaced:
+        applied.undo()
         reason = f": {applied.left[0].why}" if applied.left else ", found no blocks with mat_qkv, q_bias and v_bias"
         raise ValueError(
             f"integrations.apply: model: expected a VAR or an Infinity, got {type(model).__name__}{reason}"
         )
+    applied.own(model)  # by which it is known to be patched
     return applied
+
+
+def undo(model: Any) -> None:
+    """Take back what `apply` did to a model, or to one of which it is a copy, and to all that belongs to it.
+
+    Raises:
+        RuntimeError: as `Applied.undo`.
+    """
+    _restore([found for _, found in _objects(model) if _OWN in vars(found)])
 
 
 def own(found: Any) -> Own:
@@ -238,37 +265,95 @@ def own(found: Any) -> Own:
 
 
 def _replace(applied: Applied, objects: Sequence[tuple[str, Any]], wanted: Sequence[str]) -> None:
-    from fastvar.integrations import infinity, samplers, var
+    from fastvar.integrations import hart, infinity, samplers, switti, var
 
-    patches = [patch for patch in (*var.PATCHES, *infinity.PATCHES) if patch.part in wanted]
+    known = (*var.PATCHES, *infinity.PATCHES, *hart.PATCHES, *switti.PATCHES)
+    patches = [patch for patch in known if patch.part in wanted]
+    free = []
     for place, found in objects:
-        alike = [patch for patch in patches if all(hasattr(found, name) for name in patch.has)]
-        misfits = [patch.misfit(found) for patch in alike]
-        kind = type(found).__name__
-        for patch, misfit in zip(alike, misfits, strict=True):
-            why = patch.obstacle(found) if misfit is None else misfit
-            if why is None:
-                _bind(applied, found, patch)
-                applied.replaced.append(Replaced(patch.part, place, kind, patch.what, patch.note))
-            elif misfit is None or all(misfits):
-                applied.left.append(Left(patch.part, place, kind, why))
+        if hasattr(found, _OWN):
+            parts = {patch.part for patch in patches if all(hasattr(found, name) for name in patch.has)}
+            why = "it is patched already, with another model"
+            applied.left += [Left(part, place, type(found).__name__, why) for part in wanted if part in parts]
+        else:
+            free.append((place, found))
+    for place, found in free:
+        _replace_methods(applied, place, found, patches)
         if "sampler" in wanted:
             samplers.replace(applied, place, found)
+        if "loss" in wanted:
+            infinity.mend_the_loss(applied, place, found)
     if "attention" in wanted:
-        for place, found in objects:
+        for place, found in free:
             infinity.leave_out_the_mask(applied, place, found)
+    if "texts" in wanted:
+        switti.leave_texts(applied, free)
+    if set(wanted) & {"attention", "blocks", "texts"}:  # which keep things as long as an image lasts
+        switch = Patch("", "", ("caching", "cached_k", "cached_v", "kv_caching"), var.KVCaching)
+        for _, found in free:
+            if all(hasattr(found, name) for name in switch.has) and switch.misfit(found) is None:
+                _bind(applied, found, switch)
+
+
+def _replace_methods(applied: Applied, place: str, found: Any, patches: Sequence[Patch]) -> None:
+    """By the patch of each part whose methods take the same arguments, or else the fewest less."""
+    alike = [patch for patch in patches if all(hasattr(found, name) for name in patch.has)]
+    misfits = [patch.misfit(found) for patch in alike]
+    fitting: dict[str, Patch] = {}
+    for patch, misfit in zip(alike, misfits, strict=True):
+        best = fitting.get(patch.part)
+        if misfit is None and (best is None or patch.surplus(found) < best.surplus(found)):
+            fitting[patch.part] = patch
+    kind = type(found).__name__
+    for patch in fitting.values():
+        why = patch.obstacle(found)
+        if why is None:
+            _bind(applied, found, patch)
+            applied.replaced.append(Replaced(patch.part, place, kind, patch.what, patch.note))
+            why = patch.stays
+        if why:
+            applied.left.append(Left(patch.part, place, kind, why))
+    for patch, misfit in zip(alike, misfits, strict=True):
+        if not fitting and misfit is not None:
+            applied.left.append(Left(patch.part, place, kind, misfit))
 
 
 def _bind(applied: Applied, found: Any, patch: Patch) -> None:
     for name, function in patch.functions.items():
         former = getattr(found, name)
         # a bound method: a deep copy of the object gets one of its own
-        applied.set(found, name, MethodType(function, found))
+        applied.set(found, name, MethodType(following(function, former), found))
         own(found).former[name] = former
 
 
+def _attribute(owner: Any, name: str) -> Any:
+    """An attribute of an object's own, or its class; the object itself if there is none."""
+    return type(owner) if name == "__class__" else vars(owner).get(name, owner)
+
+
+def _put(owner: Any, name: str, value: Any) -> None:
+    if name == "__class__":
+        owner.__class__ = value
+    elif value is owner:
+        vars(owner).pop(name, None)
+    else:
+        vars(owner)[name] = value
+
+
+def _restore(owners: Sequence[Any]) -> None:
+    for owner in owners:
+        for name, (_, value) in own(owner).changed.items():
+            if _attribute(owner, name) is not value:
+                raise RuntimeError(f"integrations: undo: expected {name} as it was set, got another; undo that first")
+    for owner in owners:
+        for name, (before, _) in own(owner).changed.items():
+            _put(owner, name, before)
+        del vars(owner)[_OWN]
+
+
 def _objects(model: Any) -> Iterator[tuple[str, Any]]:
-    """An object, its submodules and what they hold in tuples and attributes that are no submodules, by their places."""
+    """An object, its submodules and what they hold in tuples and attributes that are no submodules, by their places;
+    with a trainer its self-correction."""
     seen: set[int] = set()
     waiting: list[tuple[str, Any]] = [("", model)]
     while waiting:
@@ -282,7 +367,7 @@ def _objects(model: Any) -> Iterator[tuple[str, Any]]:
             members |= found._modules
         for name, value in members.items():
             for item in value if isinstance(value, tuple | list) else [value]:
-                if isinstance(item, nn.Module):
+                if isinstance(item, nn.Module) or hasattr(item, "flip_requant"):
                     waiting.append((f"{place}.{name}".lstrip("."), item))
 
 

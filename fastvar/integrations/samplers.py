@@ -23,12 +23,15 @@ def replace(applied: Applied, place: str, found: Any) -> None:
     What runs is a copy of the method with names of its own, among them our function; other models of the module draw as
     ever, in other threads too.
     """
-    for name, drawn_by in _methods_that_draw(type(found)):  # type: ignore[arg-type]  # a class is hashable
-        method = getattr(type(found), name)
-        drawing = _drawing(method, drawn_by)
-        applied.set(found, name, MethodType(drawing, found))
+    kind = type(found)
+    for name, drawn_by in _methods_that_draw(kind):  # type: ignore[arg-type]  # a class is hashable
+        drawing = _drawing(getattr(kind, name), drawn_by)
+        if name == "__call__":  # which Python looks for in the class
+            applied.set(found, "__class__", type(kind.__name__, (kind,), {name: drawing}))
+        else:
+            applied.set(found, name, MethodType(drawing, found))
         what, note = f"{name} draws without a sort, bits in closed form", "equal seeds draw other images than before"
-        applied.replaced.append(Replaced("sampler", place, type(found).__name__, what, note))
+        applied.replaced.append(Replaced("sampler", place, kind.__name__, what, note))
 
 
 @cache

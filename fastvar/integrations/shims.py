@@ -28,8 +28,16 @@ _MODULES: dict[str, dict[str, str]] = {
     "flash_attn.ops.fused_dense": {"fused_mlp_func": "fused_mlp_func"},
     "xformers": {},
     "xformers.ops": {"memory_efficient_attention": "memory_efficient_attention"},
+    # HART's own extension
+    "hart_backend": {},
+    "hart_backend.fused_kernels": {
+        "rms_norm": "rms_norm_into",
+        "fused_rope_forward_func": "not_there",
+        "fused_rope_backward_func": "not_there",
+        "fused_rope_with_pos_forward_func": "not_there",
+    },
 }
-PACKAGES = ("flash_attn", "xformers")
+PACKAGES = ("flash_attn", "xformers", "hart_backend")
 
 
 class _Finder:
@@ -62,7 +70,7 @@ def install(*packages: str) -> bool:
     """Let imports of packages find stand-ins from now on, where no package of the name is there.
 
     Args:
-        packages: some of `PACKAGES`: "flash_attn", "xformers".
+        packages: some of `PACKAGES`: "flash_attn", "xformers", "hart_backend" (HART's extension).
 
     Returns:
         whether all of them are stand-ins; False if one is installed itself, which is then what is imported.

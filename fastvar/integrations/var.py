@@ -32,10 +32,11 @@ Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 def queries_keys_values(attention: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(B, L, H, D) each, of an attention with `mat_qkv` and biases of queries and values."""
+    """(B, L, H, D) each, of an attention with one projection and biases of queries and values."""
     biases = attention.q_bias, attention.zero_k_bias, attention.v_bias
-    bias = own(attention).run.once((attention, "bias"), biases[0], lambda: torch.cat(biases))
-    q, k, v = F.linear(x, attention.mat_qkv.weight, bias).unflatten(2, (3, attention.num_heads, -1)).unbind(2)
+    bias = own(attention).run.once((attention, "bias"), lambda: torch.cat(biases), biases[0])
+    projection = attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.mat_qkv
+    q, k, v = F.linear(x, projection.weight, bias).unflatten(2, (3, attention.num_heads, -1)).unbind(2)
     return q, k, v
 
 
@@ -56,10 +57,12 @@ def attend_to_cache(
     k: torch.Tensor,
     v: torch.Tensor,
     capacity: int,
+    scale: torch.Tensor | None = None,
     rope: Tables | None = None,
 ) -> torch.Tensor:
-    """New tokens (B, n, H, D) into a cache with room for `capacity`, and their attention to all that is in it. For
-    those who look, `cached_k` and `cached_v` are what is filled of it, (B, S, H, D)."""
+    """New tokens (B, n, H, D) into a cache with room for `capacity`, and their attention to all that is in it; they are
+    normalised if there is a scale of the heads, and rotated. For those who look, `cached_k` and `cached_v` are what is
+    filled of it, (B, S, H, D)."""
     run, position = own(attention).run, filled(attention)
     end = position + q.shape[1]
     seen, keys, values = run.caches.get(attention, (None, q, q))
@@ -69,7 +72,7 @@ def attend_to_cache(
         keys, values = (torch.empty(size, dtype=q.dtype, device=q.device).transpose(1, 2) for _ in range(2))
         if position:
             keys[:, :position], values[:, :position] = attention.cached_k, attention.cached_v
-    q = qk_norm_rope_into_cache(q, k, v, keys, values, position, log_scale=log_scale(attention), rope=rope)
+    q = qk_norm_rope_into_cache(q, k, v, keys, values, position, log_scale=scale, rope=rope)
     attention.cached_k, attention.cached_v = keys[:, :end], values[:, :end]
     run.caches[attention] = attention.cached_k, keys, values
     return cached_attention(q, attention.cached_k, attention.cached_v, softmax_scale=attention.scale)
@@ -96,18 +99,25 @@ def masked(known: Own, mask: torch.Tensor | None, schedule: ScaleSchedule | None
     does not stand for the schedule."""
     if schedule is None or mask is None or tuple(mask.shape) != (1, 1, tokens, tokens):
         return None
-    return known.run.block_diagonal(mask, schedule)
+    return known.run.block_diagonal(mask, schedule.lengths)
 
 
-_PARTS_OF_ATTENTION = ("mat_qkv", "q_bias", "v_bias", "zero_k_bias", "scale_mul_1H11", "proj", "proj_drop")
+PARTS_OF_ATTENTION = ("mat_qkv", "q_bias", "v_bias", "zero_k_bias", "scale_mul_1H11", "proj", "proj_drop")
+PARTS_OF_BLOCK = ("attn", "ffn", "ln_wo_grad", "drop_path", "ada_lin", "ada_gss")
 
 
-def attention_obstacle(attention: Any) -> str | None:
+def further_parts(module: Any, *public: str) -> str | None:
+    """Which parameters, buffers and submodules a module has that the public one has not, in a sentence."""
+    members = [*module._parameters, *module._buffers, *module._modules]
+    others = [name for name in members if name not in public]
+    return f"it has parts that the public one has not: {', '.join(others)}" if others else None
+
+
+def attention_obstacle(attention: Any, parts: Sequence[str] = PARTS_OF_ATTENTION) -> str | None:
     """Why the operators cannot do what an attention does."""
-    members = [*attention._parameters, *attention._buffers, *attention._modules]
-    others = [name for name in members if name not in _PARTS_OF_ATTENTION]
-    if others:
-        return f"it has parts that the public one has not: {', '.join(others)}"
+    others = further_parts(attention, *parts)
+    if others is not None:
+        return others
     if getattr(attention, "attn_drop", 0):
         return "it drops attention weights, which the operators do not"
     if hasattr(attention, "scale_mul_1H11"):
@@ -126,7 +136,7 @@ class KVCaching:
         own(self).former["kv_caching"](enable)
 
 
-class SelfAttention(KVCaching):
+class SelfAttention:
     """Methods of VAR's attention."""
 
     def forward(self: Any, x: torch.Tensor, attn_bias: torch.Tensor | None) -> torch.Tensor:
@@ -134,7 +144,7 @@ class SelfAttention(KVCaching):
         schedule = known.schedule
         if self.caching and not torch.is_grad_enabled():
             capacity = tokens if schedule is None else schedule.num_tokens
-            out = attend_to_cache(self, *queries_keys_values(self, x), capacity)
+            out = attend_to_cache(self, *queries_keys_values(self, x), capacity, log_scale(self))
         else:
             seen = schedule.with_num_tokens(tokens) if schedule and tokens in schedule.ends else None
             diagonal = masked(known, attn_bias, seen, tokens)
@@ -157,7 +167,7 @@ def modulations(block: Any, condition: torch.Tensor) -> Sequence[torch.Tensor]:
             rows = block.ada_lin(condition).view(-1, 6, block.C)
         return rows.unbind(1)
 
-    return own(block).run.once(block, condition, make)
+    return own(block).run.once(block, make, condition)
 
 
 def norm_obstacle(block: Any) -> str | None:
@@ -168,6 +178,11 @@ def norm_obstacle(block: Any) -> str | None:
     if getattr(block, "fused_add_norm_fn", None) is not None:
         return "it adds and normalises in one function of its own"
     return None
+
+
+def block_obstacle(block: Any) -> str | None:
+    """Why the operators cannot do what a block does."""
+    return further_parts(block, *PARTS_OF_BLOCK) or norm_obstacle(block)
 
 
 class Block:
@@ -189,7 +204,9 @@ class HeadNorm:
         def make() -> Sequence[torch.Tensor]:
             return self.ada_lin(cond_BD).view(-1, 2, self.C).unbind(1)
 
-        scale, shift = own(self).run.once(self, cond_BD, make)
+        if cond_BD.ndim != 2:
+            return own(self).former["forward"](x_BLC, cond_BD)
+        scale, shift = own(self).run.once(self, make, cond_BD)
         return adaptive_layer_norm(x_BLC, scale, shift, eps=self.ln_wo_grad.eps)
 
 
@@ -220,41 +237,54 @@ def quantizer_obstacle(quantizer: Any) -> str | None:
     return None
 
 
+def quantized(
+    quantizer: Any, features: torch.Tensor, v_patch_nums: Sequence[Any] | None, znorm: bool
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Tokens of each scale, and the inputs of teacher forcing, for which a trainer asks next."""
+    schedule = ScaleSchedule(tuple(v_patch_nums or quantizer.v_patch_nums))
+    phi = convolutions(quantizer, len(schedule))
+    found = residual_quantize(features, quantizer.embedding.weight, schedule, phi=phi, znorm=znorm)
+    tokens = list(found.tokens.split(schedule.lengths, 1))
+    own(quantizer).quantized = tuple(tokens[:-1]), _versions(tokens[:-1]), found.teacher_forcing
+    return tokens, found.teacher_forcing
+
+
+def inputs_of(quantizer: Any, tokens: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The inputs of teacher forcing for tokens of each scale, of which the last need not be there; None if they are not
+    all tokens."""
+    schedule = ScaleSchedule(tuple(quantizer.v_patch_nums))
+    learning = torch.is_grad_enabled() and any(p.requires_grad for p in quantizer.parameters())
+    kept, own(quantizer).quantized = own(quantizer).quantized, None
+    tokens = tokens[: len(schedule) - 1]
+    if len(tokens) < len(schedule) - 1 or any(each.ndim != 2 for each in tokens):
+        return None
+    if kept is not None and not learning:
+        known, versions, inputs = kept
+        same = len(known) == len(tokens) and all(a is b for a, b in zip(known, tokens, strict=True))
+        if same and versions is not None and versions == _versions(known):
+            return inputs
+    phi, codebook = convolutions(quantizer, len(schedule)), quantizer.embedding.weight
+    feature_map = codebook.new_zeros(len(tokens[0]), quantizer.Cvae, *schedule.finest, dtype=torch.float32)
+    found = []
+    for k, of_scale in enumerate(tokens):
+        feature_map, following = accumulate_scale(of_scale, feature_map, codebook, schedule, k, phi=phi)
+        found.append(following)
+    return torch.cat(found, 1)  # type: ignore[arg-type]  # the last scale, which has none, is not among them
+
+
 class Quantizer:
     """Methods of VAR's quantizer."""
 
     def f_to_idxBl_or_fhat(
         self: Any, f_BChw: torch.Tensor, to_fhat: bool, v_patch_nums: Sequence[Any] | None = None
     ) -> list[torch.Tensor]:
-        if to_fhat or self.prog_si >= 0:
+        if to_fhat or getattr(self, "prog_si", -1) >= 0:
             return own(self).former["f_to_idxBl_or_fhat"](f_BChw, to_fhat, v_patch_nums)
-        schedule = ScaleSchedule(tuple(v_patch_nums or self.v_patch_nums))
-        phi = convolutions(self, len(schedule))
-        found = residual_quantize(f_BChw, self.embedding.weight, schedule, phi=phi, znorm=self.using_znorm)
-        tokens = list(found.tokens.split(schedule.lengths, 1))
-        # a trainer asks for the inputs of these next
-        own(self).quantized = tuple(tokens), _versions(tokens), found.teacher_forcing
-        return tokens
+        return quantized(self, f_BChw, v_patch_nums, self.using_znorm)[0]
 
     def idxBl_to_var_input(self: Any, gt_ms_idx_Bl: list[torch.Tensor]) -> torch.Tensor | None:
-        schedule = ScaleSchedule(tuple(self.v_patch_nums))
-        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        kept, own(self).quantized = own(self).quantized, None
-        if kept is not None and not learning and self.prog_si < 0:
-            tokens, versions, inputs = kept
-            same = [id(each) for each in tokens] == [id(each) for each in gt_ms_idx_Bl]
-            if same and len(tokens) == len(schedule) and versions is not None and versions == _versions(tokens):
-                return inputs
-        if self.prog_si >= 0 or len(gt_ms_idx_Bl) < len(schedule) - 1:
-            return own(self).former["idxBl_to_var_input"](gt_ms_idx_Bl)
-        phi, codebook = convolutions(self, len(schedule)), self.embedding.weight
-        batch = len(gt_ms_idx_Bl[0])
-        feature_map = codebook.new_zeros(batch, self.Cvae, *schedule.finest, dtype=torch.float32)
-        found = []
-        for k, tokens in enumerate(gt_ms_idx_Bl[: len(schedule) - 1]):
-            feature_map, following = accumulate_scale(tokens, feature_map, codebook, schedule, k, phi=phi)
-            found.append(following)
-        return torch.cat(found, 1)  # type: ignore[arg-type]  # the last scale, which has none, is not among them
+        found = None if self.prog_si >= 0 else inputs_of(self, gt_ms_idx_Bl)
+        return own(self).former["idxBl_to_var_input"](gt_ms_idx_Bl) if found is None else found
 
     def get_next_autoregressive_input(
         self: Any, si: int, SN: int, f_hat: torch.Tensor, h_BChw: torch.Tensor
@@ -265,10 +295,10 @@ class Quantizer:
         # the vectors of this scale are its codebook, as they need not be codes
         codes = h_BChw.flatten(2).mT.flatten(0, 1)
         tokens = torch.arange(len(codes), device=codes.device).view(len(h_BChw), -1)
-        phi = own(self).run.once(self, self.embedding.weight, lambda: convolutions(self, SN))
+        phi = own(self).run.once(self, lambda: convolutions(self, SN), self.embedding.weight)
         feature_map, following = accumulate_scale(tokens, f_hat, codes, schedule, si, phi=phi)
         f_hat.copy_(feature_map)  # the public code adds in place
-        return f_hat, f_hat if following is None else following.mT.unflatten(2, schedule[si + 1])
+        return f_hat, f_hat if following is None else following.to(f_hat.dtype).mT.unflatten(2, schedule[si + 1])
 
 
 def _versions(tokens: Sequence[torch.Tensor]) -> list[int] | None:
@@ -290,7 +320,7 @@ PATCHES = (
         "norms and gated residuals in one, modulations once an image",
         ("attn", "ffn", "ln_wo_grad", "drop_path"),
         Block,
-        norm_obstacle,
+        block_obstacle,
     ),
     Patch("blocks", "norm before the head in one", ("ln_wo_grad", "ada_lin", "C", "D"), HeadNorm, norm_obstacle),
     Patch(

@@ -56,8 +56,11 @@ class Attention(nn.Module):
             self.cached_k = k if self.cached_k is None else torch.cat([self.cached_k, k], 2)
             self.cached_v = v if self.cached_v is None else torch.cat([self.cached_v, v], 2)
             k, v = self.cached_k, self.cached_v
-        mask = attn_bias_or_two_vector
-        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, scale=1)
+        if attn_fn is not None:
+            out = attn_fn(q, k, v, scale=1)
+        else:
+            mask = attn_bias_or_two_vector
+            out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, scale=1)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 

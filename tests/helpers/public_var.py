@@ -254,8 +254,8 @@ class KitchenLayer(Block):
 class KitchenNorm(HeadNorm):
     """A fork's, which takes more than the public one."""
 
-    def forward(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor, tone: float = 0.0) -> torch.Tensor:
-        return super().forward(x_BLC, cond_BD) + tone
+    def forward(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor, *tone: float) -> torch.Tensor:
+        return super().forward(x_BLC, cond_BD) + sum(tone)
 
 
 class Kitchen(PublicVAR):

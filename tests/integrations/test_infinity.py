@@ -6,11 +6,12 @@ import copy
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
 from fastvar.integrations import apply
-from fastvar.integrations.infinity import loss_weights
+from fastvar.integrations.infinity import AnySchedule, constructing, loss_weights
 from tests.helpers.public_infinity import BITS, LENGTHS, SIZES, WIDTH, PublicInfinity, SelfCorrection
 
 TEXTS = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(2)), torch.tensor([0, 2, 5]).int(), 3
@@ -111,6 +112,131 @@ def test_videos_are_left_to_the_model() -> None:
     expected = attention(x, None, None, sizes, rotations)
     with apply(model, "attention"):
         assert torch.equal(attention(x, None, None, sizes, rotations), expected)
+
+
+def test_what_an_image_needs_once_by_one_part_alone() -> None:
+    """Without `attention`, whose methods say when an image begins."""
+    model, read, kept = PublicInfinity(), [], []
+    with (
+        apply(model, "texts"),
+        patch("fastvar.integrations.infinity.padded", side_effect=lambda *a: read.append(1) or _padded(*a)),
+    ):
+        model.autoregressive_infer_cfg(TEXTS, SIZES)
+    assert len(read) == 3  # two blocks and the pool
+    with apply(model, "blocks"):
+        run = vars(model.blocks[0])["_fastvar"].run
+        model.blocks[0].sa.register_forward_hook(lambda *_: kept.append(len(run._kept)))
+        model.autoregressive_infer_cfg(TEXTS, SIZES)
+    assert kept == [1, 3, 3]  # its own modulations at first, then also those of the other block and the head
+    assert not run.sampling
+
+
+def test_checkpoints_of_attention_alone() -> None:
+    """Are made as the block would, with the same gradients."""
+    model = PublicInfinity().train()
+    expected = trained(model)
+    for block in model.blocks:
+        block.checkpointing_sa_only = True
+    from torch.utils.checkpoint import checkpoint
+
+    with apply(model), patch("fastvar.integrations.infinity.checkpoint", wraps=checkpoint) as checkpointed:
+        found = trained(model)
+        assert [call.args[0] for call in checkpointed.call_args_list] == [block.sa for block in model.blocks]
+        model.eval()
+        trained(model)
+        assert len(checkpointed.call_args_list) == 2
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_attention_by_schedule_of_models_made_for_flex_attention() -> None:
+    """A model that asks for attention by schedule attends so in training and in sampling, before it is patched and
+    after; the public constructor makes masks of types that are not there."""
+    model = PublicInfinity().eval()
+    expected, bits = trained(model), model.autoregressive_infer_cfg(TEXTS, SIZES, top_k=1)
+
+    class Flexible(PublicInfinity):
+        def __init__(self) -> None:
+            super().__init__()
+            self.use_flex_attn, self.attn_fn_compile_dict = True, self.compile_flex_attn()
+
+        def compile_flex_attn(self) -> Any:
+            raise NotImplementedError("infinity_infer_mask_with_kv_cache not supported")
+
+    with pytest.raises(NotImplementedError):
+        Flexible()
+    with constructing(Flexible):
+        flexible = Flexible().eval()
+    with pytest.raises(NotImplementedError):
+        Flexible()
+    flexible.load_state_dict(model.state_dict())
+    flexible.rope2d_freqs_grid = model.rope2d_freqs_grid
+    for _ in range(2):
+        found = trained(flexible)
+        torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+        assert torch.equal(flexible.autoregressive_infer_cfg(TEXTS, SIZES, top_k=1), bits)
+        if not hasattr(flexible, "_fastvar"):
+            flexible.attn_fn_compile_dict = {}  # as a constructor that has no such mask leaves it
+            apply(flexible)
+
+
+def test_schedules_of_videos_are_not_there() -> None:
+    schedules = AnySchedule()
+    assert schedules.get(((2, 1, 1),)) is None and schedules.get(((2, 1, 1),), 5) == 5
+    assert callable(schedules.get(tuple(SIZES))) and schedules.get(tuple(SIZES)) is schedules[tuple(SIZES)]
+    with pytest.raises(ValueError, match=r"scale_schedule: expected grids of images, got \(\(2, 1, 1\),\)"):
+        schedules[((2, 1, 1),)]
+
+
+def test_which_scales_have_flips() -> None:
+    """The first `noise_apply_layers` of them."""
+    features, flipping = torch.randn(2, BITS, 3, 4), SelfCorrection(strength=1.0)
+    expected, bits = flipping.flip_requant(SIZES, None, features, "cpu")
+    with apply(flipping), patch("numpy.random.randint", return_value=np.full(len(SIZES), 100)):
+        for layers, sign in ((0, 1), (1, -1)):
+            flipping.noise_apply_layers = layers
+            inputs, found = flipping.flip_requant(SIZES, None, features, "cpu")
+            torch.testing.assert_close(inputs[:, :4], sign * expected[:, :4])
+            assert torch.equal(found[0], bits[0])
+        # the second scale is not flipped: its codes are those of its bits
+        codes = (2.0 * found[1] - 1).mT.unflatten(2, (2, 2)) * BITS**-0.5
+        first = -(2.0 * found[0] - 1).mT.unflatten(2, (1, 1)) * BITS**-0.5
+        total = sum(torch.nn.functional.interpolate(each, (3, 4), mode="bilinear") for each in (first, codes))
+        torch.testing.assert_close(inputs[:, 4:], total.flatten(2).mT)
+
+
+class Trainer:
+    """With the line at which the public one stops."""
+
+    def __init__(self) -> None:
+        self.reweight_loss_by_scale, self.bitwise_self_correction = True, SelfCorrection()
+
+    def train_step(self, scale_schedule: list[tuple[int, int, int]]) -> torch.Tensor:
+        weights = []
+        last_scale_area = np.sqrt(scale_schedule[-1].prod())
+        for t, h, w in scale_schedule:
+            weights.extend([last_scale_area / np.sqrt(t * h * w)] * (t * h * w))
+        found = torch.tensor(weights)
+        return found / found.sum()
+
+
+def test_a_trainers_loss() -> None:
+    trainer = Trainer()
+    with pytest.raises(AttributeError):
+        trainer.train_step(SIZES)
+    with apply(trainer) as applied:
+        torch.testing.assert_close(trainer.train_step(SIZES).float(), loss_weights(SIZES))
+        assert "note: reweight_loss_by_scale works, where the public code stops with an error" in str(applied)
+        assert [each.part for each in applied.replaced] == ["loss", "quantizer"]
+    with pytest.raises(AttributeError):
+        trainer.train_step(SIZES)
+    former = Trainer.train_step
+
+    class Closed(Trainer):
+        def train_step(self, scale_schedule: Any) -> torch.Tensor:
+            return former(self, scale_schedule)
+
+    with apply(Closed()) as applied:
+        assert [each.why for each in applied.left] == ["its train_step cannot be made anew of its text"]
 
 
 def test_self_correction() -> None:

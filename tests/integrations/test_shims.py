@@ -23,6 +23,7 @@ from fastvar.integrations.attention import (
     fused_mlp_func,
     memory_efficient_attention,
     rms_norm,
+    rms_norm_into,
 )
 
 HERE = [name for name in shims.PACKAGES if find_spec(name) is not None]
@@ -52,6 +53,8 @@ def test_imports_find_them_on_request_only() -> None:
     assert not any("Infinity" in name for name in flash_attn_func.__code__.co_varnames)
     with pytest.raises(ImportError):
         importlib.import_module("flash_attn.layers")
+    with pytest.raises(ImportError):
+        importlib.import_module("hart_backend")  # which was not asked for
     shims.uninstall()
     assert "flash_attn" not in sys.modules and find_spec("flash_attn") is None
 
@@ -70,7 +73,9 @@ def test_a_real_package_is_never_hidden(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_another_name() -> None:
-    with pytest.raises(ValueError, match=r"shims.install: packages: expected some of flash_attn, xformers, got apex"):
+    with pytest.raises(
+        ValueError, match=r"shims.install: packages: expected some of flash_attn, xformers, hart_backend, got apex"
+    ):
         shims.install("apex")
 
 
@@ -131,3 +136,8 @@ def test_their_other_functions() -> None:
     torch.testing.assert_close(found, second(F.gelu(first(x), approximate="tanh")))
     weight = torch.randn(4)
     torch.testing.assert_close(rms_norm(x, weight, epsilon=1e-6), x * x.square().mean(-1, True).rsqrt() * weight)
+    out = torch.empty_like(x)
+    rms_norm_into(out, x, weight, 1e-6, False)
+    assert torch.equal(out, rms_norm(x, weight, epsilon=1e-6))
+    with pytest.raises(NotImplementedError, match="use_quant: expected False without HART's extension, got True"):
+        rms_norm_into(out, x, weight, 1e-6, True)
