@@ -142,6 +142,7 @@ def _new(options: Train, tokenizer: BSQTokenizer, encoder: TextEncoder) -> Infin
         text_length=encoder.max_length,
         text_encoder=encoder.name,
         pool_heads=options.heads,
+        gate_init=options.gate_init,
         subject=options.subject,
         subject_own_tokens=options.subject_own_tokens,
     )

@@ -95,7 +95,7 @@ class TrainTokenizer:
 
 
 # options of a task alone
-_VAR = ("gate_init", "cache_tokens", "label_smoothing", "scale_weights")
+_VAR = ("cache_tokens", "label_smoothing", "scale_weights")
 _INFINITY = ("text_encoder", "budget", "flip_strength")
 
 
@@ -136,7 +136,7 @@ class Train:
     subject_own_tokens: bool = False
     """Each scale of the subject is the codes of its own tokens, instead of the complete feature map resized."""
     gate_init: Number = 0.0
-    """VAR: where the residual gates start; small models that are trained for minutes learn faster from 1."""
+    """Where the residual gates start; small models that are trained for minutes learn faster from 1."""
     cache_tokens: bool = False
     """VAR: encode the whole data set once, in memory, instead of every batch; images are then not augmented anew."""
     label_smoothing: Share = 0.0
