@@ -1,15 +1,22 @@
-"""What the recipes take by the cost model: `python -m benchmarks.recipes` prints it and writes the table of
-docs/recipes.md.
+"""What recipes take by the cost model, and what their small forms found: the tables of docs/recipes.md.
 
-The model is that of docs/scaling.md, with its rates and what it leaves out; here it takes its settings from a recipe's
-own commands.
+    python -m benchmarks.recipes                                    # print the costs, write both tables
+    fastvar recipe recipes/vmr_grpo.toml --small --output outputs/recipes/vmr_grpo
+    python -m benchmarks.recipes --record outputs/recipes/vmr_grpo  # keep a row of that run, then the same
+
+The cost model is that of docs/scaling.md, with its rates and what it leaves out; here it takes its settings from a
+recipe's own commands. A row has a run's own figures, seconds, commit, hardware and commands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+import tyro
 
 from benchmarks import records, report
 from benchmarks.cluster import Cluster, Plan, activations, cycle, memory
@@ -23,6 +30,7 @@ from fastvar.files import write_text
 
 FOLDER = records.ROOT / "recipes"
 DOCUMENT = records.ROOT / "docs" / "recipes.md"
+DATA = records.ROOT / "benchmarks" / "data" / "recipes.jsonl"
 NAMES = ("grpo_for_var", "vmr_grpo", "dreamvar", "one_card")
 
 
@@ -134,13 +142,95 @@ def lines() -> Iterator[tuple[str, ...]]:
         )
 
 
+SMALL = {"grpo_for_var": "GRPO for VAR", "vmr_grpo": "VMR-GRPO", "dreamvar": "DreamVAR"}
+FIGURES = {  # of the small experiments, and which of them are shares
+    "reading.word_accuracy": ("read exactly", True),
+    "reading.ned": ("NED", False),
+    "rewards.ocr": ("OCR reward", False),
+    "rewards.colour": ("redness", False),
+    "rewards.jpeg": ("minus kilobytes of a JPEG, not trained", False),
+    "rewards.subject": ("likeness to the subject", False),
+    "subject_match.shape": ("own reference nearest of eight, by shape", True),
+    "subject_match.ink": ("by ink", True),
+    "rewards.diversity": ("diversity", False),
+}
+
+
+def row(folder: Path, base: Path, note: str = "") -> dict[str, Any]:
+    """What a run of a recipe found, from its table and its steps; the recipe is the one that its folder is called by.
+
+    Raises:
+        OSError: a recipe that has not run to its end.
+    """
+    made = json.loads((folder / "table.json").read_text())
+    steps = {  # of the base first, as they ran
+        name: step["arguments"] for place in (base, folder) for name, step in _steps(place).items()
+    }
+    return {
+        "benchmark": "recipe",
+        "recipe": folder.name,
+        **made["provenance"],
+        "note": note,
+        "seconds": made["seconds"],
+        "figures": made["figures"],
+        "steps": {name: steps[name] for name in made["seconds"]},
+    }
+
+
+def _steps(folder: Path) -> dict[str, Any]:
+    path = folder / "steps.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def small_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each figure of the newest row of each recipe, and under it on what and when that was measured."""
+    newest = {row["recipe"]: row for row in rows}
+    named = {name: newest[name] for name in SMALL if name in newest}
+    cells = [
+        (SMALL[name], label, *(_cell(row["figures"][key].get(column), share) for column in ("before", "after")))
+        for name, row in named.items()
+        for key, (label, share) in FIGURES.items()
+        if key in row["figures"]
+    ]
+    notes = [
+        f"{SMALL[name]}: commit {row['commit'][:7]}{' with changes' if 'changes' in row['commit'] else ''}, "
+        f"{row['date']}, {row['hardware']}, {row['versions']}; "
+        f"{', '.join(f'{step} {taken:.0f} s' for step, taken in row['seconds'].items())}"
+        f"{f'; {note}' if (note := row['note']) else ''}.\n"
+        for name, row in named.items()
+    ]
+    return "\n".join([table(["recipe", "figure", "before", "after"], cells), *notes])
+
+
+def _cell(found: Mapping[str, Any] | None, share: bool) -> str:
+    if found is None or found["value"] is None:
+        return ""
+    numbers = [found["value"], *(found["interval_95"] or ())]
+    value, *interval = (f"{100 * number:.1f}" if share else f"{number:.3f}" for number in numbers)
+    return f"{value}{' %' if share else ''}{' ({} to {})'.format(*interval) if interval else ''}"
+
+
 def with_table(text: str) -> str:
-    """A text with the table put between its markers."""
-    return report.between(text, "costs", table(["recipe", "model", "GPUs", "GiB on each", "hours, at least"], lines()))
+    """A text with both tables put between their markers."""
+    text = report.between(text, "costs", table(["recipe", "model", "GPUs", "GiB on each", "hours, at least"], lines()))
+    return report.between(text, "small", small_table(records.read(DATA)))
 
 
-if __name__ == "__main__":
+def main(record: Path | None = None, base: Path | None = None, note: str = "") -> None:
+    """Print the costs and write the tables.
+
+    Args:
+        record: folder of a run of a small recipe, called by its name, of which a row is kept first.
+        base: folder of what it began with; "base" beside it by default.
+        note: what else is to be said of the run.
+    """
+    if record is not None:
+        records.append(DATA, row(record, base or record.parent / "base", note))
     for name in NAMES:
         print(name, cost(recipe_of(name)))
     if DOCUMENT.is_file():
         write_text(DOCUMENT, with_table(DOCUMENT.read_text()))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

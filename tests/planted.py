@@ -1093,6 +1093,14 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "test_report.py::test_a_curve_skips_lines_without_its_metric",
         ),
     ],
+    "fastvar/rl/rewards/readers.py": [
+        ("[] if found.txts is None else zip(", "zip(", "rl/test_readers.py::test_rapidocr"),
+        (
+            "found = self._reader(image[..., ::-1].copy())",
+            "found = self._reader(image)",
+            "rl/test_readers.py::test_rapidocr",
+        ),
+    ],
 }
 FAULTS = tuple(
     Fault(file, old, new, tuple(f"tests/{test}" for test in tests))

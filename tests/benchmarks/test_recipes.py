@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +70,32 @@ def test_adapters_are_counted() -> None:
     assert recipes.adapter_parameters(tiny, 3) == trained
 
 
-def test_document_has_the_table() -> None:
+def test_a_row_is_of_its_run(tmp_path: Path) -> None:
+    """Figures and seconds of the table, commands of both folders in their order; the newest row of a recipe counts."""
+    runs = {"base": ["tokenizer", "var"], "vmr_grpo": ["before", "rl"]}
+    for folder, names in runs.items():
+        (tmp_path / folder).mkdir()
+        steps = {name: {"arguments": [folder, name], "known_by": 1, "seconds": 2.0} for name in names}
+        (tmp_path / folder / "steps.json").write_text(json.dumps(steps))
+    figures = {
+        "reading.word_accuracy": {"before": {"value": 0.25, "interval_95": [0.2, 0.3]}, "after": {"value": 0.5}},
+        "rewards.ocr": {"before": {"value": 0.125, "interval_95": None}},
+    }
+    figures["reading.word_accuracy"]["after"]["interval_95"] = [0.4, 0.6]
+    facts = {"commit": "0123456789 with changes", "date": "today", "hardware": "a CPU", "versions": "torch"}
+    seconds = {"tokenizer": 2.4, "var": 5.0, "before": 1.0, "rl": 7.6}
+    made = {"title": "x", "figures": figures, "seconds": seconds, "provenance": facts}
+    (tmp_path / "vmr_grpo/table.json").write_text(json.dumps(made))
+    row = recipes.row(tmp_path / "vmr_grpo", tmp_path / "base", "others ran too")
+    assert row["recipe"] == "vmr_grpo" and row["commit"] == facts["commit"] and row["figures"] == figures
+    assert list(row["steps"].items()) == [(name, [at, name]) for at, names in runs.items() for name in names]
+    text = recipes.small_table([{**row, "date": "yesterday", "figures": {}}, row])
+    assert "| VMR-GRPO | read exactly | 25.0 % (20.0 to 30.0) | 50.0 % (40.0 to 60.0) |\n" in text
+    assert "| VMR-GRPO | OCR reward | 0.125 |  |\n" in text and text.count("VMR-GRPO:") == 1
+    assert "VMR-GRPO: commit 0123456 with changes, today, a CPU, torch; tokenizer 2 s, var 5 s, before 1 s" in text
+    assert text.endswith("rl 8 s; others ran too.\n")
+
+
+def test_document_has_the_tables() -> None:
     text = recipes.DOCUMENT.read_text()
     assert recipes.with_table(text) == text

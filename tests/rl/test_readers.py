@@ -13,7 +13,7 @@ import torch
 
 from fastvar import handwriting
 from fastvar.builtin import READERS
-from fastvar.rl.rewards import EasyOCRReader, OCRReward, create
+from fastvar.rl.rewards import EasyOCRReader, OCRReward, RapidOCRReader, create
 
 IMAGES = torch.zeros(3, 3, 20, 40)
 IMAGES[:, 0] = 1.0  # red
@@ -101,11 +101,12 @@ def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: resolve_name(path) for name, path in READERS.items()} == {
         "easyocr": EasyOCRReader,
         "handwriting": handwriting.Reader,
+        "rapidocr": RapidOCRReader,
     }
     monkeypatch.setattr(handwriting, "Reader", lambda: list)  # the real one takes seconds
     assert OCRReward().reader(IMAGES[:0]) == []
     with pytest.raises(
-        ValueError, match=r"OCRReward: reader: expected one of \('easyocr', 'handwriting'\), got 'eyes'"
+        ValueError, match=r"OCRReward: reader: expected one of \('easyocr', 'handwriting', 'rapidocr'\), got 'eyes'"
     ):
         create("ocr", reader="eyes")
     with pytest.raises(ValueError, match=r"OCRReward: options: expected none beside a reader, got \['gpu'\]"):
@@ -113,3 +114,35 @@ def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "easyocr", None)
     with pytest.raises(ImportError, match="easyocr is needed: pip install easyocr"):
         create("ocr", reader="easyocr")
+
+
+class FakeRapidOCR:
+    """Answers as `rapidocr.RapidOCR` does, whose outputs have None in place of no lines."""
+
+    params: dict[str, Any]
+
+    def __init__(self, config_path: str | None = None, params: dict[str, Any] | None = None) -> None:
+        type(self).params = params or {}
+
+    def __call__(self, image: np.ndarray) -> SimpleNamespace:
+        lines = FakeReader([]).readtext(image)
+        if not lines:
+            return SimpleNamespace(boxes=None, txts=None, scores=None)
+        polygons, texts, scores = zip(*lines, strict=True)
+        return SimpleNamespace(boxes=np.array(polygons, np.float32), txts=texts, scores=scores)
+
+
+def test_rapidocr(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads as EasyOCR does where both packages find the same."""
+    monkeypatch.setitem(sys.modules, "rapidocr", SimpleNamespace(RapidOCR=FakeRapidOCR))
+    reward: Any = create("ocr", reader="rapidocr", params={"Global.text_score": 0.3})
+    assert FakeRapidOCR.params == {"Global.log_level": "error", "Global.text_score": 0.3}
+    assert reward.description.weights == "RapidOCR's, Global.text_score=0.3"
+    for reading, other in zip(reward.reader(IMAGES), EasyOCRReader(gpu=False)(IMAGES), strict=True):
+        assert reading.words == other.words and reading.word_confidences == other.word_confidences
+        assert torch.equal(reading.boxes, other.boxes)
+    with pytest.raises(ValueError, match=r"RapidOCRReader: images: expected values in \[0, 1\]"):
+        reward.reader(IMAGES * 255)
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    with pytest.raises(ImportError, match="rapidocr is needed: pip install rapidocr onnxruntime"):
+        RapidOCRReader()

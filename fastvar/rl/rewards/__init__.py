@@ -19,7 +19,7 @@ from fastvar.rl.rewards.dino import DINOReward
 from fastvar.rl.rewards.hps import HPSv2Reward
 from fastvar.rl.rewards.ocr import OCRReward
 from fastvar.rl.rewards.pixels import ColourReward, JPEGSizeReward
-from fastvar.rl.rewards.readers import EasyOCRReader
+from fastvar.rl.rewards.readers import EasyOCRReader, RapidOCRReader
 from fastvar.rl.rewards.remote import RemoteReward, reward_server
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "HPSv2Reward",
     "JPEGSizeReward",
     "OCRReward",
+    "RapidOCRReader",
     "RemoteReward",
     "Reward",
     "RewardFunction",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,23 +81,65 @@ class EasyOCRReader:
         """
         check_images(images, "EasyOCRReader: images")
         # EasyOCR takes arrays as OpenCV has them: blue first, one piece of memory.
-        return [self._read(image[..., ::-1].copy()) for image in to_uint8(images)]
+        return [_reading(self._reader.readtext(image[..., ::-1].copy()), image) for image in to_uint8(images)]
 
-    def _read(self, image: Any) -> WordReading:
-        words: list[str] = []
-        boxes: list[list[float]] = []
-        confidences: list[float] = []
-        height, width = image.shape[:2]
-        for polygon, text, confidence in self._reader.readtext(image):
-            across = [min(max(float(x), 0.0), float(width)) for x, _ in polygon]
-            down = [min(max(float(y), 0.0), float(height)) for _, y in polygon]
-            for word in text.split():
-                words.append(word)
-                boxes.append([min(across), min(down), max(across), max(down)])
-                confidences.append(float(confidence))
-        return WordReading(
-            " ".join(words),
-            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-            torch.tensor(confidences, dtype=torch.float32),
-            min(confidences, default=0.0),
-        )
+
+class RapidOCRReader:
+    """Reads images with RapidOCR: PP-OCR's networks in ONNX, those in its package unless told otherwise. In its order;
+    words of one line share the line's box and confidence.
+
+    Args:
+        params: by name what its configuration has, such as {"Global.text_score": 0.3} or
+            {"EngineConfig.onnxruntime.use_cuda": true}.
+
+    Raises:
+        ImportError: rapidocr is not installed; says how.
+        ValueError: a name that its configuration has not got (by RapidOCR).
+    """
+
+    def __init__(self, params: Mapping[str, Any] | None = None) -> None:
+        try:
+            from rapidocr import RapidOCR
+        except ImportError as error:
+            remedy = f"pip install rapidocr onnxruntime, or {install_command('rapidocr')}"
+            raise ImportError(f"rapidocr is needed: {remedy} ({error})") from error
+        given = dict(params or {})
+        self._reader = RapidOCR(params={"Global.log_level": "error", **given})
+        told = "".join(f", {name}={value}" for name, value in given.items())
+        self._weights = f"RapidOCR's{told}"
+
+    @property
+    def description(self) -> Description:
+        """Which weights; what memory they take is not told by RapidOCR."""
+        return Description(self._weights, "RapidOCR's own")
+
+    def __call__(self, images: Tensor) -> list[WordReading]:
+        """As `EasyOCRReader`."""
+        check_images(images, "RapidOCRReader: images")
+        readings = []
+        for image in to_uint8(images):  # as OpenCV has them: blue first
+            found = self._reader(image[..., ::-1].copy())
+            lines = [] if found.txts is None else zip(found.boxes, found.txts, found.scores, strict=True)
+            readings.append(_reading(lines, image))
+        return readings
+
+
+def _reading(lines: Iterable[tuple[Any, str, float]], image: Any) -> WordReading:
+    """The reading of lines, each with its polygon, text and confidence, in an image (H, W, 3)."""
+    words: list[str] = []
+    boxes: list[list[float]] = []
+    confidences: list[float] = []
+    height, width = image.shape[:2]
+    for polygon, text, confidence in lines:
+        across = [min(max(float(x), 0.0), float(width)) for x, _ in polygon]
+        down = [min(max(float(y), 0.0), float(height)) for _, y in polygon]
+        for word in text.split():
+            words.append(word)
+            boxes.append([min(across), min(down), max(across), max(down)])
+            confidences.append(float(confidence))
+    return WordReading(
+        " ".join(words),
+        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        torch.tensor(confidences, dtype=torch.float32),
+        min(confidences, default=0.0),
+    )
