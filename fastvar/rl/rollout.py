@@ -12,6 +12,7 @@ from fastvar.random import derive
 from fastvar.rl.adapters import as_reference
 from fastvar.rl.prompts import Prompts, subject_of
 from fastvar.rl.rows import taken
+from fastvar.training.sharded import called
 
 Segment = Literal["whole", "coarse", "fine"]
 
@@ -172,15 +173,19 @@ class _Artist:
 
     def continuations_of(self, drawn: _Drawn, times: int, rows: range) -> _Drawn:
         """`times` continuations of rows of coarse segments, by the reference if there is one."""
-        first_row, reference = rows.start * times, self.reference
+        reference = self.reference
         if reference is None:
-            return self.go_on(drawn, times, first_row)
+            return self.go_on(drawn, times, rows.start * times)
         with as_reference(reference, self.model):
-            conditions, subject = self.conditions_of(rows, self.group_size), self.subjects_of(rows, self.group_size)
-            guided = self.options.guides(reference)
-            state = state_after(reference, conditions, drawn.tokens, subject=subject, guided=guided)
-            self._count(reference, drawn.tokens, 0)
-            return self._continue(reference, state, times, first_row)
+            drawn_by_it: _Drawn = called(reference, self._continued_after, drawn.tokens, times, rows)
+            return drawn_by_it
+
+    def _continued_after(self, reference: Model, tokens: torch.Tensor, times: int, rows: range) -> _Drawn:
+        conditions, subject = self.conditions_of(rows, self.group_size), self.subjects_of(rows, self.group_size)
+        guided = self.options.guides(reference)
+        state = state_after(reference, conditions, tokens, subject=subject, guided=guided)
+        self._count(reference, tokens, 0)
+        return self._continue(reference, state, times, rows.start * times)
 
     def _continue(self, model: Model, state: SamplingState, times: int, first_row: int) -> _Drawn:
         return self._draw(model, None, state.fork(times), None, derive(self.seed, "continuations"), first_row, None)

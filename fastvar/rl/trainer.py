@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -39,6 +39,7 @@ from fastvar.training.interrupts import Interrupted, Interrupts
 from fastvar.training.lock import locked
 from fastvar.training.log import RunLog, say
 from fastvar.training.loop import launched_precision, parameter_groups
+from fastvar.training.sharded import Blueprint, mesh_of, shard
 
 Policy = TypeVar("Policy", bound=Model)
 _SHOWN = (
@@ -80,7 +81,8 @@ class VMRGRPOTrainer(Generic[Policy]):
         output: the run's folder: `model/` (averaged weights), `best/` (those of the best evaluation), `metrics.jsonl`,
             `pictures/`, `tensorboard/`, `checkpoints/`.
         reference: the model that the KL holds the policy to, and that draws continuations if it is to. By default the
-            policy as it is now, if it is needed: without its adapters, or else a copy.
+            policy as it is now, if it is needed: without its adapters, or else a copy. Where FSDP2 shards the policy it
+            is sharded too, in place.
         evaluation: prompts of the evaluations; `prompts` by default.
 
     Raises:
@@ -125,24 +127,28 @@ class VMRGRPOTrainer(Generic[Policy]):
         policy.keep_texts()
         written = output if self.processes.main else None
         self.processes.rewarded(lambda: before_the_first_step(policy, self.prompts, evaluation, reward, written))
-        self.reference = reference
-        if reference is None and (config.loss.kl_weight != 0 or config.reference_continues):
-            self.reference = policy if has_adapters(policy) else policy.clone()
-        if self.reference is not None and self.reference is not policy:
-            self.reference.to(self.accelerator.device).requires_grad_(False).eval()
         self.fingerprint = fingerprint(policy)
-        self.ema = EMA(policy, config.ema_decay)
+        blueprint: Blueprint[Model] = Blueprint(policy)
         optimizer = torch.optim.AdamW(
             parameter_groups(policy, config.weight_decay), lr=config.learning_rate, betas=config.betas
         )
         self.model, self.optimizer = self.accelerator.prepare(CalledPolicy(policy), optimizer)
         self.policy: Policy = self.accelerator.unwrap_model(self.model).policy
         gather_for_methods(self.model)
+        self.ema = EMA(blueprint, config.ema_decay)
+        self.reference = reference
+        if reference is None and (config.loss.kl_weight != 0 or config.reference_continues):
+            self.reference = policy if has_adapters(policy) else blueprint.clone()
+        elif reference is not None and reference is not policy and (mesh := mesh_of(policy)):
+            shard(reference, mesh)
+        if self.reference is not None and self.reference is not policy:
+            self.reference.to(self.accelerator.device).requires_grad_(False).eval()
+        self.whole: Callable[[Any], Any] = blueprint.whole
         others = [] if self.reference is None else [self.reference]
         self.graphed = GraphedStep(self._part, self.model, *others) if config.update_graphs else self._part
 
         self.progress = Progress()
-        self.evaluations = RunEvaluations(evaluation, reward, config, output, self.processes, self.progress)
+        self.evaluations = RunEvaluations(evaluation, reward, config, output, self.processes, self.progress, self.whole)
         self.checkpoints = Checkpoints(
             self.accelerator,
             output,
@@ -156,7 +162,8 @@ class VMRGRPOTrainer(Generic[Policy]):
 
     def train(self) -> Policy:
         """Run all iterations, or those that are left, and return the averaged policy; it is saved in `output/model`. If
-        it had adapters they are merged, and it is on the CPU.
+        it had adapters they are merged, and it is on the CPU. Where FSDP2 has sharded it, it is put together on the CPU
+        of the first process; others get their part of it.
 
         Raises:
             ValueError: `output` holds a run with other settings.
@@ -183,7 +190,9 @@ class VMRGRPOTrainer(Generic[Policy]):
                     self._iteration_and_what_follows(iteration, log, interrupts)
             finally:
                 log.close()
-            averaged: Policy = plain(self.ema.model)
+            averaged: Policy = self.whole(self.ema.model)
+            if main or not mesh_of(averaged):
+                averaged = plain(averaged)
             if main:
                 averaged.save_pretrained(output / "model")
             self.accelerator.wait_for_everyone()
