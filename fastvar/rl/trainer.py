@@ -16,6 +16,7 @@ from fastvar.ops import PolicyLoss, group_advantages
 from fastvar.random import derive
 from fastvar.rl.adapters import has_adapters, plain
 from fastvar.rl.agreement import check_agreement
+from fastvar.rl.ahead import RewardsAhead
 from fastvar.rl.config import RLConfig
 from fastvar.rl.measuring import Clock, UpdateMeasurements, fingerprint, peak_memory, reward_metrics
 from fastvar.rl.micro_batches import MicroBatch, micro_batches
@@ -25,7 +26,7 @@ from fastvar.rl.progress import Progress
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.resuming import begin, run_settings
 from fastvar.rl.returns import middle_returns
-from fastvar.rl.rewards import RewardSum
+from fastvar.rl.rewards import Reward, RewardSum
 from fastvar.rl.rollout import Rollout, roll_out
 from fastvar.rl.rows import indices, taken
 from fastvar.rl.run_evaluations import RunEvaluations
@@ -231,11 +232,12 @@ class VMRGRPOTrainer(Generic[Policy]):
     def iteration(self, iteration: int) -> dict[str, float]:
         """One rollout and its updates; what was measured."""
         clock = Clock()
-        with clock.part("rollout"):
-            rollout = self.roll_out(iteration)
-        with clock.part("reward"):
-            graded = self.grade(rollout)
-            rollout = rollout._replace(images=rollout.images.new_empty(0))  # a slice would keep their memory
+        with RewardsAhead(self.reward) as ahead:
+            with clock.part("rollout"):
+                rollout = self.roll_out(iteration, ahead.each_part)
+            with clock.part("reward"):
+                graded = self.grade(rollout, ahead.answers)
+        rollout = rollout._replace(images=rollout.images.new_empty(0))  # a slice would keep their memory
         measured: dict[str, float] = {}
         old_log_probs = None
         with clock.part("update"):
@@ -257,8 +259,9 @@ class VMRGRPOTrainer(Generic[Policy]):
             "memory_mib": peak_memory(),
         }
 
-    def roll_out(self, iteration: int) -> Rollout:
-        """This process's rows of an iteration's rollout; it follows from the seed, the iteration and the weights."""
+    def roll_out(self, iteration: int, each_part: Callable[[torch.Tensor, Prompts], None] | None = None) -> Rollout:
+        """This process's rows of an iteration's rollout; it follows from the seed, the iteration and the weights.
+        `each_part` as `fastvar.rl.roll_out` has it."""
         config = self.config
         generator = torch.Generator().manual_seed(derive(config.seed, "prompts", iteration))
         chosen = torch.randint(len(self.prompts), (config.prompts,), generator=generator).tolist()
@@ -275,17 +278,21 @@ class VMRGRPOTrainer(Generic[Policy]):
                 options=config.rollout,
                 rows=self.processes.share(self.drawn_prompts * config.group_size),
                 continue_with=self.reference if config.reference_continues else None,
+                each_part=each_part,
             )
 
-    def grade(self, rollout: Rollout) -> Graded:
-        """Scores, returns and advantages of this process's rows within the groups of all processes.
+    def grade(self, rollout: Rollout, known: Callable[[], dict[str, Reward]] = dict) -> Graded:
+        """Scores, returns and advantages of this process's rows within the groups of all processes. `known()` is what
+        rewards have been asked already, by name.
 
         Raises:
             RewardError: a reward misbehaved, here or on another process.
         """
         config, processes, device = self.config, self.processes, rollout.tokens.device
         schedule = self.policy.schedule
-        scores = processes.rewarded(lambda: score(rollout, self.reward, schedule, use_mask=config.use_mask))
+        scores = processes.rewarded(
+            lambda: score(rollout, self.reward, schedule, use_mask=config.use_mask, known=known())
+        )
         asked, drawn = (number * config.group_size for number in (config.prompts, self.drawn_prompts))
         images = asked * rollout.continuations  # all others count for nothing
         each = {name: processes.gather(values.to(device))[:images] for name, values in scores.each.items()}

@@ -353,8 +353,10 @@ def _step(
         for name, value in results.items():
             metrics[name] = metrics.get(name, 0.0) + value / config.accumulate
     norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+    sharded = isinstance(norm, DTensor)
+    norm = norm.full_tensor() if sharded else norm
     check = _Check(task.name, step, metrics["loss"], norm)
-    if isinstance(norm, DTensor):  # of sharded weights, which cannot be asked together with what follows
+    if sharded:  # the optimizer cannot ask sharded weights and a whole number together
         check.raise_if_bad()
     else:
         optimizer.optimizer.found_inf = check.bad  # what PyTorch's fused optimizers ask, as under loss scaling
@@ -368,7 +370,6 @@ class _Check:
     stop."""
 
     def __init__(self, name: str, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.name, self.step, self.bad = name, step, (~norm.isfinite()).float()
         self.values = torch.stack([loss.float(), norm.float()]).to("cpu", non_blocking=True)
         self.event = torch.cuda.current_stream(norm.device).record_event() if norm.is_cuda else None
