@@ -42,11 +42,11 @@ UNEVEN: dict[str, Any] = {"group_size": 3, "filter_groups": False, **EVALUATED}
 SHARDED: dict[str, Any] = {"micro_batch": 3, **EVALUATED}
 
 
-def trainer(kind: str, folder: Path, **changes: Any) -> VMRGRPOTrainer[Any]:
+def trainer(kind: str, folder: Path, reference: Any = None, **changes: Any) -> VMRGRPOTrainer[Any]:
     """Twelve rows in three groups of four, of which two processes share the second one."""
     torch.set_num_threads(1)
     config = replace(QUICK, prompts=3, use_mask=True, normalise="batch", loss=PolicyLossOptions(kl_weight=0.1))
-    return VMRGRPOTrainer(KINDS[kind](), patchy, PROMPTS, replace(config, **changes), folder)
+    return VMRGRPOTrainer(KINDS[kind](), patchy, PROMPTS, replace(config, **changes), folder, reference)
 
 
 def supervised(folder: Path, batch_size: int, draw: Any = None) -> Any:
@@ -116,7 +116,9 @@ def plugin(folder: Path) -> None:
 
     for kind, iterations in (("var", 4), ("var", 6), ("infinity", 4)):
         own = folder / kind
-        changes = {"continue_with": "reference"} if kind == "infinity" else {}
+        changes: dict[str, Any] = {}
+        if kind == "infinity":
+            changes = {"continue_with": "reference", "reference": bitwise_policy()}
         training = trainer(kind, own, iterations=iterations, **SHARDED, **changes)
         assert training.accelerator.is_fsdp2 and training.processes.count == 2
         assert isinstance(training.policy.blocks[0], FSDPModule)  # gathered a block at a time

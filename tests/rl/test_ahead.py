@@ -17,7 +17,7 @@ from fastvar.models import SamplingOptions
 from fastvar.rl import Prompts, VMRGRPOTrainer
 from fastvar.rl.ahead import RewardsAhead
 from fastvar.rl.processes import RewardError
-from fastvar.rl.rewards import RemoteReward, Reward, RewardSum
+from fastvar.rl.rewards import InProcess, RemoteReward, Reward, RewardSum
 from tests.helpers.policies import policy, redness
 from tests.rl.test_trainer import PROMPTS, QUICK, lines, patchy
 
@@ -135,3 +135,29 @@ def test_which_rewards_are_asked_ahead() -> None:
     with RewardsAhead(RewardSum({"it": redness})) as ahead:
         assert ahead.each_part is None and ahead.answers() == {}
     assert RewardSum({"it": redness, "far": RemoteReward("http://localhost:1")}).concurrent == ("far",)
+
+
+def of_the_process(images: torch.Tensor, prompts: Sequence[str], references: torch.Tensor | None) -> Reward:
+    if prompts[0] == "fail":
+        raise TimeoutError("the scorer is gone")
+    if prompts[0] == "end":
+        os._exit(1)
+    mean = images.mean((1, 2, 3)) if references is None else references.mean((1, 2, 3))
+    return Reward(mean + os.getpid(), images[:, 0] > 0.5)
+
+
+def test_a_reward_in_a_process_of_its_own() -> None:
+    reward = InProcess(of_the_process)
+    images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    asked = RewardSum({"it": reward})
+    assert asked.concurrent == ("it",)
+    scores, mask = reward(images, ["a", "b"])
+    other = round(float((scores - images.mean((1, 2, 3)))[0]))
+    assert other != os.getpid() and mask is not None and torch.equal(mask, images[:, 0] > 0.5)
+    torch.testing.assert_close(reward(images, ["a", "b"], images / 2).scores, images.mean((1, 2, 3)) / 2 + other)
+    for text, said in (
+        ("fail", "TimeoutError: the scorer is gone"),
+        ("end", "RuntimeError: InProcess: the process of"),
+    ):
+        with pytest.raises(RuntimeError, match=f"reward 'it' raised {said}"):
+            asked(images, [text] * 2)
