@@ -430,6 +430,11 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
         ("**self.options.arguments(model),", "", "rl/test_wiring.py::test_rollouts_are_drawn_as_told"),
         (
+            "each_part(own.images, prompts_of(part).repeated(times))",
+            "each_part(own.images, prompts_of(rows[: len(part)]).repeated(times))",
+            "rl/test_ahead.py::test_what_is_learned_is_the_same",
+        ),
+        (
             "(2 if self.options.guides(model) else 1)",
             "1",
             "rl/test_wiring.py::test_rollouts_are_drawn_as_told",
@@ -464,13 +469,13 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     "fastvar/rl/evaluate.py": [
         (", held_out=True)", ")", "rl/test_held_out.py::test_evaluations_show_it"),
         (
-            "i * len(prompts) // groups",
+            "min(i, groups - 1) * len(prompts) // groups",
             "i % len(prompts)",
             "rl/test_wiring.py::test_evaluations_spread_over_the_prompts",
         ),
         (
-            "range(part * groups // parts * PER_PROMPT,",
-            "range(0,",
+            "first, end = part * groups // parts,",
+            "first, end = 0,",
             "rl/test_wiring.py::test_evaluations_spread_over_the_prompts",
         ),
         (

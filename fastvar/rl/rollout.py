@@ -96,10 +96,13 @@ def roll_out(
     drawn: list[_Drawn] = []
     times = continuations if segment == "coarse" else 1
 
+    def prompts_of(part: range) -> Prompts:
+        return prompts.take([row // group_size for row in part])
+
     def keep(own: _Drawn, part: range) -> None:
         drawn.append(own)
         if each_part is not None and own.images is not None:
-            each_part(own.images, prompts.take([row // group_size for row in part]).repeated(times))
+            each_part(own.images, prompts_of(part).repeated(times))
 
     if segment == "whole":
         for part in _chunks(rows, options.batch_size):
@@ -115,7 +118,7 @@ def roll_out(
             coarse = artist.start(groups, stop=middle, rows_per_prompt=1)
             keep(artist.go_on(coarse, len(part) // len(groups), part.start), part)
     return Rollout(
-        prompts.take([row // group_size for row in rows]),
+        prompts_of(rows),
         artist.conditions_of(rows, group_size),
         torch.cat([d.tokens for d in drawn]),
         torch.cat([d.log_probs for d in drawn if d.log_probs is not None]),
@@ -184,19 +187,21 @@ class _Artist:
 
     def continuations_of(self, drawn: _Drawn, times: int, rows: range) -> _Drawn:
         """`times` continuations of rows of coarse segments, by the reference if there is one."""
-        reference = self.reference
+        first_row, reference = rows.start * times, self.reference
         if reference is None:
-            return self.go_on(drawn, times, rows.start * times)
+            return self.go_on(drawn, times, first_row)
         with as_reference(reference, self.model):
-            drawn_by_it: _Drawn = called(reference, self._continued_after, drawn.tokens, times, rows)
+            drawn_by_it: _Drawn = called(reference, self._continued_after, drawn.tokens, times, rows, first_row)
             return drawn_by_it
 
-    def _continued_after(self, reference: Model, tokens: torch.Tensor, times: int, rows: range) -> _Drawn:
+    def _continued_after(
+        self, reference: Model, tokens: torch.Tensor, times: int, rows: range, first_row: int
+    ) -> _Drawn:
         conditions, subject = self.conditions_of(rows, self.group_size), self.subjects_of(rows, self.group_size)
         guided = self.options.guides(reference)
         state = state_after(reference, conditions, tokens, subject=subject, guided=guided)
         self._count(reference, tokens, 0)
-        return self._continue(reference, state, times, rows.start * times)
+        return self._continue(reference, state, times, first_row)
 
     def _continue(self, model: Model, state: SamplingState, times: int, first_row: int) -> _Drawn:
         return self._draw(model, None, state.fork(times), None, derive(self.seed, "continuations"), first_row, None)

@@ -155,9 +155,7 @@ def test_a_reward_in_a_process_of_its_own() -> None:
     other = round(float((scores - images.mean((1, 2, 3)))[0]))
     assert other != os.getpid() and mask is not None and torch.equal(mask, images[:, 0] > 0.5)
     torch.testing.assert_close(reward(images, ["a", "b"], images / 2).scores, images.mean((1, 2, 3)) / 2 + other)
-    for text, said in (
-        ("fail", "TimeoutError: the scorer is gone"),
-        ("end", "RuntimeError: InProcess: the process of"),
-    ):
+    failures = {"fail": "TimeoutError: the scorer is gone", "end": "RuntimeError: InProcess: the process of"}
+    for text, said in failures.items():
         with pytest.raises(RuntimeError, match=f"reward 'it' raised {said}"):
             asked(images, [text] * 2)
