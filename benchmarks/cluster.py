@@ -1,7 +1,7 @@
 """VMR-GRPO on 1 to 1,024 GPUs, on paper: what an iteration does, what it keeps in memory and how long it takes.
 
 Arithmetic with assumed rates, used by `benchmarks.scaling`; nothing of it was measured on several GPUs. It follows the
-trainer as it is: float32 parameters under bf16 autocast, averaged weights and reference whole on every GPU.
+trainer as it is: float32 parameters under bf16 autocast, averaged weights and reference sharded where weights are.
 Communication is hidden behind work as well as it can be.
 """
 
@@ -46,7 +46,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs, and whether weights, gradients and optimizer are sharded over them (FSDP2) or whole everywhere (DDP)."""
+    """GPUs, and whether weights, copies, gradients and optimizer are sharded over them (FSDP2) or whole (DDP)."""
 
     gpus: int = 1
     sharded: bool = False
@@ -68,7 +68,7 @@ def work(model: Architecture, plan: Plan, segment: str, shards: int = 1) -> dict
         "decoding": [decoding(model, plan.images(segment))],
         "reference": [reference(model, size, scales)] * passes,
         "update": [*training(model, size, scales, checkpointing)] * passes,
-        "optimizer": [Job({"pointwise": (0.0, model.parameters * (ADAMW / shards + AVERAGE))})],
+        "optimizer": [Job({"pointwise": (0.0, model.parameters * (ADAMW + AVERAGE) / shards)})],
     }
 
 
@@ -117,7 +117,7 @@ def memory(model: Architecture, plan: Plan, cluster: Cluster) -> Memory:
         optimizer=2 * shard,
         buckets=buckets,
         gradients=whole if plan.micro_batch < plan.segments else 0 if buckets else shard,
-        copies=2 * whole,
+        copies=2 * shard,
         halves=whole / 2 + (2 * 4 * model.block_parameters if cluster.sharded else 0),
         activations=activations(model, plan.micro_batch, plan.checkpointing),
         sampling=cache(model, plan) + drawing(model, plan),
@@ -198,9 +198,8 @@ def communication(model: Architecture, cluster: Cluster, jobs: Mapping[str, list
     return [
         *[(layers(first), 0.0)] * (len(jobs["rollout"]) // model.scales),  # chunks
         *((layers(1), job.seconds) for job in jobs["rollout"]),
-        *((layers(1 + first), job.seconds) for job in jobs["update"][:-1]),
+        *((layers(1 + first), job.seconds) for job in (*jobs["reference"], *jobs["update"][:-1])),
         (last, back),
-        (gather(4 * model.parameters, depth * (19 if model.text else 12), gpus), 0.0),  # averaged weights, by tensor
     ]
 
 

@@ -264,7 +264,11 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_wiring.py::test_optimizer_of_the_trainer",
         ),
         (", betas=config.betas", "", "rl/test_wiring.py::test_optimizer_of_the_trainer"),
-        ("EMA(policy, config.ema_decay)", "EMA(policy, 0.95)", "rl/test_wiring.py::test_optimizer_of_the_trainer"),
+        (
+            "EMA(blueprint, config.ema_decay)",
+            "EMA(blueprint, 0.95)",
+            "rl/test_wiring.py::test_optimizer_of_the_trainer",
+        ),
         (
             "self.model.parameters(), config.clip_norm",
             "self.model.parameters(), math.inf",
@@ -336,7 +340,11 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "pass",
             "rl/test_wiring.py::test_the_fine_segment_is_trained_alone",
         ),
-        ("policy if has_adapters(policy) else policy.clone()", "policy.clone()", "rl/test_trainer.py::test_adapters"),
+        (
+            "policy if has_adapters(policy) else blueprint.clone()",
+            "blueprint.clone()",
+            "rl/test_trainer.py::test_adapters",
+        ),
         (
             "self.evaluations(self.ema.model,",
             "self.evaluations(self.policy,",
@@ -357,6 +365,14 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "self.progress.kl = 0.0",
             "rl/test_trainer.py::test_stops_at_a_large_kl",
         ),
+    ],
+    "fastvar/rl/ahead.py": [
+        (
+            "if len(masks) == len(parts) else None",
+            "if masks else None",
+            "rl/test_ahead.py::test_a_mask_holds_if_all_parts_have_one",
+        ),
+        ("            future.cancel()\n", "            pass\n", "rl/test_ahead.py::test_an_interrupt_does_not_wait"),
     ],
     "fastvar/rl/run_evaluations.py": [
         ("better = total > self.progress.best", "better = True", "rl/test_wiring.py::test_the_best_is_kept"),
@@ -414,6 +430,11 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
         ("**self.options.arguments(model),", "", "rl/test_wiring.py::test_rollouts_are_drawn_as_told"),
         (
+            "each_part(own.images, prompts_of(part).repeated(times))",
+            "each_part(own.images, prompts_of(rows[: len(part)]).repeated(times))",
+            "rl/test_ahead.py::test_what_is_learned_is_the_same",
+        ),
+        (
             "(2 if self.options.guides(model) else 1)",
             "1",
             "rl/test_wiring.py::test_rollouts_are_drawn_as_told",
@@ -448,13 +469,13 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     "fastvar/rl/evaluate.py": [
         (", held_out=True)", ")", "rl/test_held_out.py::test_evaluations_show_it"),
         (
-            "i * len(prompts) // groups",
+            "min(i, groups - 1) * len(prompts) // groups",
             "i % len(prompts)",
             "rl/test_wiring.py::test_evaluations_spread_over_the_prompts",
         ),
         (
-            "range(part * groups // parts * PER_PROMPT,",
-            "range(0,",
+            "first, end = part * groups // parts,",
+            "first, end = 0,",
             "rl/test_wiring.py::test_evaluations_spread_over_the_prompts",
         ),
         (
@@ -609,8 +630,8 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "training/test_loop.py::test_what_the_optimizer_is_given",
         ),
         (
-            "EMA(task.model, config.ema_decay)",
-            "EMA(task.model, 0.9)",
+            "EMA(blueprint, config.ema_decay)",
+            "EMA(blueprint, 0.9)",
             "training/test_loop.py::test_without_decay_the_average_is_the_model",
         ),
         (
@@ -1050,6 +1071,16 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/training/sharded.py": [
+        (
+            "local(own).copy_(local(theirs))",
+            "local(own).zero_()",
+            "rl/test_rl_processes.py::test_accelerates_own_plugin",
+        ),
+        (
+            "return tree_map_only(nn.Parameter, torch.clone, answer)",
+            "return answer",
+            "rl/test_rl_processes.py::test_accelerates_own_plugin",
+        ),
         (
             "sorted({type(block).__name__ for block in blocks})",
             "[]",

@@ -85,11 +85,12 @@ class WithTokenizer(PretrainedModel, Generic[Tokenizer]):
 
     def clone(self, device: torch.device | str | None = None) -> Self:
         """A copy with weights of its own, adapters included, and this one's tokenizer; on a device, if one is given,
-        with a tokenizer of its own there."""
+        with a tokenizer of its own there. On the device "meta" it has no weights, and this one's tokenizer."""
         taken: dict[int, Any] = {id(shared): shared for shared in self._shared()}
         if device is not None:
             taken |= weights_on(self, device)
-            taken |= {id(tokenizer): tokenizer.clone(device) for tokenizer in self._tokenizer}
+            if torch.device(device).type != "meta":
+                taken |= {id(tokenizer): tokenizer.clone(device) for tokenizer in self._tokenizer}
         return copy.deepcopy(self, taken)
 
     def _run(self, block: Callable[..., Any], *inputs: Any) -> Any:

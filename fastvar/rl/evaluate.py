@@ -75,22 +75,32 @@ def draw_evaluation(
     seed: int = SEED,
     share: tuple[int, int] = (0, 1),
 ) -> Rollout:
-    """The images of an evaluation; arguments as `evaluate_policy`. share: (i, n) for the i-th of n parts."""
+    """The images of an evaluation; arguments as `evaluate_policy`. share: (i, n) for the i-th of n parts, of which some
+    may have no image; as many are drawn for each, as the passes of a sharded model are made together."""
     groups = -(-samples // PER_PROMPT)
-    chosen = prompts.take([i * len(prompts) // groups for i in range(groups)])
     part, parts = share
-    rows = range(part * groups // parts * PER_PROMPT, (part + 1) * groups // parts * PER_PROMPT)
-    return roll_out(var, chosen, group_size=PER_PROMPT, seed=seed, options=options, rows=rows)
+    first, end = part * groups // parts, (part + 1) * groups // parts
+    chosen = prompts.take([min(i, groups - 1) * len(prompts) // groups for i in range(groups + 1)])
+    rows = range(first * PER_PROMPT, (first + -(-groups // parts)) * PER_PROMPT)
+    drawn = roll_out(var, chosen, group_size=PER_PROMPT, seed=seed, options=options, rows=rows)
+    own = (end - first) * PER_PROMPT
+    if own == len(rows):
+        return drawn
+    kept = {name: getattr(drawn, name)[:own] for name in ("tokens", "log_probs", "images", "rows")}
+    return drawn._replace(**kept, prompts=drawn.prompts.take(range(max(own, 1))))  # there is always one
 
 
 def score_evaluation(drawn: Rollout, reward: RewardSum) -> Part:
     """Scores of drawn images."""
-    each, _ = reward.ask(drawn.images, drawn.prompts.texts, drawn.prompts.references, held_out=True)
+    each: dict[str, torch.Tensor] = {}
+    if len(drawn.images):
+        each, _ = reward.ask(drawn.images, drawn.prompts.texts, drawn.prompts.references, held_out=True)
     return Part(drawn.images.cpu(), drawn.prompts, {name: scores.cpu() for name, scores in each.items()})
 
 
 def summarise(parts: Sequence[Part], reward: RewardSum) -> Evaluation:
     """The parts put together."""
+    parts = [part for part in parts if len(part.images)]
     images = torch.cat([part.images for part in parts])
     prompts = Prompts.joined([part.prompts for part in parts])
     each = {name: torch.cat([part.each[name] for part in parts]) for name in parts[0].each}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from fastvar.random import derive
 from fastvar.rl.adapters import as_reference
 from fastvar.rl.prompts import Prompts, subject_of
 from fastvar.rl.rows import taken
+from fastvar.training.sharded import called
 
 Segment = Literal["whole", "coarse", "fine"]
 
@@ -60,6 +61,7 @@ def roll_out(
     options: SamplingOptions,
     rows: range | None = None,
     continue_with: Model | None = None,
+    each_part: Callable[[torch.Tensor, Prompts], None] | None = None,
 ) -> Rollout:
     """Draw G segments for each prompt.
 
@@ -81,6 +83,8 @@ def roll_out(
         continue_with: draws the continuations of a coarse segment, whose tokens then pass it too: the reference policy
             of the paper's value of a state. The model itself stands for itself without its adapters. None is the
             model as it is.
+        each_part: called with the images of each part of `options.batch_size` rows when it is decoded, and their
+            prompts, in the order of `Rollout.images`; what comes next is drawn after it returns.
 
     Raises:
         ValueError: a middle scale that the schedule does not have.
@@ -90,25 +94,36 @@ def roll_out(
     rows = range(len(prompts) * group_size) if rows is None else rows
     artist = _Artist(model, prompts, rows, group_size, seed, options, continue_with)
     drawn: list[_Drawn] = []
+    times = continuations if segment == "coarse" else 1
+
+    def prompts_of(part: range) -> Prompts:
+        return prompts.take([row // group_size for row in part])
+
+    def keep(own: _Drawn, part: range) -> None:
+        drawn.append(own)
+        if each_part is not None and own.images is not None:
+            each_part(own.images, prompts_of(part).repeated(times))
+
     if segment == "whole":
-        drawn = [artist.start(part) for part in _chunks(rows, options.batch_size)]
+        for part in _chunks(rows, options.batch_size):
+            keep(artist.start(part), part)
     elif segment == "coarse":
         for part in _chunks(rows, options.batch_size // continuations):
             coarse = artist.start(part, stop=middle)
             fine = artist.continuations_of(coarse, continuations, part)
-            drawn.append(coarse._replace(images=fine.images, state=None))
+            keep(coarse._replace(images=fine.images, state=None), part)
     else:
         for part in _whole_groups(rows, group_size, options.batch_size):
             groups = range(part.start // group_size, (part.stop - 1) // group_size + 1)
             coarse = artist.start(groups, stop=middle, rows_per_prompt=1)
-            drawn.append(artist.go_on(coarse, len(part) // len(groups), part.start))
+            keep(artist.go_on(coarse, len(part) // len(groups), part.start), part)
     return Rollout(
-        prompts.take([row // group_size for row in rows]),
+        prompts_of(rows),
         artist.conditions_of(rows, group_size),
         torch.cat([d.tokens for d in drawn]),
         torch.cat([d.log_probs for d in drawn if d.log_probs is not None]),
         torch.cat([d.images for d in drawn if d.images is not None]),
-        continuations if segment == "coarse" else 1,
+        times,
         middle if segment == "fine" else 0,
         rows,
         group_size,
@@ -176,11 +191,17 @@ class _Artist:
         if reference is None:
             return self.go_on(drawn, times, first_row)
         with as_reference(reference, self.model):
-            conditions, subject = self.conditions_of(rows, self.group_size), self.subjects_of(rows, self.group_size)
-            guided = self.options.guides(reference)
-            state = state_after(reference, conditions, drawn.tokens, subject=subject, guided=guided)
-            self._count(reference, drawn.tokens, 0)
-            return self._continue(reference, state, times, first_row)
+            drawn_by_it: _Drawn = called(reference, self._continued_after, drawn.tokens, times, rows, first_row)
+            return drawn_by_it
+
+    def _continued_after(
+        self, reference: Model, tokens: torch.Tensor, times: int, rows: range, first_row: int
+    ) -> _Drawn:
+        conditions, subject = self.conditions_of(rows, self.group_size), self.subjects_of(rows, self.group_size)
+        guided = self.options.guides(reference)
+        state = state_after(reference, conditions, tokens, subject=subject, guided=guided)
+        self._count(reference, tokens, 0)
+        return self._continue(reference, state, times, first_row)
 
     def _continue(self, model: Model, state: SamplingState, times: int, first_row: int) -> _Drawn:
         return self._draw(model, None, state.fork(times), None, derive(self.seed, "continuations"), first_row, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from fastvar.models import Model
@@ -14,6 +15,7 @@ from fastvar.rl.progress import Progress
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.rewards import RewardSum
 from fastvar.training.log import RunLog
+from fastvar.training.sharded import called
 
 
 class RunEvaluations:
@@ -26,6 +28,7 @@ class RunEvaluations:
         output: the run's folder, which gets `pictures/` and `best/`.
         processes: of the run.
         progress: knows the best evaluation so far.
+        whole: of a model that is evaluated: one that can be saved, see `fastvar.training.sharded.Blueprint`.
 
     Raises:
         ValueError: held-out rewards that no evaluation would ask.
@@ -39,6 +42,7 @@ class RunEvaluations:
         output: Path,
         processes: Processes,
         progress: Progress,
+        whole: Callable[[Model], Model],
     ) -> None:
         if reward.held_out and not config.evaluate_every:
             held_out = tuple(reward.held_out)
@@ -46,7 +50,7 @@ class RunEvaluations:
                 f"RLConfig: evaluate_every: expected at least 1, as rewards are held out {held_out}, got 0"
             )
         self.prompts, self.reward, self.config = prompts, reward, config
-        self.output, self.processes, self.progress = output, processes, progress
+        self.output, self.processes, self.progress, self.whole = output, processes, progress, whole
 
     def __call__(self, model: Model, done: int, log: RunLog) -> dict[str, float]:
         """Metrics of the model after `done` iterations; where it is better than all before it is kept.
@@ -55,8 +59,9 @@ class RunEvaluations:
             RewardError: a reward misbehaved.
         """
         processes, reward = self.processes, self.reward
-        drawn = draw_evaluation(
+        drawn = called(
             model,
+            draw_evaluation,
             self.prompts,
             samples=self.config.evaluation_samples,
             options=self.config.rollout,
@@ -68,11 +73,12 @@ class RunEvaluations:
         total = evaluation.metrics["return"]
         better = total > self.progress.best
         self.progress.best = max(total, self.progress.best)
+        best = self.whole(model) if better else None
         if processes.main:
             picture = image_grid(evaluation.images[:64], 8)
             save_picture(picture, self.output / "pictures" / f"step-{done:08d}.png")
             log.picture(done, "samples", picture)
-            if better:
-                plain(model).save_pretrained(self.output / "best")
+            if best is not None:
+                plain(best).save_pretrained(self.output / "best")
         processes.accelerator.wait_for_everyone()
         return {f"evaluation/{name}": value for name, value in evaluation.metrics.items()}

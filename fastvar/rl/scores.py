@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from fastvar.ops import propagate_mask
-from fastvar.rl.rewards import RewardSum
+from fastvar.rl.rewards import Reward, RewardSum
 from fastvar.rl.rollout import Rollout
 from fastvar.schedule import ScaleSchedule
 
@@ -26,7 +27,14 @@ class Scores(NamedTuple):
     mask: torch.Tensor | None
 
 
-def score(rollout: Rollout, reward: RewardSum, schedule: ScaleSchedule, *, use_mask: bool = False) -> Scores:
+def score(
+    rollout: Rollout,
+    reward: RewardSum,
+    schedule: ScaleSchedule,
+    *,
+    use_mask: bool = False,
+    known: Mapping[str, Reward] | None = None,
+) -> Scores:
     """Score a rollout's images.
 
     Args:
@@ -35,12 +43,13 @@ def score(rollout: Rollout, reward: RewardSum, schedule: ScaleSchedule, *, use_m
         schedule: of the whole image.
         use_mask: keep the rewards' mask, propagated over the scales. A token of a coarse segment is on if it is for
             any of its continuations.
+        known: by name what rewards have said already of the rollout's images.
 
     Raises:
         RuntimeError: names a reward that misbehaved.
     """
     prompts = rollout.prompts.repeated(rollout.continuations)
-    each, mask = reward.ask(rollout.images, prompts.texts, prompts.references)
+    each, mask = reward.ask(rollout.images, prompts.texts, prompts.references, known=known)
     if mask is None or not use_mask:
         return Scores(each, None)
     finest = F.adaptive_max_pool2d(mask.float()[:, None], schedule.finest)[:, 0] > 0  # a cell with a pixel that is on

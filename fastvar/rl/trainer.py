@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -16,6 +16,7 @@ from fastvar.ops import PolicyLoss, group_advantages
 from fastvar.random import derive
 from fastvar.rl.adapters import has_adapters, plain
 from fastvar.rl.agreement import check_agreement
+from fastvar.rl.ahead import RewardsAhead
 from fastvar.rl.config import RLConfig
 from fastvar.rl.measuring import Clock, UpdateMeasurements, fingerprint, peak_memory, reward_metrics
 from fastvar.rl.micro_batches import MicroBatch, micro_batches
@@ -25,7 +26,7 @@ from fastvar.rl.progress import Progress
 from fastvar.rl.prompts import Prompts
 from fastvar.rl.resuming import begin, run_settings
 from fastvar.rl.returns import middle_returns
-from fastvar.rl.rewards import RewardSum
+from fastvar.rl.rewards import Reward, RewardSum
 from fastvar.rl.rollout import Rollout, roll_out
 from fastvar.rl.rows import indices, taken
 from fastvar.rl.run_evaluations import RunEvaluations
@@ -39,6 +40,7 @@ from fastvar.training.interrupts import Interrupted, Interrupts
 from fastvar.training.lock import locked
 from fastvar.training.log import RunLog, say
 from fastvar.training.loop import launched_precision, parameter_groups
+from fastvar.training.sharded import Blueprint, mesh_of, shard
 
 Policy = TypeVar("Policy", bound=Model)
 _SHOWN = (
@@ -80,7 +82,8 @@ class VMRGRPOTrainer(Generic[Policy]):
         output: the run's folder: `model/` (averaged weights), `best/` (those of the best evaluation), `metrics.jsonl`,
             `pictures/`, `tensorboard/`, `checkpoints/`.
         reference: the model that the KL holds the policy to, and that draws continuations if it is to. By default the
-            policy as it is now, if it is needed: without its adapters, or else a copy.
+            policy as it is now, if it is needed: without its adapters, or else a copy. Where FSDP2 shards the policy it
+            is sharded too, in place.
         evaluation: prompts of the evaluations; `prompts` by default.
 
     Raises:
@@ -125,24 +128,28 @@ class VMRGRPOTrainer(Generic[Policy]):
         policy.keep_texts()
         written = output if self.processes.main else None
         self.processes.rewarded(lambda: before_the_first_step(policy, self.prompts, evaluation, reward, written))
-        self.reference = reference
-        if reference is None and (config.loss.kl_weight != 0 or config.reference_continues):
-            self.reference = policy if has_adapters(policy) else policy.clone()
-        if self.reference is not None and self.reference is not policy:
-            self.reference.to(self.accelerator.device).requires_grad_(False).eval()
         self.fingerprint = fingerprint(policy)
-        self.ema = EMA(policy, config.ema_decay)
+        blueprint: Blueprint[Model] = Blueprint(policy)
         optimizer = torch.optim.AdamW(
             parameter_groups(policy, config.weight_decay), lr=config.learning_rate, betas=config.betas
         )
         self.model, self.optimizer = self.accelerator.prepare(CalledPolicy(policy), optimizer)
         self.policy: Policy = self.accelerator.unwrap_model(self.model).policy
         gather_for_methods(self.model)
+        self.ema = EMA(blueprint, config.ema_decay)
+        self.reference = reference
+        if reference is None and (config.loss.kl_weight != 0 or config.reference_continues):
+            self.reference = policy if has_adapters(policy) else blueprint.clone()
+        elif reference is not None and reference is not policy and (mesh := mesh_of(policy)):
+            shard(reference, mesh)
+        if self.reference is not None and self.reference is not policy:
+            self.reference.to(self.accelerator.device).requires_grad_(False).eval()
+        self.whole: Callable[[Any], Any] = blueprint.whole
         others = [] if self.reference is None else [self.reference]
         self.graphed = GraphedStep(self._part, self.model, *others) if config.update_graphs else self._part
 
         self.progress = Progress()
-        self.evaluations = RunEvaluations(evaluation, reward, config, output, self.processes, self.progress)
+        self.evaluations = RunEvaluations(evaluation, reward, config, output, self.processes, self.progress, self.whole)
         self.checkpoints = Checkpoints(
             self.accelerator,
             output,
@@ -156,7 +163,8 @@ class VMRGRPOTrainer(Generic[Policy]):
 
     def train(self) -> Policy:
         """Run all iterations, or those that are left, and return the averaged policy; it is saved in `output/model`. If
-        it had adapters they are merged, and it is on the CPU.
+        it had adapters they are merged, and it is on the CPU. Where FSDP2 has sharded it, it is put together on the CPU
+        of the first process; others get their part of it.
 
         Raises:
             ValueError: `output` holds a run with other settings.
@@ -183,7 +191,9 @@ class VMRGRPOTrainer(Generic[Policy]):
                     self._iteration_and_what_follows(iteration, log, interrupts)
             finally:
                 log.close()
-            averaged: Policy = plain(self.ema.model)
+            averaged: Policy = self.whole(self.ema.model)
+            if main or not mesh_of(averaged):
+                averaged = plain(averaged)
             if main:
                 averaged.save_pretrained(output / "model")
             self.accelerator.wait_for_everyone()
@@ -222,11 +232,12 @@ class VMRGRPOTrainer(Generic[Policy]):
     def iteration(self, iteration: int) -> dict[str, float]:
         """One rollout and its updates; what was measured."""
         clock = Clock()
-        with clock.part("rollout"):
-            rollout = self.roll_out(iteration)
-        with clock.part("reward"):
-            graded = self.grade(rollout)
-            rollout = rollout._replace(images=rollout.images.new_empty(0))  # a slice would keep their memory
+        with RewardsAhead(self.reward) as ahead:
+            with clock.part("rollout"):
+                rollout = self.roll_out(iteration, ahead.each_part)
+            with clock.part("reward"):
+                graded = self.grade(rollout, ahead.answers)
+        rollout = rollout._replace(images=rollout.images.new_empty(0))  # a slice would keep their memory
         measured: dict[str, float] = {}
         old_log_probs = None
         with clock.part("update"):
@@ -248,8 +259,9 @@ class VMRGRPOTrainer(Generic[Policy]):
             "memory_mib": peak_memory(),
         }
 
-    def roll_out(self, iteration: int) -> Rollout:
-        """This process's rows of an iteration's rollout; it follows from the seed, the iteration and the weights."""
+    def roll_out(self, iteration: int, each_part: Callable[[torch.Tensor, Prompts], None] | None = None) -> Rollout:
+        """This process's rows of an iteration's rollout; it follows from the seed, the iteration and the weights.
+        `each_part` as `fastvar.rl.roll_out` has it."""
         config = self.config
         generator = torch.Generator().manual_seed(derive(config.seed, "prompts", iteration))
         chosen = torch.randint(len(self.prompts), (config.prompts,), generator=generator).tolist()
@@ -266,17 +278,21 @@ class VMRGRPOTrainer(Generic[Policy]):
                 options=config.rollout,
                 rows=self.processes.share(self.drawn_prompts * config.group_size),
                 continue_with=self.reference if config.reference_continues else None,
+                each_part=each_part,
             )
 
-    def grade(self, rollout: Rollout) -> Graded:
-        """Scores, returns and advantages of this process's rows within the groups of all processes.
+    def grade(self, rollout: Rollout, known: Callable[[], dict[str, Reward]] = dict) -> Graded:
+        """Scores, returns and advantages of this process's rows within the groups of all processes. `known()` is what
+        rewards have been asked already, by name.
 
         Raises:
             RewardError: a reward misbehaved, here or on another process.
         """
         config, processes, device = self.config, self.processes, rollout.tokens.device
         schedule = self.policy.schedule
-        scores = processes.rewarded(lambda: score(rollout, self.reward, schedule, use_mask=config.use_mask))
+        scores = processes.rewarded(
+            lambda: score(rollout, self.reward, schedule, use_mask=config.use_mask, known=known())
+        )
         asked, drawn = (number * config.group_size for number in (config.prompts, self.drawn_prompts))
         images = asked * rollout.continuations  # all others count for nothing
         each = {name: processes.gather(values.to(device))[:images] for name, values in scores.each.items()}

@@ -10,10 +10,12 @@ import torch
 
 from fastvar.models import Model
 from fastvar.ops import PolicyLoss, PolicyLossOptions, policy_loss, token_log_probs
+from fastvar.ops.token_log_probs import Head
 from fastvar.rl.adapters import as_reference
 from fastvar.rl.rollout import Rollout
 from fastvar.rl.rows import taken
 from fastvar.schedule import ScaleSchedule
+from fastvar.training.sharded import called
 
 
 def segment_loss(
@@ -97,14 +99,16 @@ def part_loss(
 ) -> PolicyLoss:
     """The policy loss of rows that were taken before, from tensors on the device alone: nothing is copied there."""
     inputs = model.tokenizer.teacher_forcing(tokens)[:, : tokens.shape[1] - model.schedule.lengths[0]]
-    head = model.scored(model.hidden(conditions, inputs, subject=subject))
-    reference_head, reference_log_probs = None, None
+    head = _scored(model, conditions, inputs, subject)
+    reference_head: Head | None = None
+    reference_log_probs = None
     if reference is not None and options.kl_weight != 0:
         with torch.no_grad(), as_reference(reference, model):
-            reference_head = reference.scored(reference.hidden(conditions, inputs, subject=subject))
-            if options.kl_estimator != "exact":
-                reference_log_probs = token_log_probs(*reference_head, tokens, temperature=temperature).log_probs
-                reference_head = None
+            scored: Head = called(reference, _scored, conditions, inputs, subject)
+            if options.kl_estimator == "exact":
+                reference_head = scored
+            else:
+                reference_log_probs = token_log_probs(*scored, tokens, temperature=temperature).log_probs
     return policy_loss(
         head,
         tokens,
@@ -119,6 +123,10 @@ def part_loss(
         first_scale=first_scale,
         temperature=temperature,
     )
+
+
+def _scored(model: Model, conditions: Any, inputs: torch.Tensor, subject: torch.Tensor | None) -> Head:
+    return model.scored(model.hidden(conditions, inputs, subject=subject))
 
 
 def _rows_per_subject(rollout: Rollout, rows: Sequence[int]) -> int:

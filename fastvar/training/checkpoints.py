@@ -18,11 +18,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from fastvar.files import replacing
 from fastvar.training.ema import EMA
 from fastvar.training.log import say
+from fastvar.training.sharded import placed_like
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -142,6 +143,7 @@ class Checkpoints:
 
         accelerator, folder, start = self.accelerator, checkpoint_folder(self.output, step), time.monotonic()
         weights = self._whole(self.model.state_dict())
+        average = self._whole(self.average.model.state_dict())
         moments = self._whole(_flat(self.optimizer.state_dict()["state"]))
         state = {
             "step": step,
@@ -153,7 +155,7 @@ class Checkpoints:
             with replacing(folder) as temporary:
                 temporary.mkdir()
                 save_file(weights, temporary / _WEIGHTS)
-                save_file(self._whole(self.average.model.state_dict()), temporary / _AVERAGE)
+                save_file(average, temporary / _AVERAGE)
                 save_file(moments, temporary / _MOMENTS)
                 (temporary / _STATE).write_text(json.dumps(state))
                 files = {path.name: measured(path) for path in sorted(temporary.iterdir())}
@@ -186,7 +188,7 @@ class Checkpoints:
 
                 weights, average, moments, state = read_former(folder, self.accelerator.process_index)
             own = self.model.state_dict()
-            self.model.load_state_dict({name: _placed_like(own.get(name), value) for name, value in weights.items()})
+            self.model.load_state_dict({name: placed_like(own.get(name), value) for name, value in weights.items()})
             self.average.load_state_dict({"model": average, "updates": state["average_updates"]})
             load_moments(self.optimizer, moments)
             if self.progress:
@@ -275,16 +277,9 @@ def load_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
         parameter = parameters[int(number)]
         if value.shape == parameter.shape:
             local = torch.empty_like(parameter, dtype=value.dtype)
-            value = local.copy_(_placed_like(parameter, value))
+            value = local.copy_(placed_like(parameter, value))
         state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _placed_like(own: Tensor | None, value: Tensor) -> Tensor:
-    """A whole tensor, sharded over the processes where the run's own is."""
-    if isinstance(own, DTensor):
-        return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
-    return value
 
 
 def _random_state() -> dict[str, Any]:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from fastvar.training.sharded import local, placed_like
 
 
 class EMA:
@@ -16,7 +17,8 @@ class EMA:
     The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates: a short run is not dominated by its start.
 
     Args:
-        model: the model in training, with a method `clone()`.
+        model: the model in training, with a method `clone()`, or its `Blueprint` where it may be sharded: the average
+            is sharded as the model then is, and `called` as such models are.
         decay: of the average, 0 to 1.
     """
 
@@ -30,12 +32,8 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         """Move the average towards the model's present weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        if any(isinstance(p, DTensor) for p in model.parameters()):
-            # Sharded over processes: gathered one by one, as the average is whole everywhere.
-            for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
-                average.lerp_(weight.full_tensor() if isinstance(weight, DTensor) else weight, 1 - decay)
-        else:
-            get_ema_multi_avg_fn(decay)(list(self.model.parameters()), list(model.parameters()), self.updates)
+        averages, weights = ([local(p) for p in net.parameters()] for net in (self.model, model))
+        get_ema_multi_avg_fn(decay)(averages, weights, self.updates)
         for own, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             own.copy_(theirs)
         self.updates += 1
@@ -44,5 +42,6 @@ class EMA:
         return {"model": self.model.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        own = self.model.state_dict()
+        self.model.load_state_dict({name: placed_like(own.get(name), value) for name, value in state["model"].items()})
         self.updates = state["updates"]

@@ -40,7 +40,7 @@ from fastvar.training.interrupts import Interrupted, Interrupts, SharedRequests
 from fastvar.training.lock import locked
 from fastvar.training.log import RunLog
 from fastvar.training.settings import SEEDS, check_enough_steps, check_same_settings, write_settings
-from fastvar.training.sharded import gather_for_methods, name_blocks
+from fastvar.training.sharded import Blueprint, called, gather_for_methods, mesh_of, name_blocks
 from fastvar.training.space import check_space
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ class TrainResult(Generic[_Model]):
     """What a run left.
 
     Attributes:
-        model: the averaged model in evaluation mode.
+        model: the averaged model in evaluation mode. Where FSDP2 has sharded it, it is put together on the CPU of the
+            first process; others have their part of it.
         output: the run's folder: `model/` (save_pretrained), `metrics.jsonl`, `pictures/`, `tensorboard/`,
             `checkpoints/`.
         seconds: of this call.
@@ -248,10 +249,11 @@ def _train(
     optimizer = torch.optim.AdamW(
         parameter_groups(task.model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
     )
-    ema = EMA(task.model, config.ema_decay)
+    blueprint = Blueprint(task.model)
     name_blocks(task.model, getattr(task.model, "blocks", ()))
     model, optimizer = accelerator.prepare(task.model, optimizer)
     gather_for_methods(model)
+    ema = EMA(blueprint, config.ema_decay)
     checkpoints = Checkpoints(accelerator, output, model, optimizer, ema, keep=config.keep, minutes=config.save_minutes)
 
     settings = _settings(task, dataset, config, accelerator.num_processes)
@@ -297,7 +299,7 @@ def _train(
             log.advance()
             if done % config.log_every == 0 or last:
                 log.write(done, _over_processes(accelerator, metrics))
-            if main and shown:
+            if shown and (main or mesh_of(ema.model)):  # of sharded weights all have to draw
                 _show(task, ema, log, done, output, result)
             if save:
                 saved = checkpoints.save(done)
@@ -305,8 +307,10 @@ def _train(
                 raise Interrupted(interrupts.received or "SIGTERM", done, saved)
     finally:
         log.close()
+    averaged: Any = blueprint.whole(ema.model)
+    result.model = averaged
     if main:
-        ema.model.save_pretrained(output / "model")
+        averaged.save_pretrained(output / "model")
     accelerator.wait_for_everyone()
     result.seconds = time.perf_counter() - start
     return result
@@ -349,8 +353,10 @@ def _step(
         for name, value in results.items():
             metrics[name] = metrics.get(name, 0.0) + value / config.accumulate
     norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+    sharded = isinstance(norm, DTensor)
+    norm = norm.full_tensor() if sharded else norm
     check = _Check(task.name, step, metrics["loss"], norm)
-    if isinstance(norm, DTensor):  # of sharded weights, which cannot be asked together with what follows
+    if sharded:  # the optimizer cannot ask sharded weights and a whole number together
         check.raise_if_bad()
     else:
         optimizer.optimizer.found_inf = check.bad  # what PyTorch's fused optimizers ask, as under loss scaling
@@ -364,7 +370,6 @@ class _Check:
     stop."""
 
     def __init__(self, name: str, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.name, self.step, self.bad = name, step, (~norm.isfinite()).float()
         self.values = torch.stack([loss.float(), norm.float()]).to("cpu", non_blocking=True)
         self.event = torch.cuda.current_stream(norm.device).record_event() if norm.is_cuda else None
@@ -427,8 +432,8 @@ def _parts(batch: Any, count: int) -> list[Any]:
 def _show(task: Task[Any], ema: EMA, log: RunLog, step: int, output: Path, result: TrainResult[Any]) -> None:
     # Drawing samples must not disturb the training's random numbers.
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))), torch.no_grad():
-        image = task.picture(ema.model)
-    if image is not None:
+        image = called(ema.model, task.picture)
+    if image is not None and log.active:
         path = output / "pictures" / f"step-{step:08d}.png"
         save_picture(image, path)
         log.picture(step, task.name, image)

@@ -322,8 +322,8 @@ def test_communication() -> None:
     model, plan = ARCHITECTURES["Infinity-2B"], Plan()
     coarse, fine = (iteration(model, plan, Cluster(8, True), segment) for segment in ("coarse", "fine"))
     layers = 7 / 8 * 4 * model.shape.depth * model.block_parameters
-    # two passes over all scales or one, forward and backward, gradients, averaged weights
-    assert coarse.received == pytest.approx((13 + 2) * layers + 7 / 8 * 8 * model.parameters)
+    # two passes over all scales or one, the reference, forward and backward, gradients
+    assert coarse.received == pytest.approx((13 + 1 + 2) * layers + 7 / 8 * 4 * model.parameters)
     assert fine.received == coarse.received
 
 
@@ -331,7 +331,7 @@ def test_memory() -> None:
     model, plan = ARCHITECTURES["VAR-d30"], Plan()
     alone, ddp, fsdp = (memory(model, plan, place) for place in (Cluster(), Cluster(8), Cluster(8, True)))
     assert alone.weights == alone.gradients == ddp.buckets == 4 * model.parameters and ddp.gradients == 0
-    assert fsdp.optimizer == alone.optimizer / 8 and fsdp.copies == alone.copies
+    assert fsdp.optimizer == alone.optimizer / 8 and fsdp.copies == alone.copies / 8
     assert memory(model, Plan(micro_batch=8), Cluster(8, True)).gradients == alone.gradients
     for place in (Cluster(8), Cluster(64, True)):
         found = fit(model, place, plan)
@@ -380,19 +380,19 @@ def test_what_the_document_concludes() -> None:
         assert found.kept == 26 * model.parameters and found.kept + found.gradients == 30 * model.parameters
     assert 4.4e9 < RATES.capacity * RATES.usable / 30 < RATES.capacity * RATES.usable / 26 < 5.2e9
     assert all(fit(model, Cluster(gpus), plan) for model in (d30, two) for gpus in counts)
-    assert not any(fit(eight, Cluster(gpus), plan) for gpus in counts) and fit(eight, Cluster(8, True), plan) is None
+    assert not any(fit(eight, Cluster(gpus), plan) for gpus in counts)
     least = memory(eight, scaling.SMALLEST, Cluster(8, True))
-    assert round(least.copies / GIB) == 62 and least.peak - 7 / 8 * least.copies < RATES.capacity * RATES.usable
-    assert fit(eight, Cluster(64, True), plan) == scaling.SMALLEST
+    assert round(8 * least.copies / GIB) == 62 and least.peak + 7 * least.copies > RATES.capacity * RATES.usable
+    assert fit(eight, Cluster(8, True), plan) == replace(plan, micro_batch=4, chunk=4, checkpointing=True)
     # seconds and bytes
     for place in (Cluster(8), Cluster(1024)):
         sharded = cycle(d30, plan, replace(place, sharded=True)).total
-        assert 1.25 < sharded / cycle(d30, plan, place).total < 4.1
+        assert 1.25 < sharded / cycle(d30, plan, place).total < 3.15
         assert cycle(d30, plan, place).share("waiting") < 0.065
     chosen = fit(two, Cluster(64, True), plan)
     assert chosen is not None
     sharded, whole = (cycle(two, chosen, place) for place in (Cluster(64, True), Cluster(64)))
-    assert round(sharded.received / 1e12, 1) == 1.8 and round(whole.received / 1e9) == 69
+    assert round(sharded.received / 1e12, 1) == 1.9 and round(whole.received / 1e9) == 69
     assert 0.6 < sharded.share("rollout") < whole.share("rollout") < 0.67 and sharded.share("waiting") < 0.1
     layers = gather(4 * two.shape.depth * two.block_parameters, two.shape.depth, 1024).seconds
     assert 1023 * two.shape.depth * RATES.hop > layers / 2

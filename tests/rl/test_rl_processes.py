@@ -2,110 +2,33 @@
 
 from __future__ import annotations
 
-import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fastvar.models import VAR
+from fastvar.models import VAR, Infinity
+from fastvar.models.pretrained import saved_class
 from fastvar.training.checkpoints import saved_steps
 from fastvar.training.log import read_metrics
+from tests.helpers import launched
+from tests.helpers.launched import EVALUATED, SHARDED, UNEVEN
 from tests.helpers.policies import policy
 
 ROOT = Path(__file__).resolve().parents[2]
-_RUN = """
-import sys; sys.path[:0] = [{root!r}]
-from dataclasses import replace
-from pathlib import Path
-from tests.rl.test_trainer import *
-torch.set_num_threads(1)
-config = replace(QUICK, prompts=3, use_mask=True, normalise="batch", **{changes!r})
-config = replace(config, loss=PolicyLossOptions(kl_weight=0.1))
-var = add_adapters(policy(), 2) if {adapters} else policy()
-VMRGRPOTrainer(var, patchy, PROMPTS, config, Path({output!r})).train()
-"""
-
-# accelerate's plugin shards on accelerators alone: its state is told that these processes have one
-_ON_CPUS = """
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
-PartialState(cpu=True)
-PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-"""
-_PLUGIN = """
-trainer = VMRGRPOTrainer(var, patchy, PROMPTS, config, Path({output!r}))
-assert trainer.accelerator.is_fsdp2 and trainer.processes.count == 2
-for part in (trainer.policy.blocks[0].qkv, trainer.policy.head):
-    assert type(part.weight).__name__ == "DTensor", part
-from torch.distributed.fsdp import FSDPModule
-assert isinstance(trainer.policy.blocks[0], FSDPModule)  # gathered a block at a time
-trainer.train()
-"""
-
-_SHARDED = """
-import sys; sys.path[:0] = [{root!r}]
-import torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from fastvar.models import SamplingOptions
-from fastvar.rl import *
-from fastvar.rl.wrapping import CalledPolicy, gather_for_methods
-from fastvar.training.ema import EMA
-from tests.helpers.policies import bitwise_policy, policy
-
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-mesh = init_device_mesh("cpu", (2,))
-advantages = torch.arange(8.0) - 3.5
 
 
-def step(make, sharded):
-    torch.manual_seed(0)
-    var = make().add_subject()
-    references = torch.rand(2, 3, *var.tokenizer.config.image_size, generator=torch.Generator().manual_seed(0))
-    ema, model = EMA(var, 0.5), CalledPolicy(var)
-    if sharded:
-        for part in (*var.blocks, model):
-            fully_shard(part, mesh=mesh)
-        gather_for_methods(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    prompts = Prompts(["1", "2"], references=references)
-    with torch.no_grad():
-        rollout = model(roll_out, prompts, group_size=4, seed=1, options=SamplingOptions())
-    model(segment_loss, rollout, advantages, PolicyLossOptions()).loss.backward()
-    assert not sharded or type(var.head.weight).__name__ == "DTensor"
-    optimizer.step()
-    ema.update(var)
-    return [rollout.tokens, *ema.model.state_dict().values()]
-
-
-for make in (policy, bitwise_policy):
-    for one, two in zip(step(make, False), step(make, True), strict=True):
-        torch.testing.assert_close(two, one)
-"""
-
-
-def script(folder: Path, name: str, adapters: bool = False, **changes: object) -> str:
-    path = folder / f"{name}.py"
-    names = {"root": str(ROOT), "tests": str(Path(__file__).parent), "output": str(folder / name)}
-    path.write_text(_RUN.format(**names, changes=changes, adapters=adapters))
-    return str(path)
-
-
-def launch(processes: int, path: str) -> None:
-    call("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", path)
-
-
-def here(path: str) -> None:
+def here(kind: str, folder: Path, **changes: Any) -> Path:
     """One process, this one."""
     threads = torch.get_num_threads()
-    runpy.run_path(path)
+    launched.trainer(kind, folder, **changes).train()
     torch.set_num_threads(threads)
+    return folder
 
 
 def call(module: str, *arguments: object) -> None:
@@ -119,45 +42,76 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if not k.startswith(("seconds", "memory"))} for line in lines]
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made."""
+    folder = tmp_path_factory.mktemp("pair")
+    here("var", folder / "uneven", iterations=2, **UNEVEN)
+    call(
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "tests.helpers.launched",
+        "processes",
+        folder,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made under accelerate's own FSDP2 plugin, as recipes/fsdp2.yaml asks accelerate for it."""
+    folder = tmp_path_factory.mktemp("sharded")
+    here("var", folder / "var", iterations=2, **SHARDED)
+    config = ["--config_file", ROOT / "recipes/fsdp2.yaml", "--num_processes", 2, "--main_process_port", 0]
+    call("accelerate.commands.launch", *config, "-m", "tests.helpers.launched", "plugin", folder)
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("adapters", [False, True])
-@pytest.mark.parametrize("micro_batch", [0, 4])
-def test_two_processes_are_one(micro_batch: int, adapters: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", launched.KINDS)
+def test_two_processes_are_one(kind: str, pair: Path, tmp_path: Path) -> None:
     """Twelve rows in three groups of four: the second group straddles the processes. The reference is a copy, or the
-    policy without its adapters."""
-    common = {"adapters": adapters, "iterations": 4, "evaluate_every": 2, "evaluation_samples": 12}
-    launch(1, script(tmp_path, "one", **common))
-    launch(2, script(tmp_path, "two", micro_batch=micro_batch, **common))
-    assert metrics(tmp_path / "one")[-1]["kl"] > 0
-    same_run(tmp_path / "one", tmp_path / "two")
+    policy without its adapters. In one micro-batch and in several."""
+    one = here(kind, tmp_path, iterations=4, **EVALUATED)
+    assert metrics(one)[-1]["kl"] > 0
+    for micro_batch in (0, 4):
+        same_run(one, pair / f"{kind}-{micro_batch}")
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_goes_on(tmp_path: Path) -> None:
+def test_another_number_of_processes_goes_on(pair: Path, tmp_path: Path) -> None:
     """Nine rows in three groups, which two processes cannot share out evenly: begun on one process and gone on with on
     two, the run is that of one."""
-    common = {"group_size": 3, "filter_groups": False, "evaluate_every": 2, "evaluation_samples": 12}
-    here(script(tmp_path, "one", iterations=4, **common))
-    here(script(tmp_path, "two", iterations=2, **common))
-    launch(2, script(tmp_path, "two", iterations=4, **common))
-    assert metrics(tmp_path / "one")[-1]["kl"] > 0
-    same_run(tmp_path / "one", tmp_path / "two")
+    one = here("var", tmp_path, iterations=4, **UNEVEN)
+    assert metrics(one)[-1]["kl"] > 0
+    same_run(one, pair / "uneven")
 
 
 @pytest.mark.slow
-def test_accelerates_own_plugin(tmp_path: Path) -> None:
-    """FSDP2 as recipes/fsdp2.yaml asks accelerate for it, with three prompts on two processes, micro-batches and an
-    evaluation: the run of one process."""
-    common = {"iterations": 4, "evaluate_every": 2, "evaluation_samples": 12, "micro_batch": 3}
-    here(script(tmp_path, "one", **common))
-    path = Path(script(tmp_path, "two", **common))
-    text, end = path.read_text(), "VMRGRPOTrainer(var, patchy"
-    assert text.count(end) == 1
-    plugin = _PLUGIN.format(output=str(tmp_path / "two"))
-    path.write_text(_ON_CPUS + text[: text.index(end)] + plugin)
-    config = ["--config_file", ROOT / "recipes/fsdp2.yaml", "--num_processes", 2, "--main_process_port", 0]
-    call("accelerate.commands.launch", *config, path)
-    same_run(tmp_path / "one", tmp_path / "two")
+def test_accelerates_own_plugin(sharded: Path, tmp_path: Path) -> None:
+    """Three prompts on two processes, micro-batches and evaluations: begun with whole weights on one process, gone on
+    with on two with sharded ones, once more with those, and on one again, the run is that of one process."""
+    one = here("var", tmp_path, iterations=8, **SHARDED)
+    same_run(one, here("var", sharded / "var", iterations=8, **SHARDED))
+
+
+@pytest.mark.slow
+def test_sharded_infinity(sharded: Path, tmp_path: Path) -> None:
+    """Its reference, which is sharded too, draws the continuations."""
+    same_run(here("infinity", tmp_path, iterations=4, continue_with="reference", **SHARDED), sharded / "infinity")
+
+
+@pytest.mark.slow
+def test_sharded_supervised_training(sharded: Path, tmp_path: Path) -> None:
+    """Two processes with half of the batch each, and a picture of the averaged weights."""
+    launched.supervised(tmp_path, 4, lambda net: net.generate(["a"], seed=1).picture())
+    one, two = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path, sharded / "supervised"))
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+    same_weights(tmp_path, sharded / "supervised")
+    assert len(list((sharded / "supervised/pictures").iterdir())) == 1
 
 
 @pytest.mark.slow
@@ -173,38 +127,40 @@ def test_launched_command(tmp_path: Path) -> None:
     same_run(tmp_path / "one", tmp_path / "two")
 
 
+def loaded(folder: Path) -> VAR | Infinity:
+    kind = saved_class(folder / "config.json")
+    assert kind in (VAR, Infinity)
+    return kind.from_pretrained(folder)  # type: ignore[return-value]
+
+
 def same_run(one: Path, two: Path) -> None:
     for a, b in zip(metrics(one), metrics(two), strict=True):
         for name, value in a.items():
             # shares of norms are not sums over parts; tokens of a trunk that two processes share are drawn by both
             if not name.startswith("gradient_share") and name != "rollout_tokens":
                 assert b[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
-    weights = [VAR.from_pretrained(str(folder / "model")).state_dict() for folder in (one, two)]
+    same_weights(one, two)
+
+
+def same_weights(one: Path, two: Path) -> None:
+    weights = [loaded(folder / "model").state_dict() for folder in (one, two)]
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.slow
-def test_sharded_weights(tmp_path: Path) -> None:
-    """FSDP2 over two processes: the tokens, the step and the averaged weights of one process with all weights."""
-    path = tmp_path / "sharded.py"
-    path.write_text(_SHARDED.format(root=str(ROOT), tests=str(Path(__file__).parent)))
-    launch(2, str(path))
-
-
-@pytest.mark.slow
 def test_killed_run_goes_on_exactly(tmp_path: Path) -> None:
     """Killed at whatever it was doing, then called again: the same metrics and weights, phases included."""
-    subprocess.run([sys.executable, script(tmp_path, "straight", iterations=12)], check=True, capture_output=True)
-    path = script(tmp_path, "killed", iterations=12)
-    process = subprocess.Popen([sys.executable, path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    here("var", tmp_path / "straight", iterations=12)
+    command = [sys.executable, "-m", "tests.helpers.launched", "killed", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     deadline = time.monotonic() + 120
     while not [step for step in saved_steps(tmp_path / "killed") if step >= 3] and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert 3 <= saved_steps(tmp_path / "killed")[-1] < 12
-    subprocess.run([sys.executable, path], check=True, capture_output=True)
+    here("var", tmp_path / "killed", iterations=12)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "straight")
     straight, killed = (VAR.from_pretrained(str(tmp_path / n / "model")).state_dict() for n in ("straight", "killed"))
     assert all(torch.equal(value, killed[key]) for key, value in straight.items())

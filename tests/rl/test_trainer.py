@@ -266,8 +266,8 @@ def test_rollouts_of_another_policy_are_refused(updates: int, tmp_path: Path) ->
     wrong = trainer(tmp_path, config)
     original = wrong.roll_out
 
-    def drifted(iteration: int) -> Any:
-        rollout = original(iteration)
+    def drifted(*arguments: Any) -> Any:
+        rollout = original(*arguments)
         log_probs = rollout.log_probs.clone()
         log_probs[:, 1:] += 0.3
         return rollout._replace(log_probs=log_probs)

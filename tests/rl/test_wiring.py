@@ -27,7 +27,7 @@ from fastvar.rl import (
     segment_loss,
 )
 from fastvar.rl.choose_middle import intraclass_correlation
-from fastvar.rl.evaluate import draw_evaluation
+from fastvar.rl.evaluate import draw_evaluation, evaluate_policy, score_evaluation, summarise
 from fastvar.rl.prompts import subject_of
 from fastvar.rl.rewards import Reward, RewardSum
 from tests.helpers.policies import policy, redness
@@ -219,6 +219,18 @@ def test_evaluations_spread_over_the_prompts() -> None:
     parts = [draw_evaluation(policy(), many, samples=12, options=SamplingOptions(), share=(i, 2)) for i in (0, 1)]
     assert torch.equal(torch.cat([part.tokens for part in parts]), whole.tokens)
     assert [len(part.tokens) for part in parts] == [4, 8]
+
+
+def test_more_processes_than_prompts_of_an_evaluation() -> None:
+    """All draw as many images, and those who have none ask no reward."""
+    few, reward = Prompts(["1", "2"]), RewardSum({"it": redness})
+    shares = [draw_evaluation(policy(), few, samples=8, options=SamplingOptions(), share=(i, 3)) for i in range(3)]
+    assert [len(share.tokens) for share in shares] == [0, 4, 4]
+    assert len({share.passed_tokens for share in shares}) == 1
+    whole = evaluate_policy(policy(), reward, few, samples=8, options=SamplingOptions())
+    found = summarise([score_evaluation(share, reward) for share in shares], reward)
+    assert torch.equal(found.images, whole.images) and found.metrics == whole.metrics
+    assert found.prompts.texts == whole.prompts.texts
 
 
 def test_gradients_of_one_update_do_not_reach_the_next(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ class Model(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
 
-    def clone(self) -> Model:
-        return copy.deepcopy(self)
+    def clone(self, device: str | None = None) -> Model:
+        return copy.deepcopy(self) if device is None else copy.deepcopy(self).to(device)
 
 
 class Progress:

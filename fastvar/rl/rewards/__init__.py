@@ -17,6 +17,7 @@ from fastvar.rl.rewards.base import (
 from fastvar.rl.rewards.clip import CLIPImageReward, CLIPTextReward
 from fastvar.rl.rewards.dino import DINOReward
 from fastvar.rl.rewards.hps import HPSv2Reward
+from fastvar.rl.rewards.in_process import InProcess
 from fastvar.rl.rewards.ocr import OCRReward
 from fastvar.rl.rewards.pixels import ColourReward, JPEGSizeReward
 from fastvar.rl.rewards.readers import EasyOCRReader, RapidOCRReader
@@ -31,6 +32,7 @@ __all__ = [
     "Description",
     "EasyOCRReader",
     "HPSv2Reward",
+    "InProcess",
     "JPEGSizeReward",
     "OCRReward",
     "RapidOCRReader",

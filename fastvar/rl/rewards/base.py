@@ -60,7 +60,9 @@ class RewardFunction(Protocol):
 
         A reward may also have a method `check_texts(texts)` that raises a ValueError for a prompt which it can never
         score. It is asked about all prompts before anything is drawn. An attribute `description`, a `Description`, is
-        written into reports.
+        written into reports. An attribute `concurrent` that is true says that no score depends on the other images of
+        the call, and that it may be called in a thread of its own: it is then asked about a rollout's first images
+        while the next ones are drawn.
         """
 
 
@@ -180,9 +182,11 @@ class RewardSum:
         references: torch.Tensor | None = None,
         *,
         held_out: bool = False,
+        known: Mapping[str, Reward] | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """Each reward's own scores (B,) float64, unweighted, and their mask; arguments as `RewardFunction`. An infinite
-        score is missing: NaN takes its place. With `held_out` those that are held out are asked too.
+        score is missing: NaN takes its place. With `held_out` those that are held out are asked too. Of those in
+        `known`, by name, it is known what they say.
 
         The mask is the union of the rewards' masks, None if any reward with a weight has none: it was then decided
         everywhere.
@@ -193,8 +197,8 @@ class RewardSum:
         mask: torch.Tensor | None = None
         everywhere = False
         each: dict[str, torch.Tensor] = {}
-        for name, function in {**self.rewards, **(self.held_out if held_out else {})}.items():
-            reward = self._ask(name, function, images, prompts, references)
+        for name in {**self.rewards, **(self.held_out if held_out else {})}:
+            reward = (known or {}).get(name) or self.ask_one(name, images, prompts, references)
             scores = reward.scores.detach().to(images.device, torch.float64)
             each[name] = torch.where(scores.isfinite(), scores, torch.nan)
             if not self.weights.get(name):
@@ -205,6 +209,11 @@ class RewardSum:
                 own = reward.mask.to(images.device)
                 mask = own if mask is None else mask | own
         return each, None if everywhere else mask
+
+    @property
+    def concurrent(self) -> tuple[str, ...]:
+        """The names of rewards in the sum that may be asked while others are, and about parts of the images."""
+        return tuple(name for name, function in self.rewards.items() if getattr(function, "concurrent", False))
 
     def check_texts(self, texts: Sequence[str]) -> None:
         """Before anything is drawn: ask rewards that have a method `check_texts` about all prompts.
@@ -259,14 +268,12 @@ class RewardSum:
             total = total + self.weights[name] * scores.double()
         return total
 
-    def _ask(
-        self,
-        name: str,
-        function: RewardFunction,
-        images: torch.Tensor,
-        prompts: Sequence[str],
-        references: torch.Tensor | None,
+    @torch.no_grad()
+    def ask_one(
+        self, name: str, images: torch.Tensor, prompts: Sequence[str], references: torch.Tensor | None
     ) -> Reward:
+        """What one reward says, its shapes checked; arguments and errors as `ask`."""
+        function = self.rewards[name] if name in self.rewards else self.held_out[name]
         try:
             answer = function(images, prompts, references)
         except Exception as error:

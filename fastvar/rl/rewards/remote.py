@@ -52,6 +52,8 @@ class RemoteReward:
         RuntimeError: when called, no usable answer; names the URL and the last failure.
     """
 
+    concurrent = True
+
     def __init__(
         self,
         url: str,
