@@ -142,7 +142,12 @@ def lines() -> Iterator[tuple[str, ...]]:
         )
 
 
-SMALL = {"grpo_for_var": "GRPO for VAR", "vmr_grpo": "VMR-GRPO", "dreamvar": "DreamVAR"}
+SMALL = {
+    "grpo_for_var": "GRPO for VAR",
+    "vmr_grpo": "VMR-GRPO",
+    "small_infinity": "VMR-GRPO of bits",
+    "dreamvar": "DreamVAR",
+}
 FIGURES = {  # of the small experiments, and which of them are shares
     "reading.word_accuracy": ("read exactly", True),
     "reading.ned": ("NED", False),
