@@ -470,7 +470,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         (", held_out=True)", ")", "rl/test_held_out.py::test_evaluations_show_it"),
         (
             "min(i, groups - 1) * len(prompts) // groups",
-            "i % len(prompts)",
+            "min(i, groups - 1) % len(prompts)",
             "rl/test_wiring.py::test_evaluations_spread_over_the_prompts",
         ),
         (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
@@ -68,7 +68,11 @@ class _Asker:
         self._parts.put((self._answers[-1], drawn, (images, *rest)))
 
     def answer(self) -> Reward:
-        parts = [future.result() for future in self._answers]
+        parts = []
+        for future in self._answers:
+            while not future.done():  # a signal that another thread takes does not wake this one
+                wait([future], timeout=1.0)
+            parts.append(future.result())
         masks = [part.mask for part in parts if part.mask is not None]
         return Reward(
             torch.cat([part.scores for part in parts]), torch.cat(masks) if len(masks) == len(parts) else None

@@ -22,7 +22,7 @@ from tests.helpers.policies import policy, redness
 from tests.rl.test_trainer import PROMPTS, QUICK, lines, patchy
 
 PARTS = replace(QUICK, prompts=3, rollout=SamplingOptions(batch_size=4), use_mask=True)
-LONG = 60.0  # seconds that nothing here waits for, unless it fails
+LONG = 20.0  # seconds that nothing here waits for, unless it fails
 
 
 class Concurrent:
@@ -68,8 +68,13 @@ def test_the_next_part_is_drawn_while_a_reward_thinks(iteration: int, tmp_path: 
 def test_what_is_learned_is_the_same(tmp_path: Path) -> None:
     """Whole and parts, masks and texts, beside a reward that is asked at the end."""
     runs = []
+
+    def by_text(images: torch.Tensor, prompts: Sequence[str], references: Any) -> Reward:
+        found = patchy(images, prompts, references)
+        return found._replace(scores=found.scores + torch.tensor([float(text) for text in prompts]))
+
     for ahead in (False, True):
-        reward = Concurrent(patchy, ahead)
+        reward = Concurrent(by_text, ahead)
         training = trainer(tmp_path / str(ahead), {"at the end": Concurrent(redness, False), "ahead": reward})
         weights = training.train().state_dict()
         runs.append((lines(tmp_path / str(ahead)), [value.tolist() for value in weights.values()]))
@@ -96,16 +101,19 @@ def test_errors_are_the_same(tmp_path: Path) -> None:
 
 def test_an_interrupt_does_not_wait(tmp_path: Path) -> None:
     """It comes while the answer is waited for; of what was not asked yet nothing is asked any more."""
-    end = threading.Event()
+    all_is_drawn, end = threading.Event(), threading.Event()
 
     def endless(images: torch.Tensor, prompts: Sequence[str], references: Any) -> torch.Tensor:
         if len(images) > 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            all_is_drawn.wait(LONG)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             end.wait(LONG)
         return redness(images, prompts, references)
 
     reward = Concurrent(endless)
     training = trainer(tmp_path, {"it": reward})
+    grade = training.grade
+    training.grade = lambda *arguments: (all_is_drawn.set(), grade(*arguments))[1]  # type: ignore[method-assign]
     before = set(threading.enumerate())
     with pytest.raises(KeyboardInterrupt):
         training.iteration(0)
