@@ -104,14 +104,17 @@ def test_what_clip_sees(tiny_clip: str) -> None:
     crop = image[:, 4:30, 6:20].clone()
     mask[4:10, 6:12] = False
     crop[:, :6, :6] = 0x99 / 255
+    shown, see = [], network.images
+    network.images = lambda crops: (shown.append(crops), see(crops))[1]
     with torch.no_grad():
-        seen, nearness = network.images(crop[None])[0], []
+        seen, nearness = see(crop[None])[0], []
         for colour in COLOURS:
             ways = (f"a photo of a {colour} cup", f"a photo of a {colour}-colored cup", f"a photo of a {colour} object")
             mean = network.texts(ways, seen.device).mean(0)
             nearness.append(float(seen @ mean / mean.norm()))
     found = Found((6.2, 4.0, 19.8, 30.0), 1.0, mask)
     assert GenEval.colour(benchmark, image, "cup", found) == COLOURS[nearness.index(max(nearness))]
+    assert torch.equal(shown[0], crop[None])
 
 
 class Sees:
