@@ -153,7 +153,7 @@ FIGURES = {  # of the small experiments, and which of them are shares
     "reading.ned": ("NED", False),
     "rewards.ocr": ("OCR reward", False),
     "rewards.colour": ("redness", False),
-    "rewards.jpeg": ("minus kilobytes of a JPEG, not trained", False),
+    "rewards.held_out/jpeg": ("minus kilobytes of a JPEG, not trained", False),
     "rewards.subject": ("likeness to the subject", False),
     "subject_match.shape": ("own reference nearest of eight, by shape", True),
     "subject_match.ink": ("by ink", True),

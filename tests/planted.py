@@ -1124,6 +1124,18 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "test_report.py::test_a_curve_skips_lines_without_its_metric",
         ),
     ],
+    "fastvar/image_benchmarks/geneval.py": [
+        ("if one.score > least", "if one.score > SURE", "image_benchmarks/test_geneval.py::test_figures_by_hand"),
+        ("max(abs(offset) - SLACK * sides, 0.0)", "abs(offset)", "image_benchmarks/test_geneval.py::test_positions"),
+        (
+            "torch.where(mask.to(image.device), image,",
+            "torch.where(mask | True, image,",
+            "image_benchmarks/test_geneval.py::test_what_clip_sees",
+        ),
+    ],
+    "fastvar/image_benchmarks/detection.py": [
+        ("sure = score * float(", "sure = score + 0 * float(", "image_benchmarks/test_geneval.py::test_mask2former"),
+    ],
     "fastvar/rl/rewards/readers.py": [
         ("[] if found.txts is None else zip(", "zip(", "rl/test_readers.py::test_rapidocr"),
         (

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from fastvar.cli import main
-from fastvar.image_benchmarks import FID
+from fastvar.image_benchmarks import FID, Mask2Former
 from fastvar.rl import rewards
 from tests.helpers.pictures import make_cvtg, make_dreambench, save_images, smooth_images
 from tests.helpers.tiny import tiny_infinity, tiny_var
-from tests.image_benchmarks.conftest import inception, tiny_clip  # noqa: F401
+from tests.image_benchmarks.conftest import inception, mask2former, tiny_clip  # noqa: F401
 
 pytest.importorskip("open_clip")
 
@@ -100,6 +100,33 @@ def test_cvtg_of_a_folder(
     assert scored_by["reader"]["weights"] == "EasyOCR's for en" and scored_by["clip_score"]["range"] == "0 to 2.5"
 
 
+def test_geneval_of_a_var(
+    tmp_path: Path,
+    small: list[dict[str, Any]],
+    mask2former: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Drawn, detected and scored to the end; again, nothing is drawn or scored anew. The detector sees cups alone."""
+    monkeypatch.setattr("fastvar.image_benchmarks.Mask2Former", partial(Mask2Former, sides=(64, 128)))
+    tiny_var(num_classes=0, text_length=3, alphabet="abc").save_pretrained(tmp_path / "model")
+    parts = {"single_object": "cup", "position": "tv remote"}
+    lines = [{"tag": tag, "prompt": "ab", "include": [{"class": it, "count": 1}]} for tag, it in parts.items()]
+    (tmp_path / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    command = ["--benchmark", "geneval", "--data", tmp_path / "metadata.jsonl", "--model", tmp_path / "model"]
+    command += ["--weights", "clip=random", f"detector={mask2former}", "--output", tmp_path / "out", "--per-prompt", 2]
+    run(*command)
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["images"] == 4 and figures["overall"] == 0.5
+    assert {task: each["correct"] for task, each in figures["tasks"].items()} == {"single_object": 1, "position": 0}
+    assert (tmp_path / "out/images/00001/samples/0001.png").is_file() and (tmp_path / "out/grid.png").is_file()
+    assert '"wrong": "expected 1 tv remote, found 0"' in (tmp_path / "out/items.jsonl").read_text()
+    assert small == [{"pretrained": None, "model": "ViT-L-14-quickgelu"}]
+    monkeypatch.setattr(Mask2Former, "__call__", None)
+    run(*command)
+    assert json.loads(capsys.readouterr().out) == figures
+
+
 def test_hps_of_a_var(tmp_path: Path, small: Any, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_var(num_classes=0, text_length=3, alphabet="abc").save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
@@ -159,8 +186,8 @@ def test_fid_of_classes(
     ("arguments", "message"),
     [
         (
-            ["--benchmark", "geneval"],
-            "benchmark: expected one of ('', 'dreambench', 'cvtg-2k', 'hps', 'prompts', 'fid')",
+            ["--benchmark", "coco"],
+            "benchmark: expected one of ('', 'dreambench', 'cvtg-2k', 'geneval', 'hps', 'prompts', 'fid')",
         ),
         (["--benchmark", "hps", "--model", "x"], "evaluate: data: expected the data of hps, got none"),
         (["--benchmark", "hps", "--data", "."], "evaluate: model, images: expected exactly one of them"),
@@ -187,6 +214,10 @@ def test_fid_of_classes(
         (
             ["--benchmark", "fid", "--data", ".", "--weights", "inception=random"],
             "evaluate: weights: expected a file of Inception's weights, got 'inception=random'",
+        ),
+        (
+            ["--benchmark", "geneval", "--data", ".", "--weights", "detector=random"],
+            "evaluate: weights: expected a folder of a Mask2Former, got 'detector=random'",
         ),
         (["--take", "3"], "evaluate: take: expected 0 without a benchmark, got 3"),
         (

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 READS = {
     "dreambench": ("take", "per_prompt", "token"),
     "cvtg-2k": ("take", "reader", "reader_options"),
+    "geneval": ("take", "per_prompt"),
     "hps": ("take", "per_prompt"),
     "prompts": ("take", "per_prompt", "rewards", "reward_options", "held_out"),
     "fid": ("prompt_file",),
@@ -32,11 +33,17 @@ READS = {
 WEIGHTS = {
     "dreambench": ("dino", "clip"),
     "cvtg-2k": ("clip",),
+    "geneval": ("detector", "clip"),
     "hps": ("hpsv2",),
     "prompts": (),
     "fid": ("inception",),
 }
-PUBLISHED = {"dino": "dino", "clip": "openai"}  # weights by default
+FILES = {"inception": "a file of Inception's weights", "detector": "a folder of a Mask2Former"}  # no random ones
+PUBLISHED = {
+    "dino": "dino",
+    "clip": "openai",
+    "detector": "facebook/mask2former-swin-small-coco-instance",
+}  # weights by default
 
 
 @dataclass(frozen=True)
@@ -44,22 +51,23 @@ class BenchmarkOptions:
     """A benchmark of images instead of rewards; see docs/evaluation.md."""
 
     benchmark: Annotated[str, OneOf("", *READS)] = ""
-    """One of "dreambench", "cvtg-2k", "hps", "prompts" (any rewards) and "fid"; `output` is then a folder, from which a
-    run goes on that was stopped."""
+    """One of "dreambench", "cvtg-2k", "geneval", "hps", "prompts" (any rewards) and "fid"; `output` is then a folder,
+    from which a run goes on that was stopped."""
     data: Path | None = None
-    """Its data: the folder of dreambooth's data set, that of CVTG-2K, one of files of prompts by category (hps,
-    prompts); for fid real images, or their statistics in a .npz."""
+    """Its data: the folder of dreambooth's data set, that of CVTG-2K, geneval's evaluation_metadata.jsonl, a folder of
+    files of prompts by category (hps, prompts); for fid real images, or their statistics in a .npz."""
     images: Path | None = None
     """Score the images of this folder instead of a model's; docs/evaluation.md says how their files are called."""
     take: CountOrNone = 0
     """Score so many prompts, spread over all; 0 for all."""
     per_prompt: CountOrNone = 0
-    """Images of each prompt; 0 for as many as are published: 4 of dreambench, 1 of the others."""
+    """Images of each prompt; 0 for as many as are published: 4 of dreambench and geneval, 1 of the others."""
     token: str = ""
     """dreambench: what stands before the class in a prompt to the model, such as "sks"."""
     weights: tuple[str, ...] = ()
-    """Weights as NAME=TAG or NAME=PATH, out of dino, clip, hpsv2 and inception; "random" for a trial, but of inception.
-    By default the published ones of dino and clip, and torch-fidelity's of inception."""
+    """Weights as NAME=TAG or NAME=PATH, out of dino, clip, detector, hpsv2 and inception; "random" for a trial, but of
+    inception and detector. By default the published ones of dino and clip, a Mask2Former of the Hugging Face hub, and
+    torch-fidelity's of inception."""
     reader: str = "easyocr"
     """cvtg-2k: what reads images, a name of a reader as of the reward "ocr"."""
     reader_options: tuple[str, ...] = ()
@@ -81,8 +89,8 @@ class BenchmarkOptions:
             if not equals or name not in names:
                 expected = f"NAME=TAG with NAME out of {names}" if names else "none"
                 raise ValueError(f"evaluate: weights: expected {expected} for {self.benchmark}, got {item!r}")
-            if (name, value) == ("inception", "random"):
-                raise ValueError(f"evaluate: weights: expected a file of Inception's weights, got {item!r}")
+            if value == "random" and name in FILES:
+                raise ValueError(f"evaluate: weights: expected {FILES[name]}, got {item!r}")
 
     def _check_read(self, options: Any, beside: tuple[str, ...] = ()) -> None:
         """Raise a ValueError that names an option which is not its default, and which nothing reads."""
@@ -136,7 +144,15 @@ class BenchmarkOptions:
         self, output: Path, model: Model | None, samples: int, scoring: RewardOptions, device: torch.device
     ) -> Benchmark:
         """The benchmark with what it scores by."""
-        from fastvar.image_benchmarks import CVTG2K, FID, DreamBench, HPSBenchmark, PromptBenchmark
+        from fastvar.image_benchmarks import (
+            CVTG2K,
+            FID,
+            DreamBench,
+            GenEval,
+            HPSBenchmark,
+            Mask2Former,
+            PromptBenchmark,
+        )
         from fastvar.rl.rewards import CLIPImageReward, CLIPTextReward, DINOReward, HPSv2Reward
 
         assert self.data is not None  # checked
@@ -155,6 +171,10 @@ class BenchmarkOptions:
             reader = resolve_name(READERS[self.reader])(**_options(self.reader_options))
             clip_score = CLIPTextReward(pretrained=self._weights("clip"), model="ViT-L-14-quickgelu", clip_score=True)
             return CVTG2K(self.data, reader, clip_score, take=self.take)
+        if self.benchmark == "geneval":
+            detector = Mask2Former(self._given().get("detector", PUBLISHED["detector"]))
+            clip_text = CLIPTextReward(pretrained=self._weights("clip"), model="ViT-L-14-quickgelu")
+            return GenEval(self.data, detector, clip_text, per_prompt=self.per_prompt or 4, take=self.take)
         if self.benchmark == "hps":
             reward = HPSv2Reward(checkpoint=self._weights("hpsv2"))
             return HPSBenchmark(self.data, reward, per_prompt=self.per_prompt or 1, take=self.take)

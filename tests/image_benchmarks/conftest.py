@@ -1,4 +1,4 @@
-"""A CLIP that is quick, and weights of Inception."""
+"""A CLIP and a Mask2Former that are quick, and weights of Inception."""
 
 from __future__ import annotations
 
@@ -33,4 +33,28 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["64"])
     torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mask2former(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Mask2Former with random weights, which takes all that it sees for cups and never for a tv remote."""
+    transformers = pytest.importorskip("transformers")
+    swin = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4, "image_size": 64}
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    config = transformers.Mask2FormerConfig(
+        backbone_config=transformers.SwinConfig(**swin, out_features=stages),
+        **dict.fromkeys(("hidden_dim", "feature_size", "mask_feature_size", "encoder_feedforward_dim"), 32),
+        dim_feedforward=32,
+        num_attention_heads=2,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_queries=3,
+        id2label={0: "cup", 1: "remote"},
+    )
+    torch.manual_seed(0)
+    network = transformers.Mask2FormerForUniversalSegmentation(config)
+    network.class_predictor.bias.data += torch.tensor([20.0, 0.0, 0.0])
+    path = tmp_path_factory.mktemp("mask2former")
+    network.save_pretrained(path)
     return path
