@@ -106,7 +106,8 @@ def test_an_interrupt_does_not_wait(tmp_path: Path) -> None:
     def endless(images: torch.Tensor, prompts: Sequence[str], references: Any) -> torch.Tensor:
         if len(images) > 2:
             all_is_drawn.wait(LONG)
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            if not end.is_set():
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             end.wait(LONG)
         return redness(images, prompts, references)
 
