@@ -40,7 +40,7 @@ from tests.helpers.tiny import tiny_infinity, tiny_var
 
 DATA = ["--data", "handwriting"]
 COMMANDS = (
-    *("train-tokenizer", "train", "encode-text", "sample", "evaluate", "demo", "info", "build"),
+    *("train-tokenizer", "train", "encode-text", "sample", "evaluate", "latency", "demo", "info", "build"),
     *("rl", "choose-middle", "ablate", "recipe", "import"),
 )
 SMALL = ["--grids", "1,3x4,6x8", "--vocab-size", "16", "--code-channels", "8", "--channels", "8", "--norm-groups", "4"]

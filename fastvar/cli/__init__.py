@@ -21,6 +21,7 @@ COMMANDS = {
     "encode-text": "fastvar.cli.texts:EncodeText",
     "sample": "fastvar.cli.models:Sample",
     "evaluate": "fastvar.cli.reinforcement:Evaluate",
+    "latency": "fastvar.cli.latency:Latency",
     "rl": "fastvar.cli.reinforcement:RL",
     "choose-middle": "fastvar.cli.reinforcement:ChooseMiddle",
     "ablate": "fastvar.cli.reinforcement:Ablate",

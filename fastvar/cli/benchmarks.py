@@ -168,7 +168,9 @@ class BenchmarkOptions:
                 token=self.token,
             )
         if self.benchmark == "cvtg-2k":
-            reader = resolve_name(READERS[self.reader])(**_options(self.reader_options))
+            reader = resolve_name(READERS[self.reader])(
+                **options_given("evaluate: reader_options", self.reader_options)
+            )
             clip_score = CLIPTextReward(pretrained=self._weights("clip"), model="ViT-L-14-quickgelu", clip_score=True)
             return CVTG2K(self.data, reader, clip_score, take=self.take)
         if self.benchmark == "geneval":
@@ -210,13 +212,14 @@ class BenchmarkOptions:
         return None if weights[name] == "random" else weights[name]
 
 
-def _options(given: tuple[str, ...]) -> dict[str, Any]:
+def options_given(option: str, given: tuple[str, ...]) -> dict[str, Any]:
+    """Values by name of what was given as OPTION=VALUE; `option` opens the message."""
     from fastvar.cli.reinforcement import json_or_text
 
     options = {}
     for item in given:
         name, equals, value = item.partition("=")
         if not equals:
-            raise ValueError(f"evaluate: reader_options: expected OPTION=VALUE, got {item!r}")
+            raise ValueError(f"{option}: expected OPTION=VALUE, got {item!r}")
         options[name] = json_or_text(value)
     return options
