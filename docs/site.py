@@ -16,6 +16,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("*.md", "docs/*.md", "docs/*.png", "examples/*.md", "benchmarks/data/h200_*")
 API = "api/"
+# In the place of all names: ScaleSchedule has its page, and the rest of the module is for the patch alone.
+SHOWN = {"fastvar": ["explain", "support"], "fastvar.integrations.infinity": ["constructing", "loss_weights"]}
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -33,19 +35,24 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def reference(module: str) -> str:
-    """A page of all that a module has, or of a package's public names, each from the module that it comes from: some
-    are called as that is, so that `fastvar.ops.policy_loss` would be the module's page."""
+    """A page of all that a module has, or of a package's public names, or of what is `SHOWN`. A package's names are
+    taken from the modules that they come from: `fastvar.ops.policy_loss` would be the page of a module of that name."""
     package = ROOT / module.replace(".", "/") / "__init__.py"
     if not package.is_file():
-        return f"# {module}\n\n::: {module}\n    options: {{show_root_heading: false, show_root_toc_entry: false}}\n"
+        members = f", members: {SHOWN[module]}" if module in SHOWN else ""
+        options = f"show_root_heading: false, show_root_toc_entry: false{members}"
+        return f"# {module}\n\n::: {module}\n    options: {{{options}}}\n"
     tree = ast.parse(package.read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     origins = {name.name: f"{node.module}.{name.name}" for node in imports for name in node.names}
-    (public,) = [node.value for node in tree.body if isinstance(node, ast.Assign)]  # __all__
-    names = [f"::: {origins[name]}" for name in ast.literal_eval(public)]
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    (public,) = [node.value for node in assigned if ast.unparse(node.targets[0]) == "__all__"]
+    names = [f"::: {origins[name]}" for name in SHOWN.get(module) or ast.literal_eval(public)]
     return "\n\n".join([f"# {module}", ast.get_docstring(tree) or "", *names, ""])
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Marks of generated parts go: GitHub ends an HTML block after its line, Python's Markdown does not."""
-    return re.sub(r"^<!-- .* -->$", "", markdown, flags=re.MULTILINE)
+    """Marks of generated parts go: GitHub ends an HTML block after its line, Python's Markdown does not. A link to an
+    example leads to its page."""
+    markdown = re.sub(r"^<!-- .* -->$", "", markdown, flags=re.MULTILINE)
+    return re.sub(r"(?<=\]\()(\w+)\.py(?=\))", r"\1.md", markdown)

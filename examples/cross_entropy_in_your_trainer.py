@@ -1,8 +1,10 @@
 """The cross-entropy of a public VAR's or Infinity's trainer without logits: from what the head reads, and its weights.
 
 `loss_of` stands where `trainer.py` calls the model and its `train_loss`. It needs a `head` that is a linear layer and
-the last one, as it is in both after `head_nm`. State dict, autocast and DDP go on as before: the model's own forward
-pass runs, and only its head hands on what it gets. With FSDP the head's weights have to be whole.
+the last one, as it is in both after `head_nm`. State dict and autocast go on as before: the model's own forward pass
+runs, and only its head hands on what it gets. So does DDP with `find_unused_parameters=False`; with True it takes the
+head's weights, which are used outside the forward pass, for unused. With FSDP they have to be whole. The trainers' own
+lines of accuracy also need logits, which a call of the model gives as before.
 """
 
 from collections.abc import Iterator

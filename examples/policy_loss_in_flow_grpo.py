@@ -1,9 +1,12 @@
 """The loop of flow_grpo (scripts/train_sd3.py of July 2025) with a next-scale model and fastvar's policy loss.
 
 A scale is here what a timestep is there. One forward pass gives all of them, so that the loop `for j in ...` over the
-timesteps goes: its lines from `compute_log_prob` to `loss = policy_loss` become one call of `loss_of`. `config.train`
-keeps its names. What is sampled has `labels`, `inputs`, `tokens` and `log_probs` of all tokens instead of latents. One
-process; several need the model's forward pass for DDP, which `fastvar.rl.VMRGRPOTrainer` sees to.
+timesteps goes: its lines from `compute_log_prob` to `loss = policy_loss` become one call of `loss_of`. With it goes the
+factor `num_train_timesteps` of the Accelerator's `gradient_accumulation_steps`: else the optimizer steps too seldom.
+The model stays in `.eval()` where the script calls `.train()`: else it drops conditions. `config.train` keeps its names
+and gets one more, `panw_alpha`, the weighting of scales (0 for none). What is sampled has `labels`, `inputs`, `tokens`
+and `log_probs` of all tokens instead of latents. One process; several need the model's forward pass for DDP, which
+`fastvar.rl.VMRGRPOTrainer` sees to.
 """
 
 from types import SimpleNamespace
@@ -17,7 +20,9 @@ from fastvar.rl import add_adapters, without_adapters
 
 
 def loss_of(transformer: VAR, sample: dict[str, torch.Tensor], train: Any) -> PolicyLoss:
-    """The loss of a batch of flow_grpo's `samples`; log `clip_fraction` as clipfrac and `kl` as kl_loss."""
+    """The loss of a batch of flow_grpo's `samples`, by tokens. Two of its numbers are others than there: `kl` is exact
+    over the vocabulary, where kl_loss compares means of latents; `clip_fraction` leaves out ratios beyond `clip_range`
+    that still give a gradient, where clipfrac counts all."""
     # the same for each step of a sample
     advantages = sample["advantages"][:, 0].clamp(-train.adv_clip_max, train.adv_clip_max)
     head = transformer.scored(transformer.hidden(sample["labels"], sample["inputs"]))

@@ -1,6 +1,6 @@
 """Builds the folder that Hugging Face's package `kernels` loads: the operators that need nothing but torch and Triton.
 
-    python hub/build.py OUTPUT
+    python hub/build.py OUTPUT [REPOSITORY]
 
 Sources are copied. Their imports of fastvar become relative, names of modules in strings start with the name that the
 folder is loaded under, and the ops are registered in a namespace made from the contents, so that several builds and an
@@ -51,7 +51,7 @@ Operators for visual autoregressive (next-scale) image models, in Triton:
 ```python
 from kernels import get_kernel
 
-fastvar = get_kernel("OWNER/{name}", version={version}, trust_remote_code=True)
+fastvar = get_kernel("{repository}", version={version}, trust_remote_code=True)
 schedule = fastvar.ScaleSchedule((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 out = fastvar.block_causal_attention(q, k, v, schedule)  # (B, L, H, D)
 ```
@@ -64,8 +64,8 @@ class CannotRewrite(Exception):
     """A source says something that this script cannot say in the folder."""
 
 
-def main(output: Path) -> None:
-    """Writes output/build/<variant> for each variant, and output/README.md.
+def main(output: Path, repository: str = f"OWNER/{NAME}") -> None:
+    """Writes output/build/<variant> for each variant, and output/README.md, which says how to load `repository`.
 
     Raises:
         CannotRewrite: a source says what cannot be said in the folder.
@@ -77,7 +77,8 @@ def main(output: Path) -> None:
     for variant, backend in VARIANTS.items():
         write_variant(output / "build" / variant, files, f"_{NAME}_{backend['type']}_{digest}", backend)
     names = re.findall(r'^    "(\w+)",$', files["__init__.py"], re.MULTILINE)
-    (output / "README.md").write_text(CARD.format(name=NAME, version=VERSION, names=", ".join(f"`{n}`" for n in names)))
+    listed = ", ".join(f"`{name}`" for name in names)
+    (output / "README.md").write_text(CARD.format(name=NAME, repository=repository, version=VERSION, names=listed))
 
 
 def contents() -> dict[str, str]:
@@ -181,6 +182,6 @@ def write_variant(folder: Path, files: dict[str, str], identity: str, backend: d
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(f"{__doc__}\nexpected one argument, got {len(sys.argv) - 1}")
-    main(Path(sys.argv[1]))
+    if len(sys.argv) not in (2, 3):
+        sys.exit(f"{__doc__}\nexpected one or two arguments, got {len(sys.argv) - 1}")
+    main(Path(sys.argv[1]), *sys.argv[2:])

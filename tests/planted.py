@@ -1127,7 +1127,11 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     "examples/cross_entropy_in_your_trainer.py": [
         ("total = total / tokens.shape[2]", "pass", "test_examples.py::test_cross_entropy_of_bits"),
     ],
+    "examples/patch_public_checkout.py": [
+        ("rate, var.cond_drop_rate =", "rate, _ =", "test_examples.py::test_patch_public_checkout"),
+    ],
     "examples/policy_loss_in_trl.py": [
+        ("self._check(inputs)", "pass", "test_examples.py::test_policy_loss_in_trl"),
         ("token_mask=mask.bool(),", "", "test_examples.py::test_policy_loss_in_trl"),
         ("temperature=self.temperature,", "", "test_examples.py::test_policy_loss_in_trl"),
     ],

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastvar.models import VAR, Infinity
 from fastvar.rl.adapters import TARGETS
+from fastvar.rl.rewards import check_options, create
 from tests.golden.golden import load_case
 from tests.helpers.policies import bitwise_policy
 from tests.helpers.public_var import PublicVAR
@@ -48,7 +49,7 @@ def photos(folder: Path, classes: int) -> Path:
 def test_all_are_listed_and_run() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     listed, tested = (EXAMPLES / "README.md").read_text(), Path(__file__).read_text()
-    assert all(f"`{name}.py`" in listed and f'example("{name}")' in tested for name in names)
+    assert all(f"[`{name}.py`]({name}.py)" in listed and f'example("{name}")' in tested for name in names)
 
 
 def test_sample_public_weights(tmp_path: Path) -> None:
@@ -109,17 +110,23 @@ def test_profile_step() -> None:
 def test_lora_with_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     module, net = example("lora_with_rewards"), bitwise_policy()
-    before = {name: each.clone() for name, each in net.state_dict().items()}
+    before, named = {name: each.clone() for name, each in net.state_dict().items()}, list[str]()
 
     def load(*files: Path, grids: Any, text_encoder: Any) -> tuple[Infinity, None]:
-        assert files == (Path("net"), Path("vae")) and grids == (1, 2)
+        assert files == (Path("net"), Path("vae")) and grids == (1, 2) and named == ["hpsv2", "clip-t"]
         net.text_encoder = text_encoder
         return net, None
 
+    def named_reward(name: str, **options: Any) -> Any:
+        check_options(name, options)
+        named.append(name)
+        return create({"hpsv2": "jpeg", "clip-t": "colour"}[name])
+
+    monkeypatch.setattr(module, "create", named_reward)
     monkeypatch.setattr(module, "load_infinity", load)
     (tmp_path / "prompts").write_text("a sign\na door\n")
-    files = Path("net"), Path("vae"), "characters-16", tmp_path / "prompts", tmp_path / "run"
-    module.main(*files, rewards=("jpeg=0.5", "colour=1"), grids=(1, 2), iterations=1, group_size=2)
+    files = Path("net"), Path("vae"), "characters-16", Path("hps"), tmp_path / "prompts", tmp_path / "run"
+    module.main(*files, grids=(1, 2), iterations=1, group_size=2)
     after = Infinity.from_pretrained(tmp_path / "run").state_dict()
     assert after.keys() == before.keys()
     changed = {name.split(".")[-2] for name in after if not torch.equal(after[name], before[name])}
@@ -178,6 +185,12 @@ def test_policy_loss_in_trl(on_policy: bool) -> None:
         importance_sampling_level="token",
         beta=0.1,
         temperature=0.8,
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, entropy_coef=0.0, use_adaptive_entropy=False),
+        loss_type="bnpo",
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        aux_loss_enabled=False,
         current_gradient_accumulation_steps=2,
         _metrics={"train": defaultdict(list)},
     )
@@ -206,6 +219,9 @@ def test_policy_loss_in_trl(on_policy: bool) -> None:
     parameters = list(model.parameters())
     torch.testing.assert_close(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters))
     assert {*trainer._metrics["train"]} == {"kl", "entropy", "clip_fraction"}
+    trainer.loss_type, trainer.args.use_bias_correction_kl = "dapo", True  # what TRL has by default
+    with pytest.raises(ValueError, match=r"got loss_type other than 'bnpo', use_bias_correction_kl$"):
+        trainer._compute_loss(model, inputs)
 
 
 def test_policy_loss_in_flow_grpo(capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,4 +266,6 @@ def test_patch_public_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     module.main(tmp_path, tmp_path / "var.pth", tmp_path / "vae.pth", labels=(1, 2), output=tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").width > 0
     assert sys.path[0] == str(tmp_path)
-    assert module.compare(Public().eval(), torch.tensor([1, 2])) < 1e-4
+    public = Public().eval()
+    public.cond_drop_rate = 0.5  # of labels: most often others in each of two calls
+    assert module.compare(public, torch.arange(5)) < 1e-4 and public.cond_drop_rate == 0.5

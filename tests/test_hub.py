@@ -28,18 +28,19 @@ def test_two_builds_and_fastvar_in_one_process(
 ) -> None:
     pytest.importorskip("kernels.importer", reason="the package kernels is not installed")
     files = hub.contents()
-    hub.main(tmp_path / "first")
+    hub.main(tmp_path / "fastvar-kernels", "OWNER/first")
     monkeypatch.setattr(hub, "contents", lambda: {**files, "schedule.py": files["schedule.py"] + "# later\n"})
     hub.main(tmp_path / "second")
     command = [sys.executable, "-I", str(ROOT / "tests/helpers/load_folder.py")]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*command, str(tmp_path / "first"), str(tmp_path / "second"), str(ROOT)],
+        [*command, str(tmp_path / "fastvar-kernels"), str(tmp_path / "second"), str(ROOT)],
         capture_output=True,
         text=True,
         env=environment,
     )
     assert done.returncode == 0, done.stderr
+    assert 'get_kernel("OWNER/first", ' in (tmp_path / "fastvar-kernels" / "README.md").read_text()
     (_, *names) = done.stdout.split()
     assert len(set(names)) == 2
 

@@ -1,9 +1,11 @@
 """Loads two folders that hub/build.py made, with the package kernels, and runs their operators: a process of
 tests/test_hub.py, in which fastvar cannot be imported at first. TRITON_INTERPRET=1 has to be set.
 
-Arguments: the folders, and the checkout.
+Arguments: the folders, the first of them loaded as docs/hub.md does, and the checkout.
 """
 
+import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -52,7 +54,12 @@ def main(folders: list[Path], checkout: Path) -> None:
     sys.modules["fastvar"] = None  # type: ignore[assignment]  # importing it raises
     for folder in folders:
         check_digests(folder)
-    builds = [get_local_kernel(folder, backend="cpu") for folder in folders]
+    os.chdir(folders[0].parent)
+    (block,) = re.findall(r"```python\n(.*?get_local_kernel.*?)```", (checkout / "docs/hub.md").read_text(), re.DOTALL)
+    q, k, v = torch.randn(1, 680, 3, 1, 16).unbind(2)
+    page: dict[str, Any] = {"q": q, "k": k, "v": v}
+    exec(compile(block, "docs/hub.md", "exec"), page)
+    builds = [page["fastvar"], *(get_local_kernel(folder, backend="cpu") for folder in folders[1:])]
     expected = answers(builds[0], "reference")
     for build in builds:
         same(answers(build, "auto"), expected)

@@ -185,6 +185,7 @@ class PublicVAR(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_nums, self.num_classes, self.C = PATCHES, 5, width
+        self.cond_drop_rate = 0.0  # 0.1 in the public one
         self.L = sum(side * side for side in PATCHES)
         self.vae_quant_proxy = (Quantizer(32, 4, znorm),)
         self.word_embed, self.class_emb = nn.Linear(4, width), nn.Embedding(6, width)
@@ -201,7 +202,8 @@ class PublicVAR(nn.Module):
         return found.view(-1, 1, 6, self.C) if found.shape[-1] > self.C else found
 
     def forward(self, label_B: torch.Tensor, x_BLCv_wo_first_l: torch.Tensor) -> torch.Tensor:
-        condition = self.class_emb(label_B)
+        dropped = torch.rand(len(label_B), device=label_B.device) < self.cond_drop_rate  # in evaluation mode too
+        condition = self.class_emb(torch.where(dropped, self.num_classes, label_B))
         x = torch.cat([condition[:, None], self.word_embed(x_BLCv_wo_first_l)], 1)
         x = x + self.pos_1LC[:, : x.shape[1]]
         half = torch.matmul(x.new_ones(2, 2), x.new_ones(2, 2)).dtype
