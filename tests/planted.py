@@ -390,8 +390,21 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
         ("            future.cancel()\n", "            pass\n", "rl/test_ahead.py::test_an_interrupt_does_not_wait"),
     ],
+    "fastvar/rl/rewards/in_process.py": [
+        ("with self._lock:", "if True:", "rl/test_ahead.py::test_two_threads_ask_one_process"),
+        (
+            "signal.signal(number, signal.SIG_IGN)",
+            "pass",
+            "rl/test_ahead.py::test_a_reward_in_a_process_of_its_own",
+        ),
+        (
+            "self._connection = None\n                if",
+            "if",
+            "rl/test_ahead.py::test_a_reward_in_a_process_of_its_own",
+        ),
+    ],
     "fastvar/rl/run_evaluations.py": [
-        ("better = total > self.progress.best", "better = True", "rl/test_wiring.py::test_the_best_is_kept"),
+        ("processes.any(total > self.progress.best)", "True", "rl/test_wiring.py::test_the_best_is_kept"),
     ],
     "fastvar/rl/scores.py": [
         (".any(1)", ".all(1)", "rl/test_wiring.py::test_mask_is_the_union_over_the_continuations"),
@@ -485,8 +498,8 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     "fastvar/rl/evaluate.py": [
         (", held_out=True)", ")", "rl/test_held_out.py::test_evaluations_show_it"),
         (
-            "min(i, groups - 1) * len(prompts) // groups",
-            "min(i, groups - 1) % len(prompts)",
+            "i * len(prompts) // groups for i",
+            "i % len(prompts) for i",
             "rl/test_wiring.py::test_evaluations_spread_over_the_prompts",
         ),
         (
@@ -1096,6 +1109,11 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "return tree_map_only(nn.Parameter, torch.clone, answer)",
             "return answer",
             "rl/test_rl_processes.py::test_accelerates_own_plugin",
+        ),
+        (
+            "whole.requires_grad_(False).train(copy.training)",
+            "whole",
+            "rl/test_rl_processes.py::test_sharded_supervised_training",
         ),
         (
             "sorted({type(block).__name__ for block in blocks})",

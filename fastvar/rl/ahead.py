@@ -34,6 +34,7 @@ class RewardsAhead:
     def __exit__(self, *error: object) -> None:
         for asker in self._askers.values():
             asker.end()
+        self._askers = {}  # masks are large
 
     @property
     def each_part(self) -> Callable[[torch.Tensor, Prompts], None] | None:
@@ -60,6 +61,7 @@ class _Asker:
         self._ask = ask
         self._parts: SimpleQueue[tuple[Future[Reward], Any, tuple[Any, ...]] | None] = SimpleQueue()
         self._answers: list[Future[Reward]] = []
+        self._stream: torch.cuda.Stream | None = None
         Thread(target=self._run, daemon=True).start()
 
     def put(self, images: torch.Tensor, *rest: Any) -> None:
@@ -71,7 +73,7 @@ class _Asker:
         parts = []
         for future in self._answers:
             while not future.done():  # a signal that another thread takes does not wake this one
-                wait([future], timeout=1.0)
+                wait([future], timeout=0.25)
             parts.append(future.result())
         masks = [part.mask for part in parts if part.mask is not None]
         return Reward(
@@ -95,9 +97,10 @@ class _Asker:
 
     def _beside(self, drawn: torch.cuda.Event, part: tuple[Any, ...]) -> Reward:
         """On a stream of its own: on that of the drawing it would wait for the images drawn next."""
-        stream = torch.cuda.Stream(part[0].device)
+        stream = self._stream = self._stream or torch.cuda.Stream(part[0].device)
         with torch.cuda.device(stream.device), torch.cuda.stream(stream):
             stream.wait_event(drawn)
-            answer = self._ask(*part)
-        stream.synchronize()
-        return answer
+            try:
+                return self._ask(*part)
+            finally:
+                stream.synchronize()

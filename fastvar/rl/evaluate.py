@@ -80,7 +80,7 @@ def draw_evaluation(
     groups = -(-samples // PER_PROMPT)
     part, parts = share
     first, end = part * groups // parts, (part + 1) * groups // parts
-    chosen = prompts.take([min(i, groups - 1) * len(prompts) // groups for i in range(groups + 1)])
+    chosen = prompts.take([i * len(prompts) // groups for i in range(groups)])
     rows = range(first * PER_PROMPT, (first + -(-groups // parts)) * PER_PROMPT)
     drawn = roll_out(var, chosen, group_size=PER_PROMPT, seed=seed, options=options, rows=rows)
     own = (end - first) * PER_PROMPT

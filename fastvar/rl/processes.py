@@ -34,18 +34,19 @@ class Processes:
     Attributes:
         index, count: this process, and how many there are.
         main: whether this is the one that writes files.
+        sharded: whether FSDP shards the model over them.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.index, self.count = accelerator.process_index, accelerator.num_processes
         self.main = accelerator.is_main_process
+        self.sharded = accelerator.distributed_type == "FSDP"
 
     def drawn_prompts(self, prompts: int, group_size: int) -> int:
         """How many prompts a rollout draws so that all processes have as many rows, under FSDP as many groups, whose
         passes through the model are to be made together: `prompts` and perhaps some that count for nothing."""
-        sharded = self.accelerator.distributed_type == "FSDP"
-        step = self.count if sharded else self.count // math.gcd(self.count, group_size)
+        step = self.count if self.sharded else self.count // math.gcd(self.count, group_size)
         return -(-prompts // step) * step
 
     def share(self, rows: int) -> range:

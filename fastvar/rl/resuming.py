@@ -79,4 +79,5 @@ def _reward_options(reward: RewardSum) -> dict[str, Any]:
         f"{name}.{option}": value
         for name, function in reward.rewards.items()
         for option, value in plain_options(function).items()
+        if option != "concurrent"  # when it is asked
     }

@@ -71,7 +71,7 @@ class RunEvaluations:
         parts = processes.objects(part)
         evaluation = processes.rewarded(lambda: summarise(parts, reward))
         total = evaluation.metrics["return"]
-        better = total > self.progress.best
+        better = processes.any(total > self.progress.best)  # all have to put it together, or none
         self.progress.best = max(total, self.progress.best)
         best = self.whole(model) if better else None
         if processes.main:

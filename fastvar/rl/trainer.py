@@ -129,7 +129,7 @@ class VMRGRPOTrainer(Generic[Policy]):
         written = output if self.processes.main else None
         self.processes.rewarded(lambda: before_the_first_step(policy, self.prompts, evaluation, reward, written))
         self.fingerprint = fingerprint(policy)
-        blueprint: Blueprint[Model] = Blueprint(policy)
+        blueprint: Blueprint[Model] = Blueprint(policy, sharded=self.processes.sharded)
         optimizer = torch.optim.AdamW(
             parameter_groups(policy, config.weight_decay), lr=config.learning_rate, betas=config.betas
         )
@@ -140,7 +140,7 @@ class VMRGRPOTrainer(Generic[Policy]):
         self.reference = reference
         if reference is None and (config.loss.kl_weight != 0 or config.reference_continues):
             self.reference = policy if has_adapters(policy) else blueprint.clone()
-        elif reference is not None and reference is not policy and (mesh := mesh_of(policy)):
+        elif reference is not None and mesh_of(reference) is None and (mesh := mesh_of(policy)):
             shard(reference, mesh)
         if self.reference is not None and self.reference is not policy:
             self.reference.to(self.accelerator.device).requires_grad_(False).eval()

@@ -249,7 +249,7 @@ def _train(
     optimizer = torch.optim.AdamW(
         parameter_groups(task.model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
     )
-    blueprint = Blueprint(task.model)
+    blueprint = Blueprint(task.model, sharded=accelerator.distributed_type == "FSDP")
     name_blocks(task.model, getattr(task.model, "blocks", ()))
     model, optimizer = accelerator.prepare(task.model, optimizer)
     gather_for_methods(model)

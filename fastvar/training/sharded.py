@@ -80,12 +80,13 @@ class Blueprint(Generic[_Model]):
     """Copies of a model that FSDP2 shards later on, and cannot copy any more then.
 
     Args:
-        model: whole yet, with a method `clone(device)`.
+        model: whole yet, with a method `clone()`.
+        sharded: whether it may be sharded later on; its method is then `clone(device)`.
     """
 
-    def __init__(self, model: _Model) -> None:
+    def __init__(self, model: _Model, *, sharded: bool = False) -> None:
         self.model = model
-        self._empty: Any = model.clone("meta")  # type: ignore[operator]
+        self._empty: Any = model.clone("meta") if sharded else None  # type: ignore[operator]
 
     def clone(self) -> _Model:
         """A copy of the model as it is now, with weights of its own. They are sharded if the model's are, and at no
@@ -107,14 +108,14 @@ class Blueprint(Generic[_Model]):
         if mesh_of(copy) is None:
             return copy
         first = dist.get_rank() == 0
-        whole: Any = self._empty.clone() if first else copy
+        whole: Any = self._empty.clone() if first else None
         for name, tensor in chain(copy.named_parameters(), copy.named_buffers()):
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if first:
                 _put(whole, name, full.detach().cpu())
         if first and getattr(whole, "has_tokenizer", False):
             whole.tokenizer = whole.tokenizer.clone("cpu")
-        return whole
+        return whole.requires_grad_(False).train(copy.training) if first else copy
 
 
 def _tensors(model: nn.Module) -> Iterable[Tensor]:

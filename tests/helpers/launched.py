@@ -75,7 +75,7 @@ def _step(make: Callable[[], Any], sharded: bool) -> list[torch.Tensor]:
     torch.manual_seed(0)
     var = make().add_subject()
     references = torch.rand(2, 3, *var.tokenizer.config.image_size, generator=torch.Generator().manual_seed(0))
-    blueprint, model = Blueprint(var), CalledPolicy(var)
+    blueprint, model = Blueprint(var, sharded=sharded), CalledPolicy(var)
     if sharded:
         mesh = init_device_mesh("cpu", (2,))
         for part in (*var.blocks, model):
@@ -114,11 +114,12 @@ def plugin(folder: Path) -> None:
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
-    for kind, iterations in (("var", 4), ("var", 6), ("infinity", 4)):
+    reference = bitwise_policy()  # of two trainers
+    for kind, iterations in (("var", 4), ("var", 6), ("infinity", 4), ("infinity", 4)):
         own = folder / kind
         changes: dict[str, Any] = {}
         if kind == "infinity":
-            changes = {"continue_with": "reference", "reference": bitwise_policy()}
+            changes = {"continue_with": "reference", "reference": reference}
         training = trainer(kind, own, iterations=iterations, **SHARDED, **changes)
         assert training.accelerator.is_fsdp2 and training.processes.count == 2
         assert isinstance(training.policy.blocks[0], FSDPModule)  # gathered a block at a time
@@ -128,7 +129,8 @@ def plugin(folder: Path) -> None:
         assert_sharded(*models)
         assert (averaged is training.ema.model) != training.processes.main
         training.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = None  # else those of the first model
-    supervised(folder / "supervised", 2, lambda net: net.generate(["a"], seed=1).picture())
+    found = supervised(folder / "supervised", 2, lambda net: net.generate(["a"], seed=1).picture()).model
+    assert not found.training and not any(parameter.requires_grad for parameter in found.parameters())
 
 
 def killed(folder: Path) -> None:

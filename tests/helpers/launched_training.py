@@ -39,7 +39,7 @@ def checkpoints_of_sharded_weights(folder: Path) -> None:
     def run(seed: int) -> Any:
         torch.manual_seed(seed)
         model = Model()
-        blueprint = Blueprint(model)
+        blueprint = Blueprint(model, sharded=True)
         for part in (model[0], model[2], model):
             fully_shard(part, mesh=mesh)
         average = EMA(blueprint, 0.5)

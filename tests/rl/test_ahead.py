@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ from fastvar.models import SamplingOptions
 from fastvar.rl import Prompts, VMRGRPOTrainer
 from fastvar.rl.ahead import RewardsAhead
 from fastvar.rl.processes import RewardError
-from fastvar.rl.rewards import InProcess, RemoteReward, Reward, RewardSum
+from fastvar.rl.resuming import _reward_options
+from fastvar.rl.rewards import Description, InProcess, RemoteReward, Reward, RewardSum
 from tests.helpers.policies import policy, redness
 from tests.rl.test_trainer import PROMPTS, QUICK, lines, patchy
 
@@ -107,7 +111,7 @@ def test_an_interrupt_does_not_wait(tmp_path: Path) -> None:
         if len(images) > 2:
             all_is_drawn.wait(LONG)
             if not end.is_set():
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # Python's handlers run in the main thread
             end.wait(LONG)
         return redness(images, prompts, references)
 
@@ -115,13 +119,15 @@ def test_an_interrupt_does_not_wait(tmp_path: Path) -> None:
     training = trainer(tmp_path, {"it": reward})
     grade = training.grade
     training.grade = lambda *arguments: (all_is_drawn.set(), grade(*arguments))[1]  # type: ignore[method-assign]
-    before = set(threading.enumerate())
+    before, start = set(threading.enumerate()), time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         training.iteration(0)
+    assert time.monotonic() - start < LONG / 2
     (asker,) = set(threading.enumerate()) - before
     assert asker.daemon
     end.set()
     asker.join(LONG)
+    assert not asker.is_alive()
     assert reward.asked == [2, 4]
 
 
@@ -143,7 +149,14 @@ def test_a_mask_holds_if_all_parts_have_one() -> None:
 def test_which_rewards_are_asked_ahead() -> None:
     with RewardsAhead(RewardSum({"it": redness})) as ahead:
         assert ahead.each_part is None and ahead.answers() == {}
-    assert RewardSum({"it": redness, "far": RemoteReward("http://localhost:1")}).concurrent == ("far",)
+    far = {"far": RemoteReward("http://localhost:1"), "off": RemoteReward("http://localhost:1", concurrent=False)}
+    assert RewardSum({"it": redness, **far}).concurrent == ("far",)
+    assert RewardSum({"it": InProcess(redness), "off": InProcess(redness, concurrent=False)}).concurrent == ("it",)
+
+
+class Odd(Exception):
+    def __init__(self, one: str, two: str) -> None:  # so that it cannot be unpickled
+        super().__init__(f"{one} {two}")
 
 
 def of_the_process(images: torch.Tensor, prompts: Sequence[str], references: torch.Tensor | None) -> Reward:
@@ -151,6 +164,11 @@ def of_the_process(images: torch.Tensor, prompts: Sequence[str], references: tor
         raise TimeoutError("the scorer is gone")
     if prompts[0] == "end":
         os._exit(1)
+    if prompts[0] == "odd":
+        raise Odd("the", "reason")
+    if prompts[0] == "interrupt":
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(0.2)
     mean = images.mean((1, 2, 3)) if references is None else references.mean((1, 2, 3))
     return Reward(mean + os.getpid(), images[:, 0] > 0.5)
 
@@ -159,12 +177,72 @@ def test_a_reward_in_a_process_of_its_own() -> None:
     reward = InProcess(of_the_process)
     images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     asked = RewardSum({"it": reward})
-    assert asked.concurrent == ("it",)
-    scores, mask = reward(images, ["a", "b"])
-    other = round(float((scores - images.mean((1, 2, 3)))[0]))
-    assert other != os.getpid() and mask is not None and torch.equal(mask, images[:, 0] > 0.5)
+
+    def process() -> int:
+        scores, mask = reward(images, ["a", "b"])
+        other = round(float((scores - images.mean((1, 2, 3)))[0]))
+        torch.testing.assert_close(scores, images.mean((1, 2, 3)) + other)
+        assert mask is not None and torch.equal(mask, images[:, 0] > 0.5)
+        return other
+
+    other = process()
+    assert other != os.getpid()
     torch.testing.assert_close(reward(images, ["a", "b"], images / 2).scores, images.mean((1, 2, 3)) / 2 + other)
-    failures = {"fail": "TimeoutError: the scorer is gone", "end": "RuntimeError: InProcess: the process of"}
-    for text, said in failures.items():
-        with pytest.raises(RuntimeError, match=f"reward 'it' raised {said}"):
+    for text, said in {"fail": "TimeoutError: the scorer is gone", "odd": "Odd: the reason"}.items():
+        with pytest.raises(RuntimeError, match=f"reward 'it' raised .*: of_the_process raised {said}"):
             asked(images, [text] * 2)
+    for number in (signal.SIGINT, signal.SIGTERM):  # as all processes get them
+        os.kill(other, number)
+    assert process() == other
+    with pytest.raises(KeyboardInterrupt):
+        reward(1 - images, ["interrupt"] * 2)
+    another = process()  # and not the answer about the other images
+    assert another != other
+    (alive,) = active_children()
+    assert alive.pid == another
+    with pytest.raises(RuntimeError, match="of_the_process: its process has ended"):
+        asked(images, ["end"] * 2)
+
+
+class Slow:
+    """A connection that holds one question at a time."""
+
+    asked: Any = None
+
+    def send(self, asked: Any) -> None:
+        assert self.asked is None
+        self.asked = asked
+        time.sleep(0.01)
+
+    def recv(self) -> Any:
+        (images, _, _), self.asked = self.asked, None
+        return images[:, 0, 0, 0], None
+
+
+def test_two_threads_ask_one_process() -> None:
+    reward: Any = InProcess(redness)
+    reward._connection = Slow()
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda value: reward(torch.full((1, 3, 2, 2), value), ["a"]).scores.item(), (0.0, 1.0)))
+    assert found == [0.0, 1.0]
+
+
+class Described:
+    description = Description("some weights")
+
+    def __init__(self) -> None:
+        self.limit = 2
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str], references: Any) -> torch.Tensor:
+        return images[:, 0, 0, 0]
+
+    def check_texts(self, texts: Sequence[str]) -> None:
+        raise ValueError(f"expected no texts, got {texts}")
+
+
+def test_what_a_reward_in_a_process_says_of_itself() -> None:
+    asked = RewardSum({"it": InProcess(Described(), concurrent=False)})
+    assert _reward_options(asked) == {"it.limit": 2}
+    assert asked.descriptions()["it"]["weights"] == "some weights"
+    with pytest.raises(ValueError, match="reward 'it': expected no texts"):
+        asked.check_texts(["a"])

@@ -46,13 +46,12 @@ class RemoteReward:
         backoff: seconds before the second attempt; doubles with each.
         batch_size: images a request.
         headers: more of them, for example {"Authorization": "Bearer ..."}.
+        concurrent: asked while images are drawn; a request then holds at most the images of one part of a rollout.
 
     Raises:
         ValueError: another kind of URL, numbers out of range; when called, images of another shape or range.
         RuntimeError: when called, no usable answer; names the URL and the last failure.
     """
-
-    concurrent = True
 
     def __init__(
         self,
@@ -63,6 +62,7 @@ class RemoteReward:
         backoff: float = 1.0,
         batch_size: int = 64,
         headers: Mapping[str, str] | None = None,
+        concurrent: bool = True,
     ) -> None:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
             raise ValueError(f"RemoteReward: url: expected http://... or https://..., got {url!r}")
@@ -73,6 +73,7 @@ class RemoteReward:
             )
         self.url, self.timeout, self.retries, self.backoff, self.batch_size = url, timeout, retries, backoff, batch_size
         self.headers = {"Content-Type": "application/json"} | dict(headers or {})
+        self.concurrent = concurrent
         self._opener = urllib.request.build_opener(_NoRedirection)
 
     @property
