@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,22 +20,24 @@ def moved(model: Any) -> Any:
     return model
 
 
-def agree(found: Results, plain: Results, exact: Results, *others: Results) -> None:
+def agree(found: Results, plain: Results, exact: Results, *others: tuple[Results, Results]) -> None:
     """Results are as near to those in float64 as the plain code's.
 
     Args:
-        others: the plain code's of moved models, where gradients are sums that cancel: how near they come is chance.
+        others: both of moved models, where gradients are sums that cancel: how near one model's come is chance.
     """
-    for each in (plain, *others):
-        assert found.keys() == each.keys() and torch.equal(found["tokens"], each["tokens"])
-    assert all(found[name].dtype == plain[name].dtype for name in plain)
+    pairs = [(found, plain), *others]
+    for ours, theirs in pairs:
+        assert ours.keys() == theirs.keys() and torch.equal(ours["tokens"], theirs["tokens"])
+        assert all(ours[name].dtype == theirs[name].dtype for name in theirs)
 
-    def error(results: Results) -> float:
+    def error(of_models: Sequence[Results]) -> float:
         each = [
             (results[name].double() - value).norm() / value.norm()
+            for results in of_models
             for name, value in exact.items()
             if value.any() and name != "tokens"
         ]
         return torch.stack(each).square().mean().sqrt().item()
 
-    assert error(found) <= 2 * max(map(error, (plain, *others))) + 1e-6
+    assert error([ours for ours, _ in pairs]) <= 2 * error([theirs for _, theirs in pairs]) + 1e-6

@@ -54,6 +54,16 @@ def doubled(model: Any) -> Any:
     return model
 
 
+def nearby(model: Any, parts: str = "all") -> list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """Of three models a rounding away, patched and not."""
+    pairs = []
+    for other in (moved(model) for _ in range(3)):
+        plain = trained(other)
+        with apply(other, parts):
+            pairs.append((trained(other), plain))
+    return pairs
+
+
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
 @pytest.mark.parametrize("kind", ["cosine", "znorm", "shared", "fork"])
 def test_training_and_sampling_agree(kind: str, precision: str) -> None:
@@ -68,7 +78,7 @@ def test_training_and_sampling_agree(kind: str, precision: str) -> None:
             return trained(model), *model.autoregressive_infer_cfg(LABELS, top_k=1)
 
     exact, expected = trained(doubled(model)), both()
-    others = [trained(moved(model)) for _ in range(3)] if precision == "float32" else []
+    others = nearby(model) if precision == "float32" else []
     with apply(model) as applied:
         found = both()
     agree(found[0], expected[0], exact, *others)
@@ -135,7 +145,7 @@ def test_each_part_alone(part: str) -> None:
     model = made("cosine")
     exact = trained(doubled(model))
     expected, drawn = trained(model), model.autoregressive_infer_cfg(LABELS, top_k=1)
-    others = [trained(moved(model)) for _ in range(3)]
+    others = nearby(model, part)
     with apply(model, part) as applied:
         agree(trained(model), expected, exact, *others)
         assert torch.equal(model.autoregressive_infer_cfg(LABELS, top_k=1)[0], drawn[0])
