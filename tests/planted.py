@@ -1011,6 +1011,16 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ("(group_size * (group_size - 1))", "group_size**2", "data/test_metrics.py::test_diversity"),
     ],
     "fastvar/integrations/patching.py": [
+        (
+            "self.sampling and not torch.is_grad_enabled()",
+            "self.sampling",
+            "integrations/test_var.py::test_gradients_while_an_image_is_sampled",
+        ),
+        (
+            'if why is None and hasattr(found, "cached_k")',
+            'if False and hasattr(found, "cached_k")',
+            "integrations/test_var.py::test_attention_of_a_fork_that_takes_more",
+        ),
         ("vars(owner).pop(name, None)", "pass", "integrations/test_var.py::test_everything_is_restored"),
         (
             "if torch.equal(found, torch.where(seen, 0.0, -torch.inf).to(found.dtype)):",
@@ -1030,6 +1040,22 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/integrations/var.py": [
+        ("elif known.caches and not plain:", "elif False:", "integrations/test_caching.py::test_masks_while_caching"),
+        (
+            "gated_residual_norm(x, self.drop_path(h), gate1",
+            "gated_residual_norm(x, h, gate1",
+            "integrations/test_wrapped.py::test_wrapped_models_learn_as_before",
+        ),
+        (
+            "return self.proj_drop(self.proj(out.flatten(2)))",
+            "return self.proj(out.flatten(2))",
+            "integrations/test_wrapped.py::test_wrapped_models_learn_as_before",
+        ),
+        (
+            "if cond_BD.ndim != 2:",
+            "if False:",
+            "integrations/test_var.py::test_conditions_of_each_token_are_the_former_methods",
+        ),
         ("following.to(f_hat.dtype).mT", "following.mT", "integrations/test_switti.py::test_a_pipeline_in_bfloat16"),
         (
             "versions == _versions(known)",
@@ -1044,6 +1070,11 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/integrations/hart.py": [
+        (
+            "gated_residual(x, self.drop_path(h), gate1)",
+            "gated_residual(x, h, gate1)",
+            "integrations/test_wrapped.py::test_wrapped_models_learn_as_before",
+        ),
         (
             "_attend(q[:, end:], k, v,",
             "_attend(q[:, end:], k[:, :end], v[:, :end],",
@@ -1068,6 +1099,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/integrations/var_fork.py": [
+        ("bound.apply_defaults()", "pass", "integrations/test_var.py::test_attention_of_a_fork_that_takes_more"),
         (
             "if any(not _same(",
             "if False and any(not _same(",
@@ -1075,10 +1107,31 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/integrations/samplers.py": [
+        (
+            "below if cell.cell_contents is decorated else cell for",
+            "cell for",
+            "integrations/test_var.py::test_decorators_of_methods_that_draw",
+        ),
+        ("given.apply_defaults()", "pass", "integrations/test_var.py::test_decorators_of_methods_that_draw"),
         ('.get("more_smooth"):', '.get("x"):', "integrations/test_var.py::test_smoothing_reads_truncated_logits"),
         ("drawn_by: draw}", "drawn_by: former}", "integrations/test_var.py::test_the_sampler_draws_by_the_operator"),
     ],
     "fastvar/integrations/infinity.py": [
+        (
+            "gated_residual(x, self.drop_path(h), gate1)",
+            "gated_residual(x, h, gate1)",
+            "integrations/test_wrapped.py::test_wrapped_models_learn_as_before",
+        ),
+        (
+            "x, eps = x.float(), self.norm_eps",
+            "x, eps = x, self.norm_eps",
+            "integrations/test_infinity.py::test_a_block_in_16_bits",
+        ),
+        (
+            "with torch.autocast(x.device.type, enabled=False):",
+            "if True:",
+            "integrations/test_infinity.py::test_a_block_in_16_bits",
+        ),
         ("start = filled(self)", "start = 0", "integrations/test_infinity.py::test_a_forgotten_scale_does_no_harm"),
         ("k < self.noise_apply_layers", "True", "integrations/test_infinity.py::test_which_scales_have_flips"),
         (
@@ -1093,6 +1146,11 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/integrations/shims.py": [
+        (
+            '"rms_norm": "rms_norm_into"',
+            '"rms_norm": "rms_norm"',
+            "integrations/test_shims.py::test_imports_find_them_on_request_only",
+        ),
         (
             "if inner and not _is_ours(sys.modules.get(package)):",
             "if False:",

@@ -29,6 +29,7 @@ from fastvar.integrations.var import (
     quantized,
     quantizer_obstacle,
     queries_keys_values,
+    samples,
 )
 from fastvar.ops import PrefixKV, block_causal_attention, gated_residual, qk_norm_rope
 from fastvar.schedule import ScaleSchedule
@@ -115,7 +116,7 @@ class Attention:
         context_mask: torch.Tensor | None = None,
         m_maskgit: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        known, caching = own(self), self.caching and not torch.is_grad_enabled()
+        known, caching = own(self), samples(self, attn_bias is None and context_position_ids is not None)
         lengths = None if caching else lengths_of(self, x.shape[1])
         if context_position_ids is None or (not caching and (self.caching or not is_seen(known, attn_bias, lengths))):
             arguments = attn_bias, si, context_position_ids, context_mask, m_maskgit

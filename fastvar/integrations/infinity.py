@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -28,6 +25,7 @@ from fastvar.integrations.var import (
     masked,
     norm_obstacle,
     queries_keys_values,
+    samples,
 )
 from fastvar.ops import (
     adaptive_layer_norm,
@@ -58,32 +56,15 @@ def _grids(sizes: tuple[tuple[int, ...], ...]) -> ScaleSchedule | None:
 
 # -- loss --------------------------------------------------------------------------------------------------------------
 
-_WRONG, _RIGHT = "scale_schedule[-1].prod()", "np.prod(scale_schedule[-1])"
 
-
-def mend_the_loss(applied: Applied, place: str, trainer: Any) -> None:
-    """Let a trainer weigh the losses of scales: some versions ask a tuple, the size of the last scale, for `prod`. What
-    runs is its own method, made anew of its text with that line put right."""
-    method = getattr(trainer, "train_step", None)
-    if not hasattr(trainer, "reweight_loss_by_scale") or not inspect.ismethod(method):
-        return
-    kind = type(trainer).__name__
-    try:
-        text = inspect.getsource(method.__func__)
-    except OSError:  # typed in a terminal
-        text = None
-    if text is None or method.__func__.__closure__:
-        applied.left.append(Left("loss", place, kind, "its train_step cannot be made anew of its text"))
-        return
-    if _WRONG not in text:
-        return
-    names: dict[str, Any] = {}
-    code = compile(textwrap.dedent(text).replace(_WRONG, _RIGHT), f"<fastvar: {method.__qualname__}>", "exec")
-    exec(code, method.__func__.__globals__, names)
-    applied.set(trainer, "train_step", MethodType(names["train_step"], trainer))
-    note = "reweight_loss_by_scale works, where the public code stops with an error"
-    what = "the weights of scales are computed of a tuple"
-    applied.replaced.append(Replaced("loss", place, kind, what, note))
+def leave_the_loss(applied: Applied, place: str, trainer: Any) -> None:
+    """Say of a trainer that weighs the losses of scales that it may stop."""
+    if getattr(trainer, "reweight_loss_by_scale", False) and hasattr(trainer, "train_step"):
+        why = (
+            "with reweight_loss_by_scale some versions of train_step stop with an error, as a tuple has no prod; weigh "
+            "by fastvar.integrations.infinity.loss_weights, or change that line to np.prod(scale_schedule[-1])"
+        )
+        applied.left.append(Left("loss", place, type(trainer).__name__, why))
 
 
 def loss_weights(scale_schedule: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -122,7 +103,7 @@ class SelfAttention:
     ) -> torch.Tensor:
         known, tokens, mask = own(self), x.shape[1], attn_bias_or_two_vector
         schedule = grids(scale_schedule)
-        if self.caching and not torch.is_grad_enabled():
+        if samples(self, mask is None):
             start = filled(self)
             rope = tables(rope2d_freqs_grid, scale_schedule, start, start + tokens, x.device)
             capacity = tokens if schedule is None else schedule.num_tokens
@@ -130,7 +111,7 @@ class SelfAttention:
             return self.proj_drop(self.proj(out.flatten(2)))
         ours = mask is None and isinstance(attn_fn, partial) and attn_fn.func is _heads_first
         diagonal = False if ours else masked(known, mask, schedule, tokens)
-        if schedule is None or diagonal is None or schedule.num_tokens > tokens:
+        if self.caching or schedule is None or diagonal is None or schedule.num_tokens > tokens:
             arguments = mask, attn_fn, scale_schedule, rope2d_freqs_grid, scale_ind
             return known.former["forward"](x, *arguments)
         length = schedule.num_tokens

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pickle import PicklingError
 from types import MethodType
 from typing import Any, NamedTuple, Self
 
@@ -15,9 +17,9 @@ from torch import nn
 from fastvar.integrations.var_fork import fits, following
 from fastvar.schedule import ScaleSchedule
 
-PARTS = ("attention", "blocks", "texts", "quantizer", "sampler", "loss")
+PARTS = ("attention", "blocks", "texts", "quantizer", "sampler")
 """What can be replaced: attention in training and sampling; norms, gated residuals and modulations; what tokens see of
-texts; quantisation and teacher forcing; the draw of tokens or bits; a line of a trainer's loss."""
+texts; quantisation and teacher forcing; the draw of tokens or bits."""
 _OWN = "_fastvar"
 
 
@@ -80,6 +82,7 @@ class Own:
         schedule: the model's, if it has one.
         former: the methods before, bound.
         changed: what each attribute was before and what it was set to; the object itself stands for none.
+        caches: of an attention, whether its cache is in our layout.
         quantized: of a quantizer the tokens of its last call, their versions, and the inputs that belong to them.
     """
 
@@ -87,7 +90,16 @@ class Own:
     schedule: ScaleSchedule | None
     former: dict[str, Callable[..., Any]] = field(default_factory=dict)
     changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    caches: bool = False
     quantized: tuple[Any, Any, torch.Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)(**{each.name: copy.deepcopy(getattr(self, each.name), memo) for each in fields(self)})
+
+    def __getstate__(self) -> Any:
+        raise PicklingError(
+            "integrations: pickle: expected a model as it was, got a patched one; undo first, and apply in each process"
+        )
 
 
 class Patch(NamedTuple):
@@ -147,7 +159,7 @@ class Replaced(NamedTuple):
 
 
 class Left(NamedTuple):
-    """An object that was recognised and left as it is, or what of one was, and why."""
+    """An object that was recognised and left as it is, or what of one was, and why; of a trainer its "loss"."""
 
     part: str
     place: str
@@ -209,10 +221,10 @@ def apply(model: Any, parts: str | Iterable[str] = "all") -> Applied:
     or Switti.
 
     Objects are recognised by their attributes, never by the names of classes or modules, and get methods of their own:
-    parameters, state dict, hooks, autocast, checkpointing and wrapping by DDP or FSDP are as before. Apply before a
-    model is wrapped or compiled. What a fork changed inside a method that has kept its arguments is not seen: compare
-    logits once with and without. A method that takes further arguments with defaults is replaced for calls that leave
-    them at these.
+    parameters, state dict, hooks (but those of a norm that is fused), autocast, checkpointing and wrapping by DDP or
+    FSDP are as before. Apply before a model is wrapped or compiled; undo before it is pickled. What a fork changed
+    inside a method that has kept its arguments is not seen: compare logits once with and without. A method that takes
+    further arguments with defaults is replaced for calls that leave them at these, attention with a cache not at all.
 
     Args:
         model: the model; or a tokenizer, Infinity's `BitwiseSelfCorrection` or trainer, Switti's pipeline. What a model
@@ -242,10 +254,9 @@ def apply(model: Any, parts: str | Iterable[str] = "all") -> Applied:
         raise
     if not applied.replaced:
         applied.undo()
-        reason = f": {applied.left[0].why}" if applied.left else ", found no blocks with mat_qkv, q_bias and v_bias"
-        raise ValueError(
-            f"integrations.apply: model: expected a VAR or an Infinity, got {type(model).__name__}{reason}"
-        )
+        reason = applied.left[0].why if applied.left else "nothing in it has the attributes of one"
+        expected = "a VAR, an Infinity, a HART or a Switti"
+        raise ValueError(f"integrations.apply: model: expected {expected}, got {type(model).__name__}: {reason}")
     applied.own(model)  # by which it is known to be patched
     return applied
 
@@ -281,8 +292,7 @@ def _replace(applied: Applied, objects: Sequence[tuple[str, Any]], wanted: Seque
         _replace_methods(applied, place, found, patches)
         if "sampler" in wanted:
             samplers.replace(applied, place, found)
-        if "loss" in wanted:
-            infinity.mend_the_loss(applied, place, found)
+        infinity.leave_the_loss(applied, place, found)
     if "attention" in wanted:
         for place, found in free:
             infinity.leave_out_the_mask(applied, place, found)
@@ -307,6 +317,9 @@ def _replace_methods(applied: Applied, place: str, found: Any, patches: Sequence
     kind = type(found).__name__
     for patch in fitting.values():
         why = patch.obstacle(found)
+        if why is None and hasattr(found, "cached_k") and patch.surplus(found):
+            # a call of the former method in the middle of an image would not know our cache
+            why = "it has a cache, and its methods take further arguments, which may change from scale to scale"
         if why is None:
             _bind(applied, found, patch)
             applied.replaced.append(Replaced(patch.part, place, kind, patch.what, patch.note))

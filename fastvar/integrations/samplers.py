@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable
 from functools import cache, wraps
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
 
-from fastvar.integrations.patching import Applied, Replaced
+from fastvar.integrations.patching import Applied, Left, Replaced
 from fastvar.ops import sample_bits, sample_tokens
 
 _PREFIX = "sample_with_top_k_top_p_"
@@ -25,7 +24,11 @@ def replace(applied: Applied, place: str, found: Any) -> None:
     """
     kind = type(found)
     for name, drawn_by in _methods_that_draw(kind):  # type: ignore[arg-type]  # a class is hashable
-        drawing = _drawing(getattr(kind, name), drawn_by)
+        try:
+            drawing = _drawing(getattr(kind, name), drawn_by)
+        except ValueError as error:
+            applied.left.append(Left("sampler", place, kind.__name__, str(error)))
+            continue
         if name == "__call__":  # which Python looks for in the class
             applied.set(found, "__class__", type(kind.__name__, (kind,), {name: drawing}))
         else:
@@ -48,6 +51,7 @@ def _methods_that_draw(kind: type) -> list[tuple[str, str]]:
 def _drawing(method: Callable[..., Any], drawn_by: str) -> Callable[..., Any]:
     inner: Any = inspect.unwrap(method)
     former = inner.__globals__[drawn_by]
+    _with_names(method, inner.__globals__)  # whether it can be copied
 
     def draw(
         logits_BlV: torch.Tensor, top_k: int = 0, top_p: float = 0.0, rng: Any = None, num_samples: int = 1
@@ -58,17 +62,32 @@ def _drawing(method: Callable[..., Any], drawn_by: str) -> Callable[..., Any]:
 
     @wraps(method)
     def drawing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(method).bind(self, *args, **kwargs)
+        given.apply_defaults()
         # smoothing reads the logits that the former function has truncated in place
-        if inspect.signature(method).bind(self, *args, **kwargs).arguments.get("more_smooth"):
+        if given.arguments.get("more_smooth"):
             return method(self, *args, **kwargs)
-        names = {**inner.__globals__, drawn_by: draw}
-        own = FunctionType(inner.__code__, names, inner.__name__, inner.__defaults__, inner.__closure__)
-        own.__kwdefaults__ = inner.__kwdefaults__
-        # the public methods are decorated with torch.no_grad
-        with contextlib.nullcontext() if inner is method else torch.no_grad():
-            return own(self, *args, **kwargs)
+        return _with_names(method, {**inner.__globals__, drawn_by: draw})(self, *args, **kwargs)
 
     return drawing
+
+
+def _with_names(method: Any, names: dict[str, Any]) -> Any:
+    """A copy of a function that knows these names, below copies of its decorators.
+
+    Raises:
+        ValueError: a decorator keeps elsewhere than in its closure what it decorates.
+    """
+    cells = method.__closure__ or ()
+    decorated = getattr(method, "__wrapped__", None)
+    if decorated is not None:
+        if not any(cell.cell_contents is decorated for cell in cells):
+            raise ValueError(f"{method.__qualname__} has a decorator that cannot be copied")
+        below = CellType(_with_names(decorated, names))
+        cells, names = tuple(below if cell.cell_contents is decorated else cell for cell in cells), method.__globals__
+    copied = FunctionType(method.__code__, names, method.__name__, method.__defaults__, cells)
+    copied.__kwdefaults__ = method.__kwdefaults__
+    return copied
 
 
 def sample(logits: torch.Tensor, top_k: int, top_p: float, rng: torch.Generator | None) -> torch.Tensor:

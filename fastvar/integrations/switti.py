@@ -21,6 +21,7 @@ from fastvar.integrations.var import (
     inputs_of,
     masked,
     quantizer_obstacle,
+    samples,
 )
 from fastvar.ops import block_causal_attention, cached_attention, gated_residual, qk_norm_rope
 
@@ -40,7 +41,8 @@ class SelfAttention:
         self: Any, x: torch.Tensor, attn_bias: torch.Tensor | None, freqs_cis: torch.Tensor | None = None
     ) -> torch.Tensor:
         known, tokens = own(self), x.shape[1]
-        sampling = attn_bias is None and not torch.is_grad_enabled()
+        plain = attn_bias is None and not torch.is_grad_enabled()
+        sampling = samples(self, plain) if self.caching else plain
         schedule = known.schedule
         seen = schedule.with_num_tokens(tokens) if schedule and tokens in schedule.ends else None
         diagonal = masked(known, attn_bias, seen, tokens)

@@ -51,6 +51,30 @@ def filled(attention: Any) -> int:
     return 0 if attention.cached_k is None else attention.cached_k.shape[1]
 
 
+def samples(attention: Any, plain: bool) -> bool:
+    """Whether new tokens are for `attend_to_cache`: while caching, without gradients, in plain steps. An image that the
+    former method has begun is its own to the end.
+
+    Args:
+        plain: whether the step has no mask and all that it needs.
+
+    Raises:
+        RuntimeError: a step that is not, where the cache is in our layout, which the former method does not read.
+    """
+    if not attention.caching:
+        return False
+    begun, known = attention.cached_k is not None, own(attention)
+    plain = plain and not torch.is_grad_enabled()
+    if not begun:
+        known.caches = plain
+    elif known.caches and not plain:
+        raise RuntimeError(
+            "integrations: attention: expected all steps of an image without mask and gradients, got one with some "
+            "after others without; call kv_caching, or apply parts without attention"
+        )
+    return known.caches
+
+
 def attend_to_cache(
     attention: Any,
     q: torch.Tensor,
@@ -142,13 +166,13 @@ class SelfAttention:
     def forward(self: Any, x: torch.Tensor, attn_bias: torch.Tensor | None) -> torch.Tensor:
         known, tokens = own(self), x.shape[1]
         schedule = known.schedule
-        if self.caching and not torch.is_grad_enabled():
+        if samples(self, attn_bias is None):
             capacity = tokens if schedule is None else schedule.num_tokens
             out = attend_to_cache(self, *queries_keys_values(self, x), capacity, log_scale(self))
         else:
             seen = schedule.with_num_tokens(tokens) if schedule and tokens in schedule.ends else None
             diagonal = masked(known, attn_bias, seen, tokens)
-            if seen is None or diagonal is None:
+            if self.caching or seen is None or diagonal is None:
                 return known.former["forward"](x, attn_bias)
             out = attend_to_scales(self, *queries_keys_values(self, x), seen, block_diagonal=diagonal)
         return self.proj_drop(self.proj(out.flatten(2)))

@@ -17,21 +17,22 @@ def fits(former: Callable[..., Any], expected: Sequence[str]) -> bool:
 
 
 def following(function: Callable[..., Any], former: Callable[..., Any]) -> Callable[..., Any]:
-    """A function in place of a bound method that may take further arguments: a call that gives one of these another
-    value than its default is the former method's, with all of its arguments."""
+    """A function in place of a bound method, with its defaults, that may take further arguments: a call that gives one
+    of these another value than its default is the former method's, with all of its arguments."""
     signature = inspect.signature(former)
-    count = len(inspect.signature(function).parameters) - 1  # without self
-    further = list(signature.parameters.values())[count:]
-    if not further:
+    parameters = list(signature.parameters.values())
+    expected = list(inspect.signature(function).parameters.values())[1:]  # without self
+    further = parameters[len(expected) :]
+    if [each.default for each in parameters] == [each.default for each in expected]:
         return function
 
     @wraps(function)
     def method(self: Any, *args: Any, **named: Any) -> Any:
-        arguments = signature.bind(*args, **named).arguments
-        others = {each.name: arguments.pop(each.name) for each in further if each.name in arguments}
-        if any(not _same(others[each.name], each.default) for each in further if each.name in others):
+        bound = signature.bind(*args, **named)
+        bound.apply_defaults()
+        if any(not _same(bound.arguments.pop(each.name), each.default) for each in further):
             return self._fastvar.former[function.__name__](*args, **named)
-        return function(self, **arguments)
+        return function(self, **bound.arguments)
 
     return method
 

@@ -161,7 +161,7 @@ class PublicHART(nn.Module):
         level = torch.cat([torch.zeros(TEXTS), *(torch.full((n * n,), k + 1.0) for k, n in enumerate(PATCHES[1:]))])
         mask = torch.where(level[:, None] >= level, 0.0, -torch.inf)[None, None]
         self.register_buffer("attn_bias_for_masking", mask)
-        self.head_nm, self.head = HeadNorm(), nn.Linear(WIDTH, 32)
+        self.head_nm, self.head, self.drawn = HeadNorm(), nn.Linear(WIDTH, 32), torch.empty(0)
 
     def forward(
         self, context: torch.Tensor, x_BLCv_wo_first_l: torch.Tensor, context_position_ids: torch.Tensor,
@@ -180,7 +180,9 @@ class PublicHART(nn.Module):
                 x=x, cond_BD=condition, attn_bias=mask.to(x.dtype), m_maskgit=chosen,
                 context_position_ids=context_position_ids, context_mask=context_mask,
             )  # fmt: skip
-        return wide(self.head(self.head_nm(wide(x), condition)))[:, TEXTS - 1 :]
+        logits = wide(self.head(self.head_nm(wide(x), condition)))[:, TEXTS - 1 :]
+        self.drawn = sample_with_top_k_top_p_(logits.detach().clone(), top_k=1)
+        return logits
 
     @torch.no_grad()
     def autoregressive_infer_cfg(

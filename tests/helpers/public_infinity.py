@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.helpers.public_var import MLP, HeadNorm
+from tests.helpers.public_var import MLP, HeadNorm, wide
 
 SIZES = [(1, 1, 1), (1, 2, 2), (1, 3, 4)]
 LENGTHS = [1, 4, 12]
@@ -89,26 +89,32 @@ class TextAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """`forgets`: whether it forgets which scale it is at, as the public one does without its fused norm."""
+    """`forgets`: whether it forgets which scale it is at, as the public one does without its fused norm; `shared`:
+    whether its modulation is made outside."""
 
-    def __init__(self, forgets: bool) -> None:
+    def __init__(self, forgets: bool, shared: bool = True) -> None:
         super().__init__()
         self.C, self.forgets, self.ca_gamma, self.norm_eps, self.checkpointing_sa_only = WIDTH, forgets, 1, 1e-6, False
         self.sa, self.ca, self.ffn, self.drop_path = Attention(), TextAttention(), MLP(WIDTH), nn.Identity()
         self.ln_wo_grad = nn.LayerNorm(WIDTH, eps=1e-6, elementwise_affine=False)
         self.ca_norm = nn.LayerNorm(WIDTH, eps=1e-6)
-        self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, WIDTH) * 0.5)
+        if shared:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, WIDTH) * 0.5)
+        else:
+            self.ada_lin = nn.Linear(WIDTH, 6 * WIDTH)
 
     def forward(
         self, x: Any, cond_BD: Any, ca_kv: Any, attn_bias_or_two_vector: Any, attn_fn: Any = None,
         scale_schedule: Any = None, rope2d_freqs_grid: Any = None, scale_ind: int = 0,
     ) -> torch.Tensor:  # fmt: skip
-        gate1, gate2, scale1, scale2, shift1, shift2 = (self.ada_gss + cond_BD).unbind(2)
+        with torch.autocast("cpu", enabled=False):
+            rows = self.ada_gss + cond_BD if hasattr(self, "ada_gss") else self.ada_lin(cond_BD).view(-1, 1, 6, WIDTH)
+        gate1, gate2, scale1, scale2, shift1, shift2 = rows.unbind(2)
         arguments = attn_bias_or_two_vector, attn_fn, scale_schedule, rope2d_freqs_grid
-        h = self.ln_wo_grad(x) * (1 + scale1) + shift1
+        h = self.ln_wo_grad(wide(x)) * (1 + scale1) + shift1
         x = x + self.drop_path(self.sa(h, *arguments, scale_ind=0 if self.forgets else scale_ind) * gate1)
-        x = x + self.ca(self.ca_norm(x), ca_kv) * self.ca_gamma
-        return x + self.drop_path(self.ffn(self.ln_wo_grad(x) * (1 + scale2) + shift2) * gate2)
+        x = x + wide(self.ca(self.ca_norm(x), ca_kv)) * self.ca_gamma
+        return x + self.drop_path(self.ffn(self.ln_wo_grad(wide(x)) * (1 + scale2) + shift2) * gate2)
 
 
 def sample_with_top_k_top_p_also_inplace_modifying_logits_(

@@ -12,7 +12,7 @@ import torch
 
 from fastvar.integrations import apply
 from fastvar.integrations.infinity import AnySchedule, constructing, loss_weights
-from tests.helpers.public_infinity import BITS, LENGTHS, SIZES, WIDTH, PublicInfinity, SelfCorrection
+from tests.helpers.public_infinity import BITS, LENGTHS, SIZES, WIDTH, Block, PublicInfinity, SelfCorrection, rotations
 
 TEXTS = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(2)), torch.tensor([0, 2, 5]).int(), 3
 INPUTS = torch.randn(2, sum(LENGTHS) - 1, BITS, generator=torch.Generator().manual_seed(3))
@@ -67,6 +67,19 @@ def test_no_mask_is_made_and_texts_are_read_once_an_image() -> None:
     model.C = 100
     with apply(model) as applied:
         assert "a width that is a multiple of 128, it has 100" in str(applied) and not model.use_flex_attn
+
+
+def test_a_block_in_16_bits() -> None:
+    """Its modulation is made in float32, and what it hands on is in float32."""
+    block, kinds = Block(False, shared=False).eval(), []
+    block.ada_lin.register_forward_hook(lambda *results: kinds.append(results[-1].dtype))
+    arguments = torch.randn(2, 17, WIDTH).bfloat16(), torch.randn(2, WIDTH), TEXTS, None, None, SIZES, rotations(), 0
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = block(*arguments)
+        with apply(block, "blocks"):
+            found = block(*arguments)
+    assert kinds == [torch.float32] * 2 and found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.05)
 
 
 def _padded(*arguments: Any) -> Any:
@@ -205,38 +218,23 @@ def test_which_scales_have_flips() -> None:
 
 
 class Trainer:
-    """With the line at which the public one stops."""
+    """Which weighs the losses of scales."""
 
     def __init__(self) -> None:
         self.reweight_loss_by_scale, self.bitwise_self_correction = True, SelfCorrection()
 
-    def train_step(self, scale_schedule: list[tuple[int, int, int]]) -> torch.Tensor:
-        weights = []
-        last_scale_area = np.sqrt(scale_schedule[-1].prod())
-        for t, h, w in scale_schedule:
-            weights.extend([last_scale_area / np.sqrt(t * h * w)] * (t * h * w))
-        found = torch.tensor(weights)
-        return found / found.sum()
+    def train_step(self) -> None: ...
 
 
-def test_a_trainers_loss() -> None:
+def test_a_trainers_loss_is_left() -> None:
     trainer = Trainer()
-    with pytest.raises(AttributeError):
-        trainer.train_step(SIZES)
     with apply(trainer) as applied:
-        torch.testing.assert_close(trainer.train_step(SIZES).float(), loss_weights(SIZES))
-        assert "note: reweight_loss_by_scale works, where the public code stops with an error" in str(applied)
-        assert [each.part for each in applied.replaced] == ["loss", "quantizer"]
-    with pytest.raises(AttributeError):
-        trainer.train_step(SIZES)
-    former = Trainer.train_step
-
-    class Closed(Trainer):
-        def train_step(self, scale_schedule: Any) -> torch.Tensor:
-            return former(self, scale_schedule)
-
-    with apply(Closed()) as applied:
-        assert [each.why for each in applied.left] == ["its train_step cannot be made anew of its text"]
+        assert [each.part for each in applied.replaced] == ["quantizer"]
+        (left,) = applied.left
+        assert left.part == "loss" and "weigh by fastvar.integrations.infinity.loss_weights" in left.why
+    trainer.reweight_loss_by_scale = False
+    with apply(trainer) as applied:
+        assert not applied.left
 
 
 def test_self_correction() -> None:

@@ -55,6 +55,8 @@ def test_imports_find_them_on_request_only() -> None:
         importlib.import_module("flash_attn.layers")
     with pytest.raises(ImportError):
         importlib.import_module("hart_backend")  # which was not asked for
+    assert shims.install("hart_backend")
+    assert importlib.import_module("hart_backend.fused_kernels").rms_norm is rms_norm_into
     shims.uninstall()
     assert "flash_attn" not in sys.modules and find_spec("flash_attn") is None
 

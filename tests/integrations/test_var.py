@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+from functools import partial, wraps
+from io import BytesIO
+from pickle import PicklingError
 from typing import Any
 from unittest.mock import patch
 
@@ -14,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from fastvar.integrations import PARTS, apply, undo
 from fastvar.ops import sample_tokens
 from tests.helpers import public_var
-from tests.helpers.agreement import agree
-from tests.helpers.public_var import Kitchen, PublicVAR
+from tests.helpers.agreement import agree, moved
+from tests.helpers.public_var import Kitchen, PublicVAR, sample_with_top_k_top_p_
 
 LABELS = torch.tensor([1, 4])
 
@@ -52,6 +54,16 @@ def doubled(model: Any) -> Any:
     return model
 
 
+def nearby(model: Any, parts: str = "all") -> list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """Of three models a rounding away, patched and not."""
+    pairs = []
+    for other in (moved(model) for _ in range(3)):
+        plain = trained(other)
+        with apply(other, parts):
+            pairs.append((trained(other), plain))
+    return pairs
+
+
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
 @pytest.mark.parametrize("kind", ["cosine", "znorm", "shared", "fork"])
 def test_training_and_sampling_agree(kind: str, precision: str) -> None:
@@ -66,9 +78,10 @@ def test_training_and_sampling_agree(kind: str, precision: str) -> None:
             return trained(model), *model.autoregressive_infer_cfg(LABELS, top_k=1)
 
     exact, expected = trained(doubled(model)), both()
+    others = nearby(model) if precision == "float32" else []
     with apply(model) as applied:
         found = both()
-    agree(found[0], expected[0], exact)
+    agree(found[0], expected[0], exact, *others)
     different = (found[1] != expected[1]).double().mean()
     if precision == "float32":
         assert different == 0
@@ -132,8 +145,9 @@ def test_each_part_alone(part: str) -> None:
     model = made("cosine")
     exact = trained(doubled(model))
     expected, drawn = trained(model), model.autoregressive_infer_cfg(LABELS, top_k=1)
+    others = nearby(model, part)
     with apply(model, part) as applied:
-        agree(trained(model), expected, exact)
+        agree(trained(model), expected, exact, *others)
         assert torch.equal(model.autoregressive_infer_cfg(LABELS, top_k=1)[0], drawn[0])
     assert {each.part for each in applied.replaced} == {part}
 
@@ -142,10 +156,10 @@ def test_mistakes() -> None:
     model = made("cosine")
     with pytest.raises(ValueError, match=r"parts: expected some of attention, .*, got speed"):
         apply(model, ("attention", "speed"))
-    with pytest.raises(ValueError, match="model: expected a VAR or an Infinity, got Linear, found no blocks with"):
+    with pytest.raises(ValueError, match="expected a VAR, an Infinity, a HART or a Switti, got Linear: nothing in it"):
         apply(torch.nn.Linear(2, 2))
     for part in PARTS:
-        if part not in ("texts", "loss"):  # a VAR has none
+        if part != "texts":  # a VAR has none
             with apply(model, part), pytest.raises(ValueError, match="model: is patched already; undo that first"):
                 apply(model)
 
@@ -364,6 +378,123 @@ def test_a_fork_that_takes_more() -> None:
     block.cross_attn = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="it has parts that the public one has not: cross_attn"):
         apply(block, "blocks")
+
+
+class FurtherAttention(public_var.Attention):
+    """A fork's, which is told the scale and needs no mask."""
+
+    def forward(self, x: Any, attn_bias: Any = None, scale: int = 0) -> torch.Tensor:
+        return super().forward(x + scale, attn_bias)
+
+
+class OptionalMask(public_var.Attention):
+    def forward(self, x: Any, attn_bias: Any = None) -> torch.Tensor:
+        return super().forward(x, attn_bias)
+
+
+def test_attention_of_a_fork_that_takes_more() -> None:
+    """Is left, as an argument that changes from scale to scale would change who reads the cache; a default is kept."""
+    with pytest.raises(ValueError, match="it has a cache, and its methods take further arguments"):
+        apply(FurtherAttention(16, 2, True), "attention")
+    attention, x = OptionalMask(16, 2, True).eval(), torch.randn(2, 3, 16)
+    expected = attention(x)
+    with apply(attention):
+        torch.testing.assert_close(attention(x), expected)
+
+
+class PerToken(public_var.HeadNorm):
+    def forward(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.ada_lin(cond_BD).chunk(2, -1)
+        return self.ln_wo_grad(x_BLC) * (1 + scale) + shift
+
+
+def test_conditions_of_each_token_are_the_former_methods() -> None:
+    norm, x = PerToken(16), torch.randn(2, 3, 16)
+    expected = norm(x, x.sin())
+    with apply(norm, "blocks"):
+        assert torch.equal(norm(x, x.sin()), expected)
+
+
+def test_gradients_while_an_image_is_sampled() -> None:
+    """Nothing with a graph is kept for the next scale."""
+    model, x, condition = made("cosine"), torch.randn(2, 3, 16), torch.randn(2, 16)
+    with apply(model):
+        model.blocks[0].attn.kv_caching(True)
+        for _ in range(2):
+            model.head_nm(x, condition).sum().backward()
+
+
+def timed(function: Any) -> Any:
+    @wraps(function)
+    def method(*arguments: Any, **named: Any) -> Any:
+        return function(*arguments, **named)
+
+    return method
+
+
+class Elsewhere:
+    """What a decorator has that keeps no closure."""
+
+    calls: Any = None
+
+
+def registered(function: Any) -> Any:
+    Elsewhere.calls = function
+
+    @wraps(function)
+    def method(*arguments: Any) -> Any:
+        return Elsewhere.calls(*arguments)
+
+    return method
+
+
+class Decorated(torch.nn.Module):
+    """A fork's methods that draw."""
+
+    @timed
+    def learned(self, logits: torch.Tensor) -> torch.Tensor:
+        return sample_with_top_k_top_p_(logits.detach().clone(), top_k=1) + logits
+
+    @torch.no_grad()
+    @torch.autocast("cpu", torch.bfloat16)
+    def half(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
+        return sample_with_top_k_top_p_(logits.clone(), top_k=1), (logits[0] @ logits[0].mT).dtype
+
+    @torch.inference_mode()
+    def inferred(self, logits: torch.Tensor) -> torch.Tensor:
+        return sample_with_top_k_top_p_(logits.clone(), top_k=1)
+
+    @torch.no_grad()
+    def smooth(self, logits: torch.Tensor, more_smooth: bool = True) -> torch.Tensor:
+        sample_with_top_k_top_p_(logits, top_k=2)
+        return logits
+
+    @registered
+    def kept(self, logits: torch.Tensor) -> torch.Tensor:
+        return sample_with_top_k_top_p_(logits, top_k=1)
+
+
+def test_decorators_of_methods_that_draw() -> None:
+    """Stay as they are; a method with one that cannot be copied is left."""
+    model, logits = Decorated(), torch.randn(2, 3, 6, requires_grad=True)
+    expected = model.smooth(logits.detach().clone())
+    with (
+        apply(model, "sampler") as applied,
+        patch("fastvar.integrations.samplers.sample_tokens", wraps=sample_tokens) as ours,
+    ):
+        assert [each.why for each in applied.left] == ["Decorated.kept has a decorator that cannot be copied"]
+        assert model.learned(logits).requires_grad and model.inferred(logits).is_inference()
+        drawn, dtype = model.half(logits)
+        assert dtype == torch.bfloat16 and torch.equal(drawn[..., 0], logits.argmax(-1))
+        assert ours.call_count == 3
+        assert torch.equal(model.smooth(logits.detach().clone()), expected)
+
+
+def test_a_patched_model_is_not_pickled() -> None:
+    model = made("cosine")
+    with apply(model), pytest.raises(PicklingError, match="got a patched one; undo first, and apply in each process"):
+        torch.save(model, BytesIO())
+    torch.save(model, BytesIO())
 
 
 def _modulations() -> Any:
