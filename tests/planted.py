@@ -389,6 +389,8 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "rl/test_ahead.py::test_a_mask_holds_if_all_parts_have_one",
         ),
         ("            future.cancel()\n", "            pass\n", "rl/test_ahead.py::test_an_interrupt_does_not_wait"),
+        ("wait([future], timeout=0.25)", "wait([future])", "rl/test_ahead.py::test_an_interrupt_does_not_wait"),
+        ("        self._parts.put(None)\n", "", "rl/test_ahead.py::test_an_interrupt_does_not_wait"),
     ],
     "fastvar/rl/rewards/in_process.py": [
         ("with self._lock:", "if True:", "rl/test_ahead.py::test_two_threads_ask_one_process"),

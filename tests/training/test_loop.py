@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import json
 import os
@@ -423,6 +424,11 @@ def test_tokens_ahead_are_the_tokens_of_the_images(tmp_path: Path) -> None:
     by_image = train(var_task(), scenes(), options(steps=2), tmp_path / "images")
     by_token = train(var_task(), ahead, options(steps=2), tmp_path / "tokens")
     assert losses(by_image.output) == losses(by_token.output)
+
+
+def test_a_model_whose_copies_stay_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(VQTokenizer, "clone", lambda self: copy.deepcopy(self))  # its `clone` takes no device
+    assert losses(train(tokenizer_task(), scenes(), options(steps=1), tmp_path).output)
 
 
 def test_average_is_apart_from_the_weights() -> None:
