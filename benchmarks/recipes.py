@@ -166,7 +166,10 @@ def row(folder: Path, base: Path, note: str = "") -> dict[str, Any]:
 
     Raises:
         OSError: a recipe that has not run to its end.
+        ValueError: a folder of another name.
     """
+    if folder.name not in SMALL:
+        raise ValueError(f"record: expected a folder called {', '.join(SMALL)}, got {folder}")
     made = json.loads((folder / "table.json").read_text())
     steps = {  # of the base first, as they ran
         name: step["arguments"] for place in (base, folder) for name, step in _steps(place).items()

@@ -16,6 +16,7 @@ from torch import nn
 from fastvar.cli import main
 from fastvar.data.metrics import ratio_interval
 from fastvar.latency import WARM_UP, measure
+from fastvar.models import VAR
 from tests.helpers.tiny import tiny_infinity, tiny_var
 
 
@@ -114,13 +115,21 @@ def test_rounds_count_and_the_first_ones_do_not() -> None:
 
 
 def test_a_model_and_a_pipeline_of_classes(
-    loaded: list[OfClasses], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    loaded: list[OfClasses], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--labels", "2", "4", "--batch-size", "3", "--pipeline-options", "num_inference_steps=7"]
+    drawn, generate = [], VAR.generate
+
+    def recorded(self: VAR, labels: torch.Tensor, **options: Any) -> Any:
+        drawn.append((labels.tolist(), options["seed"], options["guidance"], options["top_k"]))
+        return generate(self, labels, **options)
+
+    monkeypatch.setattr(VAR, "generate", recorded)
+    options = ["--labels", "2", "4", "--batch-size", "3", "--top-k", "3", "--pipeline-options", "num_inference_steps=7"]
     found = latency(tmp_path, *options, "--dtype", "bfloat16", "--seed", "5")
     [pipeline] = loaded
     asked = {"prompts": [2, 4, 2], "seed": 5, "guidance": 4.0, "steps": 7}
     assert pipeline.calls == [asked] * (WARM_UP + 3)
+    assert drawn == [([2, 4, 2], 5, 2.0, 3)] * (WARM_UP + 3)
     assert pipeline.quiet and pipeline.safety_checker is None and pipeline.device.type == "cpu"
     ours, theirs = found["fastvar"], found["diffusers"]
     assert found["images"] == 3

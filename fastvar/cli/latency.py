@@ -50,12 +50,15 @@ class Latency:
 
         from fastvar.cli.benchmarks import options_given
         from fastvar.latency import Pipeline, describe_model, measure, our_call, ratio
+        from fastvar.models import EncodedTexts
         from fastvar.provenance import provenance
 
         output_file("output", self.output, ".json")
         self.options.check()
         given = options_given("latency: pipeline_options", self.pipeline_options)
         model: Any = self.drawn_with.load(self.device).eval()
+        if isinstance(getattr(model, "text_encoder", None), EncodedTexts):
+            raise ValueError("latency: text_encoder: expected one that reads texts, got features that were kept")
         if self.dtype:
             model = model.to(getattr(torch, self.dtype))
         first = next(model.parameters())

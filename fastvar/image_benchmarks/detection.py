@@ -10,11 +10,15 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from fastvar.rl.rewards.base import Description
-from fastvar.rl.rewards.models import freeze, memory_of, require
+from fastvar.rl.rewards.models import freeze, memory_of, require, weights_name
 from fastvar.rl.rewards.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 SHORTER, LONGER, DIVISOR, MOST = 800, 1333, 32, 100
-LABELS = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}  # as GenEval calls them
+LABELS = {  # as GenEval calls them; six are spelled otherwise in some conversions of COCO's
+    **{"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"},
+    **{"motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch"},
+    **{"pottedplant": "potted plant", "diningtable": "dining table", "tvmonitor": "tv"},
+}
 
 
 class Found(NamedTuple):
@@ -50,7 +54,7 @@ class Detector(Protocol):
 class Mask2Former:
     """Finds up to 100 objects in an image: class and mask with the probability of the class times the mean probability
     within the mask. The shorter side becomes 800 pixels and the longer one at most 1333, as its configuration in
-    mmdetection has it; weights converted to transformers are not that framework's, though of the same training.
+    mmdetection has it; weights of transformers are not that framework's.
 
     Args:
         pretrained: a name on the Hugging Face hub or a folder as `save_pretrained` writes it.
@@ -74,7 +78,9 @@ class Mask2Former:
     def description(self) -> Description:
         """Which weights."""
         does = f"shorter side {self.sides[0]}, longer at most {self.sides[1]} (bilinear), ImageNet's statistics"
-        return Description(f"Mask2Former of transformers, {self.pretrained}", does, "0 to 1", memory_of(self.model))
+        return Description(
+            f"Mask2Former of transformers, {weights_name(self.pretrained)}", does, "0 to 1", memory_of(self.model)
+        )
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[Objects]:

@@ -151,6 +151,26 @@ def test_figures_by_hand(tmp_path: Path, tiny_clip: str) -> None:
     assert figures["overall_95"] == pytest.approx([0.625 - half, min(0.625 + half, 1.0)])
 
 
+def test_what_is_looked_at(tmp_path: Path, tiny_clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Colours are those of the objects that were found, and as many as are asked for are counted."""
+    lines = [{"tag": "colors", "prompt": "", "include": [{**CUP, "color": colour}]} for colour in ("red", "blue")]
+    lines += [{"tag": "counting", "prompt": "", "include": [{**DOG, "count": 3}]}] * 2
+    data = tmp_path / "metadata.jsonl"
+    data.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = [{"cup": [at(i, 0)]} for i in range(2)] + [{"dog": [at(0, 0)] * count} for count in (3, 2)]
+    benchmark = GenEval(data, Sees(found), CLIPTextReward(pretrained=None, model=tiny_clip), per_prompt=1)
+    asked, images = [], smooth_images(4)
+
+    def colour(self: GenEval, image: torch.Tensor, label: str, found: Found) -> str:
+        asked.append((label, found))
+        assert torch.equal(image, images[len(asked) - 1])
+        return "red"
+
+    monkeypatch.setattr(GenEval, "colour", colour)
+    scores = benchmark.score(images, benchmark.items)
+    assert scores["correct"].tolist() == [1, 0, 1, 0] and asked == [("cup", at(0, 0)), ("cup", at(1, 0))]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -179,6 +199,18 @@ def test_mask2former(mask2former: Path) -> None:
         (one,) = found[name]
         assert one.box == (1, 2, 5, 4) and one.score == pytest.approx(float(likely[label]))
         assert one.mask is not None and int(one.mask.sum()) == 8
+    shown: list[torch.Tensor] = []
+    hook = detector.model.register_forward_pre_hook(
+        lambda _, __, named: shown.append(named["pixel_values"]), with_kwargs=True
+    )
+    detector(torch.full((1, 3, 30, 70), 0.5))
+    hook.remove()
+    (pixels,) = shown  # 30 x 70 becomes 41 x 96, on 64 x 96
+    expected = torch.zeros(1, 3, 64, 96)
+    expected[:, :, :41] = torch.tensor([(0.5 - 0.485) / 0.229, (0.5 - 0.456) / 0.224, (0.5 - 0.406) / 0.225])[
+        :, None, None
+    ]
+    torch.testing.assert_close(pixels, expected)
     for objects in detector(smooth_images(2, 30, 70)):
         assert objects["cup"][0].score > 0.5
         assert objects["cup"][0].mask is not None and objects["cup"][0].mask.shape == (30, 70)

@@ -93,18 +93,19 @@ class RapidOCRReader:
             {"EngineConfig.onnxruntime.use_cuda": true}.
 
     Raises:
-        ImportError: rapidocr is not installed; says how.
+        ImportError: rapidocr or onnxruntime is not installed; says how.
         ValueError: a name that its configuration has not got (by RapidOCR).
     """
 
     def __init__(self, params: Mapping[str, Any] | None = None) -> None:
+        given = dict(params or {})
         try:
             from rapidocr import RapidOCR
-        except ImportError as error:
+
+            self._reader = RapidOCR(params={"Global.log_level": "error", **given})
+        except ImportError as error:  # rapidocr's, or onnxruntime's, which it asks for when it is made
             remedy = f"pip install rapidocr onnxruntime, or {install_command('rapidocr')}"
             raise ImportError(f"rapidocr is needed: {remedy} ({error})") from error
-        given = dict(params or {})
-        self._reader = RapidOCR(params={"Global.log_level": "error", **given})
         told = "".join(f", {name}={value}" for name, value in given.items())
         self._weights = f"RapidOCR's{told}"
 
