@@ -37,7 +37,7 @@ class Fault(NamedTuple):
 
 
 def failing(tests: tuple[str, ...], fault: Fault | None = None) -> list[str]:
-    """Those of the tests that fail in a copy of the checkout with a fault in it.
+    """Those of the tests that fail, or whose fixtures do, in a copy of the checkout with a fault in it.
 
     Raises:
         ValueError: the old text is not there once.
@@ -51,13 +51,13 @@ def failing(tests: tuple[str, ...], fault: Fault | None = None) -> list[str]:
             if text.count(fault.old) != 1:
                 raise ValueError(f"expected the old text once in the file, got it {text.count(fault.old)} times")
             (copy / fault.file).write_text(text.replace(fault.old, fault.new))
-        command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "--tb=no", *tests]
+        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--tb=no", *tests]
         # No files of bytecode: they know their source by its second and size, which a fault may not change.
         changes = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         found = subprocess.run(command, cwd=copy, env=os.environ | changes, capture_output=True, text=True)
     if found.returncode not in (0, 1):
         raise RuntimeError(f"pytest ended with {found.returncode}: {found.stdout}{found.stderr}")
-    failed = [line.removeprefix("FAILED ") for line in found.stdout.splitlines() if line.startswith("FAILED ")]
+    failed = [line.partition(" ")[2] for line in found.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     return [test for test in tests if any(line.startswith(test) for line in failed)]
 
 
@@ -377,6 +377,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "config.loss.kl_weight != 0",
             "rl/test_infinity_policy.py::test_continue_with_of_the_trainer",
         ),
+        ("mesh_of(reference) is None and (mesh", "(mesh", "rl/test_rl_processes.py::test_sharded_infinity"),
         (
             'self.progress.kl = measured.get("kl", 0.0)',
             "self.progress.kl = 0.0",
