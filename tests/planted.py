@@ -1120,6 +1120,18 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ('.get("more_smooth"):', '.get("x"):', "integrations/test_var.py::test_smoothing_reads_truncated_logits"),
         ("drawn_by: draw}", "drawn_by: former}", "integrations/test_var.py::test_the_sampler_draws_by_the_operator"),
     ],
+    "fastvar/integrations/corrected.py": [
+        (
+            "function.__globals__, function.__name__, function.__defaults__",
+            "function.__globals__, function.__name__",
+            "integrations/test_infinity.py::test_a_trainers_loss",
+        ),
+        (
+            "if _known_by(same) != _known_by(function.__code__):",
+            "if False:",
+            "integrations/test_infinity.py::test_a_trainers_loss_is_left",
+        ),
+    ],
     "fastvar/integrations/infinity.py": [
         (
             "gated_residual(x, self.drop_path(h), gate1)",

@@ -78,9 +78,8 @@ class Mask2Former:
     def description(self) -> Description:
         """Which weights."""
         does = f"shorter side {self.sides[0]}, longer at most {self.sides[1]} (bilinear), ImageNet's statistics"
-        return Description(
-            f"Mask2Former of transformers, {weights_name(self.pretrained)}", does, "0 to 1", memory_of(self.model)
-        )
+        weights = f"Mask2Former of transformers, {weights_name(self.pretrained)}"
+        return Description(weights, does, "0 to 1", memory_of(self.model))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[Objects]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastvar.integrations.attention import padded
+from fastvar.integrations.corrected import corrected
 from fastvar.integrations.patching import Applied, Left, Patch, Replaced, own
 from fastvar.integrations.var import (
     Tables,
@@ -57,14 +59,25 @@ def _grids(sizes: tuple[tuple[int, ...], ...]) -> ScaleSchedule | None:
 # -- loss --------------------------------------------------------------------------------------------------------------
 
 
-def leave_the_loss(applied: Applied, place: str, trainer: Any) -> None:
-    """Say of a trainer that weighs the losses of scales that it may stop."""
-    if getattr(trainer, "reweight_loss_by_scale", False) and hasattr(trainer, "train_step"):
+_WRONG, _RIGHT = "scale_schedule[-1].prod()", "np.prod(scale_schedule[-1])"
+
+
+def mend_the_loss(applied: Applied, place: str, trainer: Any) -> None:
+    """Let a trainer weigh the losses of scales: some versions ask a tuple, the size of the last scale, for `prod`."""
+    function = getattr(getattr(trainer, "train_step", None), "__func__", None)
+    if not hasattr(trainer, "reweight_loss_by_scale") or function is None:
+        return
+    kind, made = type(trainer).__name__, corrected(function, _WRONG, _RIGHT)
+    if made is None:
         why = (
-            "with reweight_loss_by_scale some versions of train_step stop with an error, as a tuple has no prod; weigh "
-            "by fastvar.integrations.infinity.loss_weights, or change that line to np.prod(scale_schedule[-1])"
+            "its train_step cannot be made anew of its text; if reweight_loss_by_scale stops at a tuple without prod, "
+            f"change that line to {_RIGHT}"
         )
-        applied.left.append(Left("loss", place, type(trainer).__name__, why))
+        applied.left.append(Left("loss", place, kind, why))
+    elif made is not function:
+        applied.set(trainer, "train_step", MethodType(made, trainer))
+        note = "reweight_loss_by_scale works, where the public code stops with an error"
+        applied.replaced.append(Replaced("loss", place, kind, "the weights of scales are computed of a tuple", note))
 
 
 def loss_weights(scale_schedule: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -17,9 +17,9 @@ from torch import nn
 from fastvar.integrations.var_fork import fits, following
 from fastvar.schedule import ScaleSchedule
 
-PARTS = ("attention", "blocks", "texts", "quantizer", "sampler")
+PARTS = ("attention", "blocks", "texts", "quantizer", "sampler", "loss")
 """What can be replaced: attention in training and sampling; norms, gated residuals and modulations; what tokens see of
-texts; quantisation and teacher forcing; the draw of tokens or bits."""
+texts; quantisation and teacher forcing; the draw of tokens or bits; a line of a trainer's loss."""
 _OWN = "_fastvar"
 
 
@@ -292,7 +292,8 @@ def _replace(applied: Applied, objects: Sequence[tuple[str, Any]], wanted: Seque
         _replace_methods(applied, place, found, patches)
         if "sampler" in wanted:
             samplers.replace(applied, place, found)
-        infinity.leave_the_loss(applied, place, found)
+        if "loss" in wanted:
+            infinity.mend_the_loss(applied, place, found)
     if "attention" in wanted:
         for place, found in free:
             infinity.leave_out_the_mask(applied, place, found)

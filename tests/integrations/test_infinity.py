@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from functools import wraps
+from types import FunctionType
 from typing import Any
 from unittest.mock import patch
 
@@ -223,18 +225,57 @@ class Trainer:
     def __init__(self) -> None:
         self.reweight_loss_by_scale, self.bitwise_self_correction = True, SelfCorrection()
 
-    def train_step(self) -> None: ...
+    TIMES = 1
+
+    def train_step(self, scale_schedule: Any, times: int = TIMES, *, fail: bool = False) -> torch.Tensor:
+        if fail:
+            return self.__helper("""text
+at the margin""")
+        weights: list[float] = []
+        if self.reweight_loss_by_scale:
+            last_scale_area = np.sqrt(scale_schedule[-1].prod())
+            for t, h, w in scale_schedule:
+                weights.extend([last_scale_area / np.sqrt(t * h * w)] * (t * h * w))
+        lw = torch.tensor(weights)
+        return times * lw / lw.sum()
+
+    def __helper(self, text: str) -> torch.Tensor:
+        raise ValueError(text)
+
+
+def test_a_trainers_loss() -> None:
+    """The line that is wrong is put right, and nothing else is another."""
+    trainer = Trainer()
+    with pytest.raises(AttributeError, match="prod"):
+        trainer.train_step(SIZES)
+    with apply(trainer) as applied:
+        torch.testing.assert_close(trainer.train_step(SIZES).float(), loss_weights(SIZES))
+        torch.testing.assert_close(trainer.train_step(SIZES, 2).float(), 2 * loss_weights(SIZES))
+        with pytest.raises(ValueError, match="text\nat the margin") as raised:
+            trainer.train_step(SIZES, fail=True)
+        assert any("return self.__helper(" in str(entry.statement) for entry in raised.traceback)
+        assert "note: reweight_loss_by_scale works, where the public code stops with an error" in str(applied)
+        assert [each.part for each in applied.replaced] == ["loss", "quantizer"]
+    with pytest.raises(AttributeError, match="prod"):
+        trainer.train_step(SIZES)
 
 
 def test_a_trainers_loss_is_left() -> None:
-    trainer = Trainer()
-    with apply(trainer) as applied:
-        assert [each.part for each in applied.replaced] == ["quantizer"]
-        (left,) = applied.left
-        assert left.part == "loss" and "weigh by fastvar.integrations.infinity.loss_weights" in left.why
-    trainer.reweight_loss_by_scale = False
-    with apply(trainer) as applied:
-        assert not applied.left
+    """Where a method is wrapped, or its text is not that of what runs."""
+    former = Trainer.train_step
+
+    class Wrapped(Trainer):
+        @wraps(former)
+        def train_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
+            return former(self, *arguments, **named)
+
+    class Changed(Trainer):
+        train_step = FunctionType(former.__code__.replace(co_consts=(*former.__code__.co_consts, 5)), globals())
+
+    for trainer in (Wrapped(), Changed()):
+        with apply(trainer) as applied:
+            assert [each.part for each in applied.replaced] == ["quantizer"]
+            assert "cannot be made anew of its text" in applied.left[0].why
 
 
 def test_self_correction() -> None:

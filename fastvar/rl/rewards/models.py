@@ -31,8 +31,8 @@ def require(package: str) -> ModuleType:
 
 
 def weights_name(pretrained: str | Path | None) -> str:
-    """Weights as a description has them: a tag, "random", or a path with the size and the time of its file (of a folder `model.safetensors`), by
-    which scores of other weights at the same path are known."""
+    """Weights as a description has them: a tag, "random", or a path with the size and the time of its file (of a folder
+    `model.safetensors`), by which scores of other weights at the same path are known."""
     if pretrained is None:
         return "random"
     path = Path(pretrained)
