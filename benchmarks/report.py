@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 ROWS = ROOT / "benchmarks" / "data" / "suites.jsonl"
 INSTRUCTIONS = ROOT / "benchmarks" / "data" / "instructions.jsonl"
+HOST = ROOT / "benchmarks" / "data" / "host.jsonl"
 PLACES = ("cpu", "gpu")
 
 

@@ -89,7 +89,7 @@ class Runner:
             checked = self.check(suite, setting, pass_)
         problem, errors, limit, failed = checked.problem, checked.errors, checked.limit, checked.failed
         wrong = {name: error for name, error in errors.items() if not error <= limit}
-        calls = {name: _call(problem, name, pass_) for name in errors if name not in wrong}
+        calls = {name: call_of(problem, name, pass_) for name in errors if name not in wrong}
         seconds, raised = interleave(calls, options.device, options.budget, label=label, rounds=options.rounds)
         failed = {**failed, **raised}
         if OURS in failed:
@@ -143,7 +143,7 @@ class Runner:
             Wrong: its error is above its limit.
         """
         return Stopwatch(
-            _call(self.check(suite, setting, pass_, only=(OURS,)).problem, OURS, pass_), self.options.device
+            call_of(self.check(suite, setting, pass_, only=(OURS,)).problem, OURS, pass_), self.options.device
         )
 
     def check(self, suite: Suite, setting: Setting, pass_: str, only: tuple[str, ...] = ()) -> Checked:
@@ -223,7 +223,7 @@ def _tuned(device: str) -> str | None:
     return own_tiles(device).date or None
 
 
-def _call(problem: Problem, name: str, pass_: str) -> Callable[[], Any]:
+def call_of(problem: Problem, name: str, pass_: str) -> Callable[[], Any]:
     """What is timed."""
     function = problem.contenders[name]
     assert not isinstance(function, str)

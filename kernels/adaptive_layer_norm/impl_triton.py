@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from fastvar.kernels.adaptive_layer_norm import tiles
+from fastvar.kernels.common.launching import kernel
 from fastvar.kernels.common.tiling import Table, card, cdiv, power_of_2
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def _normalised(x, seen, C: tl.constexpr, eps):
     return tl.where(seen, centred * rstd, 0.0), rstd  # of nothing but zeros, with an eps of 0, that would be NaN
 
 
-@triton.jit(do_not_specialize=["L"])
+@kernel(do_not_specialize=["L"])
 def adaptive_layer_norm_fwd_kernel(
     x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, stream_ptr, out_ptr,
     x_b, x_l, y_b, y_l, gate_b, scale_b, shift_b, L, eps,
@@ -73,7 +74,7 @@ def adaptive_layer_norm_fwd_kernel(
     tl.store(out_ptr + place, tl.fma(normed, gain, shift), seen)
 
 
-@triton.jit(do_not_specialize=["L"])
+@kernel(do_not_specialize=["L"])
 def adaptive_layer_norm_bwd_kernel(
     g_ptr, stream_ptr, x_ptr, y_ptr, gate_ptr, scale_ptr, dx_ptr, dy_ptr, sums_ptr,
     g_b, g_l, stream_b, stream_l, x_b, x_l, y_b, y_l, gate_b, scale_b, L, eps,
@@ -131,7 +132,7 @@ def adaptive_layer_norm_bwd_kernel(
         tl.store(sums_ptr + place + plane, tl.sum(dshift, 0)[None, :], column < C)
 
 
-@triton.jit(do_not_specialize=["L"])
+@kernel(do_not_specialize=["L"])
 def gated_residual_fwd_kernel(
     x_ptr, y_ptr, gate_ptr, out_ptr, x_b, x_l, y_b, y_l, gate_b, L,
     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
@@ -147,7 +148,7 @@ def gated_residual_fwd_kernel(
     tl.store(out_ptr + (image * L + row)[:, None] * C + column, tl.fma(y, gate, x), seen)
 
 
-@triton.jit(do_not_specialize=["L"])
+@kernel(do_not_specialize=["L"])
 def gated_residual_bwd_kernel(
     g_ptr, y_ptr, gate_ptr, dy_ptr, sums_ptr, g_b, g_l, y_b, y_l, gate_b, L,
     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, STAGES: tl.constexpr,
@@ -173,7 +174,7 @@ def gated_residual_bwd_kernel(
         tl.store(sums_ptr + place, tl.sum(dgate, 0)[None, :], column < C)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@kernel(do_not_specialize=["parts"])
 def adaptive_layer_norm_bwd_sum_kernel(
     sums_ptr, first_ptr, second_ptr, third_ptr, images, parts, C: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from fastvar.kernels.block_causal_attention.tiles import BACKWARD_KV, BACKWARD_PREFIX, BACKWARD_Q, FORWARD
+from fastvar.kernels.common.launching import kernel
 from fastvar.kernels.common.tiles import (
     LOG2_E,
     attend,
@@ -110,7 +111,7 @@ def _attend(
     )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def block_causal_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, k_tiles, v_tiles, pk_tiles, pv_tiles, lengths_ptr, begins_ptr, ends_ptr,
     out_ptr, lse_ptr, q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, pk_b, pk_l, pk_h, pv_b, pv_l, pv_h,
@@ -170,7 +171,7 @@ def _gather_dq(
     return dq
 
 
-@triton.jit
+@kernel
 def block_causal_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, lengths_ptr, begins_ptr, ends_ptr, out_ptr, g_ptr, lse_ptr, g_lse_ptr,
     delta_ptr, dq_ptr, q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, pk_b, pk_l, pk_h, pv_b, pv_l, pv_h, g_b, g_l, g_h,
@@ -249,7 +250,7 @@ def _add_rows(
     return dk, dv
 
 
-@triton.jit
+@kernel
 def block_causal_attention_bwd_dk_dv_kernel(
     q_ptr, k_ptr, v_ptr, begins_ptr, ends_ptr, g_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, g_b, g_l, g_h, L, H, bundle, factor, scale,
@@ -282,7 +283,7 @@ def block_causal_attention_bwd_dk_dv_kernel(
     store(dv_ptr + b * L * H * D + h * D, column, H * D, dv, L, D, BLOCK_D)
 
 
-@triton.jit
+@kernel
 def block_causal_attention_bwd_prefix_kernel(
     q_ptr, pk_ptr, pv_ptr, lengths_ptr, g_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_b, q_l, q_h, pk_b, pk_l, pk_h, pv_b, pv_l, pv_h, g_b, g_l, g_h, COUNT, L, P, GROUP, H, PARTS, factor, scale,
@@ -318,7 +319,7 @@ def block_causal_attention_bwd_prefix_kernel(
     store(dv_ptr + target, column, H * D, tl.where(inside, dv, 0.0), P, D, BLOCK_D)
 
 
-@triton.jit
+@kernel
 def block_causal_attention_bwd_prefix_sum_kernel(
     dk_parts_ptr, dv_parts_ptr, dk_ptr, dv_ptr, size, PARTS, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from fastvar.kernels.cached_attention.tiles import PART
+from fastvar.kernels.common.launching import kernel
 from fastvar.kernels.common.tiles import LOG2_E, attend, common_factor, constants, head, rows_adjacent
 from fastvar.kernels.common.tiling import card, cdiv, power_of_2
 
@@ -25,7 +25,7 @@ SPLIT = 512  # keys of a program where queries are few
 MERGED = 8  # rows that a program of the merge takes
 
 
-@triton.jit
+@kernel
 def cached_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, lse_ptr,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, rows, n, SHARE, KEYS, H, split, divisions, factor,
@@ -71,7 +71,7 @@ def cached_attention_fwd_kernel(
     tl.store(lse_ptr + line, lse, inside)
 
 
-@triton.jit
+@kernel
 def cached_attention_fwd_merge_kernel(
     parts_ptr, lse_ptr, out_ptr, lines, COUNT,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 import triton.language as tl
+from fastvar.kernels.common.launching import kernel
 from fastvar.kernels.common.tiling import Row, Table, card
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def _added(ptr, b, channel, valid, parts, C: tl.constexpr, G2: tl.constexpr, STE
     return tl.sum(first, 0), tl.sum(second, 0)
 
 
-@triton.jit
+@kernel
 def group_norm_silu_fwd_moments_kernel(
     x_ptr, moments_ptr, x_b, x_n, x_c, N, size, parts,
     C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -104,7 +105,7 @@ def _part_of(ptr, b, start, channel, valid, base, N, size, parts, C: tl.constexp
     return count, seen, place, tl.where(seen, tl.load(place, seen, 0.0) - base[None, :], 0.0)
 
 
-@triton.jit
+@kernel
 def group_norm_silu_fwd_statistics_kernel(
     moments_ptr, shift_ptr, statistics_ptr, N, size, parts, eps,
     C: tl.constexpr, GROUPS: tl.constexpr, G2: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr,
@@ -149,7 +150,7 @@ def _normalised(x, statistics_ptr, weight_ptr, bias_ptr, b, column, C: tl.conste
     return normed, rstd, weight, normed * weight + bias
 
 
-@triton.jit
+@kernel
 def group_norm_silu_fwd_kernel(
     x_ptr, statistics_ptr, weight_ptr, bias_ptr, out_ptr, x_b, x_n, x_c, N, tiles,
     C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SILU: tl.constexpr,
@@ -173,7 +174,7 @@ def _slope(g, y, SILU: tl.constexpr):
     return g
 
 
-@triton.jit
+@kernel
 def group_norm_silu_bwd_sums_kernel(
     g_ptr, x_ptr, statistics_ptr, weight_ptr, bias_ptr, sums_ptr,
     g_b, g_n, g_c, x_b, x_n, x_c, N, size, parts,
@@ -195,7 +196,7 @@ def group_norm_silu_bwd_sums_kernel(
     tl.store(place + C, tl.sum(along, 0)[None, :], column < C)
 
 
-@triton.jit
+@kernel
 def group_norm_silu_bwd_statistics_kernel(
     sums_ptr, statistics_ptr, weight_ptr, channels_ptr, groups_ptr, N, parts,
     C: tl.constexpr, GROUPS: tl.constexpr, G2: tl.constexpr, STEP: tl.constexpr,
@@ -219,7 +220,7 @@ def group_norm_silu_bwd_statistics_kernel(
     tl.store(place + C, tl.zeros((G2,), tl.float32) + group_along, valid)
 
 
-@triton.jit
+@kernel
 def group_norm_silu_bwd_kernel(
     g_ptr, x_ptr, statistics_ptr, weight_ptr, bias_ptr, groups_ptr, dx_ptr,
     g_b, g_n, g_c, x_b, x_n, x_c, N, tiles,

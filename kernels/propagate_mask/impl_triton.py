@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from fastvar.kernels.common.launching import kernel
 from fastvar.kernels.common.tiling import Row, Table, card, cdiv
 
 from fastvar.schedule import ScaleSchedule
@@ -36,7 +37,7 @@ def _covered(mask, mask_h, mask_w, top, left, width, area, most, CELLS: tl.const
     return total
 
 
-@triton.jit
+@kernel
 def propagate_mask_fwd_kernel(
     mask_ptr, footprints_ptr, out_ptr, mask_b, mask_h, mask_w, L,
     TOKENS: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr, SOFT: tl.constexpr,

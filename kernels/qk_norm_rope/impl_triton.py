@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 import triton.language as tl
+from fastvar.kernels.common.launching import kernel
 from fastvar.kernels.common.tiling import Table, card, cdiv, power_of_2
 from fastvar.kernels.qk_norm_rope import tiles
 
@@ -80,7 +81,7 @@ def _length(x):
     return tl.sqrt(tl.sum(x * x, 1))
 
 
-@triton.jit(do_not_specialize=["L", "position"])
+@kernel(do_not_specialize=["L", "position"])
 def qk_norm_rope_fwd_kernel(
     q_ptr, k_ptr, v_ptr, log_scale_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, k_out_b, k_out_l, k_out_h, v_out_b, v_out_l, v_out_h,
@@ -119,7 +120,7 @@ def _slope(g, x, gain, eps):
     return (g - x * shared[:, None]) * (factor * gain)[:, None], along
 
 
-@triton.jit(do_not_specialize=["L"])
+@kernel(do_not_specialize=["L"])
 def qk_norm_rope_bwd_kernel(
     gq_ptr, gk_ptr, q_ptr, k_ptr, log_scale_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dlog_scale_ptr,
     gq_b, gq_l, gq_h, gk_b, gk_l, gk_h, q_b, q_l, q_h, k_b, k_l, k_h, L, eps,

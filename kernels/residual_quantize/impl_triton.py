@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from fastvar.kernels.common.launching import kernel
 from fastvar.kernels.common.tiling import card, cdiv, power_of_2
 from fastvar.kernels.residual_quantize.gradients import accumulate_scale_backward
 from fastvar.kernels.residual_quantize.tiles import MEANS, SEARCH, UPSAMPLED
@@ -27,7 +28,7 @@ PROGRAMS = 256  # that a search should have, to fill a GPU
 MOST_CHANNELS = 128  # of a program that resamples, at a time
 
 
-@triton.jit
+@kernel
 def residual_quantize_fwd_search_kernel(
     rows_ptr, codes_ptr, norms_ptr, distances_ptr, nearest_ptr, N, V, size,
     C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
@@ -56,7 +57,7 @@ def residual_quantize_fwd_search_kernel(
     tl.store(nearest_ptr + place, nearest, row < N)
 
 
-@triton.jit
+@kernel
 def residual_quantize_fwd_means_kernel(
     image_ptr, rows_ptr, height, width, H, W, C: tl.constexpr, CHANNELS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +90,7 @@ def _cubic_weight(tap: tl.constexpr, t):
         return ((-0.75 * x + 3.75) * x - 6) * x + 3
 
 
-@triton.jit
+@kernel
 def residual_quantize_fwd_upsample_kernel(
     tokens_ptr, codes_ptr, image_ptr, V, height, width, H, W, down, across, tiles,
     C: tl.constexpr, CHANNELS: tl.constexpr, CELLS: tl.constexpr,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from fastvar.kernels.common.launching import kernel
 from fastvar.kernels.common.philox import uniform
 from fastvar.kernels.common.tiling import card
 from fastvar.kernels.sample_tokens import tiles
@@ -137,7 +138,7 @@ def _scores(
     return z, own
 
 
-@triton.jit(do_not_specialize=["count", "position", "top_k"])
+@kernel(do_not_specialize=["count", "position", "top_k"])
 def sample_tokens_fwd_kernel(
     logits_ptr, others_ptr, seeds_ptr, tokens_ptr, own_ptr, sampled_ptr,
     logits_b, logits_n, logits_v, others_b, others_n, others_v, seeds_b, count, position,
@@ -195,7 +196,7 @@ def _log_sigmoid(x):
     return tl.minimum(x, 0.0) - tl.log(1 + tl.exp(-tl.abs(x)))
 
 
-@triton.jit(do_not_specialize=["count", "position", "rows"])
+@kernel(do_not_specialize=["count", "position", "rows"])
 def sample_bits_fwd_kernel(
     logits_ptr, others_ptr, seeds_ptr, bits_ptr, own_ptr, sampled_ptr,
     logits_b, logits_n, logits_v, others_b, others_n, others_v, seeds_b, rows, count, position,

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from fastvar.kernels.common.launching import kernel
 from fastvar.kernels.common.tiling import card
 from fastvar.kernels.token_log_probs import losses
 from fastvar.kernels.token_log_probs.losses import Grads, Scoring, TwoPasses, Wanted, three
@@ -158,7 +159,7 @@ def _lay_out(like_ptr, place, values, never, V: tl.constexpr, BLOCK_V: tl.conste
     tl.store(at, values, never & (place >= 0)[:, None] & (column < V)[None, :])
 
 
-@triton.jit(do_not_specialize=["first", "count"])  # a lone row is summed as others are
+@kernel(do_not_specialize=["first", "count"])  # a lone row is summed as others are
 def token_log_probs_fwd_kernel(
     z_ptr, b_ptr, y_ptr, c_ptr, token_ptr, own_ptr, entropy_ptr, kl_ptr, mean_ptr,
     of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr, reference_ptr,
@@ -314,7 +315,7 @@ def _bit_logits(z_ptr, b_ptr, place, column, z_m, z_v, factor, V: tl.constexpr, 
     return tl.where(z > -IMPOSSIBLE, -IMPOSSIBLE, z)
 
 
-@triton.jit(do_not_specialize=["first", "count"])  # a lone row is summed as others are
+@kernel(do_not_specialize=["first", "count"])  # a lone row is summed as others are
 def token_log_probs_fwd_bits_kernel(
     z_ptr, b_ptr, y_ptr, c_ptr, bit_ptr, own_ptr, entropy_ptr, kl_ptr, mean_ptr,
     of_own_ptr, of_entropy_ptr, of_kl_ptr, of_mean_ptr, share_ptr, advantage_ptr, old_ptr, reference_ptr,
@@ -387,7 +388,7 @@ def token_log_probs_fwd_bits_kernel(
             _copy_states(h_ptr, state_ptr, row, place, valid, live, h_m, h_e, E, STRIDE, BLOCK_M, BLOCK_E)
 
 
-@triton.jit
+@kernel
 def token_log_probs_bwd_multiply_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from fastvar.kernels.common.launching import kernel
 from fastvar.kernels.token_log_probs.policy import factors
 
 from fastvar.schedule import ScaleSchedule
@@ -95,7 +96,7 @@ def _over_batch(ptr, B, K: tl.constexpr, BLOCK_K: tl.constexpr, SAMPLES: tl.cons
     return total
 
 
-@triton.jit
+@kernel
 def policy_loss_fwd_mask_sums_kernel(mask_ptr, end_ptr, span_ptr, L, first_scale, K: tl.constexpr, BLOCK: tl.constexpr):
     """Sums of the mask over a scale of a sample: span_ptr (B, K)."""
     b, k, begin, end = _place(end_ptr, K)
@@ -106,7 +107,7 @@ def policy_loss_fwd_mask_sums_kernel(mask_ptr, end_ptr, span_ptr, L, first_scale
     tl.store(span_ptr + b * K + k, tl.sum(masks, 0))
 
 
-@triton.jit
+@kernel
 def policy_loss_fwd_shares_kernel(
     mask_ptr, end_ptr, span_ptr, total_ptr, factor_ptr, weight_ptr, share_ptr, B, L, first_scale,
     K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SAMPLES: tl.constexpr, NORMALISATION: tl.constexpr,
@@ -137,7 +138,7 @@ def policy_loss_fwd_shares_kernel(
         tl.store(share_ptr + b * L + token, _divide(mask * weight, normalisation), token < end)
 
 
-@triton.jit
+@kernel
 def policy_loss_fwd_ratio_sums_kernel(
     log_prob_ptr, old_ptr, mask_ptr, end_ptr, ratio_ptr, L, first_scale, K: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -151,7 +152,7 @@ def policy_loss_fwd_ratio_sums_kernel(
     tl.store(ratio_ptr + b * K + k, tl.sum(ratios, 0))
 
 
-@triton.jit
+@kernel
 def policy_loss_fwd_terms_kernel(
     log_prob_ptr, entropy_ptr, exact_kl_ptr, old_ptr, reference_ptr, advantage_ptr, mask_ptr,
     end_ptr, span_ptr, ratio_ptr, weight_ptr, slope_ptr, sum_ptr,
@@ -224,7 +225,7 @@ def policy_loss_fwd_terms_kernel(
     tl.store(at + 5 * size, tl.sum(squares, 0))
 
 
-@triton.jit
+@kernel
 def policy_loss_fwd_results_kernel(
     weight_ptr, span_ptr, sum_ptr,
     loss_ptr, kl_ptr, clip_ptr, entropy_ptr, ratio_ptr, share_ptr, scale_entropy_ptr, scale_ratio_ptr, B,

@@ -15,11 +15,11 @@ from unittest.mock import patch
 
 import torch
 import triton
+from fastvar.kernels.common.launching import Kernel
 from fastvar.kernels.common.tiling import SHARED, Card, family_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvar import ops  # noqa: F401  (registers the operators)
@@ -74,16 +74,12 @@ class Needs:
 def recorded() -> Iterator[list[Launch]]:
     """Inside, kernels are not run but recorded."""
     launches: list[Launch] = []
-    run = JITFunction.run
 
-    def record(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        launches.append(Launch(self, arguments, named, tuple(grid)))
+    def record(self: Kernel, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        launches.append(Launch(self.function, arguments, constants, grid))
 
-    JITFunction.run = record
-    try:
+    with patch.object(Kernel, "launch", record):
         yield launches
-    finally:
-        JITFunction.run = run
 
 
 class _Inside(TorchDispatchMode):

@@ -90,9 +90,9 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def scores(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module in Triton, its kernels left out."""
     pytest.importorskip("triton")
-    from triton.runtime.jit import JITFunction
+    from fastvar.kernels.common.launching import Kernel
 
-    monkeypatch.setattr(JITFunction, "run", lambda *_, **__: None)
+    monkeypatch.setattr(Kernel, "launch", lambda *_: None)
     module = importlib.import_module("fastvar.kernels.token_log_probs.impl_triton")
     monkeypatch.setattr(module, "_adds_wide", lambda *_: True)
     return module
@@ -154,10 +154,10 @@ def test_triton_waits_for_nothing(scores: Any) -> None:
 
 def test_launches_have_one_axis(scores: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Along the others CUDA allows 65,535 blocks."""
-    from triton.runtime.jit import JITFunction
+    from fastvar.kernels.common.launching import Kernel
 
     grids: list[tuple[int, ...]] = []
-    monkeypatch.setattr(JITFunction, "run", lambda *_, grid, **__: grids.append(grid))
+    monkeypatch.setattr(Kernel, "launch", lambda kernel, grid, *_: grids.append(grid))
     hidden, tokens = empty(65_536, 5, 7), empty(65_536, 5, dtype=torch.int64)
     options = PolicyLossOptions(ratio_level="sample", kl_weight=0.1, kl_estimator="k3")
     call = call_of(Head(hidden), tokens, ScaleSchedule((1, 2)), needs=(True, False, False), options=options)
