@@ -134,15 +134,16 @@ class ByScale:
                     _packed(some_lse.transpose(1, 2), groups).transpose(1, 2).contiguous(),
                     None if grad_lse is None else _packed(grad_lse.transpose(1, 2), groups).transpose(1, 2),
                 )
-                dq = dq.reshape(q.shape)
+                dq = dq.reshape(q.shape).contiguous()
         add_q = dq is not None
-        wide = torch.promote_types(q.dtype, torch.float32)  # what is added up is rounded once, at the end
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if dq is None else dq.to(wide).contiguous()
-        dk = dv = None
-        # the last scale comes first: it sees all keys, and the gradients of the others are added to its own
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if dq is None else dq
+        # the last scale comes first: it sees all keys, and the gradients of the others are added to its own at the end
         parts = _parts(call, q.shape[-1] <= self.package.takes_scales[1])
+        of_last = of_others = None
+        if call.block_diagonal and len(parts) > 1:
+            of_last = tuple(torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
         for rows, keys, seen in reversed(parts):
-            part_q, part_k, part_v = self._gradients(
+            part_q, *of_keys = self._gradients(
                 Part(q[:, rows], k[:, keys], v[:, keys], scale, seen),
                 g[:, rows],
                 out[:, rows],
@@ -153,19 +154,22 @@ class ByScale:
                 dq[:, rows] += part_q
             else:
                 dq[:, rows] = part_q
-            if dk is None or dv is None:
-                if part_k.shape == k.shape:
-                    kept = part_k.dtype if len(parts) == 1 else wide
-                    dk, dv = part_k.to(kept).contiguous(), part_v.to(kept).contiguous()
-                    del part_q, part_k, part_v
-                    continue
-                dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-            if call.block_diagonal:
-                dk[:, keys], dv[:, keys] = part_k, part_v
+            if of_last is None:
+                of_last = tuple(part.contiguous() for part in of_keys)
+            elif call.block_diagonal:
+                for whole, part in zip(of_last, of_keys, strict=True):
+                    whole[:, keys] = part
+            elif of_others is None:  # these see fewer keys: sums in float32, rounded once, are of those alone
+                wide = torch.promote_types(q.dtype, torch.float32)
+                of_others = tuple(part.to(wide) for part in of_keys)
             else:
-                dk[:, keys] += part_k
-                dv[:, keys] += part_v
-            del part_q, part_k, part_v  # before the next call, which has as much of its own
+                for whole, part in zip(of_others, of_keys, strict=True):
+                    whole[:, keys] += part
+            del part_q, of_keys  # before the next call, which has as much of its own
+        assert of_last is not None
+        for whole, others in zip(of_last, of_others or (), strict=False):
+            whole[:, : others.shape[1]] += others
+        dk, dv = of_last
         gradients = zip(given, (dq, dk, dv, prefix_dk, prefix_dv), strict=False)
         return {name: t.to(q.dtype).contiguous() for name, t in gradients if t is not None}
 
