@@ -89,6 +89,23 @@ def main(words: list[str]) -> int:
 
 # By file: what stands there, what takes its place, the tests that must fail (below tests/).
 _PLANTED: dict[str, list[tuple[str, ...]]] = {
+    "kernels/common/launching.py": [
+        (
+            "tensor.data_ptr() % 16 == 0",
+            "True",
+            "ops/test_launching.py::test_the_compiled_kernel_is_the_one_that_triton_finds",
+        ),
+        (
+            "*self._numbers(arguments),",
+            "",
+            "ops/test_launching.py::test_the_compiled_kernel_is_the_one_that_triton_finds",
+        ),
+        (
+            "        if found is not None:",
+            "        if False:",
+            "ops/test_launching.py::test_from_the_second_launch_on_triton_does_not_look",
+        ),
+    ],
     "fastvar/latency.py": [
         ("seed=seed, **options", "seed=0, **options", "test_latency.py::test_a_model_and_a_pipeline_of_classes"),
         ("if turn >= 0:", "if True:", "test_latency.py::test_rounds_count_and_the_first_ones_do_not"),
