@@ -3,13 +3,15 @@
 The rows of an operator are tried in order: the first one that is for a call and whose implementation can run is taken,
 then what PyTorch does fast or in bounded memory, then the reference.
 
-A row names the families of GPUs on which recorded rows (benchmarks/data/suites.jsonl, h200_kernels.jsonl) show that the
-implementation is right and faster than what would run otherwise. Elsewhere the choice is a prediction, and `explain`
-says so.
+A row names the families of GPUs on which recorded runs (benchmarks/data, docs/gpu.md) show that the implementation is
+right and faster than what would run otherwise, with the commit that ran. Elsewhere the choice is a prediction, and
+`explain` says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from fastvar.kernels.common.tiling import card
 ANY = 2**63 - 1
 HALF = (torch.float16, torch.bfloat16)
 HOPPER = ("sm90",)
+_NOWHERE: Mapping[str, str] = MappingProxyType({})
 
 
 class Traits(NamedTuple):
@@ -42,7 +45,8 @@ class Choice(NamedTuple):
 
     Attributes:
         backend: its name.
-        measured: families of GPUs on which it was measured in its present form; see `fastvar.kernels.common.tiling`.
+        measured: where it was seen to pay: families of GPUs (see `fastvar.kernels.common.tiling`), each with the commit
+            that ran; the code may have changed since.
         families: of GPUs that it is taken on; empty for all from compute capability 8.0 on.
         dtypes: of the lead tensor; empty for all.
         width: least and largest size of the lead tensor's last dimension: head dimension, channels, vocabulary.
@@ -54,7 +58,7 @@ class Choice(NamedTuple):
     """
 
     backend: str
-    measured: tuple[str, ...] = ()
+    measured: Mapping[str, str] = _NOWHERE
     families: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
     width: tuple[int, int] = (0, ANY)

@@ -313,9 +313,10 @@ def _because(op: str, chosen: str, backend: str, traits: Traits) -> str:
     row = next((row for row in CHOICES[op] if row.backend == chosen and row.fits(family, traits)), None)
     if row is None:
         return ": what would come first cannot run"
-    if family in row.measured:
-        return f": recorded runs on {family} show that it pays"
-    return f": predicted to pay on {family}, not yet measured there as it is now"
+    commit = row.measured.get(family)
+    if commit:
+        return f": recorded runs of commit {commit} on {family} show that it pays"
+    return f": predicted to pay on {family}, not yet measured there"
 
 
 _COLUMNS = ("operator", "backend", "devices", "tested on")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvar.ops import _checks
-from fastvar.ops._choices import HOPPER, Choice
+from fastvar.ops._choices import Choice
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Grads, Operator
 from fastvar.ops._triton import triton_implementation
@@ -72,14 +72,14 @@ _NORM = Operator(
     NormCall,
     fake=_like_x,
     implementations=_implementations("norm"),
-    choices=[Choice("triton", HOPPER)],
+    choices=[Choice("triton", {"sm90": "b11f690"})],
 )
 _GATE = _Gate(
     "gated_residual",
     GateCall,
     fake=_like_x,
     implementations=_implementations("gate"),
-    choices=[Choice("triton", HOPPER)],
+    choices=[Choice("triton", {"sm90": "b11f690"})],
 )
 _GATE_NORM = Operator(
     "gated_residual_norm",
@@ -87,7 +87,7 @@ _GATE_NORM = Operator(
     results=2,
     fake=lambda call: (_like_x(call), _like_x(call)),
     implementations=_implementations("gate_norm", saves=(0,)),
-    choices=[Choice("triton")],
+    choices=[Choice("triton", {"sm90": "b11f690"})],
 )
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
-from fastvar.ops._choices import HOPPER, Choice
+from fastvar.ops._choices import Choice
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._extension import extension_implementation
 from fastvar.ops._numbers import on_device
@@ -81,7 +81,7 @@ _QUANTIZE = Operator(
     results=3,
     fake=_fake_quantize,
     implementations=_implementations("bitwise_residual_quantize"),
-    choices=[Choice("cuda", HOPPER)],
+    choices=[Choice("cuda")],
     differentiable=False,
 )
 _ACCUMULATE = Operator(

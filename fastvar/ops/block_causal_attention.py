@@ -96,7 +96,7 @@ _OPERATOR = Operator(
         # and twice their memory. Measured at 128 channels and 10,521 tokens.
         Choice(
             "sdpa",
-            HOPPER,
+            {"sm90": "044712c"},
             HOPPER,
             dtypes=HALF,
             width=(97, 128),
@@ -105,7 +105,7 @@ _OPERATOR = Operator(
             gradient=True,
             cudnn=True,
         ),
-        Choice("triton", HOPPER),
+        Choice("triton", {"sm90": "044712c"}),
     ],
 )
 

@@ -43,7 +43,8 @@ _OPERATOR = Operator(
         Implementation("torch", "fastvar.kernels.cached_attention.impl_torch", devices=("cpu",), verified=("CPU",)),
         Implementation("reference", "fastvar.kernels.cached_attention.reference", verified=("CPU", "H200")),
     ],
-    choices=[Choice("triton")],
+    # In a CUDA graph, as sampling calls it; a plain call of few tokens costs the host more than SDPA's.
+    choices=[Choice("triton", {"sm90": "044712c"})],
     differentiable=False,
 )
 

@@ -51,7 +51,7 @@ _CROSS_ENTROPY = Operator(
     results=6,  # loss, losses, entropy; the loss's gradients of hidden, weight and bias, empty where not needed
     fake=_fake,
     implementations=implementations("cross_entropy"),
-    choices=[Choice("triton")],
+    choices=[Choice("triton", {"sm90": "044712c"})],
     differentiable=False,  # see `with_gradients`
 )
 

@@ -127,7 +127,7 @@ _LOSS = Operator(
     results=12,
     fake=_fake,
     implementations=implementations("policy_loss"),
-    choices=[Choice("triton")],
+    choices=[Choice("triton", {"sm90": "044712c"})],
     differentiable=False,  # see `with_gradients`
 )
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastvar.ops import _checks
-from fastvar.ops._choices import HOPPER, Choice
+from fastvar.ops._choices import Choice
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
 from fastvar.ops._record import Written
@@ -65,7 +65,7 @@ _OPERATOR = Operator(
     results=2,
     fake=lambda call: (_like(call.q), _like(call.k)),
     implementations=_implementations(),
-    choices=[Choice("triton", HOPPER)],
+    choices=[Choice("triton", {"sm90": "044712c"})],
 )
 _INTO_CACHE = Operator(
     "qk_norm_rope_into_cache",

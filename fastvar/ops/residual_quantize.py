@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvar.ops import _checks
-from fastvar.ops._choices import HOPPER, Choice
+from fastvar.ops._choices import Choice
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._extension import extension_implementation
 from fastvar.ops._operator import Operator
@@ -168,7 +168,7 @@ _QUANTIZE = Operator(
     results=4,
     fake=_fake_quantize,
     implementations=_implementations("residual_quantize", ran="H200 (in part since its last change)"),
-    choices=[Choice("cuda", HOPPER), Choice("triton")],
+    choices=[Choice("cuda", {"sm90": "b308ba9"}), Choice("triton")],
     differentiable=False,
 )
 _ACCUMULATE = Operator(

@@ -77,7 +77,7 @@ _LOG_PROBS = Operator(
     results=3,  # log_probs, entropy, kl
     fake=_fake,
     implementations=implementations(),
-    choices=[Choice("triton")],
+    choices=[Choice("triton", {"sm90": "044712c"})],
 )
 
 

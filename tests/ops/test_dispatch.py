@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -290,6 +291,9 @@ HALF, FLOAT = torch.bfloat16, torch.float32
         ("token_log_probs", (8, 680, 1024), HALF, {"gradient": True}, "triton"),
         ("policy_loss", (8, 680), FLOAT, {"gradient": True}, "triton"),
         ("propagate_mask", (8, 16, 16), torch.bool, {}, "triton"),
+        ("gated_residual_norm", (8, 680, 1024), HALF, {"gradient": True}, "triton"),
+        ("cross_entropy", (8, 680, 1024), HALF, {"gradient": True}, "triton"),
+        ("group_norm_silu", (8, 160, 256, 256), HALF, {}, "triton"),
     ],
 )
 def test_what_a_gpu_gets(op: str, shape: tuple[int, ...], dtype: torch.dtype, options: dict, expected: str) -> None:
@@ -302,9 +306,58 @@ def test_what_a_gpu_gets(op: str, shape: tuple[int, ...], dtype: torch.dtype, op
         assert told.reasons[expected].startswith("chosen: ")
 
 
+@pytest.mark.parametrize(
+    ("op", "built", "not_built"),
+    [
+        ("residual_quantize", "cuda", "triton"),
+        ("accumulate_scale", "cuda", "triton"),
+        ("bitwise_residual_quantize", "cuda", "reference"),
+        ("accumulate_bits", "cuda", "reference"),
+    ],
+)
+def test_what_a_gpu_gets_of_the_extension(op: str, built: str, not_built: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    for missing, expected in ((None, built), ("not built", not_built)):
+        rows = tuple(
+            replace(row, missing=lambda missing=missing: missing, obstacle=lambda _: None)
+            if row.backend == "cuda"
+            else row
+            for row in REGISTRY[op]
+        )
+        monkeypatch.setitem(REGISTRY, op, rows)
+        with FakeTensorMode():
+            assert explain(op, torch.empty(8, 32, 16, 16, device="cuda")).backend == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"), [("sm80", "triton"), ("sm89", "triton"), ("sm90", "sdpa"), ("sm100", "triton")]
+)
+def test_cudnn_is_for_hopper(family: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(_dispatch, "generation", lambda device: family)
+    with FakeTensorMode():
+        q = torch.empty(1, 10521, 16, 128, dtype=HALF, device="cuda")
+        assert explain("block_causal_attention", q, gradient=True).backend == expected
+
+
+def test_what_is_called_measured_has_a_record() -> None:
+    """Of the operator itself, at that commit, on a Hopper; or of its variants."""
+    data = ROOT / "benchmarks" / "data"
+    lines = [line for name in ("suites", "h200_kernels") for line in (data / f"{name}.jsonl").read_text().splitlines()]
+    rows = [row for row in map(json.loads, lines) if "H200" in row["device"]]
+    known = {(row["suite"], row["commit"][:7]) for row in rows}
+    variants = (data / "h200_variants.txt").read_text()
+    claims = [(op, row) for op, choices in CHOICES.items() for row in choices if row.measured]
+    assert len(claims) > 5
+    for op, row in claims:
+        (commit,) = row.measured.values()
+        assert set(row.measured) == {"sm90"}
+        assert (op, commit) in known or f"commit {commit}" in variants, (op, commit)
+
+
 def test_generations(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row counts for the families that it names; where it was not measured, that is said."""
-    rows = (Choice("triton", ("sm90",), ("sm90", "sm100"), gradient=True),)
+    rows = (Choice("triton", {"sm90": "1234567"}, ("sm90", "sm100"), gradient=True),)
     monkeypatch.setitem(CHOICES, NAME, rows)
     monkeypatch.setitem(
         REGISTRY, NAME, (Implementation("triton", "tests.helpers.toy_implementation"), REGISTRY[NAME][-1])
@@ -315,8 +368,8 @@ def test_generations(monkeypatch: pytest.MonkeyPatch) -> None:
         _dispatch.forget_answers()
         told[family] = explain(NAME, X, gradient=True)
     assert [each.backend for each in told.values()] == ["triton", "triton", "reference", "reference"]
-    assert told["sm90"].reasons["triton"] == "chosen: recorded runs on sm90 show that it pays"
-    assert told["sm100"].reasons["triton"] == "chosen: predicted to pay on sm100, not yet measured there as it is now"
+    assert told["sm90"].reasons["triton"] == "chosen: recorded runs of commit 1234567 on sm90 show that it pays"
+    assert told["sm100"].reasons["triton"] == "chosen: predicted to pay on sm100, not yet measured there"
     monkeypatch.setattr(_dispatch, "generation", lambda device: "sm90")
     _dispatch.forget_answers()
     toy.calls.clear()
