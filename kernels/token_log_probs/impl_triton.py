@@ -1,8 +1,8 @@
 """Log-probability, entropy and KL of tokens and the losses made of them, in Triton: the logits of some rows at a time.
 
-Those logits are a plain product, which cuBLAS does best, in float32 and few enough for the L2 cache. A kernel reads
-them there once and has all that a row needs in registers: statistics, the terms of a loss and the slopes, gradients of
-the logits. Two more plain products take the slopes to hidden states and weight. So a loss and its gradient take three
+Those logits are a plain product, which cuBLAS does best, in float32 and of a bounded number of rows. A kernel reads
+them once and has all that a row needs in registers: statistics, the terms of a loss and the slopes, gradients of the
+logits. Two more plain products take the slopes to hidden states and weight. So a loss and its gradient take three
 products, and scoring takes one.
 
 A product always has the same number of rows, the last one padded, so that cuBLAS always takes the same kernel, in which
