@@ -3,7 +3,8 @@
 A row says for which calls it is: a family of cards, and upper bounds on numbers such as a head dimension or a length.
 The first row that fits a call and the card's shared memory is taken. Rows of the user's own, which `fastvar tune`
 measured on this very card, come before those of the package. A choice depends on nothing else: with the same tables the
-same call gives the same bits. Kernels that only add up or merge what others made have fixed blocks, beside their launches.
+same call gives the same bits. Kernels that only add up or merge what others made have fixed blocks, beside their
+launches.
 """
 
 from __future__ import annotations

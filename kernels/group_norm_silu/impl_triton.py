@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from fastvar.kernels.common.launching import kernel
-from fastvar.kernels.common.tiling import Row, Table, card
+from fastvar.kernels.common.tiling import Row, Table, card, cdiv, power_of_2
 
 if TYPE_CHECKING:
     from fastvar.ops.group_norm_silu import GroupNormCall
@@ -295,15 +295,15 @@ class _Launch:
         options = TILE.choose(card(x.device), bits=8 * x.element_size())
         tile = options.pop("TILE")
         exact = channels & -channels  # the largest power of two that divides them: no lane is idle
-        columns = min(exact if exact >= 32 else triton.next_power_of_2(channels), COLUMNS)
+        columns = min(exact if exact >= 32 else power_of_2(channels), COLUMNS)
         rows = max(tile // columns, 1)
-        self.size = rows * triton.cdiv(triton.cdiv(length, PARTS), rows)
-        self.parts, self.tiles = triton.cdiv(length, self.size), triton.cdiv(length, rows)
-        self.blocks = batch * triton.cdiv(channels, columns)
+        self.size = rows * cdiv(cdiv(length, PARTS), rows)
+        self.parts, self.tiles = cdiv(length, self.size), cdiv(length, rows)
+        self.blocks = batch * cdiv(channels, columns)
         self.tile: dict[str, Any] = {"C": channels, "ROWS": rows, "COLS": columns, **options}
-        wide = triton.next_power_of_2(channels // groups)
+        wide = power_of_2(channels // groups)
         self.group: dict[str, Any] = {"C": channels, "GROUPS": groups, "G2": wide, "num_warps": 1}
-        self.group["STEP"] = max(min(triton.next_power_of_2(self.parts), 1024 // wide), 1)
+        self.group["STEP"] = max(min(power_of_2(self.parts), 1024 // wide), 1)
 
     def sums_of(self, x: torch.Tensor) -> torch.Tensor:
         return torch.empty(x.shape[0], self.parts, 2, x.shape[2], dtype=torch.float32, device=x.device)

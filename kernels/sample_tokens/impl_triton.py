@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from fastvar.kernels.common.launching import kernel
 from fastvar.kernels.common.philox import uniform
-from fastvar.kernels.common.tiling import card
+from fastvar.kernels.common.tiling import card, cdiv, power_of_2
 from fastvar.kernels.sample_tokens import tiles
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def tokens(call: SampleCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     drawn = torch.empty(batch, count, dtype=torch.int64, device=call.logits.device)
     own, sampled = _scores_like(call)
     if drawn.numel():
-        block = max(triton.next_power_of_2(size), 32)
+        block = max(power_of_2(size), 32)
         tile = tiles.TOKENS.choose(card(call.logits.device), vocabulary=block)
         sample_tokens_fwd_kernel[(batch * count,)](
             *_arguments(call, drawn, own, sampled), count, call.position, *_settings(call), call.top_k, 1 - call.top_p,
@@ -252,10 +252,10 @@ def bits(call: SampleCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     own, sampled = _scores_like(call)
     if drawn.numel():
         cutoff = 0.0 if call.top_k == 1 else math.log(top_p / (1 - top_p)) if 0 < top_p < 1 else math.inf
-        width = triton.next_power_of_2(size)
+        width = power_of_2(size)
         tile = tiles.BITS.choose(card(call.logits.device))
         rows = max(1, tile["TILE"] // width)
-        sample_bits_fwd_kernel[(triton.cdiv(batch * count, rows),)](
+        sample_bits_fwd_kernel[(cdiv(batch * count, rows),)](
             *_arguments(call, drawn, own, sampled), batch * count, count, call.position, *_settings(call), cutoff,
             D=size, ROWS=rows, WIDTH=width, **_flags(call), num_warps=tile["num_warps"], enable_fp_fusion=False,
         )  # fmt: skip

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from fastvar.kernels.common.launching import kernel
-from fastvar.kernels.common.tiling import card
+from fastvar.kernels.common.tiling import card, cdiv, power_of_2
 from fastvar.kernels.token_log_probs import losses
 from fastvar.kernels.token_log_probs.losses import Grads, Scoring, TwoPasses, Wanted, three
 from fastvar.kernels.token_log_probs.policy_triton import Policy, estimate, surrogate
@@ -399,7 +399,7 @@ def token_log_probs_bwd_multiply_kernel(x_ptr, factor_ptr, count, BLOCK: tl.cons
 def multiply(x: torch.Tensor, factor: torch.Tensor) -> None:
     """x *= factor (1), rounded once. Where the factor is 1, as that of a loss itself, x is not even read."""
     if x.numel():
-        grid = (triton.cdiv(x.numel(), 4096),)
+        grid = (cdiv(x.numel(), 4096),)
         token_log_probs_bwd_multiply_kernel[grid](x, factor, x.numel(), BLOCK=4096, num_warps=8)
 
 
@@ -549,10 +549,10 @@ class _Gradients:
             self.slopes = self.of_hidden
             return
         step = min(max(SLOPES // head.size, SLOPE_ROWS[0]), SLOPE_ROWS[1], max(count // SHARE, 1))
-        self.step = triton.cdiv(step, head.step) * head.step
+        self.step = cdiv(step, head.step) * head.step
         self.stride = width + 8 if self.needs.head_bias else width  # keeps rows at multiples of 16 bytes
         rows = min(count, self.step)
-        held = head.hold(triton.cdiv(rows, head.step) * head.step)
+        held = head.hold(cdiv(rows, head.step) * head.step)
         self.slopes = held.view(head.slope_dtype)[:rows, : head.size]
         if self.needs.head_weight or self.needs.head_bias:
             self.states = torch.empty(rows, self.stride, dtype=head.slope_dtype, **like)
@@ -688,7 +688,7 @@ def tile_options(size: int, width: int, stride: int, device: torch.device) -> di
     they were could differ between scoring and training."""
     tile = LOGITS.choose(card(device), size=size)
     elements = tile.pop("ELEMENTS")
-    block = min(triton.next_power_of_2(max(size, 16)), elements)
+    block = min(power_of_2(max(size, 16)), elements)
     rows = min(elements // block, 64)
     return {
         "V": size,
@@ -696,7 +696,7 @@ def tile_options(size: int, width: int, stride: int, device: torch.device) -> di
         "STRIDE": stride,
         "BLOCK_M": rows,
         "BLOCK_V": block,
-        "BLOCK_E": min(triton.next_power_of_2(max(stride, 16)), max(elements // rows, 16)),
+        "BLOCK_E": min(power_of_2(max(stride, 16)), max(elements // rows, 16)),
         "num_stages": 1,
         "enable_fp_fusion": False,
         **tile,

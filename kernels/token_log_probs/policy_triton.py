@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from fastvar.kernels.common.launching import kernel
+from fastvar.kernels.common.tiling import power_of_2
 from fastvar.kernels.token_log_probs.policy import factors
 
 from fastvar.schedule import ScaleSchedule
@@ -269,7 +270,7 @@ class Policy:
         self.level, self.estimator = options.ratio_level, options.kl_estimator
         self.kl_weight, self.entropy_weight = float(options.kl_weight), float(options.entropy_weight)
         self.scales, self.device, self.ends = len(grids), device, _ends(grids, device)
-        self.constants = {"K": self.scales, "BLOCK_K": triton.next_power_of_2(self.scales)}
+        self.constants = {"K": self.scales, "BLOCK_K": power_of_2(self.scales)}
         self.share = self._empty(self.batch, self.length)
         self._spans, self._weights = self._empty(self.batch, self.scales), self._empty(self.scales + 1)
         if self.batch:
