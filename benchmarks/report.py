@@ -167,6 +167,17 @@ def instructions(rows: Sequence[Row]) -> str:
     return "\n".join(parts) + "\n" if newest else "No rows yet.\n"
 
 
+def host_times(rows: Sequence[Row]) -> str:
+    """The newest times of each operator and pass, of `benchmarks.host`."""
+    newest = {(row["suite"], row["pass"]): row for row in rows}
+    head = ["operator", "pass", "launches", "µs", "µs, launched by Triton", "commit"]
+    parts = [_line(head), "|" + " --- |" * len(head)]
+    for row in newest.values():
+        words = [row["suite"], row["pass"], str(row["launches"]), f"{row['us']:.0f}", f"{row['by_triton_us']:.0f}"]
+        parts.append(_line([*words, row["commit"][:7]]))
+    return "\n".join(parts) + "\n" if newest else "No rows yet.\n"
+
+
 def plot(rows: Sequence[Row]) -> Image:
     """How many times as long as ours each rival takes: a point with its spread for each pass, one line a rival."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -231,6 +242,8 @@ def texts(root: Path, rows: Sequence[Row]) -> dict[Path, str]:
     pages[readme] = between(pages[readme], "support matrix", support().markdown())
     counted = read(INSTRUCTIONS) if INSTRUCTIONS.is_file() else []
     pages[page] = between(pages[page], "instructions", instructions(counted))
+    timed = read(HOST) if HOST.is_file() else []
+    pages[page] = between(pages[page], "host", host_times(timed))
     return pages
 
 

@@ -93,6 +93,14 @@ def test_tuned_tiles_are_said(row: Any) -> None:
     assert "tiles" not in report.conditions([row("policy_loss"), row("policy_loss", tuned=None)])
 
 
+def test_host_times(row: Any) -> None:
+    times = {"launches": 3, "us": 41.6, "by_triton_us": 80.2, "pass": "training"}
+    old, new = ({**row("gate"), **times, "us": us} for us in (99.0, 41.6))
+    (line,) = report.host_times([old, new]).splitlines()[2:]
+    assert line.startswith("| gate | training | 3 | 42 | 80 | ")
+    assert report.host_times([]) == "No rows yet.\n"
+
+
 def test_instructions(row: Any) -> None:
     old, new = ({**row("search"), "instructions": count} for count in (7, 1234567))
     text = report.instructions([old, new, {**new, "suite": "masks"}])
