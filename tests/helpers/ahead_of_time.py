@@ -37,7 +37,7 @@ TYPES = {
 }
 # All that ask for the card, imported before it is replaced there.
 MODULES = [module for module in triton_modules() if hasattr(module, "card")]
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 
 class Launch(NamedTuple):
