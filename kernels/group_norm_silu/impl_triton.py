@@ -20,7 +20,11 @@ from fastvar.kernels.common.tiling import Row, Table, card, cdiv, power_of_2
 if TYPE_CHECKING:
     from fastvar.ops.group_norm_silu import GroupNormCall
 
-PARTS = 64  # the most parts of a sample's rows, for sums over them
+PARTS = 32  # the most parts of a sample's rows, for sums over them
+REGISTERS = (
+    128  # of a thread of the first pass at most: with two more a multiprocessor holds three blocks instead of four
+)
+LONG = 4  # tiles of rows of a part at least, if there are so many: adding up what lanes found costs as much as two
 COLUMNS = 128  # the most channels that a program takes
 TILE = Table(  # elements that a program holds at a time
     "group_norm_silu",
@@ -78,10 +82,10 @@ def group_norm_silu_fwd_moments_kernel(
     for start in range(begin, end, ROWS):
         row = start + ROWS + lane  # the next ones are on their way while these are added
         following = _read(x_ptr, b, row, column, x_b, x_n, x_c, (row < end) & (column < C))
-        distance = tl.where((start + lane < end) & (column < C), x.to(tl.float32) - mean, 0.0)
-        share = 1 / (before + 1)
+        distance = x.to(tl.float32) - mean
+        share = tl.where(start + lane < end, 1 / (before + 1), 0.0)  # [ROWS, 1]
         mean += distance * share
-        squares += distance * distance * (before * share)
+        squares += distance * (distance * (before * share))
         before += 1
         x = following
     count = (tl.maximum(end - begin - lane + ROWS - 1, 0) // ROWS).to(tl.float32)  # [ROWS, 1]
@@ -297,7 +301,8 @@ class _Launch:
         exact = channels & -channels  # the largest power of two that divides them: no lane is idle
         columns = min(exact if exact >= 32 else power_of_2(channels), COLUMNS)
         rows = max(tile // columns, 1)
-        self.size = rows * cdiv(cdiv(length, PARTS), rows)
+        tiles = cdiv(length, rows)
+        self.size = rows * max(cdiv(tiles, PARTS), min(tiles, LONG))
         self.parts, self.tiles = cdiv(length, self.size), cdiv(length, rows)
         self.blocks = batch * cdiv(channels, columns)
         self.tile: dict[str, Any] = {"C": channels, "ROWS": rows, "COLS": columns, **options}
@@ -312,7 +317,7 @@ class _Launch:
         """(B, 3, C): what is subtracted from each channel, 1 / deviation, and the mean of the normalised channel."""
         moments, length = self.sums_of(x), x.shape[1]
         group_norm_silu_fwd_moments_kernel[(self.blocks * self.parts,)](
-            x, moments, *x.stride(), length, self.size, self.parts, **self.tile
+            x, moments, *x.stride(), length, self.size, self.parts, **self.tile, maxnreg=REGISTERS
         )
         statistics = torch.empty(x.shape[0], 3, x.shape[2], dtype=torch.float32, device=x.device)
         shifts = statistics if shift is None else shift.contiguous()
