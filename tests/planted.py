@@ -89,6 +89,22 @@ def main(words: list[str]) -> int:
 
 # By file: what stands there, what takes its place, the tests that must fail (below tests/).
 _PLANTED: dict[str, list[tuple[str, ...]]] = {
+    "benchmarks/on_gpu.sh": [
+        ("rest=$((rest - ${kept[$part]:-0}))", "true", "benchmarks/test_on_gpu.py::test_shares"),
+        (
+            '&& echo "$found" && failed=1',
+            '&& echo "$found"',
+            "benchmarks/test_on_gpu.py::test_what_is_cut_off_hides_no_failure",
+        ),
+        (
+            "if [ $vain = 2 ]",
+            "if false",
+            "benchmarks/test_on_gpu.py::test_a_process_that_ends_before_its_first_pass",
+        ),
+    ],
+    "benchmarks/records.py": [
+        ('b"\\n" * cut_off + ', "", "benchmarks/test_order.py::test_a_line_that_was_cut_off"),
+    ],
     "kernels/common/launching.py": [
         (
             "tensor.data_ptr() % 16 == 0",
