@@ -122,6 +122,38 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "ops/test_launching.py::test_from_the_second_launch_on_triton_does_not_look",
         ),
     ],
+    "fastvar/tuning.py": [
+        (
+            "except torch.OutOfMemoryError as error:",
+            "except KeyError as error:",
+            "test_tuning.py::test_a_workload_that_takes_too_much_memory_is_left_out",
+        ),
+        (
+            "                    failed = True",
+            "                    self._still_works(table, packaged, key, call)",
+            "test_tuning.py::test_what_a_candidate_leaves_behind_is_freed",
+        ),
+    ],
+    "fastvar/ops/_dispatch.py": [
+        ("or (equals and not op)", "", "ops/test_dispatch.py::test_environment_variable"),
+    ],
+    "fastvar/models/graphs.py": [
+        (
+            '        tuple(getattr(backends.cuda, f"{name}_sdp_enabled")() for name in kernels),\n',
+            "",
+            "models/test_graphs.py::test_settings_of_attention",
+        ),
+        (
+            '_say(model, f"runs without CUDA graphs: expected {found}")',
+            "pass",
+            "models/test_graphs.py::test_where_nothing_can_be_captured",
+        ),
+        (
+            "        _say(model, TOO_MUCH)\n        return False",
+            "        return False",
+            "models/test_graphs.py::test_memory_is_bounded",
+        ),
+    ],
     "fastvar/latency.py": [
         ("seed=seed, **options", "seed=0, **options", "test_latency.py::test_a_model_and_a_pipeline_of_classes"),
         ("if turn >= 0:", "if True:", "test_latency.py::test_rounds_count_and_the_first_ones_do_not"),
