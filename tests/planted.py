@@ -310,6 +310,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/rl/trainer.py": [
+        ("if math.isfinite(norm):", "if gradient_norm.isfinite():", "training/test_waiting.py::test_an_update"),
         (
             "        mask[len(own) :] = 0\n",
             "",
@@ -700,6 +701,16 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/training/loop.py": [
+        (
+            'torch.stack([loss.float(), norm.float()]).to("cpu", non_blocking=True)',
+            'torch.stack([loss.float(), norm.float()]).to("cpu")',
+            "training/test_waiting.py::test_what_follows_a_backward_pass",
+        ),
+        (
+            "optimizer.optimizer.found_inf = check.bad ",
+            "check.raise_if_bad() ",
+            "training/test_waiting.py::test_a_training_step",
+        ),
         (
             'derive(config.seed, "training", accelerator.process_index)',
             'derive(config.seed, "training")',
