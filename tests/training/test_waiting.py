@@ -124,3 +124,14 @@ def test_what_follows_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
                 loop._step(accelerator, task, var, optimizer, part, batch, config, step)
                 ema.update(var)
     assert watched.calls > 100
+
+
+def test_grading(tmp_path: Path, as_elsewhere: None) -> None:
+    """In one process: what rewards are is read at once, and so is which rows are trained; what remains are checks of
+    scores, shares, and what the coarse state explains."""
+    rl = trainer(tmp_path)
+    rollout = rl.roll_out(0)
+    with Waits() as found:
+        rl.grade(rollout)
+    reads = [name for name in found.seen if name != "lift_fresh"]  # that is a number of the host that fills a part
+    assert len(reads) <= 12, reads
