@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if warm:
         chosen = share(chosen, *warm)
     if option("--resume"):
-        chosen = Journal(option("--rows"), records.device_name(device_of(size)), bool(warm)).open(chosen)
+        capture = metafunc.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture else nullcontext():  # what it says is to be seen
+            chosen = Journal(option("--rows"), records.device_name(device_of(size)), bool(warm)).open(chosen)
     each = [
         pytest.param(suite, setting, pass_, name, id=_id(suite, setting, pass_, name))
         for suite, setting, pass_ in chosen

@@ -66,7 +66,7 @@ def main(
         "reference_place": "scene",
     }
     tokens = TokenDataset(HandwritingScenes(length=scenes, **settings), start.tokenizer, reference=True)
-    done = [_key(row) for row in records.read(rows)] if rows.is_file() else []
+    done = [_key(row) for row in records.read(rows, skip=True)] if rows.is_file() else []
     for seed in range(seeds):
         held_out = HandwritingScenes(length=samples, split="test", seed=seed, **settings)
         for own_tokens in (False, True):

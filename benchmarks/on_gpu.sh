@@ -4,7 +4,7 @@
 #   bash benchmarks/on_gpu.sh [--dry] [PART...] [SECONDS] [-- ARGUMENTS...]
 #   bash benchmarks/on_gpu.sh --fetch     download the wheels that such a machine may lack
 #
-# Parts, all but `profile` by default, in this order, within SECONDS (540 by default):
+# Parts, all but `profile` by default, in this order however they are given, within SECONDS (540 by default):
 #
 #   tests      those that need a GPU, in WORKERS (9) processes
 #   sanitize   what compute-sanitizer says of our CUDA and Triton code
@@ -29,11 +29,11 @@ if [ "${1:-}" = --fetch ]; then
     exec "$PYTHON" -m pip download --no-deps --only-binary=:all: --python-version "${WHEELS_PYTHON:-$version}" \
         --dest "$WHEELS" --requirement benchmarks/wheels.txt
 fi
-dry=0 budget=540 parts=()
+dry=0 budget=540 asked=() parts=()
 while [ $# -gt 0 ]; do
     case $1 in
     --dry) dry=1 ;;
-    tests | sanitize | bench | tune | profile) parts+=("$1") ;;
+    tests | sanitize | bench | tune | profile) asked+=("$1") ;;
     --) shift && break ;;
     '' | *[!0-9]*)
         echo "on_gpu: expected tests, sanitize, bench, tune, profile or a number of seconds, got $1" >&2
@@ -43,7 +43,10 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[ ${#parts[@]} -gt 0 ] || parts=(tests sanitize bench tune)
+[ ${#asked[@]} -gt 0 ] || asked=(tests sanitize bench tune)
+for part in tests sanitize bench tune profile; do
+    if [[ " ${asked[*]} " = *" $part "* ]]; then parts+=("$part"); fi
+done
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 begin=$SECONDS
@@ -54,21 +57,41 @@ left() { # seconds of the budget that are left, at least 1
     echo $((rest > 1 ? rest : 1))
 }
 
-share() { # share DIVISOR: that part of what is left, all of it where no part comes after this one
-    echo $(($(left) / ($2 < ${#parts[@]} ? $1 : 1)))
+# The most that a part takes of what is left while others come after it, and what of the whole is kept for one that does.
+declare -A divisor=([tests]=3 [sanitize]=5 [bench]=1 [tune]=1 [profile]=1)
+declare -A kept=([tune]=$((budget / 7)) [profile]=$((budget / 10)))
+
+share() { # share PART LATER...: seconds for a part while those come after it
+    local rest most part=$1
+    rest=$(left)
+    shift
+    most=$((rest / ($# > 0 ? ${divisor[$part]} : 1)))
+    for part in "$@"; do rest=$((rest - ${kept[$part]:-0})); done
+    if [ $rest -gt $most ]; then rest=$most; fi
+    echo $((rest > 1 ? rest : 1))
 }
 
-run() { # run NAME SECONDS COMMAND...: its output goes to OUT/NAME.log
-    local name=$1 limit=$2
+run() { # run NAME SECONDS COMMAND...: its output goes to OUT/NAME.log; 124 if it took too long
+    local name=$1 limit=$2 start=$SECONDS status
     shift 2
     timeout --signal=INT --kill-after=10 "$limit" "$@" >>"$OUT/$name.log" 2>&1
+    status=$?
+    # Killed before its time it was for want of memory, after it because it did not end.
+    return $((status == 137 && SECONDS - start >= limit ? 124 : status))
 }
 
-told() { # told NAME STATUS SECONDS: how a command ended
+told() { # told NAME STATUS SECONDS: how a command ended; one that was cut off has failed if its log names failures
+    local log=$OUT/$1.log place found
     case $2 in
     0) echo "$1: done in $3 s" ;;
-    124 | 137) echo "$1: cut off after $3 s, see $OUT/$1.log" ;;
-    *) echo "$1: FAILED with $2, see $OUT/$1.log" && tail -n 15 "$OUT/$1.log" && failed=1 ;;
+    124)
+        place=$(grep -aoE '\[ *[0-9]+%\]' "$log" | tail -n 1)
+        echo "$1: cut off after $3 s at ${place:-$(tail -n 1 "$log")}, see $log"
+        found=$(grep -aE '(^|[] ])(FAILED|ERROR)( |$)|Invalid __|Misaligned|Program hit ' "$log" |
+            grep -avF 'ERROR SUMMARY: 0 errors' | tail -n 15)
+        if [ -n "$found" ]; then echo "$1: FAILED before that:" && echo "$found" && failed=1; fi
+        ;;
+    *) echo "$1: FAILED with $2, see $log" && tail -n 15 "$log" && failed=1 ;;
     esac
 }
 
@@ -146,10 +169,15 @@ part_sanitize() { # two processes side by side, as the sanitizer makes them slow
     done
 }
 
+tries() { # how many passes were begun
+    cat "$OUT/suites.tries.jsonl" "${TMPDIR:-/tmp}/fastvar_compiled.jsonl" 2>/dev/null | wc -l
+}
+
 benchmarks() { # benchmarks NAME SECONDS ARGUMENTS...: starts again after a pass that ended the process
-    local name=$1 limit=$2 end=$((SECONDS + $2)) status=70
+    local name=$1 limit=$2 end=$((SECONDS + $2)) status=70 begun vain=0
     shift 2
     while [ $status != 0 ] && [ $((end - SECONDS)) -ge $((dry ? 1 : 15)) ]; do
+        begun=$(tries)
         limit=$((end - SECONDS))
         run "$name" "$limit" "$PYTHON" -m pytest benchmarks --benchmark-only -q -p no:cacheprovider --size $size \
             --rows "$OUT/suites.jsonl" --by-priority --resume --case-limit 90 \
@@ -159,6 +187,8 @@ benchmarks() { # benchmarks NAME SECONDS ARGUMENTS...: starts again after a pass
         70 | 13[0-9] | 14[0-9]) echo "$name: a pass ended the process ($status), see $OUT/$name.log" ;;
         *) break ;;
         esac
+        vain=$(($(tries) > begun ? 0 : vain + 1))
+        if [ $vain = 2 ]; then echo "$name: given up, as it ended twice before the first pass" && break; fi
     done
     return $status
 }
@@ -201,14 +231,9 @@ part_profile() { # part_profile SECONDS
         sed 's/^/profile: lines with ranges of fastvar: /'
 }
 
-# What a part may take of what is left while others come after it.
-declare -A divisor=([tests]=3 [sanitize]=5 [bench]=1 [tune]=1 [profile]=4)
 for number in "${!parts[@]}"; do
     part=${parts[number]}
-    seconds=$(share "${divisor[$part]}" $((number + 1)))
-    # tuning takes the last seventh of the whole
-    if [ "$part" = bench ] && [ "${parts[*]: -1}" = tune ]; then seconds=$((seconds - budget / 7)); fi
     rm -f "$OUT/$part"*.log
-    "part_$part" $((seconds > 1 ? seconds : 1)) "$@"
+    "part_$part" "$(share "${parts[@]:number}")" "$@"
 done
 exit $failed

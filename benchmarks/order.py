@@ -112,7 +112,7 @@ class Journal:
         records.append(self.tries, {**attempt, **self._here})
 
     def _own(self, path: Path) -> list[dict[str, Any]]:
-        attempts = records.read(path) if path.is_file() else []
+        attempts = records.read(path, skip=True) if path.is_file() else []
         return [row for row in attempts if all(row.get(name) == value for name, value in self._here.items())]
 
 

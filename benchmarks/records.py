@@ -106,15 +106,32 @@ def command() -> str:
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one record as one line."""
+    """Add one record as one line, of its own also where the last one was cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+        cut_off = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * cut_off + json.dumps(record).encode() + b"\n")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All records of a file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def read(path: Path, *, skip: bool = False) -> list[dict[str, Any]]:
+    """All records of a file; with `skip` a line that is none, such as one that was cut off, is named on stderr and left
+    out.
+
+    Raises:
+        ValueError: a line is no record, without `skip`.
+    """
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            message = f"{path}:{number}: expected a record in JSON, got {line[:40]!r}"
+            if not skip:
+                raise ValueError(message) from error
+            print(f"{message}: left out", file=sys.stderr)
+    return found
 
 
 class Spread(NamedTuple):

@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--rows", type=Path, required=True, help="a file that the benchmarks wrote")
     parser.add_argument("--most", type=int, default=40, help="lines for a device")
     arguments = parser.parse_args()
-    rows = read(arguments.rows) if arguments.rows.is_file() else []
+    rows = read(arguments.rows, skip=True) if arguments.rows.is_file() else []
     if not rows:
         print(f"summary: no rows in {arguments.rows}", file=sys.stderr)
         return 1

@@ -83,7 +83,11 @@ class Tuner:
             until = self.clock() + (end - self.clock()) / (len(calls) - number)
             for place, (table, key) in enumerate(jobs):
                 share = (until - self.clock()) / (len(jobs) - place)
-                row = self._fastest(name, table, key, call, self.clock() + share)
+                try:
+                    row = self._fastest(name, table, key, call, self.clock() + share)
+                except torch.OutOfMemoryError as error:  # tuning keeps results to compare with, besides the call's own
+                    self.report(f"{name}: left out: {error}")
+                    break
                 done.add((table.name, str(key)))
                 if row is not None:
                     add_own_row(self.card, table, row)
@@ -124,12 +128,15 @@ class Tuner:
             if self.clock() >= end:
                 break
             tried += 1
+            failed = False
             with _forced(table, tile, key):
                 try:
                     if _same(tensors(call()), expected):
                         seconds[number] = self.measure(call)
                 except Exception:  # too many registers or too much shared memory, or a compiler that gives up
-                    self._still_works(table, packaged, key, call)
+                    failed = True
+            if failed:  # the exception, and what it holds of the device's memory, is gone
+                self._still_works(table, packaged, key, call)
         title = f"{table.name}, {name}, {_text(key)}"
         if not tried:
             self.report(f"{title}: no time left")
@@ -169,6 +176,8 @@ class Tuner:
         with _forced(table, packaged, key):
             try:
                 call()
+            except torch.OutOfMemoryError:  # which is no broken device
+                raise
             except Exception as error:
                 raise RuntimeError(f"tune: {table.name}: a candidate broke the device: {error}") from error
 

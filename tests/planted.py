@@ -89,6 +89,22 @@ def main(words: list[str]) -> int:
 
 # By file: what stands there, what takes its place, the tests that must fail (below tests/).
 _PLANTED: dict[str, list[tuple[str, ...]]] = {
+    "benchmarks/on_gpu.sh": [
+        ("rest=$((rest - ${kept[$part]:-0}))", "true", "benchmarks/test_on_gpu.py::test_shares"),
+        (
+            '&& echo "$found" && failed=1',
+            '&& echo "$found"',
+            "benchmarks/test_on_gpu.py::test_what_is_cut_off_hides_no_failure",
+        ),
+        (
+            "if [ $vain = 2 ]",
+            "if false",
+            "benchmarks/test_on_gpu.py::test_a_process_that_ends_before_its_first_pass",
+        ),
+    ],
+    "benchmarks/records.py": [
+        ('b"\\n" * cut_off + ', "", "benchmarks/test_order.py::test_a_line_that_was_cut_off"),
+    ],
     "kernels/common/launching.py": [
         (
             "tensor.data_ptr() % 16 == 0",
@@ -104,6 +120,38 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "        if found is not None:",
             "        if False:",
             "ops/test_launching.py::test_from_the_second_launch_on_triton_does_not_look",
+        ),
+    ],
+    "fastvar/tuning.py": [
+        (
+            "except torch.OutOfMemoryError as error:",
+            "except KeyError as error:",
+            "test_tuning.py::test_a_workload_that_takes_too_much_memory_is_left_out",
+        ),
+        (
+            "                    failed = True",
+            "                    self._still_works(table, packaged, key, call)",
+            "test_tuning.py::test_what_a_candidate_leaves_behind_is_freed",
+        ),
+    ],
+    "fastvar/ops/_dispatch.py": [
+        ("or (equals and not op)", "", "ops/test_dispatch.py::test_environment_variable"),
+    ],
+    "fastvar/models/graphs.py": [
+        (
+            '        tuple(getattr(backends.cuda, f"{name}_sdp_enabled")() for name in kernels),\n',
+            "",
+            "models/test_graphs.py::test_settings_of_attention",
+        ),
+        (
+            '_say(model, f"runs without CUDA graphs: expected {found}")',
+            "pass",
+            "models/test_graphs.py::test_where_nothing_can_be_captured",
+        ),
+        (
+            "        _say(model, TOO_MUCH)\n        return False",
+            "        return False",
+            "models/test_graphs.py::test_memory_is_bounded",
         ),
     ],
     "fastvar/latency.py": [
@@ -262,6 +310,7 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/rl/trainer.py": [
+        ("if math.isfinite(norm):", "if gradient_norm.isfinite():", "training/test_waiting.py::test_an_update"),
         (
             "        mask[len(own) :] = 0\n",
             "",
@@ -652,6 +701,16 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "fastvar/training/loop.py": [
+        (
+            'torch.stack([loss.float(), norm.float()]).to("cpu", non_blocking=True)',
+            'torch.stack([loss.float(), norm.float()]).to("cpu")',
+            "training/test_waiting.py::test_what_follows_a_backward_pass",
+        ),
+        (
+            "optimizer.optimizer.found_inf = check.bad ",
+            "check.raise_if_bad() ",
+            "training/test_waiting.py::test_a_training_step",
+        ),
         (
             'derive(config.seed, "training", accelerator.process_index)',
             'derive(config.seed, "training")',

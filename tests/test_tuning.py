@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,42 @@ def test_a_workload_that_cannot_run_is_left_out(kernel: Kernel) -> None:
     tuner, lines = kernel.tuner()
     assert tuner.run([("large", build), ("short", lambda: kernel.call(100))]) == 1
     assert lines[0] == "large: left out: out of memory"
+
+
+@pytest.mark.parametrize("runs", [1, 2, 4])
+def test_a_workload_that_takes_too_much_memory_is_left_out(kernel: Kernel, runs: int) -> None:
+    """The second time it runs, beside the results to compare with, or as what is left after a candidate failed."""
+    ran: list[tuple[int, int]] = []
+    kernel.broken = {(16, 4): torch.OutOfMemoryError("no memory for a candidate")}
+
+    def large() -> Any:
+        found = kernel.call(200)()
+        ran.append(kernel.ran[-1])
+        if len(ran) > runs:
+            raise torch.OutOfMemoryError("no memory")
+        return found
+
+    tuner, lines = kernel.tuner()
+    assert tuner.run([("large", lambda: large), ("short", lambda: kernel.call(100))]) == 1
+    assert lines[0] == "large: left out: no memory" and lines[1].startswith("toy.forward, short, ")
+    assert ran == [(32, 4)] * min(runs + 1, 4) + ran[4:], "the package's tile"
+    assert kernel.table.forced is None and kernel.table.choose(CARD, bits=16, length=200) == DEFAULT
+
+
+def test_what_a_candidate_leaves_behind_is_freed(kernel: Kernel) -> None:
+    """Before the package's tile runs again: its memory may be what that one needs."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def call() -> torch.Tensor:
+        assert not held or held[-1]() is None
+        found = torch.ones(3)
+        if kernel.table.choose(CARD, bits=16, length=100)["BLOCK"] == 16:
+            held.append(weakref.ref(found))
+            raise torch.OutOfMemoryError("no memory")
+        return kernel.call(100)()
+
+    tuner, lines = kernel.tuner()
+    assert tuner.run([("short", lambda: call)]) == 1 and held, lines
 
 
 def test_a_stale_file_is_left_out_aloud(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:

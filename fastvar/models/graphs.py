@@ -1,9 +1,9 @@
 """Sampling by CUDA graphs: a call is captured once and replayed for other prompts, subjects and seeds.
 
 What is captured apart: shapes, dtypes, lengths of texts, the options of sampling (guidance, temperature, truncation,
-where to stop, what to decode), the mode and adapters of each module, and PyTorch's settings of precision. A call of a
-kind that was not seen before runs without a graph; the second one is captured, so that what is called once costs
-nothing more.
+where to stop, what to decode), the mode and adapters of each module, and PyTorch's settings of precision and attention.
+A call of a kind that was not seen before runs without a graph; the second one is captured, so that what is called once
+costs nothing more.
 
 A graph works on memory of its own: what a call starts from is copied there, what it ends with is copied out. Weights
 are read where they are, so that training goes on between calls; a model whose weights moved is captured again. Graphs
@@ -15,7 +15,8 @@ KEPT graphs, the least recently used go first. Together the graphs of all models
 its memory: beyond that, those of the model that was used least recently are freed, and of one model alone all are; the
 kind that was too much is not captured again, and any other kind CAPTURES times at most. A call that would take more is
 not captured. Where a capture fails, for want of memory or as a module waits for the device, the model's graphs are
-freed, a warning says why, and calls of that kind run without one.
+freed, a warning says why, and calls of that kind run without one. A warning also says, once for a model, what keeps
+its calls from being captured.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ KEPT = 16
 MEMORY = 0.15
 SEEN = 256  # kinds of calls that are remembered, of a model
 CAPTURES = 2  # of a kind of calls, unasked: those that drive out each other would be captured at every call
+TOO_MUCH = f"some calls run without CUDA graphs: expected to take at most {MEMORY:.0%} of the GPU's memory, and it free"
 Pool = Any  # what torch.cuda.graph_pool_handle answers
 Start = Any  # a `Beginning` or a `SamplingState` of `fastvar.models.sampling`, which knows graphs, not they it
 Options = Any  # its `ScaleOptions`
@@ -156,7 +158,20 @@ def survey(model: Model, *, must: bool = False) -> Survey | None:
         return found
     if must:
         raise ValueError(f"generate: graphs: expected {found}")
+    if runs_on(model.device) and not torch.compiler.is_compiling():
+        _say(model, f"runs without CUDA graphs: expected {found}")
     return None
+
+
+_SAID: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+
+
+def _say(model: Model, why: str) -> None:
+    """Once for each model and reason."""
+    said = _SAID.setdefault(model, set())
+    if why not in said:
+        said.add(why)
+        logger.warning("generate: %s", why)
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -309,7 +324,7 @@ def _drawn(
         drawn = graphs.by_key[key](given)
     else:
         nbytes = needed(model, start, options)
-        if not at_first and not _worth_it(graphs, key, nbytes):
+        if not at_first and not _worth_it(model, graphs, key, nbytes):
             return None
         graphs.forget(max(len(graphs.by_key) - KEPT + 1, 0))
         _free_others(graphs, max(graphs.nbytes, nbytes))  # the pool is there already
@@ -318,16 +333,21 @@ def _drawn(
         graphs.pooled += graph.grown
         graphs.note(key, graphs.captures.get(key, 0) + 1)
         drawn = graph(given)
-        _free_some(graphs, key, at_first)
+        _free_some(model, graphs, key, at_first)
     graphs.calls += 1
     return drawn
 
 
-def _worth_it(graphs: _Graphs, key: Hashable, nbytes: int) -> bool:
+def _worth_it(model: Model, graphs: _Graphs, key: Hashable, nbytes: int) -> bool:
     """Whether to capture a call now: the second of its kind, if there is room."""
     captures = graphs.captures.get(key)
     graphs.note(key, captures or 0)
-    return captures is not None and captures < CAPTURES and nbytes <= room(graphs.device)
+    if captures is None or captures >= CAPTURES:
+        return False
+    if nbytes > room(graphs.device):
+        _say(model, TOO_MUCH)
+        return False
+    return True
 
 
 def _free_others(graphs: _Graphs, nbytes: int) -> None:
@@ -340,12 +360,13 @@ def _free_others(graphs: _Graphs, nbytes: int) -> None:
         each.forget()
 
 
-def _free_some(graphs: _Graphs, key: Hashable, keep: bool) -> None:
+def _free_some(model: Model, graphs: _Graphs, key: Hashable, keep: bool) -> None:
     """Free what is over the budget after a capture; the model whose graphs these are was used last."""
     _free_others(graphs, graphs.nbytes)
     if graphs.nbytes > MEMORY * total_memory(graphs.device):
         if not (len(graphs.by_key) == 1 and keep):
             graphs.forget()
+            _say(model, TOO_MUCH)
         graphs.note(key, CAPTURES)
 
 
@@ -372,11 +393,14 @@ def room(device: torch.device) -> int:
 
 
 def settings(device: str) -> Hashable:
+    """What PyTorch's settings are that decide which kernels are captured: of precision and attention."""
     backends: Any = torch.backends
+    kernels = ("flash", "mem_efficient", "math", "cudnn")
     return (
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
         tuple(_precision(module) for module in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn, backends)),
         torch.are_deterministic_algorithms_enabled(),
+        tuple(getattr(backends.cuda, f"{name}_sdp_enabled")() for name in kernels),
     )
 
 

@@ -35,7 +35,7 @@ def parse_preference(text: str) -> dict[str, tuple[str, ...]]:
     preferred: dict[str, tuple[str, ...]] = {}
     for word in text.split(","):
         op, equals, backend = (part.strip() for part in word.rpartition("="))
-        if backend not in BACKENDS:
+        if backend not in BACKENDS or (equals and not op):
             if not word.strip():
                 continue
             raise ValueError(f"FASTVAR_BACKEND: expected backends among {BACKENDS}, or op=backend, got {word!r}")

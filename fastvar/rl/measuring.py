@@ -50,13 +50,15 @@ def reward_metrics(
             the variance within a group that the coarse state explains is measured too.
         returns: (P, G) of the B segments by group.
     """
-    metrics = {f"reward/{name}": float(scores.nanmean()) for name, scores in each.items()}
-    metrics |= {f"reward_std/{name}": spread(scores[None]) for name, scores in each.items()}
-    metrics |= {
-        "reward": float(reward.combine(each, standardise=False).nanmean()),
-        "return": float(returns.nanmean()),
+    measured = {f"reward/{name}": scores.nanmean() for name, scores in each.items()}
+    measured |= {f"reward_std/{name}": spread(scores[None]) for name, scores in each.items()}
+    measured |= {
+        "reward": reward.combine(each, standardise=False).nanmean(),
+        "return": returns.nanmean(),
         "spread": spread(returns),
     }
+    read = torch.stack([value.double() for value in measured.values()]).tolist()  # all at once
+    metrics: dict[str, float] = dict(zip(measured, read, strict=True))
     if combined.shape[2] > 1 and combined.isfinite().all() and (combined != combined[:, :1, :1]).any():
         metrics["explained_by_coarse"] = intraclass_correlation(combined)
     return metrics
@@ -147,6 +149,6 @@ def fingerprint(model: nn.Module) -> int:
     return checksum
 
 
-def spread(values: torch.Tensor) -> float:
+def spread(values: torch.Tensor) -> torch.Tensor:
     """Mean standard deviation of the rows of scores (n, m), of those that are not missing."""
-    return float(centred(values).spread.nanmean())
+    return centred(values).spread.nanmean()

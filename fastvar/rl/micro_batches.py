@@ -25,7 +25,7 @@ def micro_batches(mask: torch.Tensor, size: int, processes: Processes) -> list[M
         size: rows of a part; 0 for all at once.
         processes: of the run.
     """
-    rows = (mask > 0).any(1).nonzero()[:, 0].tolist()
+    rows = [row for row, trained in enumerate((mask > 0).any(1).tolist()) if trained]
     size = size or len(mask)
     parts = [MicroBatch(rows[i : i + size], True) for i in range(0, len(rows), size)]
     most = int(processes.gather(torch.tensor([len(parts)], device=mask.device)).max())

@@ -69,7 +69,9 @@ class Processes:
         return gather_object([value]) if self.count > 1 else [value]
 
     def total(self, value: float) -> float:
-        """The sum of a number."""
+        """The sum of a number; nothing waits for the device where there is one process."""
+        if self.count == 1:
+            return float(value)
         return float(self.sum(torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)))
 
     def mean(self, value: float) -> float:

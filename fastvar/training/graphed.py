@@ -1,10 +1,10 @@
 """A micro-batch of training by CUDA graphs: forward, loss and backward are captured once for each kind, then replayed.
 
 A kind is the shapes and dtypes of the inputs, the options, the mode of each module and its adapters, which weights are
-trained, autocast and PyTorch's settings of precision. The first call of a kind runs as it is; the second one runs on
-memory of the graphs' own and is captured after that; all others copy their inputs there and replay. A replay adds its
-gradients to the `.grad` that parameters had at the capture, so these have to stay: `zero_grad(set_to_none=False)`. It
-draws the random numbers that the call would have drawn.
+trained, autocast and PyTorch's settings of precision and attention. The first call of a kind runs as it is; the second
+one runs on memory of the graphs' own and is captured after that; all others copy their inputs there and replay. A
+replay adds its gradients to the `.grad` that parameters had at the capture, so these have to stay:
+`zero_grad(set_to_none=False)`. It draws the random numbers that the call would have drawn.
 
 Optimizer, clipping and averages are no part of it. Weights are read where they are, so that they may change between
 calls. Where weights or gradients lie elsewhere than at the capture, all is captured again, CAPTURES times at most.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import order, records
+from benchmarks import order, records, summary
 from benchmarks.suites import cases
 
 
@@ -73,6 +74,36 @@ def test_what_is_there_is_left_out(
     monkeypatch.setattr(order, "gettempdir", lambda: str(tmp_path))
     journal(compiling=True).start(suite.name, setting, pass_)
     assert journal(compiling=True).open(gpu_cases) == rest[1:] and len(records.read(journal().tries)) == 3
+
+
+def test_a_line_that_was_cut_off(
+    gpu_cases: list[order.Case],
+    row: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By a full disk, say: it is left out aloud, and what comes next is a line of its own."""
+    rows = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(order, "sources", lambda: "abc")
+    monkeypatch.setattr(records, "commit", lambda _: "0123456789abcdef")
+    journal = order.Journal(rows, "NVIDIA H200")
+    suite, setting, pass_ = gpu_cases[0]
+    for path in (rows, journal.tries):
+        records.append(path, {"device": "another"})
+        path.write_text(path.read_text() + '{"device": "NVIDIA H200", "sui')
+    records.append(rows, row(suite.name, pass_, device="NVIDIA H200", sources="abc", setting=dict(setting)))
+    suite, setting, pass_ = gpu_cases[1]
+    for _ in range(order.TRIES):
+        journal.start(suite.name, setting, pass_)
+    assert journal.open(gpu_cases) == gpu_cases[2:]
+    said = capsys.readouterr().err
+    assert f"{rows}:2: expected a record in JSON, got b'{{" in said and f"{journal.tries}:2: " in said
+    monkeypatch.setattr(sys, "argv", ["summary", "--rows", str(rows)])
+    rows.write_text("\n".join(rows.read_text().splitlines()[1:]))
+    assert summary.main() == 0 and f"{rows}:1: " in capsys.readouterr().err
+    with pytest.raises(ValueError, match=rf"^{rows}:1: expected a record in JSON"):
+        records.read(rows)
 
 
 def test_sources_are_those_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,12 +191,17 @@ def test_large_images_are_decoded_after_the_graph(captures: list[Tape], monkeypa
     assert len(captures) == 2
 
 
-def test_where_nothing_can_be_captured(captures: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unasked, calls do without; asked, they say why not."""
+def test_where_nothing_can_be_captured(
+    captures: list[Tape], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unasked, calls do without, which is logged once; asked, they say why not."""
 
     def refused(expected: str) -> None:
+        caplog.clear()
         for seed in range(3):
             same(generate(var, LABELS, seed=seed), without(var, LABELS, seed=seed))
+        (said,) = [record.getMessage() for record in caplog.records if record.name == "fastvar"]
+        assert said.startswith(f"generate: runs without CUDA graphs: expected {expected}")
         with pytest.raises(ValueError, match=rf"^generate: graphs: expected {expected}"):
             generate(var, LABELS, graphs=True)
         assert not captures
@@ -213,13 +218,18 @@ def test_where_nothing_can_be_captured(captures: list[Tape], monkeypatch: pytest
     monkeypatch.setattr("fastvar.ops._checks.DEBUG", True)
     refused("FASTVAR_DEBUG to be off")
     monkeypatch.undo()
+    caplog.clear()
+    generate(var, LABELS)
+    assert not caplog.records, "on a CPU nobody expects them"
     monkeypatch.setattr(graphs, "runs_on", lambda device: True)
     var = tiny_var(drop_path=0.5).train()
     with pytest.raises(ValueError, match=r"^generate: graphs: expected no dropout, got some in a Block"):
         generate(var, LABELS, graphs=True)
 
 
-def test_memory_is_bounded(captures: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded(
+    captures: list[Tape], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     first, second = tiny_var(), tiny_var(seed=1)
     kept = graphs._CAPTURED
 
@@ -236,10 +246,11 @@ def test_memory_is_bounded(captures: list[Tape], monkeypatch: pytest.MonkeyPatch
     assert kept[first].nbytes == GROWN + 8 + 8, "a label and a seed"
     ask(second, 2)  # too much for three: those of the model that was used last stay
     assert not kept[first].by_key and len(kept[second].by_key) == 2 and kept[first].nbytes == 0
+    assert not caplog.records
     ask(second, 3)  # too much for one model's: all are freed
     assert not kept[second].by_key and kept[second].nbytes == 0 and len(captures) == 4
     generate(second, LABELS[:3])  # the kind that was too much is not captured again
-    assert len(captures) == 4
+    assert len(captures) == 4 and [record.getMessage() for record in caplog.records] == [f"generate: {graphs.TOO_MUCH}"]
     generate(second, LABELS[:1])  # the others are
     assert len(captures) == 5 and len(kept[second].by_key) == 1
 
@@ -257,8 +268,12 @@ def test_memory_is_bounded(captures: list[Tape], monkeypatch: pytest.MonkeyPatch
     needed = graphs.needed(var, Beginning(LABELS, 4, var.schedule, None, False, False), OPTIONS)
     assert needed > 2 * 2 * 4 * 14 * 32 * 4, "at least keys and values"
     monkeypatch.setattr(graphs, "room", lambda device: needed - 1)
+    caplog.clear()
     ask(var, 4)
-    assert not kept[var].by_key
+    ask(var, 4)
+    assert not kept[var].by_key and [record.getMessage() for record in caplog.records] == [
+        f"generate: {graphs.TOO_MUCH}"
+    ]
     monkeypatch.setattr(graphs, "room", lambda device: needed)
     ask(var, 4)
     assert len(kept[var].by_key) == 1
@@ -383,6 +398,18 @@ def test_models_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         for a, b in zip(one, other, strict=True):
             same(a, b)
     assert not together
+
+
+def test_settings_of_attention() -> None:
+    """Those of `torch.nn.attention.sdpa_kernel`: a graph has the kernels of its capture."""
+    backends = torch.nn.attention.SDPBackend
+    each = (backends.FLASH_ATTENTION, backends.EFFICIENT_ATTENTION, backends.MATH, backends.CUDNN_ATTENTION)
+    found = {graphs.settings("cuda"), graphs.settings("cuda")}
+    assert len(found) == 1
+    for backend in each:
+        with torch.nn.attention.sdpa_kernel(backend):
+            found.add(graphs.settings("cuda"))
+    assert len(found) == 5, found
 
 
 def test_settings_of_precision() -> None:

@@ -241,6 +241,7 @@ def test_parse_preference() -> None:
         ("triton", ""),  # for operators and tensors that have it
         ("cuda,adaptive_layer_norm=reference", ""),
         ("gpu", "FASTVAR_BACKEND: expected backends among"),
+        ("=triton", "FASTVAR_BACKEND: expected backends among"),  # a name that the shell took for empty
         ("layer_norm=triton", "FASTVAR_BACKEND: expected operators among"),
         ("adaptive_layer_norm=cuda", "FASTVAR_BACKEND: adaptive_layer_norm: expected one of"),
     ],
