@@ -143,12 +143,18 @@ FASTVAR_HOST_DEVICE inline void image(const Team& team, const Call& call, int64_
     team.sync_parts();  // what was a strip can hold rows
     for (int32_t first = 0; first < count; first += step) {
       const Rows rows = memory.rows_of(call.codes, count - first < step ? count - first : step);
-      each_bin(team, high - low, size, grid, first, rows.count, [&](int32_t c, int32_t place, const Bins& bins) {
-        const float mean = bin_mean(residual + c * plane, size, bins);
+      auto* bins = reinterpret_cast<Bins*>(rows.halves);  // until `prepare` writes there
+      for (int32_t i = team.rank(); i < rows.count; i += team.size()) bins[i] = bins_of(size, grid, first + i);
+      team.sync();
+      // neighbours take neighbouring channels of a bin
+      for (int32_t i = team.rank(); i < rows.count * (high - low); i += team.size()) {
+        const int32_t place = i / (high - low), c = i % (high - low);
+        const Bins own = bins[place];
+        const float mean = bin_mean(residual + c * plane, size, own);
         for (int32_t part = 0; part < team.parts(); ++part)
           team.of_part(rows.exact, part)[place * rows.stride + low + c] = -2 * mean;
-        if (k > 0) inputs[int64_t(first + place) * channels + c] = bin_mean(map + c * plane, size, bins);
-      });
+        if (k > 0) inputs[int64_t(first + place) * channels + c] = bin_mean(map + c * plane, size, own);
+      }
       team.sync_parts();
       prepare(team, call.codes, memory.bounds, rows);
       search(team, call.codes, rows, memory.queue, memory.room);

@@ -12,7 +12,7 @@ constexpr int32_t FILTERS = 4;  // output channels of it
 constexpr int32_t SEGMENT = 6;  // rows of a member's share of upsampling
 constexpr int32_t MOST_WEIGHTS = 32 * 9 * 36;  // of a convolution that are in shared memory at a time, if that may be
 
-struct Bins {
+struct alignas(16) Bins {
   Bin rows, columns;
 };
 
