@@ -127,13 +127,14 @@ FASTVAR_HOST_DEVICE inline void upsample(const Team& team, const Tokenizer& toke
     const int32_t c = i % channels, x = i / channels % runs * 4, low = i / channels / runs * SEGMENT;
     const int32_t high = low + SEGMENT < rows ? low + SEGMENT : rows;
     Places along[4];
+    const float* columns[4][4];  // of the taps
     bool inside[4];
 #pragma unroll
     for (int32_t j = 0; j < 4; ++j) {
       along[j] = across[x + j];
       inside[j] = along[j].at[0] >= 0;
 #pragma unroll
-      for (int32_t b = 0; b < 4; ++b) along[j].at[b] = inside[j] ? along[j].at[b] + c : c;
+      for (int32_t b = 0; b < 4; ++b) columns[j][b] = codes + c + (inside[j] ? along[j].at[b] : 0);
     }
     int32_t held[4] = {-1, -1, -1, -1};
     float sums[4][4];  // of the codes' rows `held`, for each column
@@ -148,19 +149,21 @@ FASTVAR_HOST_DEVICE inline void upsample(const Team& team, const Tokenizer& toke
           if (a < 3) next &= over.at[a] == held[a + 1];
         }
 #pragma unroll
-        for (int32_t a = 0; a < 4; ++a) {
-          if (same) continue;
+        for (int32_t a = 0; !same && a < 4; ++a) {
+          if (a < 3 && next) {
 #pragma unroll
-          for (int32_t j = 0; j < 4; ++j) {
-            if (a < 3 && next) {
-              sums[a][j] = sums[a < 3 ? a + 1 : a][j];
-              continue;
+            for (int32_t j = 0; j < 4; ++j) sums[a][j] = sums[a < 3 ? a + 1 : a][j];
+          } else if (a > 0 && over.at[a] == over.at[a > 0 ? a - 1 : a]) {
+#pragma unroll
+            for (int32_t j = 0; j < 4; ++j) sums[a][j] = sums[a > 0 ? a - 1 : a][j];
+          } else {
+#pragma unroll
+            for (int32_t j = 0; j < 4; ++j) {
+              float sum = columns[j][0][over.at[a]] * along[j].weight[0];
+#pragma unroll
+              for (int32_t b = 1; b < 4; ++b) sum = multiply_add(columns[j][b][over.at[a]], along[j].weight[b], sum);
+              sums[a][j] = sum;
             }
-            const float* row = codes + over.at[a];
-            float sum = row[along[j].at[0]] * along[j].weight[0];
-#pragma unroll
-            for (int32_t b = 1; b < 4; ++b) sum = multiply_add(row[along[j].at[b]], along[j].weight[b], sum);
-            sums[a][j] = sum;
           }
           held[a] = over.at[a];
         }
