@@ -56,9 +56,9 @@ FASTVAR_HOST_DEVICE inline void put_token(const Call& call, int64_t index, int64
 struct SearchMemory {
   float* rows;
   float* queue;
-  int64_t room;  // candidates
+  uint32_t room;  // candidates
   uint64_t* keys;
-  uint64_t* candidates;
+  uint32_t* candidates;
   uint32_t* bounds;
 
   FASTVAR_HOST_DEVICE inline Rows rows_of(const Codes& codes, int32_t count) const {
@@ -123,8 +123,8 @@ FASTVAR_HOST_DEVICE inline void image(const Team& team, const Call& call, int64_
   float* scratch = strip + sharing.strip;
   auto* keys = reinterpret_cast<uint64_t*>(scratch + sharing.scratch);
   auto* tokens = reinterpret_cast<int32_t*>(keys + sharing.rows + SearchMemory::BESIDES / 2);  // of a scale
-  const SearchMemory memory{strip, scratch, sharing.scratch / 2, keys, keys + sharing.rows,
-                            reinterpret_cast<uint32_t*>(keys + sharing.rows + 1)};
+  auto* bounds = reinterpret_cast<uint32_t*>(keys + sharing.rows);
+  const SearchMemory memory{strip, scratch, uint32_t(sharing.scratch / 2), keys, bounds + 2, bounds};
   const int64_t first_plane = (index * channels + low) * cells;
   gather_bounds(team, call.codes, memory.bounds);
   for (int32_t i = team.rank(); i < (high - low) * cells; i += team.size()) {
@@ -217,8 +217,8 @@ FASTVAR_HOST_DEVICE inline void tiled_search(const Team& team, const TiledCall& 
   const int32_t count = grid.tokens() - first < tiled.rows ? int32_t(grid.tokens() - first) : tiled.rows;
   float* queue = floats + round_to_fours(int64_t(row_floats(channels)) * tiled.rows);
   auto* keys = reinterpret_cast<uint64_t*>(queue + 2 * LEAST_QUEUE);
-  const SearchMemory memory{floats, queue, LEAST_QUEUE, keys, keys + tiled.rows,
-                            reinterpret_cast<uint32_t*>(keys + tiled.rows + 1)};
+  auto* bounds = reinterpret_cast<uint32_t*>(keys + tiled.rows);
+  const SearchMemory memory{floats, queue, LEAST_QUEUE, keys, bounds + 2, bounds};
   const Rows rows = memory.rows_of(call.codes, count);
   const float* residual = (tiled.scale ? tiled.residual : call.features) + plane;
   float* inputs =
