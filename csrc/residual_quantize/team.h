@@ -149,11 +149,10 @@ FASTVAR_HOST_DEVICE inline void image(const Team& team, const Call& call, int64_
       // neighbours take neighbouring channels of a bin
       for (int32_t i = team.rank(); i < rows.count * (high - low); i += team.size()) {
         const int32_t place = i / (high - low), c = i % (high - low);
-        const Bins own = bins[place];
-        const float mean = bin_mean(residual + c * plane, size, own);
+        const Means<2> means = bin_means({residual + c * plane, map + c * plane}, size, bins[place]);
         for (int32_t part = 0; part < team.parts(); ++part)
-          team.of_part(rows.exact, part)[place * rows.stride + low + c] = -2 * mean;
-        if (k > 0) inputs[int64_t(first + place) * channels + c] = bin_mean(map + c * plane, size, own);
+          team.of_part(rows.exact, part)[place * rows.stride + low + c] = -2 * means.of[0];
+        if (k > 0) inputs[int64_t(first + place) * channels + c] = means.of[1];
       }
       team.sync_parts();
       prepare(team, call.codes, memory.bounds, rows);

@@ -20,13 +20,28 @@ FASTVAR_HOST_DEVICE inline Bins bins_of(Grid size, Grid grid, int32_t place) {
   return {area_bin(place / grid.width, size.height, grid.height), area_bin(place % grid.width, size.width, grid.width)};
 }
 
-// The mean of a bin of a plane (H, W).
-FASTVAR_HOST_DEVICE inline float bin_mean(const float* plane, Grid size, const Bins& bins) {
+// The means of a bin of N planes (H, W).
+template <int32_t N>
+struct Means {
+  float of[N];
+};
+
+template <int32_t N>
+FASTVAR_HOST_DEVICE inline Means<N> bin_means(const float* const (&planes)[N], Grid size, const Bins& bins) {
   const Bin rows = bins.rows, columns = bins.columns;
-  float sum = 0;
+  Means<N> means{};
   for (int32_t y = rows.first; y < rows.end; ++y)
-    for (int32_t x = columns.first; x < columns.end; ++x) sum += plane[y * size.width + x];
-  return sum / (float(rows.end - rows.first) * float(columns.end - columns.first));
+    for (int32_t x = columns.first; x < columns.end; ++x)
+#pragma unroll
+      for (int32_t n = 0; n < N; ++n) means.of[n] += planes[n][y * size.width + x];
+  const float cells = float(rows.end - rows.first) * float(columns.end - columns.first);
+#pragma unroll
+  for (int32_t n = 0; n < N; ++n) means.of[n] /= cells;
+  return means;
+}
+
+FASTVAR_HOST_DEVICE inline float bin_mean(const float* plane, Grid size, const Bins& bins) {
+  return bin_means({plane}, size, bins).of[0];
 }
 
 // f(channel, place, bins) for `channels` channels and the cells `first` to first + count - 1 of a grid; place is from
