@@ -56,9 +56,9 @@ FASTVAR_HOST_DEVICE inline void put_token(const Call& call, int64_t index, int64
 struct SearchMemory {
   float* rows;
   float* queue;
-  int64_t room;  // candidates
+  uint32_t room;  // candidates
   uint64_t* keys;
-  uint64_t* candidates;
+  uint32_t* candidates;
   uint32_t* bounds;
 
   FASTVAR_HOST_DEVICE inline Rows rows_of(const Codes& codes, int32_t count) const {
@@ -123,8 +123,8 @@ FASTVAR_HOST_DEVICE inline void image(const Team& team, const Call& call, int64_
   float* scratch = strip + sharing.strip;
   auto* keys = reinterpret_cast<uint64_t*>(scratch + sharing.scratch);
   auto* tokens = reinterpret_cast<int32_t*>(keys + sharing.rows + SearchMemory::BESIDES / 2);  // of a scale
-  const SearchMemory memory{strip, scratch, sharing.scratch / 2, keys, keys + sharing.rows,
-                            reinterpret_cast<uint32_t*>(keys + sharing.rows + 1)};
+  auto* bounds = reinterpret_cast<uint32_t*>(keys + sharing.rows);
+  const SearchMemory memory{strip, scratch, uint32_t(sharing.scratch / 2), keys, bounds + 2, bounds};
   const int64_t first_plane = (index * channels + low) * cells;
   gather_bounds(team, call.codes, memory.bounds);
   for (int32_t i = team.rank(); i < (high - low) * cells; i += team.size()) {
@@ -143,12 +143,17 @@ FASTVAR_HOST_DEVICE inline void image(const Team& team, const Call& call, int64_
     team.sync_parts();  // what was a strip can hold rows
     for (int32_t first = 0; first < count; first += step) {
       const Rows rows = memory.rows_of(call.codes, count - first < step ? count - first : step);
-      each_bin(team, high - low, size, grid, first, rows.count, [&](int32_t c, int32_t place, const Bins& bins) {
-        const float mean = bin_mean(residual + c * plane, size, bins);
+      auto* bins = reinterpret_cast<Bins*>(rows.halves);  // until `prepare` writes there
+      for (int32_t i = team.rank(); i < rows.count; i += team.size()) bins[i] = bins_of(size, grid, first + i);
+      team.sync();
+      // neighbours take neighbouring channels of a bin
+      for (int32_t i = team.rank(); i < rows.count * (high - low); i += team.size()) {
+        const int32_t place = i / (high - low), c = i % (high - low);
+        const Means<2> means = bin_means({residual + c * plane, map + c * plane}, size, bins[place]);
         for (int32_t part = 0; part < team.parts(); ++part)
-          team.of_part(rows.exact, part)[place * rows.stride + low + c] = -2 * mean;
-        if (k > 0) inputs[int64_t(first + place) * channels + c] = bin_mean(map + c * plane, size, bins);
-      });
+          team.of_part(rows.exact, part)[place * rows.stride + low + c] = -2 * means.of[0];
+        if (k > 0) inputs[int64_t(first + place) * channels + c] = means.of[1];
+      }
       team.sync_parts();
       prepare(team, call.codes, memory.bounds, rows);
       search(team, call.codes, rows, memory.queue, memory.room);
@@ -211,8 +216,8 @@ FASTVAR_HOST_DEVICE inline void tiled_search(const Team& team, const TiledCall& 
   const int32_t count = grid.tokens() - first < tiled.rows ? int32_t(grid.tokens() - first) : tiled.rows;
   float* queue = floats + round_to_fours(int64_t(row_floats(channels)) * tiled.rows);
   auto* keys = reinterpret_cast<uint64_t*>(queue + 2 * LEAST_QUEUE);
-  const SearchMemory memory{floats, queue, LEAST_QUEUE, keys, keys + tiled.rows,
-                            reinterpret_cast<uint32_t*>(keys + tiled.rows + 1)};
+  auto* bounds = reinterpret_cast<uint32_t*>(keys + tiled.rows);
+  const SearchMemory memory{floats, queue, LEAST_QUEUE, keys, bounds + 2, bounds};
   const Rows rows = memory.rows_of(call.codes, count);
   const float* residual = (tiled.scale ? tiled.residual : call.features) + plane;
   float* inputs =

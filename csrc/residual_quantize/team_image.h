@@ -12,7 +12,7 @@ constexpr int32_t FILTERS = 4;  // output channels of it
 constexpr int32_t SEGMENT = 6;  // rows of a member's share of upsampling
 constexpr int32_t MOST_WEIGHTS = 32 * 9 * 36;  // of a convolution that are in shared memory at a time, if that may be
 
-struct Bins {
+struct alignas(16) Bins {
   Bin rows, columns;
 };
 
@@ -20,13 +20,28 @@ FASTVAR_HOST_DEVICE inline Bins bins_of(Grid size, Grid grid, int32_t place) {
   return {area_bin(place / grid.width, size.height, grid.height), area_bin(place % grid.width, size.width, grid.width)};
 }
 
-// The mean of a bin of a plane (H, W).
-FASTVAR_HOST_DEVICE inline float bin_mean(const float* plane, Grid size, const Bins& bins) {
+// The means of a bin of N planes (H, W).
+template <int32_t N>
+struct Means {
+  float of[N];
+};
+
+template <int32_t N>
+FASTVAR_HOST_DEVICE inline Means<N> bin_means(const float* const (&planes)[N], Grid size, const Bins& bins) {
   const Bin rows = bins.rows, columns = bins.columns;
-  float sum = 0;
+  Means<N> means{};
   for (int32_t y = rows.first; y < rows.end; ++y)
-    for (int32_t x = columns.first; x < columns.end; ++x) sum += plane[y * size.width + x];
-  return sum / (float(rows.end - rows.first) * float(columns.end - columns.first));
+    for (int32_t x = columns.first; x < columns.end; ++x)
+#pragma unroll
+      for (int32_t n = 0; n < N; ++n) means.of[n] += planes[n][y * size.width + x];
+  const float cells = float(rows.end - rows.first) * float(columns.end - columns.first);
+#pragma unroll
+  for (int32_t n = 0; n < N; ++n) means.of[n] /= cells;
+  return means;
+}
+
+FASTVAR_HOST_DEVICE inline float bin_mean(const float* plane, Grid size, const Bins& bins) {
+  return bin_means({plane}, size, bins).of[0];
 }
 
 // f(channel, place, bins) for `channels` channels and the cells `first` to first + count - 1 of a grid; place is from
@@ -127,13 +142,14 @@ FASTVAR_HOST_DEVICE inline void upsample(const Team& team, const Tokenizer& toke
     const int32_t c = i % channels, x = i / channels % runs * 4, low = i / channels / runs * SEGMENT;
     const int32_t high = low + SEGMENT < rows ? low + SEGMENT : rows;
     Places along[4];
+    const float* columns[4][4];  // of the taps
     bool inside[4];
 #pragma unroll
     for (int32_t j = 0; j < 4; ++j) {
       along[j] = across[x + j];
       inside[j] = along[j].at[0] >= 0;
 #pragma unroll
-      for (int32_t b = 0; b < 4; ++b) along[j].at[b] = inside[j] ? along[j].at[b] + c : c;
+      for (int32_t b = 0; b < 4; ++b) columns[j][b] = codes + c + (inside[j] ? along[j].at[b] : 0);
     }
     int32_t held[4] = {-1, -1, -1, -1};
     float sums[4][4];  // of the codes' rows `held`, for each column
@@ -148,19 +164,21 @@ FASTVAR_HOST_DEVICE inline void upsample(const Team& team, const Tokenizer& toke
           if (a < 3) next &= over.at[a] == held[a + 1];
         }
 #pragma unroll
-        for (int32_t a = 0; a < 4; ++a) {
-          if (same) continue;
+        for (int32_t a = 0; !same && a < 4; ++a) {
+          if (a < 3 && next) {
 #pragma unroll
-          for (int32_t j = 0; j < 4; ++j) {
-            if (a < 3 && next) {
-              sums[a][j] = sums[a < 3 ? a + 1 : a][j];
-              continue;
+            for (int32_t j = 0; j < 4; ++j) sums[a][j] = sums[a < 3 ? a + 1 : a][j];
+          } else if (a > 0 && over.at[a] == over.at[a > 0 ? a - 1 : a]) {
+#pragma unroll
+            for (int32_t j = 0; j < 4; ++j) sums[a][j] = sums[a > 0 ? a - 1 : a][j];
+          } else {
+#pragma unroll
+            for (int32_t j = 0; j < 4; ++j) {
+              float sum = columns[j][0][over.at[a]] * along[j].weight[0];
+#pragma unroll
+              for (int32_t b = 1; b < 4; ++b) sum = multiply_add(columns[j][b][over.at[a]], along[j].weight[b], sum);
+              sums[a][j] = sum;
             }
-            const float* row = codes + over.at[a];
-            float sum = row[along[j].at[0]] * along[j].weight[0];
-#pragma unroll
-            for (int32_t b = 1; b < 4; ++b) sum = multiply_add(row[along[j].at[b]], along[j].weight[b], sum);
-            sums[a][j] = sum;
           }
           held[a] = over.at[a];
         }

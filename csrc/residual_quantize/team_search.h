@@ -188,10 +188,10 @@ struct Rows {
   float* bands;        // (padded,): what is farther than the nearest by more is not the nearest; NaN: nothing is
   uint32_t* lows;      // (padded,): the nearest of the screen, ordered
   uint64_t* keys;      // (padded,): the nearest: its distance, ordered, and its code
-  uint64_t* candidates;  // how many there are
+  uint32_t* candidates;  // how many there are
 
   FASTVAR_HOST_DEVICE inline Rows(const Codes& codes, int32_t count, float* memory, uint64_t* keys,
-                                  uint64_t* candidates)
+                                  uint32_t* candidates)
       : count(count),
         stride(row_stride(codes.channels)),
         padded(int32_t(round_up(count, TILE_ROWS))),
@@ -273,8 +273,9 @@ FASTVAR_HOST_DEVICE inline void prepare(const Team& team, const Codes& codes, co
 }
 
 // The screen over this part's codes: state = begin(row) for each of a warp's rows, then, for all distances of a row,
-// each(state, row, distances, first code of them), then end(row, state).
-template <typename Team, typename Begin, typename Each, typename End>
+// each(state, row, distances, first code of them), then end(row, state). A state that is not HELD begins anew for each
+// block of codes and has no end: all tiles are then one loop, so that the code of a long `each` stays in the cache.
+template <bool HELD, typename Team, typename Begin, typename Each, typename End>
 FASTVAR_HOST_DEVICE inline void screen(const Team& team, const Codes& codes, const Rows& rows, const Begin& begin,
                                        const Each& each, const End& end) {
   const int32_t warps = team.size() / WARP, lane = team.rank() % WARP, chunks = codes.chunks();
@@ -295,14 +296,14 @@ FASTVAR_HOST_DEVICE inline void screen(const Team& team, const Codes& codes, con
   };
   for (int32_t item = team.rank() / WARP; item < groups * shares; item += warps) {
     const int32_t first_tile = item % groups * GROUP, share = item / groups;
-    float states[GROUP][OWN_ROWS];
+    float states[HELD ? GROUP : 1][OWN_ROWS];
+    const auto begin_tile = [&](int32_t g, float(&state)[OWN_ROWS]) {
 #pragma unroll
-    for (int32_t g = 0; g < GROUP; ++g)
+      for (int32_t r = 0; r < OWN_ROWS; ++r) state[r] = begin((first_tile + g) * TILE_ROWS + own_row(lane, r));
+    };
 #pragma unroll
-      for (int32_t r = 0; r < OWN_ROWS; ++r) {
-        const int32_t row = (first_tile + g) * TILE_ROWS + own_row(lane, r);
-        states[g][r] = begin(row < rows.padded ? row : 0);
-      }
+    for (int32_t g = 0; HELD && g < GROUP; ++g)
+      if (first_tile + g < tiles) begin_tile(g, states[HELD ? g : 0]);
     int32_t block = team.part() + share * team.parts();
     ColumnTile columns[WIDE];
     float norms[WIDE][OWN_COLUMNS];
@@ -316,9 +317,9 @@ FASTVAR_HOST_DEVICE inline void screen(const Team& team, const Codes& codes, con
       float following_norms[WIDE][OWN_COLUMNS];
       load(next, 0, following);
       load_norms(next, following_norms);
-#pragma unroll
-      for (int32_t g = 0; g < GROUP; ++g) {
-        if (first_tile + g >= tiles) break;
+      const auto visit = [&](int32_t g, float(&state)[OWN_ROWS]) {
+        if (first_tile + g >= tiles) return;
+        if (!HELD) begin_tile(g, state);
         meet();
         float sums[WIDE][OWN_ROWS][OWN_COLUMNS];
 #pragma unroll
@@ -347,8 +348,15 @@ FASTVAR_HOST_DEVICE inline void screen(const Team& team, const Codes& codes, con
           for (int32_t w = 0; w < WIDE; ++w)
 #pragma unroll
             for (int32_t c = 0; c < OWN_COLUMNS; ++c) distances[w][c] = sums[w][r][c];
-          each(states[g][r], (first_tile + g) * TILE_ROWS + own_row(lane, r), distances, block * BLOCK_CODES);
+          each(state[r], (first_tile + g) * TILE_ROWS + own_row(lane, r), distances, block * BLOCK_CODES);
         }
+      };
+      if constexpr (HELD) {
+#pragma unroll
+        for (int32_t g = 0; g < GROUP; ++g) visit(g, states[g]);
+      } else {
+#pragma unroll 1
+        for (int32_t g = 0; g < GROUP; ++g) visit(g, states[0]);
       }
 #pragma unroll
       for (int32_t w = 0; w < WIDE; ++w) {
@@ -358,10 +366,10 @@ FASTVAR_HOST_DEVICE inline void screen(const Team& team, const Codes& codes, con
       }
     }
 #pragma unroll
-    for (int32_t g = 0; g < GROUP; ++g)
+    for (int32_t g = 0; HELD && g < GROUP; ++g)
 #pragma unroll
       for (int32_t r = 0; r < OWN_ROWS; ++r)
-        if (first_tile + g < tiles) end((first_tile + g) * TILE_ROWS + own_row(lane, r), states[g][r]);
+        if (first_tile + g < tiles) end((first_tile + g) * TILE_ROWS + own_row(lane, r), states[HELD ? g : 0][r]);
   }
 }
 
@@ -386,14 +394,14 @@ FASTVAR_HOST_DEVICE inline float distance_of(const Codes& codes, const float* x,
 // so many candidates of two floats; where one finds none, all codes are the row's candidates.
 template <typename Team>
 FASTVAR_HOST_DEVICE inline void search(const Team& team, const Codes& codes, const Rows& rows, float* scratch,
-                                       uint64_t room) {
+                                       uint32_t room) {
   const int32_t lane = team.rank() % WARP;
   auto* queue = reinterpret_cast<int32_t*>(scratch);
   const auto settle = [&](int32_t row, int32_t code) {
     const float distance = distance_of(codes, rows.exact + int64_t(row) * rows.stride, code) + 0.0f;  // no -0
     if (distance < INFINITY) lower(rows.keys + row, key_of(distance, code));
   };
-  screen(
+  screen<true>(
       team, codes, rows, [](int32_t) { return float(INFINITY); },
       [](float& low, int32_t, const float(&distances)[WIDE][OWN_COLUMNS], int32_t) {
 #pragma unroll
@@ -406,7 +414,7 @@ FASTVAR_HOST_DEVICE inline void search(const Team& team, const Codes& codes, con
         if (lane % (TILE_COLUMNS / OWN_COLUMNS) == 0) lower(rows.lows + row, to_ordered(low));
       });
   team.sync();
-  screen(
+  screen<false>(
       team, codes, rows, [&](int32_t row) { return from_ordered(glance(rows.lows + row)) + rows.bands[row]; },
       [&](float limit, int32_t row, const float(&distances)[WIDE][OWN_COLUMNS], int32_t first) {
         bool near = false;
@@ -423,9 +431,9 @@ FASTVAR_HOST_DEVICE inline void search(const Team& team, const Codes& codes, con
         for (; candidates; candidates &= candidates - 1) {
           const int32_t i = lowest_bit(candidates);
           const int32_t code = first + i / OWN_COLUMNS * TILE_COLUMNS + own_column(lane, i % OWN_COLUMNS);
-          const uint64_t place = count_up(rows.candidates);
+          const uint32_t place = count_up(rows.candidates);
           if (place >= room) {
-            lower(rows.lows + row, ALL);
+            lower(rows.lows + row, ALL);  // of this row no more are counted
             return;
           }
           queue[2 * place] = row;
