@@ -78,7 +78,14 @@ _OPERATOR = Operator(
         Implementation(
             "torch", f"fastvar.kernels.{_NAME}.impl_torch", devices=("cpu",), verified=("CPU",), saves=(0, 1)
         ),
-        _package("sdpa", (), (torch.float32, *HALF), devices=("cuda", "cpu"), head_dims=256, verified=("CPU", "H200")),
+        _package(
+            "sdpa",
+            (),
+            (torch.float32, *HALF),
+            devices=("cuda", "cpu"),
+            head_dims=256,
+            verified=("CPU", "H200 (before its last change)"),
+        ),
         package_implementation("flex", (), (torch.float32, *HALF), op=_NAME, verified=("H200",)),
         _package(
             "flash_attn",

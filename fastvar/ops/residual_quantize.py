@@ -152,10 +152,12 @@ def fake_accumulated(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return accumulated, feature_map.new_empty(batch, call.next_height * call.next_width, channels, dtype=compute)
 
 
-def _implementations(op: str, function: str = "", ran: str = "H200") -> list[Implementation]:
+def _implementations(op: str, function: str = "") -> list[Implementation]:
     folder = "fastvar.kernels.residual_quantize"
     return [
-        extension_implementation("cuda", f"{folder}.impl_cuda:{function}", op=op, verified=(ran,)),
+        extension_implementation(
+            "cuda", f"{folder}.impl_cuda:{function}", op=op, verified=("H200 (before its last change)",)
+        ),
         triton_implementation("residual_quantize", function=function, verified=("H200",)),
         extension_implementation("cpu", f"{folder}.impl_cpp:{function}", op=op, verified=("CPU",)),
         Implementation("reference", f"{folder}.reference:{function}", verified=("CPU", "H200")),
@@ -167,7 +169,7 @@ _QUANTIZE = Operator(
     QuantizeCall,
     results=4,
     fake=_fake_quantize,
-    implementations=_implementations("residual_quantize", ran="H200 (in part since its last change)"),
+    implementations=_implementations("residual_quantize"),
     choices=[Choice("cuda", {"sm90": "b308ba9"}), Choice("triton")],
     differentiable=False,
 )
