@@ -126,9 +126,9 @@ def flash_attn_4() -> dict[str, ModuleType]:
                 for column in listed:
                     tile = seen[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
                     assert not tile.any()
-                    down = place[row * rows : (row + 1) * rows, None].clamp(max=length - 1)
+                    down = place[row * rows : (row + 1) * rows, None]
                     across = place[None, column * columns : (column + 1) * columns]
-                    queries, keys = (across.clamp(max=length - 1), down) if by_column else (down, across)
+                    queries, keys = (across, down) if by_column else (down, across)
                     tile[:] = True if whole else mask_mod(0, 0, [queries], keys, None, bounds)
         return seen[:length, :length].mT if by_column else seen[:length, :length]
 
@@ -156,13 +156,16 @@ def flash_attn_4() -> dict[str, ModuleType]:
         seqused_k=None,
     ):
         assert return_lse
+        if block_sparse_tensors is not None:  # for head dimensions up to 96
+            rows = 192 if torch.cuda.get_device_capability(q.device)[0] == 9 else 256
+            assert block_sparse_tensors.block_size == (rows, 128)
         bias = hidden(q, k, mask_mod, aux_tensors, block_sparse_tensors, seqused_k, False)
         out, lse = _CPU_FORWARD(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=bias, scale=softmax_scale)
         return out.transpose(1, 2), lse, None, None, None
 
     def backward(  # type: ignore[no-untyped-def]
         q, k, v, out, dout, lse, *, softmax_scale, deterministic, mask_mod=None, aux_tensors=None,
-        block_sparse_tensors=None, seqused_k=None,
+        block_sparse_tensors=None, seqused_k=None, dq=None, dk=None, dv=None,
     ):  # fmt: skip
         assert deterministic
         if block_sparse_tensors is not None:
@@ -171,7 +174,18 @@ def flash_attn_4() -> dict[str, ModuleType]:
         bias = hidden(q, k, mask_mod, aux_tensors, block_sparse_tensors, seqused_k, True)
         tensors = (t.transpose(1, 2) for t in (dout, q, k, v, out))
         found = _CPU_BACKWARD(*tensors, lse, 0.0, False, attn_mask=bias, scale=softmax_scale)
-        return tuple(t.transpose(1, 2) for t in found)
+        # where no place is given it is fresh memory; nothing past a length is written
+        places = [
+            torch.full_like(t, torch.nan) if place is None else place
+            for t, place in zip((q, k, v), (dq, dk, dv), strict=True)
+        ]
+        written = torch.ones(k.shape[:2], dtype=torch.bool)
+        if seqused_k is not None:
+            assert len(seqused_k) <= 256, "it wants to know of queries' lengths too"
+            written = torch.arange(k.shape[1]) < seqused_k[:, None]
+        for place, gradient, rows in zip(places, found, (slice(None), written, written), strict=True):
+            place[rows] = gradient.transpose(1, 2)[rows]
+        return tuple(places)
 
     interface._flash_attn_fwd, interface._flash_attn_bwd = forward, backward  # type: ignore[attr-defined]
     sparsity.BlockSparseTensorsTorch = Tiles  # type: ignore[attr-defined]
@@ -255,6 +269,19 @@ def test_as_the_reference(
         return
     for got, expected in zip(run(backend(module), torch.float32), run("reference", torch.float64), strict=False):
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("module", ["flash_attn 4, Hopper"], indirect=True)
+def test_many_prefixes_of_several_lengths(module: Any) -> None:
+    """More than the package's gradient takes at once."""
+    q, k, v = noise(3, 257, 1, 1, 16, seed=1).requires_grad_()
+    results = []
+    for name in ("flash_attn", "reference"):
+        prefix = PrefixKV(k, v, torch.arange(257) % 2)
+        out = block_causal_attention(q, q, q, ScaleSchedule((1,)), prefix=prefix, backend=name)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), (q, k, v))])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("prefixed", [False, True])
