@@ -3,7 +3,9 @@ other packages are stood in for by PyTorch's attention behind their function's n
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -17,9 +19,10 @@ from fastvar.kernels.block_causal_attention.by_scale import Part
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvar import ScaleSchedule
-from fastvar.ops import PrefixKV, block_causal_attention, block_causal_attention_with_lse
+from fastvar.ops import PrefixKV, _dispatch, _packages, block_causal_attention, block_causal_attention_with_lse, explain
 from fastvar.ops._dispatch import REGISTRY, Implementation
-from fastvar.ops.block_causal_attention import AttentionCall
+from fastvar.ops._packages import Package, package_implementation
+from fastvar.ops.block_causal_attention import _FLASH_ATTN_4, AttentionCall
 from tests.helpers.bounds import assert_as_accurate
 from tests.helpers.samples import noise
 
@@ -438,6 +441,65 @@ def test_what_sdpa_takes_on_a_gpu(dtype: torch.dtype, dim: int, reason: str | No
     implementation = next(each for each in REGISTRY["block_causal_attention"] if each.backend == "sdpa")
     with FakeTensorMode():
         assert implementation.why_not(torch.empty(1, 5, 1, dim, dtype=dtype, device="cuda")) == reason
+
+
+PACKAGES = (_FLASH_ATTN_4, Package("flash-attn", "flash_attn_2"))
+
+
+@pytest.mark.parametrize(
+    ("there", "family", "dim", "reason"),
+    [
+        ("flash-attn-4", "sm90", 256, None),
+        ("flash-attn-4", "sm90", 104, "flash-attn-4 does not take head dimension 104 on such a GPU"),
+        ("flash-attn-4", "sm100", 128, None),
+        ("flash-attn-4", "sm100", 192, "flash-attn-4 does not take head dimension 192 on such a GPU"),
+        ("flash-attn-4", "sm100", 256, None),
+        ("flash-attn-4", "sm80", 64, r"flash-attn-4 is not for such a GPU \(pip install flash-attn\)"),
+        ("flash-attn-4 flash-attn", "sm80", 192, None),
+        ("flash-attn", "sm100", 192, None),
+    ],
+)
+def test_which_package_takes_what(
+    monkeypatch: pytest.MonkeyPatch, there: str, family: str, dim: int, reason: str | None
+) -> None:
+    monkeypatch.setattr(_packages, "installed", lambda package: package in there.split())
+    monkeypatch.setattr(_packages, "generation", lambda device: family)
+    implementation = package_implementation("flash_attn", PACKAGES, (torch.bfloat16,), op="block_causal_attention")
+    with FakeTensorMode():
+        told = implementation.why_not(torch.empty(1, 5, 1, dim, dtype=torch.bfloat16, device="cuda"))
+    assert told is None if reason is None else re.match(reason, told or "")
+
+
+def test_a_package_that_does_not_import(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """That is a reason, found out once and only where it is asked for."""
+    imported: list[str] = []
+    _packages._failure.cache_clear()
+    monkeypatch.setattr(_packages, "installed", lambda package: True)
+    monkeypatch.setattr(_packages, "import_module", lambda name: imported.append(name) or import_module("is_not_there"))
+    row = package_implementation(
+        "flash_attn", PACKAGES[1:], (), op="block_causal_attention", devices=("cpu",), head_dims=None
+    )
+    others = [each for each in REGISTRY["block_causal_attention"] if each.backend != "flash_attn"]
+    monkeypatch.setitem(REGISTRY, "block_causal_attention", (row, *others))
+    q = noise(1, 5, 1, 16)
+    assert explain("block_causal_attention", q).backend == "torch" and imported == []
+    reason = "flash-attn does not import: ModuleNotFoundError: No module named 'is_not_there'"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=rf"^block_causal_attention: backend='flash_attn' cannot run: {reason}"):
+            block_causal_attention(q, q, q, ScaleSchedule((1, 2)), backend="flash_attn")
+    assert imported == ["fastvar.kernels.block_causal_attention.flash_attn_2"]
+    monkeypatch.setattr(_dispatch, "PREFERENCE", {"": ("flash_attn",)})
+    monkeypatch.setattr(_dispatch, "_warned", set())
+    told = explain("block_causal_attention", q)
+    assert told.backend == "torch" and told.reasons["flash_attn"].startswith(reason)
+    with caplog.at_level(logging.WARNING, "fastvar"):
+        _dispatch.forget_answers()
+        block_causal_attention(q, q, q, ScaleSchedule((1, 2)))
+    _dispatch.forget_answers()
+    assert [text.partition(" (")[0] for text in caplog.messages] == [
+        f"block_causal_attention: flash_attn is passed over: {reason}"
+    ]
+    _packages._failure.cache_clear()
 
 
 def test_flash_attn_4_is_for_hopper_and_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
