@@ -22,7 +22,8 @@ class PrefixKV(NamedTuple):
     Attributes:
         k: (B/G, P, H, D), any strides.
         v: (B/G, P, H, D), any strides.
-        lengths: (B/G,) int32 or int64, how many of the P tokens are valid, counted from the left; None for all.
+        lengths: (B/G,) int32 or int64, how many of the P tokens are valid, counted from the left; None for all. What
+            stands in the others has no effect as long as it is finite, and its gradients are 0.
     """
 
     k: torch.Tensor
@@ -135,9 +136,10 @@ def block_causal_attention(
         backend: see `fastvar.support()`. "sdpa" (PyTorch's fused kernels), "flash_attn" (flash-attn) and "xformers" go
             a scale at a time, flash-attn-4, which "flash_attn" takes on Hopper and Blackwell, in one call. They read
             a prefix once a group and merge; prefixes of several lengths are beyond flash-attn and xFormers. "flex" is
-            PyTorch's FlexAttention, compiled once a shape; it copies the prefix for every sample. Gradients by "sdpa"
-            may differ in their last bits from run to run on a GPU; under `torch.use_deterministic_algorithms(True)`
-            "auto" does not take it.
+            PyTorch's FlexAttention, compiled once a shape; it copies the prefix for every sample. Gradients by "sdpa",
+            and by flash-attn-4 on Hopper, may differ in their last bits from run to run on a GPU; under
+            `torch.use_deterministic_algorithms(True)` "auto" does not take "sdpa", and flash-attn-4 computes them a
+            scale at a time, with the same bits.
 
     Returns:
         (B, L, H, D) in q's dtype, contiguous. Softmax statistics in float32.

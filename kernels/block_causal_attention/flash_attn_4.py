@@ -47,8 +47,12 @@ class FlashAttention4:
 
     def __init__(self, major: int) -> None:
         self.major = major
-        # Tiles have other sizes beyond 128. On Hopper the gradient with a list of tiles is not deterministic.
-        self.takes_scales = (128, 128 if major == 10 else 0)
+
+    @property
+    def takes_scales(self) -> tuple[int, int]:
+        """Tiles have other sizes beyond 128. On Hopper a gradient by lists of tiles adds up in any order: where
+        somebody asked for the same bits from run to run it goes a scale at a time."""
+        return 128, 128 if self.major == 10 or not torch.are_deterministic_algorithms_enabled() else 0
 
     def attend(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
         options: dict[str, Any] = {}
@@ -69,6 +73,7 @@ class FlashAttention4:
             if part.seen is not None:
                 masks = self._masks(part)
                 options |= {"mask_mod": visible, "aux_tensors": masks.bounds, "block_sparse_tensors": masks.backward}
+                options["deterministic"] = self.major == 10
             dq, dk, dv, *_ = _flash_attn_bwd(*tensors, **options)
             return dq, dk, dv
         # gradients past a length are not written: they are zero before
