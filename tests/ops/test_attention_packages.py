@@ -6,8 +6,10 @@ from __future__ import annotations
 import logging
 import math
 import re
+import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -540,6 +542,17 @@ def test_flash_attn_4_is_for_hopper_and_blackwell(monkeypatch: pytest.MonkeyPatc
         ValueError, match=r"^block_causal_attention: backend='flash_attn': expected the package flash-attn"
     ):
         module._implementation.__wrapped__(torch.device("cuda", 0))
+
+
+@pytest.mark.cards
+@pytest.mark.skipif(not _packages.installed("flash-attn-4"), reason="needs flash-attn-4")
+@pytest.mark.parametrize(("major", "widths"), [(9, (64, 96, 128, 256)), (10, (64, 128, 256))])
+def test_flash_attn_4_compiles(major: int, widths: tuple[int, ...]) -> None:
+    """What is asked of it, forward and backward, on a machine without a GPU too."""
+    command = [sys.executable, "-m", "tests.helpers.compile_flash_attn_4", *map(str, (major, *widths))]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(done.stdout.splitlines()) == 5 * len(widths), done.stdout
 
 
 @pytest.mark.parametrize("backend", ["flex", "flash_attn", "xformers"])
