@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -564,12 +565,16 @@ def test_says_why_it_cannot_run(backend: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", PREFIXES)
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("backend", ["sdpa", "flex", "flash_attn", "xformers"])
-def test_on_a_gpu(backend: str, name: str, dim: int) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dim", "name", "deterministic"),
+    [
+        *product(["sdpa", "flex", "flash_attn", "xformers"], [64, 128], PREFIXES, [False]),
+        *product(["flash_attn"], [64, 128], ["ragged"], [True]),
+    ],
+)
+def test_on_a_gpu(backend: str, name: str, dim: int, deterministic: bool) -> None:
     """As the package computes it, with gradients, against the reference in float64. In a second call nothing waits for
-    the device."""
+    the device, and the bits are the same if that was asked for."""
     why_not = next(each for each in REGISTRY["block_causal_attention"] if each.backend == backend).missing()
     if why_not is not None:
         pytest.skip(why_not)
@@ -582,8 +587,12 @@ def test_on_a_gpu(backend: str, name: str, dim: int) -> None:
 
     def run(backend: str) -> list[torch.Tensor]:
         prefix = PrefixKV(leaves[3], leaves[4], valid) if size else None
-        out = block_causal_attention(*leaves[:3], LONG, prefix=prefix, backend=backend)
-        return [out, *torch.autograd.grad(out, leaves[: 5 if size else 3], torch.ones_like(out))]
+        torch.use_deterministic_algorithms(deterministic and backend != "reference")
+        try:
+            out = block_causal_attention(*leaves[:3], LONG, prefix=prefix, backend=backend)
+            return [out, *torch.autograd.grad(out, leaves[: 5 if size else 3], torch.ones_like(out))]
+        finally:
+            torch.use_deterministic_algorithms(False)
 
     results = {}
     for case, dtype in (("reference", torch.float64), ("plain", torch.bfloat16), (backend, torch.bfloat16)):
@@ -594,6 +603,8 @@ def test_on_a_gpu(backend: str, name: str, dim: int) -> None:
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(backend)
+        again = run(backend)
     finally:
         torch.cuda.set_sync_debug_mode(before)
+    for got, first in zip(again, results[backend], strict=True):
+        assert not deterministic or torch.equal(got.cpu(), first)
