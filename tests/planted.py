@@ -152,6 +152,19 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "        _say(model, TOO_MUCH)\n        return False",
             "        return False",
             "models/test_graphs.py::test_memory_is_bounded",
+    "kernels/block_causal_attention/flash_attn_4.py": [
+        (
+            "dk, dv = (torch.zeros(",
+            "dk, dv = (torch.nan + torch.zeros(",
+            "ops/test_attention_packages.py::test_as_the_reference",
+        ),
+        ("expand(LARGEST_ROWS - 1)", "expand(0)", "ops/test_attention_packages.py::test_as_the_reference"),
+    ],
+    "fastvar/ops/_dispatch.py": [
+        (
+            " or asked.broken(traits.tensor)",
+            "",
+            "ops/test_attention_packages.py::test_a_package_that_does_not_import",
         ),
     ],
     "fastvar/latency.py": [

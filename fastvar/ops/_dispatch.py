@@ -85,6 +85,8 @@ class Implementation:
         obstacle: called with the lead tensor, says why it cannot run (with the remedy), or None if it can.
         missing: says what of it is not installed (with the remedy), or None. Unlike an obstacle this is somebody's
             choice: "auto" passes over it and logs nothing.
+        broken: called with the lead tensor, says why what is installed does not work, or None. As that may take an
+            import, it is asked last, and only of what is about to be taken.
         ragged: whether it takes prefixes with lengths of their own; "auto" and preferences pass over it where there are
             such, an explicit call gets its error.
         verified: where it has been seen to run and agree with the reference, for the support matrix: "CPU", or a GPU's
@@ -97,6 +99,7 @@ class Implementation:
     devices: tuple[str, ...] = ()
     obstacle: Callable[[torch.Tensor], str | None] = _no_obstacle
     missing: Callable[[], str | None] = _nothing_missing
+    broken: Callable[[torch.Tensor], str | None] = _no_obstacle
     ragged: bool = True
     verified: tuple[str, ...] = ()
     saves: tuple[int, ...] = ()
@@ -191,12 +194,12 @@ def resolve(op: str, backend: str, traits: Traits, *, log: bool = True) -> Imple
         if asked is None:
             known = ", ".join(_names(op))
             raise RuntimeError(f"{op}: backend={backend!r} does not exist for this operator; there is {known}")
-        obstacle = asked.why_not(traits.tensor)
+        obstacle = asked.why_not(traits.tensor) or asked.broken(traits.tensor)
         if obstacle is not None:
             raise RuntimeError(f"{op}: backend={backend!r} cannot run: {obstacle}")
         return asked
     for implementation in _in_order(op, traits):
-        obstacle = implementation.why_not(traits.tensor)
+        obstacle = implementation.why_not(traits.tensor) or implementation.broken(traits.tensor)
         if obstacle is None:
             return implementation
         if log and not torch.compiler.is_compiling() and _is_downgrade(op, implementation, traits.tensor):
@@ -290,6 +293,8 @@ def explain(
     reasons = {}
     for implementation in REGISTRY[op]:
         why_not = implementation.why_not(tensor)
+        if implementation.backend in (*tried, backend):
+            why_not = why_not or implementation.broken(tensor)
         if implementation.backend == chosen:
             reasons[chosen] = f"chosen{_because(op, chosen, backend, traits)}"
         elif why_not is not None:

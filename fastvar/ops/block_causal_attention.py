@@ -11,7 +11,7 @@ from fastvar.ops import _checks
 from fastvar.ops._choices import ANY, HALF, HOPPER, Choice
 from fastvar.ops._dispatch import Implementation
 from fastvar.ops._operator import Operator
-from fastvar.ops._packages import installed, package_implementation
+from fastvar.ops._packages import Package, installed, package_implementation
 from fastvar.ops._triton import triton_implementation
 from fastvar.schedule import ScaleSchedule
 
@@ -22,7 +22,8 @@ class PrefixKV(NamedTuple):
     Attributes:
         k: (B/G, P, H, D), any strides.
         v: (B/G, P, H, D), any strides.
-        lengths: (B/G,) int32 or int64, how many of the P tokens are valid, counted from the left; None for all.
+        lengths: (B/G,) int32 or int64, how many of the P tokens are valid, counted from the left; None for all. What
+            stands in the others has no effect as long as it is finite, and its gradients are 0.
     """
 
     k: torch.Tensor
@@ -68,6 +69,8 @@ def _fake(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 _NAME = "block_causal_attention"
 _package = partial(package_implementation, op=_NAME, saves=(0, 1))
+# On Hopper no gradient compiles for 104 and 112; on Blackwell it takes up to 128, and 256.
+_FLASH_ATTN_4 = Package("flash-attn-4", "flash_attn_4", {"sm90": (104, 112), "sm100": tuple(range(136, 256, 8))})
 _OPERATOR = Operator(
     _NAME,
     AttentionCall,
@@ -89,13 +92,13 @@ _OPERATOR = Operator(
         package_implementation("flex", (), (torch.float32, *HALF), op=_NAME, verified=("H200",)),
         _package(
             "flash_attn",
-            ("flash-attn-4", "flash-attn"),
+            (_FLASH_ATTN_4, Package("flash-attn", "flash_attn_2")),
             HALF,
             head_dims=256,
             ragged=installed("flash-attn-4"),
             verified=("H200: tests of flash-attn-4 failed",),
         ),
-        _package("xformers", ("xformers",), (torch.float32, *HALF), ragged=False),
+        _package("xformers", (Package("xformers", "impl_xformers"),), (torch.float32, *HALF), ragged=False),
         Implementation("reference", f"fastvar.kernels.{_NAME}.reference", verified=("CPU", "H200")),
     ],
     choices=[
@@ -140,9 +143,10 @@ def block_causal_attention(
         backend: see `fastvar.support()`. "sdpa" (PyTorch's fused kernels), "flash_attn" (flash-attn) and "xformers" go
             a scale at a time, flash-attn-4, which "flash_attn" takes on Hopper and Blackwell, in one call. They read
             a prefix once a group and merge; prefixes of several lengths are beyond flash-attn and xFormers. "flex" is
-            PyTorch's FlexAttention, compiled once a shape; it copies the prefix for every sample. Gradients by "sdpa"
-            may differ in their last bits from run to run on a GPU; under `torch.use_deterministic_algorithms(True)`
-            "auto" does not take it.
+            PyTorch's FlexAttention, compiled once a shape; it copies the prefix for every sample. Gradients by "sdpa",
+            and by flash-attn-4 on Hopper, may differ in their last bits from run to run on a GPU; under
+            `torch.use_deterministic_algorithms(True)` "auto" does not take "sdpa", and flash-attn-4 computes them a
+            scale at a time, with the same bits.
 
     Returns:
         (B, L, H, D) in q's dtype, contiguous. Softmax statistics in float32.

@@ -49,8 +49,10 @@ class Package(Protocol):
 
     name: str
     takes_lengths: bool
-    # the largest head dimensions for which it is called once for all scales, forward and for the gradient
-    takes_scales: tuple[int, int]
+
+    @property
+    def takes_scales(self) -> tuple[int, int]:
+        """The largest head dimensions for which it is called once for all scales, forward and for the gradient."""
 
     def attend(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the result (B, n, H, D) and lse."""

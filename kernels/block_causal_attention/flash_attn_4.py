@@ -20,7 +20,17 @@ from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
 COLUMNS = 128
 ROWS = 128  # in the backward pass
-FORWARD_ROWS = 256  # two tiles of Blackwell's forward kernel, which takes them in pairs
+LARGEST_ROWS = 256  # in a forward pass
+# With lengths and more rows than that its backward pass looks for lengths of the queries too.
+MOST_LENGTHS = 256
+
+
+def forward_rows(major: int, width: int) -> int:
+    """Queries of a tile in the forward pass for a compute capability and head dimension: those of the kernel itself, as
+    fewer tiles are left out by larger ones. Blackwell's takes two of its tiles together."""
+    if major == 10:
+        return 256
+    return 192 if width <= 96 else 128
 
 
 @cute.jit
@@ -36,13 +46,18 @@ class FlashAttention4:
     takes_lengths = True
 
     def __init__(self, major: int) -> None:
-        # Tiles have other sizes beyond 128. On Hopper the gradient with a list of tiles is not deterministic.
-        self.takes_scales = (128, 128 if major == 10 else 0)
+        self.major = major
+
+    @property
+    def takes_scales(self) -> tuple[int, int]:
+        """Tiles have other sizes beyond 128. On Hopper a gradient by lists of tiles adds up in any order: where
+        somebody asked for the same bits from run to run it goes a scale at a time."""
+        return 128, 128 if self.major == 10 or not torch.are_deterministic_algorithms_enabled() else 0
 
     def attend(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
         options: dict[str, Any] = {}
         if isinstance(part.seen, Scales):
-            masks = _masks(part.seen, part.q.device)
+            masks = self._masks(part)
             options = {"mask_mod": visible, "aux_tensors": masks.bounds, "block_sparse_tensors": masks.forward}
         elif part.seen is not None:
             options = {"seqused_k": _used(part.seen, part.k)}
@@ -52,43 +67,56 @@ class FlashAttention4:
     def gradients(
         self, part: Part, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        options: dict[str, Any] = {}
-        if isinstance(part.seen, Scales):
-            masks = _masks(part.seen, part.q.device)
-            options = {"mask_mod": visible, "aux_tensors": masks.bounds, "block_sparse_tensors": masks.backward}
-        elif part.seen is not None:
-            options = {"seqused_k": _used(part.seen, part.k)}
-        dq, dk, dv, *_ = _flash_attn_bwd(
-            *part.tensors, out, grad, lse, softmax_scale=part.scale, deterministic=True, **options
-        )
+        tensors = (*part.tensors, out, grad, lse)
+        options: dict[str, Any] = {"softmax_scale": part.scale, "deterministic": True}
+        if not isinstance(part.seen, torch.Tensor):
+            if part.seen is not None:
+                masks = self._masks(part)
+                options |= {"mask_mod": visible, "aux_tensors": masks.bounds, "block_sparse_tensors": masks.backward}
+                options["deterministic"] = self.major == 10
+            dq, dk, dv, *_ = _flash_attn_bwd(*tensors, **options)
+            return dq, dk, dv
+        # gradients past a length are not written: they are zero before
+        dq = torch.empty(part.q.shape, dtype=part.q.dtype, device=part.q.device)
+        dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (part.k, part.v))
+        used = _used(part.seen, part.k)
+        for start in range(0, len(used), MOST_LENGTHS):
+            rows = slice(start, start + MOST_LENGTHS)
+            places = {"dq": dq[rows], "dk": dk[rows], "dv": dv[rows]}
+            _flash_attn_bwd(*(t[rows] for t in tensors), seqused_k=used[rows], **places, **options)
         return dq, dk, dv
+
+    def _masks(self, part: Part) -> _Masks:
+        assert isinstance(part.seen, Scales)
+        return _masks(part.seen, forward_rows(self.major, part.q.shape[-1]), part.q.device)
 
 
 class _Masks(NamedTuple):
     """What flash-attn-4 wants to know of a schedule."""
 
-    bounds: list[torch.Tensor]  # two of (L,) int32
+    bounds: list[torch.Tensor]  # two int32 of the L tokens, and of what a tile reads past them
     forward: BlockSparseTensorsTorch
     backward: BlockSparseTensorsTorch
 
 
 @cache  # nothing is ever dropped: a CUDA graph may read it
 @torch.inference_mode(False)  # it may be made there, and is kept
-def _masks(scales: Scales, device: torch.device) -> _Masks:
+def _masks(scales: Scales, rows: int, device: torch.device) -> _Masks:
     of_token = torch.tensor(scales.schedule.scale_of_token, device="cpu")
     first = torch.tensor(scales.schedule.starts, device="cpu")[of_token] * scales.block_diagonal
     end = torch.tensor(scales.schedule.ends, device="cpu")[of_token]
-    forward = _listed(*_tiles(first, end, FORWARD_ROWS))
+    forward = _listed(*_tiles(first, end, rows))
     masked, whole = _tiles(first, end, ROWS)
     by_row, by_column = _listed(masked, whole), _listed(masked.mT, whole.mT)
     # the gradient of a query's tile is added up over tiles of keys in the order of these numbers
     order = compute_dq_write_order(*by_row, *by_column)
+    read = [torch.cat([bound, bound[-1:].expand(LARGEST_ROWS - 1)]) for bound in (first, end)]
     bounds, forward, backward, order = (
-        [t.int().contiguous().to(device) for t in tensors] for tensors in ((first, end), forward, by_column, order)
+        [t.int().contiguous().to(device) for t in tensors] for tensors in (read, forward, by_column, order)
     )
     return _Masks(
         bounds,
-        BlockSparseTensorsTorch(*forward, block_size=(FORWARD_ROWS, COLUMNS)),
+        BlockSparseTensorsTorch(*forward, block_size=(rows, COLUMNS)),
         BlockSparseTensorsTorch(
             *backward,
             block_size=(ROWS, COLUMNS),

@@ -3,9 +3,14 @@ other packages are stood in for by PyTorch's attention behind their function's n
 
 from __future__ import annotations
 
+import logging
 import math
+import re
+import subprocess
 import sys
 from importlib import import_module
+from itertools import product
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,9 +22,10 @@ from fastvar.kernels.block_causal_attention.by_scale import Part
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvar import ScaleSchedule
-from fastvar.ops import PrefixKV, block_causal_attention, block_causal_attention_with_lse
+from fastvar.ops import PrefixKV, _dispatch, _packages, block_causal_attention, block_causal_attention_with_lse, explain
 from fastvar.ops._dispatch import REGISTRY, Implementation
-from fastvar.ops.block_causal_attention import AttentionCall
+from fastvar.ops._packages import Package, package_implementation
+from fastvar.ops.block_causal_attention import _FLASH_ATTN_4, AttentionCall
 from tests.helpers.bounds import assert_as_accurate
 from tests.helpers.samples import noise
 
@@ -126,9 +132,9 @@ def flash_attn_4() -> dict[str, ModuleType]:
                 for column in listed:
                     tile = seen[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
                     assert not tile.any()
-                    down = place[row * rows : (row + 1) * rows, None].clamp(max=length - 1)
+                    down = place[row * rows : (row + 1) * rows, None]
                     across = place[None, column * columns : (column + 1) * columns]
-                    queries, keys = (across.clamp(max=length - 1), down) if by_column else (down, across)
+                    queries, keys = (across, down) if by_column else (down, across)
                     tile[:] = True if whole else mask_mod(0, 0, [queries], keys, None, bounds)
         return seen[:length, :length].mT if by_column else seen[:length, :length]
 
@@ -156,22 +162,37 @@ def flash_attn_4() -> dict[str, ModuleType]:
         seqused_k=None,
     ):
         assert return_lse
+        if block_sparse_tensors is not None:  # for head dimensions up to 96
+            rows = 192 if torch.cuda.get_device_capability(q.device)[0] == 9 else 256
+            assert block_sparse_tensors.block_size == (rows, 128)
         bias = hidden(q, k, mask_mod, aux_tensors, block_sparse_tensors, seqused_k, False)
         out, lse = _CPU_FORWARD(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=bias, scale=softmax_scale)
         return out.transpose(1, 2), lse, None, None, None
 
     def backward(  # type: ignore[no-untyped-def]
         q, k, v, out, dout, lse, *, softmax_scale, deterministic, mask_mod=None, aux_tensors=None,
-        block_sparse_tensors=None, seqused_k=None,
+        block_sparse_tensors=None, seqused_k=None, dq=None, dk=None, dv=None,
     ):  # fmt: skip
-        assert deterministic
+        hopper = torch.cuda.get_device_capability(q.device)[0] == 9  # where lists of tiles are summed in any order
+        assert deterministic != (hopper and block_sparse_tensors is not None)
         if block_sparse_tensors is not None:
             assert block_sparse_tensors.dq_write_order.shape == block_sparse_tensors.mask_block_idx.shape
             assert block_sparse_tensors.spt is False
         bias = hidden(q, k, mask_mod, aux_tensors, block_sparse_tensors, seqused_k, True)
         tensors = (t.transpose(1, 2) for t in (dout, q, k, v, out))
         found = _CPU_BACKWARD(*tensors, lse, 0.0, False, attn_mask=bias, scale=softmax_scale)
-        return tuple(t.transpose(1, 2) for t in found)
+        # where no place is given it is fresh memory; nothing past a length is written
+        places = [
+            torch.full_like(t, torch.nan) if place is None else place
+            for t, place in zip((q, k, v), (dq, dk, dv), strict=True)
+        ]
+        written = torch.ones(k.shape[:2], dtype=torch.bool)
+        if seqused_k is not None:
+            assert len(seqused_k) <= 256, "it wants to know of queries' lengths too"
+            written = torch.arange(k.shape[1]) < seqused_k[:, None]
+        for place, gradient, rows in zip(places, found, (slice(None), written, written), strict=True):
+            place[rows] = gradient.transpose(1, 2)[rows]
+        return tuple(places)
 
     interface._flash_attn_fwd, interface._flash_attn_bwd = forward, backward  # type: ignore[attr-defined]
     sparsity.BlockSparseTensorsTorch = Tiles  # type: ignore[attr-defined]
@@ -255,6 +276,48 @@ def test_as_the_reference(
         return
     for got, expected in zip(run(backend(module), torch.float32), run("reference", torch.float64), strict=False):
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("module", "deterministic", "calls"),
+    [
+        ("flash_attn 4, Hopper", False, 1),
+        ("flash_attn 4, Hopper", True, 4),
+        ("flash_attn 4, Blackwell", True, 1),
+    ],
+    indirect=["module"],
+)
+def test_the_same_bits_are_asked_for(
+    module: Any, deterministic: bool, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Hopper flash-attn-4 then goes a scale at a time."""
+    adapter, seen = import_module(f"{FOLDER}.flash_attn_4"), []
+    whole = adapter._flash_attn_bwd
+    monkeypatch.setattr(adapter, "_flash_attn_bwd", lambda *args, **rest: seen.append(rest) or whole(*args, **rest))
+    q = noise(1, LONG.num_tokens, 1, 16).requires_grad_()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        got, expected = (
+            torch.autograd.grad(block_causal_attention(q, q, q, LONG, backend=name).sin().sum(), q)[0]
+            for name in ("flash_attn", "reference")
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert len(seen) == calls and all(rest["deterministic"] for rest in seen) == deterministic
+
+
+@pytest.mark.parametrize("module", ["flash_attn 4, Hopper"], indirect=True)
+def test_many_prefixes_of_several_lengths(module: Any) -> None:
+    """More than the package's gradient takes at once."""
+    q, k, v = noise(3, 257, 1, 1, 16, seed=1).requires_grad_()
+    results = []
+    for name in ("flash_attn", "reference"):
+        prefix = PrefixKV(k, v, torch.arange(257) % 2)
+        out = block_causal_attention(q, q, q, ScaleSchedule((1,)), prefix=prefix, backend=name)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), (q, k, v))])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("prefixed", [False, True])
@@ -413,6 +476,65 @@ def test_what_sdpa_takes_on_a_gpu(dtype: torch.dtype, dim: int, reason: str | No
         assert implementation.why_not(torch.empty(1, 5, 1, dim, dtype=dtype, device="cuda")) == reason
 
 
+PACKAGES = (_FLASH_ATTN_4, Package("flash-attn", "flash_attn_2"))
+
+
+@pytest.mark.parametrize(
+    ("there", "family", "dim", "reason"),
+    [
+        ("flash-attn-4", "sm90", 256, None),
+        ("flash-attn-4", "sm90", 104, "flash-attn-4 does not take head dimension 104 on such a GPU"),
+        ("flash-attn-4", "sm100", 128, None),
+        ("flash-attn-4", "sm100", 192, "flash-attn-4 does not take head dimension 192 on such a GPU"),
+        ("flash-attn-4", "sm100", 256, None),
+        ("flash-attn-4", "sm80", 64, r"flash-attn-4 is not for such a GPU \(pip install flash-attn\)"),
+        ("flash-attn-4 flash-attn", "sm80", 192, None),
+        ("flash-attn", "sm100", 192, None),
+    ],
+)
+def test_which_package_takes_what(
+    monkeypatch: pytest.MonkeyPatch, there: str, family: str, dim: int, reason: str | None
+) -> None:
+    monkeypatch.setattr(_packages, "installed", lambda package: package in there.split())
+    monkeypatch.setattr(_packages, "generation", lambda device: family)
+    implementation = package_implementation("flash_attn", PACKAGES, (torch.bfloat16,), op="block_causal_attention")
+    with FakeTensorMode():
+        told = implementation.why_not(torch.empty(1, 5, 1, dim, dtype=torch.bfloat16, device="cuda"))
+    assert told is None if reason is None else re.match(reason, told or "")
+
+
+def test_a_package_that_does_not_import(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """That is a reason, found out once and only where it is asked for."""
+    imported: list[str] = []
+    _packages._failure.cache_clear()
+    monkeypatch.setattr(_packages, "installed", lambda package: True)
+    monkeypatch.setattr(_packages, "import_module", lambda name: imported.append(name) or import_module("is_not_there"))
+    row = package_implementation(
+        "flash_attn", PACKAGES[1:], (), op="block_causal_attention", devices=("cpu",), head_dims=None
+    )
+    others = [each for each in REGISTRY["block_causal_attention"] if each.backend != "flash_attn"]
+    monkeypatch.setitem(REGISTRY, "block_causal_attention", (row, *others))
+    q = noise(1, 5, 1, 16)
+    assert explain("block_causal_attention", q).backend == "torch" and imported == []
+    reason = "flash-attn does not import: ModuleNotFoundError: No module named 'is_not_there'"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=rf"^block_causal_attention: backend='flash_attn' cannot run: {reason}"):
+            block_causal_attention(q, q, q, ScaleSchedule((1, 2)), backend="flash_attn")
+    assert imported == ["fastvar.kernels.block_causal_attention.flash_attn_2"]
+    monkeypatch.setattr(_dispatch, "PREFERENCE", {"": ("flash_attn",)})
+    monkeypatch.setattr(_dispatch, "_warned", set())
+    told = explain("block_causal_attention", q)
+    assert told.backend == "torch" and told.reasons["flash_attn"].startswith(reason)
+    with caplog.at_level(logging.WARNING, "fastvar"):
+        _dispatch.forget_answers()
+        block_causal_attention(q, q, q, ScaleSchedule((1, 2)))
+    _dispatch.forget_answers()
+    assert [text.partition(" (")[0] for text in caplog.messages] == [
+        f"block_causal_attention: flash_attn is passed over: {reason}"
+    ]
+    _packages._failure.cache_clear()
+
+
 def test_flash_attn_4_is_for_hopper_and_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
     module = import_module(f"{FOLDER}.impl_flash_attn")
     monkeypatch.setattr(module, "_installed", lambda package: package == "flash-attn-4")
@@ -421,6 +543,17 @@ def test_flash_attn_4_is_for_hopper_and_blackwell(monkeypatch: pytest.MonkeyPatc
         ValueError, match=r"^block_causal_attention: backend='flash_attn': expected the package flash-attn"
     ):
         module._implementation.__wrapped__(torch.device("cuda", 0))
+
+
+@pytest.mark.cards
+@pytest.mark.skipif(not _packages.installed("flash-attn-4"), reason="needs flash-attn-4")
+@pytest.mark.parametrize(("major", "widths"), [(9, (64, 96, 128, 256)), (10, (64, 128, 256))])
+def test_flash_attn_4_compiles(major: int, widths: tuple[int, ...]) -> None:
+    """What is asked of it, forward and backward, on a machine without a GPU too."""
+    command = [sys.executable, "-m", "tests.helpers.compile_flash_attn_4", *map(str, (major, *widths))]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(done.stdout.splitlines()) == 5 * len(widths), done.stdout
 
 
 @pytest.mark.parametrize("backend", ["flex", "flash_attn", "xformers"])
@@ -432,12 +565,16 @@ def test_says_why_it_cannot_run(backend: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", PREFIXES)
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("backend", ["sdpa", "flex", "flash_attn", "xformers"])
-def test_on_a_gpu(backend: str, name: str, dim: int) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dim", "name", "deterministic"),
+    [
+        *product(["sdpa", "flex", "flash_attn", "xformers"], [64, 128], PREFIXES, [False]),
+        *product(["flash_attn"], [64, 128], ["ragged"], [True]),
+    ],
+)
+def test_on_a_gpu(backend: str, name: str, dim: int, deterministic: bool) -> None:
     """As the package computes it, with gradients, against the reference in float64. In a second call nothing waits for
-    the device."""
+    the device, and the bits are the same if that was asked for."""
     why_not = next(each for each in REGISTRY["block_causal_attention"] if each.backend == backend).missing()
     if why_not is not None:
         pytest.skip(why_not)
@@ -450,8 +587,12 @@ def test_on_a_gpu(backend: str, name: str, dim: int) -> None:
 
     def run(backend: str) -> list[torch.Tensor]:
         prefix = PrefixKV(leaves[3], leaves[4], valid) if size else None
-        out = block_causal_attention(*leaves[:3], LONG, prefix=prefix, backend=backend)
-        return [out, *torch.autograd.grad(out, leaves[: 5 if size else 3], torch.ones_like(out))]
+        torch.use_deterministic_algorithms(deterministic and backend != "reference")
+        try:
+            out = block_causal_attention(*leaves[:3], LONG, prefix=prefix, backend=backend)
+            return [out, *torch.autograd.grad(out, leaves[: 5 if size else 3], torch.ones_like(out))]
+        finally:
+            torch.use_deterministic_algorithms(False)
 
     results = {}
     for case, dtype in (("reference", torch.float64), ("plain", torch.bfloat16), (backend, torch.bfloat16)):
@@ -462,6 +603,8 @@ def test_on_a_gpu(backend: str, name: str, dim: int) -> None:
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(backend)
+        again = run(backend)
     finally:
         torch.cuda.set_sync_debug_mode(before)
+    for got, first in zip(again, results[backend], strict=True):
+        assert not deterministic or torch.equal(got.cpu(), first)
