@@ -136,6 +136,11 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
     ],
     "fastvar/ops/_dispatch.py": [
         ("or (equals and not op)", "", "ops/test_dispatch.py::test_environment_variable"),
+        (
+            " or asked.broken(traits.tensor)",
+            "",
+            "ops/test_attention_packages.py::test_a_package_that_does_not_import",
+        ),
     ],
     "fastvar/models/graphs.py": [
         (
@@ -152,6 +157,8 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "        _say(model, TOO_MUCH)\n        return False",
             "        return False",
             "models/test_graphs.py::test_memory_is_bounded",
+        ),
+    ],
     "kernels/block_causal_attention/flash_attn_4.py": [
         (
             "dk, dv = (torch.zeros(",
@@ -159,13 +166,6 @@ _PLANTED: dict[str, list[tuple[str, ...]]] = {
             "ops/test_attention_packages.py::test_as_the_reference",
         ),
         ("expand(LARGEST_ROWS - 1)", "expand(0)", "ops/test_attention_packages.py::test_as_the_reference"),
-    ],
-    "fastvar/ops/_dispatch.py": [
-        (
-            " or asked.broken(traits.tensor)",
-            "",
-            "ops/test_attention_packages.py::test_a_package_that_does_not_import",
-        ),
     ],
     "fastvar/latency.py": [
         ("seed=seed, **options", "seed=0, **options", "test_latency.py::test_a_model_and_a_pipeline_of_classes"),
