@@ -234,8 +234,8 @@ def _add_rows(
     dk, dv, k, v, q_ptr, g_ptr, lse_ptr, delta_ptr, q_l, g_l, row, L, lower, upper, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The keys' and values' gradients so far, with one tile of rows. Those from `lower` to `upper` [N, 1] see a key; all
-    do if these are None. Without CHECK no row is past the end."""
+    """The keys' and values' gradients so far, with one tile of rows. Those from `lower` to `upper` [N, 1] see a key,
+    all if these are None. Without CHECK no row is past the end."""
     place, inside, other = row, None, None
     if CHECK:  # past the end it is the last row once more, with weights of 0
         place, inside, other = tl.minimum(row, L - 1), row < L, float("inf") if lower is None else 0.0
