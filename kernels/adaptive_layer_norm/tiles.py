@@ -42,5 +42,5 @@ BACKWARD = Table(
         Row(_backward(1 << 16, 1)),
     ],
     shared=_on_their_way,
-    candidates={"ROWS": (1, 2), "PART": (16, 32, 64, 128), "STAGES": (1, 2, 3), "num_warps": (1, 2, 4, 8)},
+    candidates={"ROWS": (1, 2), "PART": (16, 32, 48, 64, 128), "STAGES": (1, 2, 3), "num_warps": (1, 2, 4, 8)},
 )
