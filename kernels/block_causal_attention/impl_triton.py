@@ -232,17 +232,19 @@ def block_causal_attention_bwd_dq_kernel(
 @triton.jit
 def _add_rows(
     dk, dv, k, v, q_ptr, g_ptr, lse_ptr, delta_ptr, q_l, g_l, row, L, lower, upper, factor,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The keys' and values' gradients so far, with one tile of rows; with MASK those from `lower` to `upper` [N, 1] see
-    a key."""
-    inside = row < L
-    q = tile(q_ptr, row, q_l, L, D, BLOCK_D, True)
-    g = tile(g_ptr, row, g_l, L, D, BLOCK_D, True)
-    lse = tl.load(lse_ptr + row, inside, float("inf")) * LOG2_E  # past the end all weights are 0
-    delta = tl.load(delta_ptr + row, inside, 0.0)
+    """The keys' and values' gradients so far, with one tile of rows. Those from `lower` to `upper` [N, 1] see a key,
+    all if these are None. Without CHECK no row is past the end."""
+    place, inside, other = row, None, None
+    if CHECK:  # past the end it is the last row once more, with weights of 0
+        place, inside, other = tl.minimum(row, L - 1), row < L, float("inf") if lower is None else 0.0
+    q = tile(q_ptr, place, q_l, L, D, BLOCK_D, False)
+    g = tile(g_ptr, place, g_l, L, D, BLOCK_D, False)
+    lse = tl.load(lse_ptr + row, inside, other) * LOG2_E
+    delta = tl.load(delta_ptr + row, inside, None if other is None else 0.0)
     p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor - lse[None, :])  # [N, M]
-    if MASK:
+    if lower is not None:
         p = tl.where((row[None, :] >= lower) & (row[None, :] < upper), p, 0.0)
     dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
     ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :])
@@ -263,21 +265,35 @@ def block_causal_attention_bwd_dk_dv_kernel(
     column = start + tl.arange(0, BLOCK_N)
     k = tile(head(k_ptr, b, h, k_b, k_h, ALIGNED), column, k_l, L, D, BLOCK_D, True)
     v = tile(head(v_ptr, b, h, v_b, v_h, ALIGNED), column, v_l, L, D, BLOCK_D, True)
-    lower = tl.load(begins_ptr + tl.minimum(column, L - 1))[:, None]  # of its scale: the first row that sees a key
-    upper, end = L, L
+    highest = tl.minimum(start + BLOCK_N, L) - 1
+    last = L
     if DIAGONAL:
-        upper = tl.load(ends_ptr + tl.minimum(column, L - 1))[:, None]
-        end = tl.load(ends_ptr + tl.minimum(start + BLOCK_N, L) - 1)
+        last = tl.load(ends_ptr + start)
+    last = last // BLOCK_M * BLOCK_M
+    whole = tl.minimum(tl.cdiv(tl.load(begins_ptr + highest), BLOCK_M) * BLOCK_M, last)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     q_ptr = head(q_ptr, b, h, q_b, q_h, ALIGNED)
     g_ptr = head(g_ptr, b, h, g_b, g_h, ALIGNED)
     lse_ptr += (b * H + h) * L
     delta_ptr += (b * H + h) * L
-    for begin in range(tl.load(begins_ptr + start) // BLOCK_M * BLOCK_M, end, BLOCK_M):
+    for begin in range(whole, last, BLOCK_M):  # rows that see all keys of the tile
         dk, dv = _add_rows(
-            dk, dv, k, v, q_ptr, g_ptr, lse_ptr, delta_ptr, q_l, g_l, begin + tl.arange(0, BLOCK_M), L, lower, upper,
-            factor, D, BLOCK_D, True, PRECISION,
+            dk, dv, k, v, q_ptr, g_ptr, lse_ptr, delta_ptr, q_l, g_l, begin + tl.arange(0, BLOCK_M), L, None, None,
+            factor, D, BLOCK_D, False, PRECISION,
+        )  # fmt: skip
+    # Those before and after, in one loop. What it alone needs is loaded here: registers are short in the one before.
+    lower = tl.load(begins_ptr + tl.minimum(column, L - 1))[:, None]  # of its scale: the first row that sees a key
+    upper, end = L, L
+    if DIAGONAL:
+        upper = tl.load(ends_ptr + tl.minimum(column, L - 1))[:, None]
+        end = tl.load(ends_ptr + highest)
+    first = tl.load(begins_ptr + start) // BLOCK_M * BLOCK_M
+    for begin in range(first, end - (last - whole), BLOCK_M):
+        row = begin + tl.where(begin < whole, 0, last - whole) + tl.arange(0, BLOCK_M)
+        dk, dv = _add_rows(
+            dk, dv, k, v, q_ptr, g_ptr, lse_ptr, delta_ptr, q_l, g_l, row, L, lower, upper, factor,
+            D, BLOCK_D, True, PRECISION,
         )  # fmt: skip
     store(dk_ptr + b * L * H * D + h * D, column, H * D, dk * scale, L, D, BLOCK_D)
     store(dv_ptr + b * L * H * D + h * D, column, H * D, dv, L, D, BLOCK_D)
@@ -310,8 +326,8 @@ def block_causal_attention_bwd_prefix_kernel(
         q, g = head(q_ptr, b, h, q_b, q_h, ALIGNED), head(g_ptr, b, h, g_b, g_h, ALIGNED)
         row = i % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
         dk, dv = _add_rows(
-            dk, dv, k, v, q, g, lse_ptr + line, delta_ptr + line, q_l, g_l, row, L, 0, 0, factor,
-            D, BLOCK_D, False, PRECISION,
+            dk, dv, k, v, q, g, lse_ptr + line, delta_ptr + line, q_l, g_l, row, L, None, None, factor,
+            D, BLOCK_D, True, PRECISION,
         )  # fmt: skip
     inside = (column < seen)[:, None]
     target = place * P * H * D + h * D

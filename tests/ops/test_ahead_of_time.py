@@ -159,12 +159,15 @@ def moves(launch: Launch, found: Compiled, loads: int, stores: int) -> None:
 
 
 def hold(launches: Sequence[Launch], capability: int, tiles: dict[str, tuple[int, int]]) -> None:
-    """Each fits on all cards, and those that are named load and store so many tiles."""
+    """Each fits on all cards, and those that are named load and store so many tiles, in a loop some while they work on
+    others."""
     assert {launch.kernel.__name__ for launch in launches} >= set(tiles)
     for launch in launches:
         found = fits(launch, capability, shared=SHARED["sm80"])
         if capability == 90 and launch.kernel.__name__ in tiles:
             moves(launch, found, *tiles[launch.kernel.__name__])
+            left = [int(number, 0) for number in re.findall(r"cp\.async\.wait_group\s+(\w+)", found.ptx)]
+            assert not left or max(left) > 0, f"{launch.kernel.__name__}: it waits for all loads, {left}"
 
 
 @pytest.mark.parametrize(
