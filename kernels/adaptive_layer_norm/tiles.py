@@ -4,10 +4,10 @@
 another, so that operators fused and apart add in the same order. A thread holds 16 elements of a tensor, two loads of
 16 bytes in 16-bit types: a row lies in few warps, and registers are left for many programs.
 
-Forward a program takes one step. Backward it takes PART rows, whose sums over rows it keeps in registers; the next rows
-are on their way while it works on some (STAGES). Of two stages that is not true: their rows share a place, so that the
-next are asked for when those before are done with. On an H200 the norm's kernel took 56 % of the bandwidth so; three
-stages are derived from its compiled code, not measured.
+Forward a program takes one step. Backward it takes PART rows, whose sums over rows it keeps in registers. From three
+STAGES on the next row is on its way while it works on one. With two it is asked for when the row before is done with,
+whose place it takes, and waited for at once: on an H200 the norm's kernel took 56 % of the bandwidth so. Three are
+derived from the compiled code, not measured.
 """
 
 from fastvar.kernels.common.tiling import Key, Row, Table, Tile

@@ -277,12 +277,15 @@ def block_causal_attention_bwd_dk_dv_kernel(
     g_ptr = head(g_ptr, b, h, g_b, g_h, ALIGNED)
     lse_ptr += (b * H + h) * L
     delta_ptr += (b * H + h) * L
-    for begin in range(whole, last, BLOCK_M):  # rows that see all keys of the tile
-        dk, dv = _add_rows(
-            dk, dv, k, v, q_ptr, g_ptr, lse_ptr, delta_ptr, q_l, g_l, begin + tl.arange(0, BLOCK_M), L, None, None,
-            factor, D, BLOCK_D, False, PRECISION,
-        )  # fmt: skip
-    # Those before and after, in one loop. What it alone needs is loaded here: registers are short in the one before.
+    if DIAGONAL and BLOCK_D > 64:  # the registers of a second loop leave room for one program where there were two
+        whole = last
+    else:
+        for begin in range(whole, last, BLOCK_M):  # rows that see all keys of the tile
+            dk, dv = _add_rows(
+                dk, dv, k, v, q_ptr, g_ptr, lse_ptr, delta_ptr, q_l, g_l, begin + tl.arange(0, BLOCK_M), L, None, None,
+                factor, D, BLOCK_D, False, PRECISION,
+            )  # fmt: skip
+    # The others, before and after them. What this loop alone needs is loaded here: registers are short in the first.
     lower = tl.load(begins_ptr + tl.minimum(column, L - 1))[:, None]  # of its scale: the first row that sees a key
     upper, end = L, L
     if DIAGONAL:

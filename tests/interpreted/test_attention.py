@@ -46,6 +46,7 @@ def few(heads: int = 1, group: int = 2) -> dict[str, Any]:
 def test_small_tiles(small: Any, block_diagonal: bool) -> None:
     check(attend, group() | {"block_diagonal": block_diagonal}, NAMES)
     check(attend, attention((1, 2, 3, 5), 1, 24) | {"block_diagonal": block_diagonal}, ("q", "k", "v"))
+    check(attend, attention((1, 5), 1, 72) | {"block_diagonal": block_diagonal}, ("k", "v"))  # keys' loops are others
 
 
 @pytest.mark.parametrize("lengths", [None, [40, 0], [17, 32]])
