@@ -42,7 +42,9 @@ KEPT = 16
 MEMORY = 0.15
 SEEN = 256  # kinds of calls that are remembered, of a model
 CAPTURES = 2  # of a kind of calls, unasked: those that drive out each other would be captured at every call
-TOO_MUCH = f"some calls run without CUDA graphs: expected to take at most {MEMORY:.0%} of the GPU's memory, and it free"
+TOO_MUCH = (
+    f"some calls run without CUDA graphs, which would take over {MEMORY:.0%} of the GPU's memory or more than is free"
+)
 Pool = Any  # what torch.cuda.graph_pool_handle answers
 Start = Any  # a `Beginning` or a `SamplingState` of `fastvar.models.sampling`, which knows graphs, not they it
 Options = Any  # its `ScaleOptions`

@@ -318,9 +318,11 @@ def _because(op: str, chosen: str, backend: str, traits: Traits) -> str:
     row = next((row for row in CHOICES[op] if row.backend == chosen and row.fits(family, traits)), None)
     if row is None:
         return ": what would come first cannot run"
-    commit = row.measured.get(family)
-    if commit:
-        return f": recorded runs of commit {commit} on {family} show that it pays"
+    commit, implementation = row.measured.get(family), _find(op, chosen)
+    if commit and implementation is not None:
+        changed = any("before its last change" in where for where in implementation.verified)
+        since = "; it has changed since" if changed else ""
+        return f": recorded runs of commit {commit} on {family} show that it pays{since}"
     return f": predicted to pay on {family}, not yet measured there"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -20,13 +21,14 @@ class Package(NamedTuple):
     Attributes:
         name: on the package index.
         module: the one of the operator that imports it.
-        refused: the families of GPUs that it is for, and head dimensions that it does not take there; empty for all
-            GPUs and head dimensions.
+        families: of GPUs that it is for; empty for all.
+        refused: by family, head dimensions that it does not take there.
     """
 
     name: str
     module: str
-    refused: Mapping[str, tuple[int, ...]] = {}
+    families: tuple[str, ...] = ()
+    refused: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
 
 def package_implementation(
@@ -58,7 +60,7 @@ def package_implementation(
 
     def taken(family: str) -> Package | None:
         for package in there:
-            if not package.refused or family in package.refused:
+            if not package.families or family in package.families:
                 return package
         return None
 

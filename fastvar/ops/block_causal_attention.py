@@ -70,7 +70,9 @@ def _fake(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 _NAME = "block_causal_attention"
 _package = partial(package_implementation, op=_NAME, saves=(0, 1))
 # On Hopper no gradient compiles for 104 and 112; on Blackwell it takes up to 128, and 256.
-_FLASH_ATTN_4 = Package("flash-attn-4", "flash_attn_4", {"sm90": (104, 112), "sm100": tuple(range(136, 256, 8))})
+_FLASH_ATTN_4 = Package(
+    "flash-attn-4", "flash_attn_4", ("sm90", "sm100"), {"sm90": (104, 112), "sm100": tuple(range(136, 256, 8))}
+)
 _OPERATOR = Operator(
     _NAME,
     AttentionCall,

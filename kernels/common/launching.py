@@ -26,6 +26,7 @@ class Kernel:
 
     A launch like an earlier one calls its compiled kernel. It is like it if tensors have the same dtypes and lie at
     multiples of 16 bytes where those did, and integers that kernels are specialised for and constants are the same.
+    Launches with tensor descriptors are left to Triton: kernels that take them run for long.
 
     Attributes:
         function: what triton.jit made.
@@ -93,6 +94,8 @@ def _alike(types: tuple[type, ...], parameters: list[Any]) -> _Alike | None:
     """None if there is something among them of which it is not known here what it is specialised for."""
     tensors, numbers, loose = [], [], []
     for place, (each, parameter) in enumerate(zip(types, parameters, strict=False)):
+        if parameter.is_constexpr:  # by place: its value would decide
+            return None
         if each in _TENSORS:
             tensors.append(place)
         elif each is int:

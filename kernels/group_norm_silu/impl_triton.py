@@ -20,16 +20,17 @@ from fastvar.kernels.common.tiling import Row, Table, card, cdiv, power_of_2
 if TYPE_CHECKING:
     from fastvar.ops.group_norm_silu import GroupNormCall
 
-PARTS = 32  # the most parts of a sample's rows, for sums over them
-REGISTERS = (
-    128  # of a thread of the first pass at most: with two more a multiprocessor holds three blocks instead of four
-)
+PROGRAMS = 264  # that sum over a sample's rows at most, two for each multiprocessor of an H200: a lone image is enough
 LONG = 4  # tiles of rows of a part at least, if there are so many: adding up what lanes found costs as much as two
 COLUMNS = 128  # the most channels that a program takes
-TILE = Table(  # elements that a program holds at a time
+TILE = Table(  # elements that a program holds at a time, and the most registers of a thread of the first pass
     "group_norm_silu",
-    [Row({"TILE": 4096, "num_warps": 4})],
-    candidates={"TILE": (2048, 4096, 8192), "num_warps": (4, 8)},
+    # with more registers a multiprocessor holds three blocks instead of four, as of 32 bits, where 128 do not suffice
+    [
+        Row({"TILE": 4096, "num_warps": 4, "maxnreg": 128}, most={"bits": 16}),
+        Row({"TILE": 4096, "num_warps": 4, "maxnreg": 255}),
+    ],
+    candidates={"TILE": (2048, 4096, 8192), "num_warps": (4, 8), "maxnreg": (128, 255)},
 )
 
 
@@ -297,14 +298,13 @@ class _Launch:
     def __init__(self, x: torch.Tensor, groups: int) -> None:
         batch, length, channels = x.shape
         options = TILE.choose(card(x.device), bits=8 * x.element_size())
-        tile = options.pop("TILE")
+        tile, self.registers = options.pop("TILE"), options.pop("maxnreg")
         exact = channels & -channels  # the largest power of two that divides them: no lane is idle
         columns = min(exact if exact >= 32 else power_of_2(channels), COLUMNS)
         rows = max(tile // columns, 1)
-        tiles = cdiv(length, rows)
-        self.size = rows * max(cdiv(tiles, PARTS), min(tiles, LONG))
-        self.parts, self.tiles = cdiv(length, self.size), cdiv(length, rows)
-        self.blocks = batch * cdiv(channels, columns)
+        blocks, self.tiles = cdiv(channels, columns), cdiv(length, rows)
+        self.size = rows * max(cdiv(self.tiles * blocks, PROGRAMS), min(self.tiles, LONG))
+        self.parts, self.blocks = cdiv(length, self.size), batch * blocks
         self.tile: dict[str, Any] = {"C": channels, "ROWS": rows, "COLS": columns, **options}
         wide = power_of_2(channels // groups)
         self.group: dict[str, Any] = {"C": channels, "GROUPS": groups, "G2": wide, "num_warps": 1}
@@ -317,7 +317,7 @@ class _Launch:
         """(B, 3, C): what is subtracted from each channel, 1 / deviation, and the mean of the normalised channel."""
         moments, length = self.sums_of(x), x.shape[1]
         group_norm_silu_fwd_moments_kernel[(self.blocks * self.parts,)](
-            x, moments, *x.stride(), length, self.size, self.parts, **self.tile, maxnreg=REGISTERS
+            x, moments, *x.stride(), length, self.size, self.parts, **self.tile, maxnreg=self.registers
         )
         statistics = torch.empty(x.shape[0], 3, x.shape[2], dtype=torch.float32, device=x.device)
         shifts = statistics if shift is None else shift.contiguous()

@@ -168,6 +168,7 @@ def hold(launches: Sequence[Launch], capability: int, tiles: dict[str, tuple[int
             moves(launch, found, *tiles[launch.kernel.__name__])
             left = [int(number, 0) for number in re.findall(r"cp\.async\.wait_group\s+(\w+)", found.ptx)]
             assert not left or max(left) > 0, f"{launch.kernel.__name__}: it waits for all loads, {left}"
+            assert left or launch.kernel.__name__ != "adaptive_layer_norm_bwd_kernel"  # or it has none on their way
 
 
 @pytest.mark.parametrize(
@@ -244,7 +245,8 @@ def test_narrow_accesses_are_seen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "channels", "dtype"), [(80, 160, BF16), (90, 640, BF16), (100, 160, BF16), (90, 320, F32)]
+    ("capability", "channels", "dtype"),
+    [(80, 160, BF16), (90, 640, BF16), (100, 160, BF16), (90, 128, F32), (80, 320, F32)],
 )
 def test_group_norm(capability: int, channels: int, dtype: torch.dtype) -> None:
     """The kernels over rows move memory; the others add up small sums."""
@@ -287,7 +289,7 @@ def test_sampled_tokens(capability: int, size: int, dtype: torch.dtype) -> None:
     again."""
     launch = sampling(dtype, size, capability, temperature=0.9, top_k=30, top_p=0.96, position=5, log_probs=True)
     found = fits(launch, capability, stack=400 if size > 16384 else 0, shared=4096)
-    assert size > 16384 or found.registers <= 96  # so that there are enough rows at a time
+    assert size > 4096 or found.registers <= 96  # so that there are enough rows at a time
     if capability == 90 and size >= 4096:
         moved, element = accesses(found.ptx), 4 if dtype == F32 else 2
         assert moved["ld", WIDE] >= 2 * size * element // (WIDE * 32 * launch.named["num_warps"]), moved

@@ -131,3 +131,38 @@ def test_the_host_time_is_recorded(tmp_path: Path) -> None:
     forward, training = records.read(tmp_path / "rows.jsonl")
     assert (forward["launches"], training["launches"]) == (1, 3)
     assert all(row[name] > 0 for row in (forward, training) for name in ("us", "by_triton_us"))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    """Launches that are remembered do what Triton's own do: on another stream, in a graph, where memory is not at 16
+    bytes."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    x = torch.arange(64.0, device="cuda")
+
+    def run(launched: torch.Tensor) -> torch.Tensor:
+        _kernel[(1,)](launched, x, launched.numel(), 5, 0.5, True, BLOCK=64, WIDE=True)
+        return launched
+
+    expected = x.clone()
+    plain(lambda: run(expected))
+    torch.testing.assert_close(expected, 2 * (x * 0.5 + 5 + x))
+    for _ in range(2):
+        assert torch.equal(run(x.clone()), expected)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        other = run(x.clone())
+    stream.synchronize()
+    assert torch.equal(other, expected)
+    held = x.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(held)
+    held.copy_(x)
+    graph.replay()
+    assert torch.equal(held, expected)
+    for _ in range(2):
+        longer = torch.cat([x.new_zeros(1), x])
+        assert torch.equal(run(longer[1:]), expected)

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import active_children
@@ -103,7 +103,15 @@ def test_errors_are_the_same(tmp_path: Path) -> None:
     assert said == ["reward 'it' raised TimeoutError: the scorer is gone"] * 2
 
 
-def test_an_interrupt_does_not_wait(tmp_path: Path) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell's job in the background is made to ignore interrupts, and passes that on."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+def test_an_interrupt_does_not_wait(tmp_path: Path, interruptible: None) -> None:
     """It comes while the answer is waited for; of what was not asked yet nothing is asked any more."""
     all_is_drawn, end = threading.Event(), threading.Event()
 
@@ -173,7 +181,7 @@ def of_the_process(images: torch.Tensor, prompts: Sequence[str], references: tor
     return Reward(mean + os.getpid(), images[:, 0] > 0.5)
 
 
-def test_a_reward_in_a_process_of_its_own() -> None:
+def test_a_reward_in_a_process_of_its_own(interruptible: None) -> None:
     reward = InProcess(of_the_process)
     images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     asked = RewardSum({"it": reward})
