@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from fastvar.kernels.common.exponential import exp
 from fastvar.kernels.common.launching import kernel
 from fastvar.kernels.common.philox import uniform
 from fastvar.kernels.common.tiling import card, cdiv, power_of_2
@@ -27,12 +28,6 @@ DEPTH = tl.constexpr(87.0)  # so far below the largest logit weights leave the r
 HALVE = tl.constexpr(6)  # every so many steps the search halves what is left
 LARGEST = tl.constexpr(1e30)  # stands for an infinite logit of a bit
 STEPS = tl.constexpr(6 * 33)  # that halve all float32 numbers; only NaN takes so many
-
-
-@triton.jit
-def exp(x):
-    """Two instructions for exp(x) where tl.exp takes five; what is below the least normal number is 0."""
-    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit

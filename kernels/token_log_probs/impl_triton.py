@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from fastvar.kernels.common.exponential import exp
 from fastvar.kernels.common.launching import kernel
 from fastvar.kernels.common.tiling import card, cdiv, power_of_2
 from fastvar.kernels.token_log_probs import losses
@@ -54,12 +55,6 @@ def _logits(z_ptr, b_ptr, place, column, z_m, z_v, factor, V: tl.constexpr, BLOC
     if V % BLOCK_V != 0:
         z = tl.where((column < V)[None, :], z, IMPOSSIBLE)
     return z
-
-
-@triton.jit
-def _exp(x):
-    """Two instructions for exp(x) where tl.exp takes five; what is below the least normal number is 0."""
-    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
@@ -213,14 +208,14 @@ def token_log_probs_fwd_kernel(
         step = peak - highest
         decay = tl.exp(step)
         centred = z - highest[:, None]
-        powers = _exp(centred)
+        powers = exp(centred)
         if y_ptr is None:
             more, more_along = tl.reduce((powers, powers * centred), 1, _add_two)
         else:
             other_step = other_peak - other_highest
             other_centred = y - other_highest[:, None]
             more, more_along, more_gap, other_more = tl.reduce(
-                (powers, powers * centred, powers * (centred - other_centred), _exp(other_centred)), 1, _add_four
+                (powers, powers * centred, powers * (centred - other_centred), exp(other_centred)), 1, _add_four
             )
             gap = decay * (gap + (step - other_step) * total) + more_gap
             other_peak, other_total = other_highest, tl.exp(other_step) * other_total + other_more
@@ -269,7 +264,7 @@ def token_log_probs_fwd_kernel(
                     y = _logits(y_ptr, c_ptr, place, column, y_m, y_v, factor, V, BLOCK_V)
                     other_centred = y - other_peak[:, None]
             # the exponentials once more: kept, they would take half of all registers
-            slope = _exp(centred - log[:, None])
+            slope = exp(centred - log[:, None])
             inner = tl.zeros((BLOCK_M, BLOCK_V), tl.float32) - (of_own + of_mean * (possible / V))[:, None]
             if BONUS or of_entropy_ptr is not None:
                 inner -= of_entropy[:, None] * (centred - (log - entropy)[:, None])
