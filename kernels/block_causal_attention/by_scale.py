@@ -173,7 +173,7 @@ class ByScale:
             whole[:, : others.shape[1]] += others
         dk, dv = of_last
         gradients = zip(given, (dq, dk, dv, prefix_dk, prefix_dv), strict=False)
-        return {name: t.to(q.dtype).contiguous() for name, t in gradients if t is not None}
+        return {name: t.contiguous() for name, t in gradients if t is not None}
 
     def _gradients(
         self, part: Part, g: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, slopes: torch.Tensor | None
